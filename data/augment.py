@@ -1,0 +1,103 @@
+"""Augmentation as batched tensor code: random draws in, a normalized float batch out.
+
+The distribution is that of the torchvision transforms that the YAML names; for equal draws, crop and flip give the same
+pixels as torchvision on PIL images (tests/test_augment.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.schema import Named
+
+
+class Pipeline:
+    """The transforms of one line of the YAML (`transform.train` or `transform.test`).
+
+    Transforms that only move pixels are fused: they are followed on row and column numbers and cost one gather.
+    """
+
+    def __init__(self, primary: Sequence[Named], remaining: Sequence[Named], height: int, width: int) -> None:
+        self.steps: list[Any] = [item.settings for item in primary]
+        normalize = [item.settings for item in remaining if item.name == "normalize"]
+        self.mean: tuple[float, ...] = normalize[0].mean if normalize else (0.0, 0.0, 0.0)
+        self.std: tuple[float, ...] = normalize[0].std if normalize else (1.0, 1.0, 1.0)
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise UserError("transform: normalize: give three numbers for mean and three for std, one a channel")
+        self.sizes: list[tuple[int, int]] = []  # height and width of what reaches each step
+        self.columns: list[int] = []  # random numbers that each step needs
+        self.constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        probe = torch.zeros(1, 3, height, width, dtype=torch.uint8)
+        for step in self.steps:
+            self.sizes.append((probe.shape[2], probe.shape[3]))
+            draws = step.draw(1, *self.sizes[-1], torch.Generator())
+            self.columns.append(draws.shape[1])
+            probe = self.move(probe, [(step, draws)])
+        self.output_size = (probe.shape[2], probe.shape[3])
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw the random numbers of `count` views: a (count, k) float64 table on the CPU."""
+        tables = [step.draw(count, *size, generator) for step, size in zip(self.steps, self.sizes, strict=True)]
+        return torch.cat(tables, 1) if tables else torch.zeros(count, 0, dtype=torch.float64)
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Return the views that the draws describe.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+            draws: (B, k), rows of `draw`'s table, on the same device.
+        Returns:
+            (B, 3, H', W') float32, normalized.
+        """
+        parts = draws.split(self.columns, 1) if self.steps else ()
+        return self.normalize(self.move(images, list(zip(self.steps, parts, strict=True))))
+
+    def move(self, images: Tensor, work: list[tuple[Any, Tensor]]) -> Tensor:
+        """Apply (transform, draws) pairs to uint8 images, runs of pixel moves as one gather."""
+        while work:
+            moves = 0
+            while moves < len(work) and hasattr(work[moves][0], "remap"):
+                moves += 1
+            if moves:
+                images = gather_pixels(images, work[:moves])
+            else:
+                images = work[0][0].apply(images, work[0][1])
+            work = work[max(moves, 1) :]
+        return images
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Map uint8 (B, 3, H, W) to float32: to [0, 1], minus mean, by deviation."""
+        if images.device not in self.constants:
+            pair = (torch.tensor(self.mean), torch.tensor(self.std))
+            self.constants[images.device] = tuple(c.view(3, 1, 1).to(images.device) for c in pair)  # type: ignore[assignment]
+        mean, std = self.constants[images.device]
+        return images.float().div_(255).sub_(mean).div_(std)
+
+
+def gather_pixels(images: Tensor, moves: list[tuple[Any, Tensor]]) -> Tensor:
+    """Follow row and column numbers through several pixel moves, then fetch every pixel once.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        moves: (transform with `remap`, its (B, k) draws).
+    Returns:
+        (B, 3, H', W') uint8; pixels that come from outside the image are 0.
+    """
+    b, channels, height, width = images.shape
+    rows = torch.arange(height, device=images.device).expand(b, height)
+    cols = torch.arange(width, device=images.device).expand(b, width)
+    for transform, draws in moves:
+        rows, cols = transform.remap(rows, cols, draws)
+    h, w = rows.shape[1], cols.shape[1]
+    at = (rows.clamp(min=0)[:, :, None] * width + cols.clamp(min=0)[:, None, :]).view(b, 1, h * w)
+    out = images.reshape(b, channels, height * width).gather(2, at.expand(b, channels, h * w)).view(b, channels, h, w)
+    black = any(getattr(transform, "padding_mode", "") == "constant" and transform.padding for transform, _ in moves)
+    if black:
+        inside = (rows >= 0)[:, :, None] & (cols >= 0)[:, None, :]  # (B, h, w)
+        out = out * inside[:, None]
+    return out

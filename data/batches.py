@@ -1,0 +1,93 @@
+"""All random draws of an epoch as tables, made before it starts (asd.md section 7).
+
+A table is a function of (seed, epoch) and of the pools. The loop reads one row a step: no random number is drawn inside
+it, nothing waits for the host, and a resumed run sees the rows that an uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.augment import Pipeline
+from utils.config import Config
+from utils.draws import generator, numpy_generator
+
+
+def endless_order(count: int, batch: int, steps: int, rng: torch.Generator) -> Tensor:
+    """Return (steps, batch) positions below `count`: reshuffled again and again, incomplete batches dropped."""
+    whole = count // batch  # complete batches in one pass
+    passes = -(-steps // whole)
+    order = [torch.randperm(count, generator=rng)[: whole * batch] for _ in range(passes)]
+    return torch.cat(order)[: steps * batch].view(steps, batch)
+
+
+class MixMatchDraws(NamedTuple):
+    """The draws of S MixMatch steps, or of one (without the first axis)."""
+
+    labelled: Tensor  # (S, B) int64 indices into the training set
+    unlabelled: Tensor  # (S, B) int64
+    views: Tensor  # (S, 3B, k) augmentation draws of x, u1, u2
+    lam: Tensor  # (S,) float32 mixup weight, >= 0.5
+    permutation: Tensor  # (S, 3B) int64
+    lambda_u: Tensor  # (S,) float32 weight of the unlabelled loss
+
+    def to(self, device: torch.device) -> MixMatchDraws:
+        """Return the tables on a device."""
+        return MixMatchDraws(*(table.to(device) for table in self))
+
+    def step(self, i: int) -> MixMatchDraws:
+        """Return the draws of step i."""
+        return MixMatchDraws(*(table[i] for table in self))
+
+
+def draw_mixmatch(
+    config: Config, epoch: int, clean_pool: Tensor, polluted_pool: Tensor, augment: Pipeline, lambda_u: Tensor
+) -> MixMatchDraws:
+    """Draw an epoch of MixMatch steps.
+
+    Args:
+        clean_pool, polluted_pool: (P,), (N - P,) int64 indices on the CPU.
+        lambda_u: (S,) weights of the unlabelled loss.
+    """
+    steps, batch, seed = config.semi.mixmatch.train_iteration, config.semi.loader.batch_size, config.seed.seed
+    alpha = config.semi.mixmatch.alpha
+    rng = generator(seed, "mixmatch", epoch)
+    labelled = clean_pool[endless_order(len(clean_pool), batch, steps, rng)]
+    unlabelled = polluted_pool[endless_order(len(polluted_pool), batch, steps, rng)]
+    views = augment.draw(steps * 3 * batch, rng).view(steps, 3 * batch, -1)
+    lam = torch.from_numpy(numpy_generator(seed, "mixup", epoch).beta(alpha, alpha, steps)).float()
+    permutation = torch.rand(steps, 3 * batch, generator=rng, dtype=torch.float64).argsort(1)
+    return MixMatchDraws(labelled, unlabelled, views, torch.maximum(lam, 1 - lam), permutation, lambda_u.float())
+
+
+class SupervisedDraws(NamedTuple):
+    """The draws of one pass over all N images."""
+
+    order: Tensor  # (N,) int64
+    views: Tensor  # (N, k), in that order
+
+    def to(self, device: torch.device) -> SupervisedDraws:
+        """Return the tables on a device."""
+        return SupervisedDraws(self.order.to(device), self.views.to(device))
+
+
+def draw_supervised(seed: int, purpose: str, epoch: int, count: int, augment: Pipeline) -> SupervisedDraws:
+    """Draw one pass of supervised training: a permutation of all images and a view of each."""
+    rng = generator(seed, purpose, epoch)
+    return SupervisedDraws(torch.randperm(count, generator=rng), augment.draw(count, rng))
+
+
+def draw_scoring(seed: int, purpose: str, epoch: int, count: int, augment: Pipeline) -> Tensor:
+    """Draw one view of every image, (N, k), in the order of the set."""
+    return augment.draw(count, generator(seed, purpose, epoch))
+
+
+def views(images: Tensor, draws: Tensor, augment: Pipeline, batch: int) -> Iterator[Tensor]:
+    """Yield the images' views in order, (<= batch, 3, H, W) float32 each; the last may be smaller."""
+    for start in range(0, len(images), batch):
+        part = slice(start, start + batch)
+        yield augment(images[part], draws[part])

@@ -1,0 +1,80 @@
+"""CIFAR-10 (Krizhevsky, 2009) in its authors' python layout, a folder `cifar-10-batches-py` of six pickles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.sets import RawData
+from data.unpickle import read_pickle
+from utils.errors import UserError
+
+FOLDER = "cifar-10-batches-py"
+TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
+TEST = ("test_batch",)
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """No settings: `dataset: cifar10`."""
+
+
+def load(settings: Settings, dataset_dir: str | None, download: bool) -> RawData:
+    """Read the six batches, in order, whatever their lengths."""
+    if dataset_dir is None:
+        raise UserError("dataset_dir: missing: give the folder of cifar-10-batches-py")
+    folder = find_folder(Path(dataset_dir).expanduser(), download)
+    train_images, train_labels = read_batches(folder, TRAIN)
+    test_images, test_labels = read_batches(folder, TEST)
+    return RawData(train_images, train_labels, test_images, test_labels, CLASSES)
+
+
+def find_folder(folder: Path, download: bool) -> Path:
+    """Return the folder of the batches: the one named or the one inside it; fetch it where that is allowed."""
+    inside = folder / FOLDER
+    for candidate in (folder, inside):
+        if (candidate / TRAIN[0]).exists() or (candidate / TEST[0]).exists():
+            return candidate
+    if not download:
+        raise UserError(
+            f"dataset_dir: {folder}: CIFAR-10 is not there: get cifar-10-python.tar.gz from "
+            "https://www.cs.toronto.edu/~kriz/cifar.html and unpack it there, or set download: true (--set download=true)"
+        )
+    from torchvision.datasets import CIFAR10  # only here: it brings in all of torchvision
+
+    parent = folder.parent if folder.name == FOLDER else folder
+    try:
+        CIFAR10(str(parent), download=True)
+    except Exception as error:  # the downloader raises whatever its network stack does
+        raise UserError(f"dataset_dir: {folder}: the download failed ({error}): fetch CIFAR-10 by hand") from None
+    return parent / FOLDER
+
+
+def read_batches(folder: Path, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return images (N, 32, 32, 3) uint8 and labels (N,) int64 of the named batches, concatenated."""
+    parts = [read_batch(folder / name) for name in names]
+    return np.concatenate([images for images, _ in parts]), np.concatenate([labels for _, labels in parts])
+
+
+def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read one batch and check that it is one."""
+    batch = read_pickle(path)
+    if not isinstance(batch, dict) or not {"data", "labels"} <= batch.keys():
+        raise UserError(f"{path}: is no CIFAR-10 batch (no data and labels inside): unpack the data set again")
+    images, labels = batch["data"], batch["labels"]
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072:
+        shape = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
+        raise UserError(f"{path}: data is {shape} and not uint8 (N, 3072): unpack the data set again")
+    if len(images) == 0:
+        raise UserError(f"{path}: holds no image: unpack the data set again")
+    if not isinstance(labels, (list, np.ndarray)) or len(labels) != len(images):
+        count = len(labels) if isinstance(labels, (list, np.ndarray)) else "no"
+        raise UserError(f"{path}: {count} labels for {len(images)} images: unpack the data set again")
+    if not all(isinstance(label, (int, np.integer)) and 0 <= label < 10 for label in labels):
+        wrong = next(x for x in labels if not (isinstance(x, (int, np.integer)) and 0 <= x < 10))
+        raise UserError(f"{path}: label {wrong!r} is not in 0..9: unpack the data set again")
+    pixels = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(pixels), np.asarray(labels, np.int64)

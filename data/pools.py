@@ -1,0 +1,109 @@
+"""Seed samples and the three splits: which images keep their label in an epoch (paper section 3.2; asd.md section 6).
+
+A split is a pure function of per-image losses. It returns the clean pool as sorted indices; the polluted pool is the rest.
+Ties go to the lower index.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.sets import CLEAN, Oracle
+from utils.config import Config
+from utils.errors import UserError
+
+
+def draw_seed_samples(labels: Tensor, oracle: Oracle, num_classes: int, seed_num: int, seed: int) -> Tensor:
+    """Draw the clean images of each class that the defender knows; the same seed gives the authors' seed samples.
+
+    Args:
+        labels: (N,) int64, the labels that the images carry.
+    Returns:
+        (num_classes * seed_num,) int64, class by class in the order of drawing.
+    """
+    rng = np.random.RandomState(seed)
+    clean, carried = (oracle.flags == CLEAN).numpy(), labels.cpu().numpy()
+    drawn = []
+    for c in range(num_classes):
+        candidates = np.flatnonzero(clean & (carried == c))
+        if len(candidates) < seed_num:
+            raise UserError(
+                f"global.seed_num: {seed_num}: class {c} has only {len(candidates)} clean training images: lower it, or "
+                "check num_classes and data.train_limit"
+            )
+        drawn.append(rng.choice(candidates, size=seed_num, replace=False))
+    return torch.from_numpy(np.concatenate(drawn).astype(np.int64))
+
+
+def lowest(losses: Tensor, count: int) -> Tensor:
+    """Return the indices (count,) of the lowest of (N,) losses, ties to the lower index."""
+    return torch.argsort(losses, stable=True)[:count]
+
+
+def class_aware_split(losses: Tensor, labels: Tensor, seeds: Tensor, num_classes: int, per_class: int) -> Tensor:
+    """Stage 1: the seed samples, and of each class the `per_class` images of lowest loss that are no seed sample.
+
+    Args:
+        losses: (N,) split losses.
+        labels: (N,) int64, the labels that the images carry.
+        seeds: (S,) int64.
+    Returns:
+        the clean pool, sorted (P,) int64.
+    """
+    free = torch.ones_like(labels, dtype=torch.bool)
+    free[seeds] = False
+    pool = [seeds]
+    for c in range(num_classes):
+        candidates = torch.nonzero(free & (labels == c)).squeeze(1)
+        pool.append(candidates[lowest(losses[candidates], per_class)])
+    return torch.cat(pool).sort().values
+
+
+def class_agnostic_split(losses: Tensor, epsilon: float) -> Tensor:
+    """Stage 2: the `int(N * epsilon)` images of lowest loss, whatever their class."""
+    return lowest(losses, int(len(losses) * epsilon)).sort().values
+
+
+def meta_split(losses: Tensor, virtual_losses: Tensor, epsilon: float) -> Tensor:
+    """Stage 3: the `int(N * epsilon)` images whose loss fell least under the virtual model.
+
+    Poisoned images are learnt at once, so their loss falls most (paper section 3.2.3).
+    """
+    return class_agnostic_split(losses - virtual_losses, epsilon)
+
+
+def per_class(epoch: int, n: int, t: int) -> int:
+    """Return how many images of each class stage 1 adds to the seed samples: n more every t epochs, from 0."""
+    return n * (epoch // t)
+
+
+def rest(pool: Tensor, count: int) -> Tensor:
+    """Return the polluted pool: the indices (N - P,) that are not in the clean pool."""
+    inside = torch.zeros(count, dtype=torch.bool, device=pool.device)
+    inside[pool] = True
+    return torch.nonzero(~inside).squeeze(1)
+
+
+def check_pool_sizes(config: Config, labels: Tensor) -> None:
+    """Refuse, before anything is trained, a plan in which a pool is empty, everything, or smaller than a batch."""
+    g, n, batch = config.global_, len(labels), config.semi.loader.batch_size
+    counts = torch.bincount(labels.cpu(), minlength=config.num_classes)
+    last_first = min(g.epoch_first, config.num_epochs)
+    sizes = [
+        (epoch, int((g.seed_num + (counts - g.seed_num).clamp(max=per_class(epoch, g.n, g.t))).sum()), "global.seed_num/n/t")
+        for epoch in {0, last_first - 1}
+        if 0 <= epoch < last_first
+    ]
+    if config.num_epochs > g.epoch_first:
+        sizes.append((g.epoch_first, int(n * g.epsilon), "global.epsilon"))
+    given = {"global.seed_num/n/t": f"{g.seed_num}/{g.n}/{g.t}", "global.epsilon": str(g.epsilon)}
+    for epoch, size, key in sizes:
+        for pool, count in (("clean", size), ("polluted", n - size)):
+            if count < batch:
+                what = "would be empty" if count <= 0 else f"would hold {count} images, less than a batch"
+                raise UserError(
+                    f"{key}: {given[key]}: the {pool} pool of epoch {epoch} {what} (semi.loader.batch_size: {batch}; "
+                    f"training set: {n}): change {key} or lower the batch size"
+                )

@@ -1,0 +1,10 @@
+"""The transforms that a YAML may name, one file each.
+
+`Settings` is the schema of the YAML section and the transform itself, as batched tensor code:
+
+- `draw(count, height, width, generator)` returns a table of random numbers, (count, k) float64, k fixed; and
+- `apply(images, draws)` maps uint8 (B, 3, H, W) and its rows of the table to uint8 (B, 3, H', W'); or
+- `remap(rows, cols, draws)` for transforms that only move pixels: they are fused into one gather.
+
+The draws are made outside, so that every device, an interrupted run and a reference see the same ones.
+"""

@@ -1,0 +1,13 @@
+"""Subtract a mean and divide by a deviation, channel by channel. Done by `data.augment.Pipeline`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from utils.schema import setting
+
+
+@dataclass(frozen=True)
+class Settings:
+    mean: tuple[float, ...] = setting((0.4914, 0.4822, 0.4465), "of the three channels, in 0..1")
+    std: tuple[float, ...] = setting((0.2023, 0.1994, 0.2010), "of the three channels, in 0..1", above=0)

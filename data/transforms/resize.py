@@ -1,0 +1,25 @@
+"""Resize: one number is the shorter side, two are height and width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from utils.schema import setting
+
+
+@dataclass(frozen=True)
+class Settings:
+    size: int | tuple[int, ...] = setting(256, "shorter side, or [height, width], in pixels", low=1)
+
+    def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+        """Return (count, 0): nothing is random."""
+        return torch.zeros(count, 0, dtype=torch.float64)
+
+    def apply(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Resize uint8 (B, 3, H, W), bilinear with antialiasing as on PIL images."""
+        size = [self.size] if isinstance(self.size, int) else list(self.size)
+        return F.resize(images, size, antialias=True)

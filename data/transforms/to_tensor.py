@@ -1,0 +1,10 @@
+"""uint8 0..255 to floating point 0..1. Done by `data.augment.Pipeline` in one step with normalize."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """No settings: `to_tensor: true`."""

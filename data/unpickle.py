@@ -1,0 +1,51 @@
+"""Pickles of a data set are untrusted input: an unpickler that builds arrays, numbers, texts, lists and dicts only."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.errors import UserError
+
+# All that a pickled numpy array of numbers needs, under the module names of old and new numpy.
+ALLOWED = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    ("_codecs", "encode"): __import__("_codecs").encode,  # bytes in protocol 2 pickles of Python 3
+}
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Refuses every global that is not in ALLOWED, before anything is called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ALLOWED:
+            raise UserError(f"asks for {module}.{name}, which no data set needs: the file may be malicious; do not use it")
+        return ALLOWED[module, name]
+
+
+def read_pickle(path: Path) -> Any:
+    """Read a pickle of arrays and plain values, as Python 2 or 3 wrote it; nothing in it can run code.
+
+    Raises:
+        UserError: missing, truncated, no pickle, or one that asks for anything else.
+    """
+    try:
+        with open(path, "rb") as file:
+            return ArrayUnpickler(file, encoding="latin1").load()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: the file is missing: unpack the data set again") from None
+    except (
+        pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,
+        ImportError, OSError, OverflowError, MemoryError, struct.error,
+    ) as error:  # fmt: skip
+        what = str(error) or type(error).__name__
+        raise UserError(f"{path}: is truncated or no pickle ({what}): unpack the data set again") from None

@@ -1,0 +1,1 @@
+"""The paper's losses. Stands on torch alone."""

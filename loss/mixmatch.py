@@ -1,0 +1,76 @@
+"""MixMatch (Berthelot et al., NeurIPS 2019) as pure functions; random numbers are arguments (asd.md sections 4 and 7)."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from loss.supervised import full_precision
+
+
+def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
+    """Return p^(1/T), normalized again: (B, C) -> (B, C)."""
+    powered = probabilities ** (1 / temperature)
+    return powered / powered.sum(1, keepdim=True)
+
+
+def guess_labels(logits1: Tensor, logits2: Tensor, temperature: float) -> Tensor:
+    """Return the guessed labels of two views: their mean softmax, sharpened: 2 x (B, C) -> (B, C)."""
+    mean = (full_precision(logits1).softmax(1) + full_precision(logits2).softmax(1)) / 2
+    return sharpen(mean, temperature)
+
+
+def mixup(values: Tensor, lam: Tensor, permutation: Tensor) -> Tensor:
+    """Return lam a + (1 - lam) a[permutation]: (R, ...), (), (R,) int64 -> (R, ...)."""
+    return lam * values + (1 - lam) * values[permutation]
+
+
+@functools.lru_cache
+def interleave_order(batch: int, blocks: int, device: torch.device) -> Tensor:
+    """Return (blocks * batch,) int64: which row comes to each place when the blocks are interleaved."""
+    sizes = [batch // blocks + (1 if i >= blocks - batch % blocks else 0) for i in range(blocks)]
+    source = torch.arange(blocks * batch).view(blocks, batch)
+    start = sizes[0]
+    for i in range(1, blocks):
+        group = slice(start, start + sizes[i])
+        source[0, group], source[i, group] = source[i, group].clone(), source[0, group].clone()
+        start += sizes[i]
+    return source.view(-1).to(device)
+
+
+def interleave(rows: Tensor, batch: int) -> Tensor:
+    """Swap rows between the blocks of a batch so that BN sees labelled and unlabelled rows together. Its own inverse.
+
+    With k blocks the offsets of a block are cut into k groups of floor(batch / k), the remainder added one each to the
+    last groups; group i of block 0 changes places with group i of block i.
+
+    Args:
+        rows: (k * batch, ...).
+    Returns:
+        the same shape.
+    """
+    return rows[interleave_order(batch, rows.shape[0] // batch, rows.device)]
+
+
+def mixmatch_loss(logits: Tensor, targets: Tensor, labelled: int) -> tuple[Tensor, Tensor]:
+    """Return (Lx, Lu): cross-entropy of the labelled rows, mean squared error of the others' probabilities.
+
+    Args:
+        logits: (R, C).
+        targets: (R, C) mixed label distributions.
+        labelled: how many rows, the first ones, are labelled.
+    """
+    logits = full_precision(logits)
+    loss_x = -(targets[:labelled] * logits[:labelled].log_softmax(1)).sum(1).mean()
+    loss_u = ((logits[labelled:].softmax(1) - targets[labelled:]) ** 2).mean()
+    return loss_x, loss_u
+
+
+def ramp_up(epoch: int, steps: int, lambda_u: float, rampup_length: float) -> Tensor:
+    """Return (steps,) float64: lambda_u of every step, linear in epoch + step / steps; length 0: full at once."""
+    if rampup_length == 0:
+        return torch.full((steps,), lambda_u, dtype=torch.float64)
+    at = epoch + torch.arange(steps, dtype=torch.float64) / steps
+    return lambda_u * (at / rampup_length).clamp(0, 1)

@@ -1,0 +1,1 @@
+"""Networks, their optimizers, scoring and the virtual model. Stands on utils; knows neither data nor losses."""

@@ -1,0 +1,53 @@
+"""A backbone with a linear layer on top: what is trained, saved and attacked."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from utils import plugins
+from utils.schema import Named
+
+
+class Classifier(nn.Module):
+    """`linear(backbone(x))`; its state_dict keys are those of the authors' checkpoints."""
+
+    def __init__(self, backbone: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.linear = nn.Linear(int(backbone.feature_dim), num_classes)  # type: ignore[arg-type]
+
+    def features(self, x: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to features (B, D)."""
+        out: Tensor = self.backbone(x)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to logits (B, C)."""
+        out: Tensor = self.linear(self.features(x))
+        return out
+
+
+def build_classifier(network: Named, num_classes: int, seed: int) -> Classifier:
+    """Build the configured network; the same seed gives the authors' initial weights (asd.md section 3).
+
+    Torch's global generator is left as it was found.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = plugins.load("model.networks", network.name).build(network.settings)
+        return Classifier(backbone, num_classes)
+
+
+def virtual_copy(model: Classifier) -> tuple[Classifier, list[nn.Parameter]]:
+    """Return the virtual model and the parameters that it trains (paper section 3.2.3).
+
+    It is a copy of the model, weights and BN statistics. Only the backbone's last parts and the linear layer learn; the
+    rest needs no gradient and stays in train mode, so that its BN statistics move.
+    """
+    virtual = copy.deepcopy(model).requires_grad_(False)
+    last = [virtual.backbone.get_submodule(name) for name in virtual.backbone.last_parts]  # type: ignore[union-attr]
+    trained = [p for part in (*last, virtual.linear) for p in part.requires_grad_(True).parameters()]
+    return virtual, trained

@@ -1,0 +1,32 @@
+"""Optimizers and learning-rate schedules by the names of the YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.schema import Named
+
+
+def build_optimizer(chosen: Named, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return torch's Adam or SGD over the parameters."""
+    kind: Any = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}[chosen.name]
+    optimizer: torch.optim.Optimizer = kind(list(parameters), **dataclasses.asdict(chosen.settings))
+    return optimizer
+
+
+def build_scheduler(
+    chosen: Named | None, optimizer: torch.optim.Optimizer, num_epochs: int
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    """Return the learning rate's schedule, stepped once an epoch, or None for a constant rate."""
+    if chosen is None:
+        return None
+    s = chosen.settings
+    if chosen.name == "multi_step":
+        epochs = [int(m * num_epochs) if m < 1 else int(m) for m in s.milestones]
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, epochs, s.gamma)
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, s.T_max or num_epochs, s.eta_min)

@@ -1,0 +1,166 @@
+"""A run's state: all that may influence its further course, in one small object, written and read as one file.
+
+A checkpoint is untrusted input: it is read with `weights_only=True`, so nothing in it can run code.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+from utils.files import write_atomically
+
+# Settings that may differ between the run that wrote a checkpoint and the one that goes on from it.
+FREE = (
+    "run", "saved_dir", "storage_dir", "dataset_dir", "download", "prefetch", "num_epochs", "runtime", "sync_bn", "criterion",
+    "seed.deterministic", "seed.benchmark", "loader.num_workers", "loader.pin_memory", "semi.loader.num_workers",
+    "semi.loader.pin_memory",
+)  # fmt: skip
+
+
+@dataclass
+class State:
+    """Where a run stands. Random draws are functions of (seed, epoch), so no generator is part of it."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    epoch: int = 0  # the next epoch to run, 0-based
+    best_acc: float = 0.0
+    best_epoch: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)  # one row an epoch, as in metrics.jsonl
+    clean_pool: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # of the last epoch
+    epochs_in_clean_pool: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))  # (N,)
+
+
+def save(path: Path, state: State, config: dict[str, Any]) -> None:
+    """Write the state of a finished epoch atomically."""
+    saved = {
+        "epoch": state.epoch - 1,  # as the authors count: the 0-based epoch that was finished
+        "result": state.history[-1] if state.history else {},
+        "model_state_dict": state.model.state_dict(),
+        "optimizer_state_dict": state.optimizer.state_dict(),
+        "best_acc": state.best_acc,
+        "best_epoch": state.best_epoch,
+        "history": state.history,
+        "clean_pool": state.clean_pool,
+        "epochs_in_clean_pool": state.epochs_in_clean_pool,
+        "config": config,
+    }
+    if state.scheduler is not None:
+        saved["scheduler_state_dict"] = state.scheduler.state_dict()
+    buffer = io.BytesIO()  # torch writes to memory, so that a full disk is an ordinary OSError
+    torch.save(saved, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's dictionary on the CPU; `module.` prefixes of a distributed run are stripped.
+
+    Raises:
+        UserError: missing, truncated, no checkpoint, or one that asks for more than tensors and plain values.
+    """
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
+        listed = f"there are {', '.join(there)}" if there else "there is none: train first with ASD.py"
+        raise UserError(f"--resume {path}: no such checkpoint: {listed}")
+    scalars = [np.dtype, np._core.multiarray.scalar, type(np.dtype(np.float64)), type(np.dtype(np.float32)), type(np.dtype(np.int64))]  # type: ignore[attr-defined]
+    try:
+        with torch.serialization.safe_globals(scalars):  # the authors' figures may be numpy scalars
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if "Unsupported" in reason or "GLOBAL" in reason or "global" in reason:
+            raise UserError(
+                f"{path}: asks for code that no checkpoint needs: it may be malicious; do not use it"
+            ) from None
+        raise UserError(f"{path}: is truncated or no checkpoint: use another one, e.g. best_model.pt") from None
+    except (
+        RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError,
+        OverflowError, MemoryError, AssertionError, ImportError,
+    ):  # fmt: skip
+        raise UserError(f"{path}: is truncated or no checkpoint: use another one, e.g. best_model.pt") from None
+    weights = loaded.get("model_state_dict") if isinstance(loaded, dict) else None
+    if not isinstance(weights, dict) or not weights or not all(isinstance(t, Tensor) for t in weights.values()):
+        raise UserError(f"{path}: holds no model_state_dict: is it a checkpoint of ASD.py?")
+    loaded["model_state_dict"] = {str(k).removeprefix("module."): t for k, t in weights.items()}
+    return dict(loaded)
+
+
+def load_weights(model: nn.Module, saved: dict[str, Any], path: Path) -> None:
+    """Put a checkpoint's weights into the model; `UserError` where they are another network's."""
+    own, given = model.state_dict(), saved["model_state_dict"]
+    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    if missing or extra:
+        odd = f"lacks {missing[0]}" if missing else f"has {extra[0]}"
+        raise UserError(f"{path}: is a checkpoint of another network ({odd}): give the YAML that it was trained with")
+    for name, tensor in given.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(
+                f"{path}: is a checkpoint of another network ({name} is {tuple(tensor.shape)}, the YAML's network has "
+                f"{tuple(own[name].shape)}): give the YAML that it was trained with"
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: {name} holds values that are not finite: use an earlier checkpoint")
+    model.load_state_dict(given)
+
+
+def load(path: Path, state: State, config: dict[str, Any]) -> None:
+    """Go on from a checkpoint: fill the state from the file.
+
+    Raises:
+        UserError: as `read`, and where the checkpoint's configuration is not this one.
+    """
+    saved = read(path)
+    refuse_other_settings(path, saved.get("config"), config)
+    load_weights(state.model, saved, path)
+    try:
+        state.epoch = int(saved["epoch"]) + 1
+        state.best_acc, state.best_epoch = float(saved.get("best_acc", 0)), int(saved.get("best_epoch", 0))
+        state.optimizer.load_state_dict(saved["optimizer_state_dict"])
+        if state.scheduler is not None:
+            state.scheduler.load_state_dict(saved["scheduler_state_dict"])
+        state.history = [dict(row) for row in saved.get("history", [])]
+        state.clean_pool = saved.get("clean_pool", state.clean_pool)
+        state.epochs_in_clean_pool = saved.get("epochs_in_clean_pool", state.epochs_in_clean_pool)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: its training state does not fit ({type(error).__name__}: {error}): use another checkpoint, or "
+            "--resume False to start over"
+        ) from None
+
+
+def refuse_other_settings(path: Path, saved: object, config: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose stored configuration differs where it matters; the authors' files store none."""
+    if not isinstance(saved, dict):
+        return
+    then, now = flatten(saved), flatten(config)
+    free = FREE if now.get("defense") == "asd" else tuple(key for key in FREE if key != "num_epochs")
+    for key in [*now, *(k for k in then if k not in now)]:
+        if any(key == f or key.startswith(f + ".") for f in free) or then.get(key) == now.get(key):
+            continue
+        raise UserError(
+            f"{path}: was written with {key}: {then.get(key)!r} and the configuration says {now.get(key)!r}: set it back, "
+            "give the new run a name with --set run=NAME, or start over with --resume False"
+        )
+
+
+def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Return {"a.b": value} for nested dictionaries; an empty one counts as a value."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        at = f"{path}.{key}" if path else str(key)
+        if isinstance(value, dict) and value:
+            out |= flatten(value, at)
+        else:
+            out[at] = value
+    return out

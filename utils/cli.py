@@ -1,0 +1,75 @@
+"""The command line of both scripts: options, and what happens when something goes wrong."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import torch
+
+from utils.errors import UserError
+
+DEFAULT_CONFIG = "config/baseline_asd.yaml"
+TORCHRUN_FLAGS = ("--world-size", "--rank", "--dist-port")
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends in a UserError instead of a usage text, so that every mistake is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}: --help lists the options")
+
+
+def parse_arguments(description: str, argv: Sequence[str] | None, training: bool) -> argparse.Namespace:
+    """Parse the options that both scripts have."""
+    parser = Parser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="YAML", help=f"settings (default {DEFAULT_CONFIG})")
+    resume = "False: start over, an earlier run is moved aside; left out: go on if there is a checkpoint"
+    what = resume if training else "left out: latest_model.pt"
+    parser.add_argument("--resume", default="", metavar="CHECKPOINT", help=f"a checkpoint's name or path; {what}")
+    parser.add_argument("--gpu", default="0", help="number of the CUDA device, or cpu")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the YAML")
+    parser.add_argument("--amp", action="store_true", help="bf16 convolutions (runtime.amp)")
+    for flag in TORCHRUN_FLAGS:
+        parser.add_argument(flag, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    for flag in TORCHRUN_FLAGS:
+        if getattr(args, flag[2:].replace("-", "_")) is not None:
+            raise UserError(f"{flag}: is set by torchrun now: start several processes with torchrun, and leave it out")
+    if args.amp:
+        args.set.append("runtime.amp=true")
+    return args
+
+
+def command(name: str, main: Callable[[], None]) -> NoReturn:
+    """Run a script's main function and leave with its exit code.
+
+    0: done. 2: a mistake that the user can mend, told in one line. 130: Ctrl-C. Anything else is a defect of this
+    project and keeps its traceback.
+    """
+    try:
+        main()
+    except UserError as error:
+        fail(f"{name}: error: {error}", 2)
+    except KeyboardInterrupt:
+        fail(f"\n{name}: stopped. Every finished epoch is kept: the same command without --resume False goes on.", 130)
+    except torch.OutOfMemoryError:
+        fail(f"{name}: error: the device's memory is full: lower loader.batch_size or semi.loader.batch_size", 2)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone
+        sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        where = error.filename or "a file of the run"
+        fail(f"{name}: error: {where}: the disk is full: free some space and give the same command without --resume", 2)
+    sys.exit(0)
+
+
+def fail(line: str, code: int) -> NoReturn:
+    """Print one line on standard error and exit."""
+    print(line, file=sys.stderr)
+    sys.exit(code)

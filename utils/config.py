@@ -1,0 +1,440 @@
+"""Every setting of a run: its name, type, range, default and meaning. The dataclasses below are the YAML's schema.
+
+`load(path, overrides)` reads a YAML (and the one it names as `base`), puts the command line's `--set` on top, and
+checks all of it before anything is built. `python -m utils.config` prints the table of every key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.errors import UserError
+from utils.schema import REQUIRED, Choices, Named, Reader, as_dict, describe, setting
+
+ATTACKS = Choices(package="data.attacks")
+DATASETS = Choices(package="data.datasets")
+NETWORKS = Choices(package="model.networks")
+TRANSFORMS = Choices(package="data.transforms")
+
+
+@dataclass(frozen=True)
+class Adam:
+    lr: float = setting(0.002, "learning rate", above=0)
+    betas: tuple[float, ...] = setting((0.9, 0.999), "decay rates of the two moments", low=0, below=1)
+    eps: float = setting(1e-8, "added to the root of the second moment", above=0)
+    weight_decay: float = setting(0.0, "L2 penalty", low=0)
+
+
+@dataclass(frozen=True)
+class SGD:
+    lr: float = setting(0.1, "learning rate", above=0)
+    momentum: float = setting(0.0, "momentum", low=0, below=1)
+    weight_decay: float = setting(0.0, "L2 penalty", low=0)
+    nesterov: bool = setting(False, "Nesterov's momentum")
+
+
+@dataclass(frozen=True)
+class MultiStep:
+    milestones: tuple[float, ...] = setting(
+        REQUIRED, "epochs at which the rate falls; a number under 1 is a fraction of num_epochs", above=0
+    )
+    gamma: float = setting(0.1, "factor at each milestone", above=0)
+
+
+@dataclass(frozen=True)
+class CosineAnnealing:
+    T_max: int | None = setting(None, "epochs from the first rate to eta_min; null: num_epochs", low=1)
+    eta_min: float = setting(0.0, "the last learning rate", low=0)
+
+
+OPTIMIZERS = Choices(table={"Adam": Adam, "SGD": SGD})
+SCHEDULERS = Choices(table={"multi_step": MultiStep, "cosine_annealing": CosineAnnealing})
+
+
+@dataclass(frozen=True)
+class Seed:
+    seed: int = setting(100, "one number from which every random draw of the run follows", low=0)
+    deterministic: bool = setting(False, "CUDA: bit-for-bit repeatable kernels, slower (the CPU always repeats)")
+    benchmark: bool = setting(True, "CUDA: let cuDNN choose the fastest kernels")
+
+
+@dataclass(frozen=True)
+class Data:
+    train_limit: int | None = setting(None, "keep only the first so many training images", low=1)
+    test_limit: int | None = setting(None, "keep only the first so many test images", low=1)
+
+
+@dataclass(frozen=True)
+class TransformTrain:
+    primary: tuple[Named, ...] = setting((), "augmentation of raw images, in this order", choices=TRANSFORMS)
+    remaining: tuple[Named, ...] = setting((), "to_tensor and normalize", choices=TRANSFORMS)
+
+
+@dataclass(frozen=True)
+class TransformTest:
+    primary: tuple[Named, ...] = setting((), "resize or crop of test images", choices=TRANSFORMS)
+    remaining: tuple[Named, ...] = setting((), "to_tensor and normalize", choices=TRANSFORMS)
+
+
+@dataclass(frozen=True)
+class Transform:
+    pre: tuple[Named, ...] = setting((), "once, when the data are loaded, before the trigger", choices=TRANSFORMS)
+    train: TransformTrain = setting(TransformTrain)
+    test: TransformTest = setting(TransformTest)
+
+
+@dataclass(frozen=True)
+class Backdoor:
+    attack: Named = setting(REQUIRED, "the attack", choices=ATTACKS, inline=True)
+    poison_ratio: float = setting(0.05, "share of the training images that the attacker may alter", low=0, high=1)
+    target_label: int = setting(3, "the class that the trigger leads to", low=0)
+    poison_mode: str = setting("bernoulli", "a coin for each image, or an exact count", options=("bernoulli", "exact"))
+
+
+@dataclass(frozen=True)
+class Loader:
+    batch_size: int = setting(128, "images a batch in scoring, testing and the virtual model's training", low=1)
+    num_workers: int = setting(0, "accepted for the original's files; the data are resident, no worker is started", low=0)
+    pin_memory: bool = setting(True, "accepted for the original's files; not needed")
+
+
+@dataclass(frozen=True)
+class SemiLoader:
+    batch_size: int = setting(64, "labelled, and as many unlabelled, images of a MixMatch step", low=2)
+    num_workers: int = setting(0, "accepted for the original's files", low=0)
+    pin_memory: bool = setting(True, "accepted for the original's files")
+
+
+@dataclass(frozen=True)
+class SCE:
+    alpha: float = setting(0.1, "weight of the cross-entropy", low=0)
+    beta: float = setting(1.0, "weight of the reverse cross-entropy", low=0)
+    num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
+
+
+@dataclass(frozen=True)
+class SplitCriterion:
+    sce: SCE = setting(SCE)
+
+
+@dataclass(frozen=True)
+class Split:
+    criterion: SplitCriterion = setting(SplitCriterion)
+
+
+@dataclass(frozen=True)
+class MixMatchLoss:
+    lambda_u: float = setting(15.0, "weight of the unlabelled loss at full strength", low=0)
+    rampup_length: float = setting(120, "epochs over which lambda_u grows from 0; 0: full strength at once", low=0)
+
+
+@dataclass(frozen=True)
+class SemiCriterion:
+    mixmatch: MixMatchLoss = setting(MixMatchLoss)
+
+
+@dataclass(frozen=True)
+class MixMatch:
+    train_iteration: int = setting(1024, "MixMatch steps an epoch", low=1)
+    temperature: float = setting(0.5, "sharpening temperature T of the guessed labels", above=0)
+    alpha: float = setting(0.75, "lambda of mixup is drawn from Beta(alpha, alpha)", above=0)
+    num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
+
+
+@dataclass(frozen=True)
+class Semi:
+    loader: SemiLoader = setting(SemiLoader)
+    criterion: SemiCriterion = setting(SemiCriterion)
+    mixmatch: MixMatch = setting(MixMatch)
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    reduction: str = setting("mean", "how the batch's losses are put together", options=("mean",))
+
+
+@dataclass(frozen=True)
+class Criterion:
+    cross_entropy: CrossEntropy = setting(CrossEntropy)
+
+
+@dataclass(frozen=True)
+class Global:
+    epoch_first: int = setting(60, "class-aware loss-guided split in the epochs before this one", low=0)
+    epoch_second: int = setting(90, "class-agnostic loss-guided split in the epochs before this one", low=0)
+    epoch_third: int = setting(120, "meta-split in the epochs before this one", low=0)
+    seed_num: int = setting(10, "clean seed samples of each class that the defender knows", low=0)
+    epsilon: float = setting(0.5, "share of the training set in the clean pool from stage 2 on", above=0, below=1)
+    t: int = setting(5, "stage 1: the clean pool grows every t epochs", low=1)
+    n: int = setting(10, "stage 1: by n images of each class", low=0)
+    keep_seeds: bool = setting(False, "stages 2 and 3: seed samples are always in the clean pool (not in the paper)")
+
+
+@dataclass(frozen=True)
+class Meta:
+    optimizer: Named = setting(Named("Adam", Adam(lr=0.015)), "the virtual model's optimizer", choices=OPTIMIZERS)
+    criterion: Criterion = setting(Criterion)
+    epoch: int = setting(1, "epochs of the virtual model's training", low=1)
+
+
+@dataclass(frozen=True)
+class Undefended:
+    """`defense: none`: the same network on the same poisoned set, without ASD."""
+
+    batch_size: int = setting(128, "images a step", low=2)
+    optimizer: Named = setting(
+        Named("SGD", SGD(lr=0.1, momentum=0.9, weight_decay=5e-4)), "without defense", choices=OPTIMIZERS
+    )
+    lr_scheduler: Named | None = setting(
+        Named("multi_step", MultiStep(milestones=(0.5, 0.75))), "without defense", choices=SCHEDULERS
+    )
+
+
+@dataclass(frozen=True)
+class Runtime:
+    amp: bool = setting(False, "bf16 for the convolutions (also --amp); weights, BN and losses stay fp32")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. Frozen: nothing below the command line changes a setting."""
+
+    network: Named = setting(REQUIRED, "the classifier", choices=NETWORKS)
+    backdoor: Backdoor = setting(REQUIRED, "the attack that poisons the training set")
+    num_classes: int = setting(10, "classes of the data set", low=1)
+    seed: Seed = setting(Seed)
+    dataset: Named | None = setting(None, "the data set; null: known from dataset_dir's name", choices=DATASETS)
+    dataset_dir: str | None = setting(None, "folder of the data set's files")
+    download: bool = setting(False, "fetch the data set into dataset_dir's parent if it is not there")
+    data: Data = setting(Data)
+    transform: Transform = setting(Transform)
+    prefetch: bool = setting(True, "accepted for the original's files; the data are always resident")
+    defense: str = setting("asd", "asd, or none: the undefended twin", options=("asd", "none"))
+    num_epochs: int = setting(120, "epochs of the run", low=1)
+    optimizer: Named = setting(Named("Adam", Adam()), "one for the whole run", choices=OPTIMIZERS)
+    lr_scheduler: Named | None = setting(None, "learning rate by epoch; null: constant", choices=SCHEDULERS)
+    criterion: Criterion = setting(Criterion)
+    split: Split = setting(Split)
+    semi: Semi = setting(Semi)
+    global_: Global = setting(Global, key="global")
+    meta: Meta = setting(Meta)
+    undefended: Undefended = setting(Undefended)
+    loader: Loader = setting(Loader)
+    sync_bn: bool = setting(False, "several processes: BN statistics over the whole batch")
+    saved_dir: str = setting("./saved_data", "logs and the run's facts: <saved_dir>/<run>/")
+    storage_dir: str = setting("./storage", "checkpoints: <storage_dir>/<run>/checkpoint/")
+    run: str | None = setting(None, "the run's name; null: from the YAML's path")
+    runtime: Runtime = setting(Runtime)
+
+    @property
+    def attack(self) -> Named:
+        """The attack and its settings."""
+        return self.backdoor.attack
+
+    def stage(self, epoch: int) -> str:
+        """Return the stage that a 0-based epoch belongs to (asd.md section 6: the split is a function of the epoch)."""
+        if self.defense == "none":
+            return "undefended"
+        if epoch < self.global_.epoch_first:
+            return "class-aware"
+        return "class-agnostic" if epoch < self.global_.epoch_second else "meta-split"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice instead of keeping the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (dict, list)):
+                raise UserError(f"line {key_node.start_mark.line + 1}: a key must be a word")
+            if key in seen:
+                raise UserError(f"line {key_node.start_mark.line + 1}: {key}: the key is given twice: keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the file's mapping; `UserError` where it is missing, no text or no YAML."""
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file: give --config a YAML, e.g. config/baseline_asd.yaml") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise UserError(f"{path}:{line} no YAML ({getattr(error, 'problem', None) or error}): mend it there") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error}): give --config a YAML file") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: {raw!r}: no mapping of keys: give a YAML like config/baseline_asd.yaml")
+    return raw
+
+
+CHOICE_KEYS = ("network", "dataset", "optimizer", "meta.optimizer", "lr_scheduler", "undefended.optimizer", "undefended.lr_scheduler")
+
+
+def merge(base: dict[str, Any], over: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Return `base` with `over` on top, section by section.
+
+    Where a section chooses one of several names (optimizer, network, the attack ...) another name replaces the base's
+    choice instead of standing beside it. The order of transforms is the upper file's.
+    """
+    out = dict(base)
+    if path in CHOICE_KEYS and set(over) - set(base):
+        return over
+    if path == "backdoor":
+        plain = {"poison_ratio", "target_label", "poison_mode"}
+        if set(over) - plain - set(base):
+            out = {k: v for k, v in base.items() if k in plain}
+    for key, value in over.items():
+        at = f"{path}.{key}" if path else key
+        whole = at.startswith("transform.") and at.rpartition(".")[2] in ("pre", "primary", "remaining")
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = merge(out[key], value, at) if both and not whole else value
+    return out
+
+
+def leaves(tree: Mapping[str, Any], path: str = "") -> list[str]:
+    """Return the dotted paths of every key, sections included."""
+    out: list[str] = []
+    for key, value in tree.items():
+        at = f"{path}.{key}" if path else str(key)
+        out.append(at)
+        if isinstance(value, Mapping):
+            out += leaves(value, at)
+    return out
+
+
+def read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return a YAML merged with the chain of its bases, and for each key the file that gave it."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: base: {path.name}: names itself in a circle: remove one base")
+    raw = read_yaml(path)
+    base = raw.pop("base", None)
+    if base is None:
+        return raw, dict.fromkeys(leaves(raw), str(path))
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base: {base!r}: give the path of one YAML, relative to this file")
+    if not (path.parent / base).is_file():
+        raise UserError(f"{path}: base: {base}: no such file beside this one: give a path relative to {path.parent}/")
+    below, origin = read_with_base(path.parent / base, (*seen, path.resolve()))
+    return merge(below, raw), origin | dict.fromkeys(leaves(raw), str(path))
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """Turn `--set a.b=value` into {"a": {"b": value}}, the value read as YAML."""
+    key, sign, value = text.partition("=")
+    if not sign or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+        raise UserError(f"--set {text}: not of the form key.path=value, e.g. --set global.epsilon=0.4")
+    try:
+        parsed = yaml.load(value, _Loader)
+    except yaml.YAMLError:
+        raise UserError(f"--set {text}: the value is no YAML: quote it") from None
+    for part in reversed(key.split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Read, merge and check a configuration.
+
+    Args:
+        path: the YAML.
+        overrides: `key.path=value` texts of `--set`, later ones winning.
+    Raises:
+        UserError: one line with file, key, value and remedy.
+    """
+    path = Path(path)
+    raw, origin = read_with_base(path)
+    for text in overrides:
+        over = parse_override(text)
+        raw = merge(raw, over)
+        origin |= dict.fromkeys(leaves(over), f"--set {text.partition('=')[0]}")
+
+    def where(key: str) -> str:
+        while key and key not in origin:
+            key = key.rpartition(".")[0]
+        return origin.get(key, str(path))
+
+    reader = Reader(where)
+    config: Config = reader.section(Config, raw)
+    check(config, reader)
+    return replace(config, run=config.run or run_name(path))
+
+
+def check(config: Config, reader: Reader) -> None:
+    """Refuse settings that are each legal and together are not."""
+    g, c = config.global_, config.num_classes
+    if c < 2:
+        reader.fail("num_classes", c, "a classifier needs at least 2 classes")
+    nested = {
+        f"network.{config.network.name}.num_classes": getattr(config.network.settings, "num_classes", None),
+        "split.criterion.sce.num_classes": config.split.criterion.sce.num_classes,
+        "semi.mixmatch.num_classes": config.semi.mixmatch.num_classes,
+    }
+    for key, value in nested.items():
+        if value is not None and value != c:
+            reader.fail(key, value, f"num_classes is {c}: give {c} or leave the key out")
+    if config.backdoor.target_label >= c:
+        reader.fail("backdoor.target_label", config.backdoor.target_label, f"is no class: give 0 to {c - 1}")
+    if not g.epoch_first <= g.epoch_second:
+        reader.fail("global.epoch_second", g.epoch_second, f"give at least epoch_first ({g.epoch_first})")
+    if not g.epoch_second <= g.epoch_third:
+        reader.fail("global.epoch_third", g.epoch_third, f"give at least epoch_second ({g.epoch_second})")
+    if config.defense == "asd" and config.num_epochs > g.epoch_third:
+        remedy = f"no split is defined from epoch {g.epoch_third} on: lower num_epochs or raise global.epoch_third"
+        reader.fail("num_epochs", config.num_epochs, remedy)
+    if config.defense == "asd" and g.seed_num < 1 and g.epoch_first > 0:
+        reader.fail("global.seed_num", g.seed_num, "the first clean pool would be empty: give at least 1")
+    for name in ("train", "test"):
+        part = getattr(config.transform, name)
+        for item in (*config.transform.pre, *part.primary):
+            if item.name in ("to_tensor", "normalize"):
+                reader.fail(f"transform.{name}.primary", item.name, "belongs under remaining")
+        if [item.name for item in part.remaining] not in (["to_tensor"], ["to_tensor", "normalize"]):
+            listed = ", ".join(item.name for item in part.remaining) or "nothing"
+            reader.fail(f"transform.{name}.remaining", listed, "give to_tensor: true, and normalize after it if wanted")
+    for item in (*config.transform.pre, *config.transform.test.primary):
+        if item.name.startswith(("random", "gaussian")):
+            reader.fail(f"transform: {item.name}", item.name, "is random: it belongs under transform.train.primary")
+    if config.dataset is None and config.dataset_dir is None:
+        reader.fail("dataset_dir", None, "missing; name the data set's folder, or `dataset: shapes` for the built-in one")
+    for key in ("optimizer", "meta.optimizer", "undefended.optimizer"):
+        chosen = config
+        for part_name in key.split("."):
+            chosen = getattr(chosen, part_name)
+        if chosen.name == "Adam" and len(chosen.settings.betas) != 2:  # type: ignore[attr-defined]
+            reader.fail(f"{key}.Adam.betas", list(chosen.settings.betas), "give two numbers")  # type: ignore[attr-defined]
+    if config.run is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", config.run) or ".." in (config.run or ""):
+        reader.fail("run", config.run, "give a plain name, e.g. asd-seed-1")
+
+
+def run_name(path: Path) -> str:
+    """Return the run's name: config/a/b.yaml -> a/b; a file that lies elsewhere: its file name."""
+    stem = path.resolve().with_suffix("")
+    for folder in (Path.cwd().resolve() / "config", Path(__file__).resolve().parents[1] / "config"):
+        if stem.is_relative_to(folder):
+            return stem.relative_to(folder).as_posix()
+    return path.stem
+
+
+def to_yaml(config: Config) -> str:
+    """Return the whole resolved configuration as YAML."""
+    text: str = yaml.safe_dump(as_dict(config), sort_keys=False)
+    return text
+
+
+if __name__ == "__main__":
+    print("| key | kind | default | meaning |\n| --- | --- | --- | --- |")
+    for key, kind, default, text in describe(Config):
+        print(f"| `{key}` | {kind} | {default} | {text} |")

@@ -1,0 +1,111 @@
+"""The pictures that a run leaves in `log/`: figures over epochs, loss histograms, triggered images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 - the backend is chosen first
+
+CLEAN_COLOUR, POISONED_COLOUR = "#2a6f97", "#c1121f"
+STAGE_SHADES = {"class-aware": "#f4f1de", "class-agnostic": "#e0ecf4", "meta-split": "#e8f3e8", "undefended": "#ffffff"}
+
+
+def draw_accuracy(path: Path, history: list[dict[str, Any]], title: str) -> None:
+    """ACC and ASR, in %, over epochs, the stages as shades."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    shade_stages(axes, history)
+    epochs = [row["epoch"] + 1 for row in history]
+    acc = [100 * row["clean_accuracy"] for row in history]
+    asr = [100 * row["attack_success_rate"] for row in history]
+    axes.plot(epochs, acc, "o-", ms=3, color=CLEAN_COLOUR, label=f"ACC, at the end {acc[-1]:.1f} %")
+    axes.plot(epochs, asr, "s-", ms=3, color=POISONED_COLOUR, label=f"ASR, at the end {asr[-1]:.1f} %")
+    axes.set(xlabel="epoch", ylabel="%", ylim=(-3, 103), title=title)
+    finish(figure, axes, path)
+
+
+def draw_purity(path: Path, history: list[dict[str, Any]], poison_share: float, title: str) -> None:
+    """Share of poisoned images in the clean pool over epochs, beside their share of the whole set."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    shade_stages(axes, history)
+    epochs = [row["epoch"] + 1 for row in history]
+    share = [100 * row["poisoned_in_clean_pool"] / row["clean_pool_size"] for row in history]
+    axes.plot(epochs, share, "s-", ms=3, color=POISONED_COLOUR, label="poisoned in the clean pool")
+    axes.axhline(100 * poison_share, ls="--", lw=1, color="grey", label="poisoned in the whole training set")
+    axes.set(xlabel="epoch", ylabel="% of the pool", title=title)
+    axes.set_ylim(0, max(100 * poison_share, *share) * 1.15 + 0.1)
+    finish(figure, axes, path)
+
+
+def draw_losses(path: Path, losses: np.ndarray, flags: np.ndarray, pool: np.ndarray, label: str, title: str) -> None:
+    """Histograms of the (N,) values by which an epoch was split, for clean and poisoned images.
+
+    Args:
+        flags: (N,) ground truth, 1 poisoned.
+        pool: indices of the clean pool, whose share of either kind stands in the legend.
+        label: what the values are.
+    """
+    inside = np.zeros(len(losses), bool)
+    inside[pool] = True
+    figure, axes = plt.subplots(figsize=(7, 4))
+    bins = np.linspace(losses.min(), losses.max() + 1e-9, 60)
+    for name, which, colour in (("clean", flags == 0, CLEAN_COLOUR), ("poisoned", flags == 1, POISONED_COLOUR)):
+        if which.any():
+            share = 100 * inside[which].mean()
+            weights = np.full(which.sum(), 100 / which.sum())
+            text = f"{name} images ({which.sum()}; {share:.1f} % in the clean pool)"
+            axes.hist(losses[which], bins, weights=weights, alpha=0.65, color=colour, label=text)
+    axes.set(xlabel=label, ylabel="% of the images of that kind", yscale="log", title=title)
+    finish(figure, axes, path)
+
+
+def draw_triggered(path: Path, examples: np.ndarray, title: str) -> None:
+    """Contact sheet of (2, n, H, W, 3) uint8: each image before, after, and the difference x 10."""
+    before, after = examples[:, :8].astype(int)
+    rows = [before, after, np.clip(abs(after - before) * 10, 0, 255)]
+    n = before.shape[0]
+    figure, axes = plt.subplots(3, n, figsize=(1.15 * n + 0.9, 4.1), squeeze=False)
+    for row, (name, images) in enumerate(zip(("original", "triggered", "change x 10"), rows, strict=True)):
+        for column in range(n):
+            axes[row][column].imshow(images[column].astype(np.uint8), interpolation="nearest")
+            axes[row][column].set(xticks=[], yticks=[])
+        axes[row][0].set_ylabel(name)
+    figure.suptitle(title)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def shade_stages(axes: Any, history: list[dict[str, Any]]) -> None:
+    """Shade the background by stage, and name each."""
+    start = 0
+    for i, row in enumerate(history):
+        last = i + 1 == len(history) or history[i + 1]["stage"] != row["stage"]
+        if last:
+            low, high = history[start]["epoch"] + 0.5, row["epoch"] + 1.5
+            axes.axvspan(low, high, color=STAGE_SHADES.get(row["stage"], "#ffffff"), zorder=0)
+            if row["stage"] != "undefended":
+                place = axes.get_xaxis_transform()
+                axes.text((low + high) / 2, 1.0, row["stage"], ha="center", va="bottom", fontsize=7, transform=place)
+            start = i + 1
+    axes.set_xlim(history[0]["epoch"] + 0.5, history[-1]["epoch"] + 1.5)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def finish(figure: Any, axes: Any, path: Path) -> None:
+    """Legend, grid, save."""
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, framealpha=0.9)
+    axes.title.set_position((0.5, 1.06))
+    axes.set_title(axes.get_title(), pad=14, fontsize=10)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write the PNG and free the figure."""
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,110 @@
+"""What a run tells: lines on the screen and in `asd.log`, `metrics.jsonl`, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from utils.files import write_text
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], name: str, total: int) -> Iterable[T]:
+    """Wrap a long loop in a bar with the time left; where no person watches it is redrawn every 10 s only."""
+    watched = sys.stderr.isatty()
+    return tqdm(items, name, total, leave=False, dynamic_ncols=True, mininterval=0.2 if watched else 10)
+
+
+class RunLog:
+    """Writes into the run's `log/` folder; made once, after the run was opened."""
+
+    def __init__(self, folder: Path, start_epoch: int) -> None:
+        self.folder = folder
+        self.file = open(folder / "asd.log", "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        self.start_epoch = start_epoch
+        self._board: Any = None
+
+    @property
+    def board(self) -> Any:
+        """TensorBoard's writer; what a killed run wrote beyond its last checkpoint is purged."""
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter  # only here: a second of import
+
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start_epoch)  # type: ignore[no-untyped-call]
+        return self._board
+
+    def say(self, line: str) -> None:
+        """Print a line past the progress bars, and keep it with the time in `asd.log`."""
+        tqdm.write(line)
+        self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+        self.file.flush()
+
+    def epoch(self, history: list[dict[str, Any]], num_epochs: int) -> None:
+        """Report the last row of the history: a line, `metrics.jsonl`, TensorBoard scalars."""
+        row = history[-1]
+        self.say(epoch_line(row, num_epochs))
+        write_metrics(self.folder, history)
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and key != "epoch":
+                self.board.add_scalar(key, value, row["epoch"])
+        self.board.flush()
+
+    def losses(self, losses: torch.Tensor, flags: torch.Tensor, epoch: int) -> None:
+        """Add histograms of the split loss, (N,), for clean and for poisoned images, (N,) flags."""
+        for name, which in (("clean", flags == 0), ("poisoned", flags == 1)):
+            if which.any():
+                self.board.add_histogram(f"split_loss/{name}", losses[which].numpy(), epoch)
+
+    def start(self, config: dict[str, Any], settings_yaml: str, poisoned: np.ndarray) -> None:
+        """Add the hyper-parameters and a grid of poisoned images, (n, H, W, 3) uint8."""
+        self.board.add_text("config", f"```yaml\n{settings_yaml}```", 0)
+        if len(poisoned):
+            self.board.add_images("poisoned", poisoned, 0, dataformats="NHWC")
+
+    def finish(self, hyperparameters: dict[str, Any], row: dict[str, Any]) -> None:
+        """Add the hyper-parameters with the final figures, and close."""
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in hyperparameters.items()}
+        figures = {f"final/{k}": row[k] for k in ("clean_accuracy", "attack_success_rate")}
+        for summary in hparams(plain, figures):
+            self.board.file_writer.add_summary(summary)
+        for key, value in figures.items():
+            self.board.add_scalar(key, value, row["epoch"])
+        self.close()
+
+    def close(self) -> None:
+        """Flush everything to disk."""
+        if self._board is not None:
+            self._board.close()
+        self.file.close()
+
+
+def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
+    """Write `metrics.jsonl` whole from the history, so that it always agrees with the checkpoint."""
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+
+
+def percent(share: float | None) -> str:
+    """Return e.g. ` 93.41 %`."""
+    return "     - %" if share is None else f"{100 * share:6.2f} %"
+
+
+def epoch_line(row: dict[str, Any], num_epochs: int) -> str:
+    """Return the plain line of one epoch."""
+    figures = f"ACC {percent(row['clean_accuracy'])}  ASR {percent(row['attack_success_rate'])}"
+    head = f"epoch {row['epoch'] + 1:3d}/{num_epochs}  {row['stage']:14s}  {figures}"
+    if row["defense"] == "none":
+        return f"{head}  loss {row['loss']:.4f}  {row['seconds']:.1f} s"
+    pools = f"clean pool {row['clean_pool_size']} ({row['poisoned_in_clean_pool']} poisoned), polluted {row['polluted_pool_size']}"
+    losses = f"loss {row['loss']:.4f} = Lx {row['loss_x']:.4f} + lambda_u {row['lambda_u']:.2f} x Lu {row['loss_u']:.5f}"
+    return f"{head}  {pools}  {losses}  {row['seconds']:.1f} s"

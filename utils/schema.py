@@ -1,0 +1,261 @@
+"""From YAML to frozen dataclasses: the dataclass is the schema, and all of it is checked at once.
+
+A field is declared with `setting(default, help, ...)`. Its type says what the YAML may hold: `int`, `float`, `bool`,
+`str`, `tuple[float, ...]`, any of them `| None`, another dataclass (a section), or one of the two kinds of choice:
+`Named` (one key that names a plug-in and holds its settings) and `tuple[Named, ...]` (several, in their order).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from utils import plugins
+from utils.errors import UserError, nearest
+
+REQUIRED: Any = dataclasses.MISSING
+
+
+@dataclass(frozen=True)
+class Named:
+    """A choice by name with its settings, e.g. `optimizer: {Adam: {lr: 0.002}}`."""
+
+    name: str
+    settings: Any
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Where the names of a `Named` field come from: a table of dataclasses, or the files of a package."""
+
+    table: Mapping[str, type] | None = None
+    package: str | None = None
+
+    def names(self) -> list[str]:
+        """Return the legal names."""
+        return list(self.table) if self.table is not None else plugins.names(str(self.package))
+
+    def schema(self, name: str) -> type:
+        """Return the dataclass of the settings of `name`."""
+        return self.table[name] if self.table is not None else plugins.settings(str(self.package), name)
+
+
+def setting(
+    default: Any = REQUIRED,
+    help: str = "",
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    options: tuple[str, ...] | None = None,
+    choices: Choices | None = None,
+    inline: bool = False,
+    key: str | None = None,
+) -> Any:
+    """Declare one key of the YAML.
+
+    Args:
+        default: the value when the key is absent; a dataclass type means that section with all its defaults.
+        help: one line for the README's table, with the unit.
+        low, high: inclusive bounds; above, below: exclusive ones. They hold for every number of a tuple.
+        options: the legal strings.
+        choices: the legal names of a `Named` field.
+        inline: the `Named` key stands among the other keys of its section, as the attack does under `backdoor`.
+        key: the name in the YAML where Python does not allow it (`global`).
+    """
+    meta = dict(help=help, low=low, high=high, above=above, below=below)
+    meta |= dict(options=options, choices=choices, inline=inline, key=key)
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def yaml_key(field: dataclasses.Field[Any]) -> str:
+    """Return the field's name as the YAML has it."""
+    return field.metadata.get("key") or field.name
+
+
+class Reader:
+    """Turns nested dictionaries into dataclasses; `where(path)` names the file that a key came from."""
+
+    def __init__(self, where: Callable[[str], str]) -> None:
+        self.where = where
+
+    def fail(self, path: str, value: object, remedy: str) -> typing.NoReturn:
+        """Raise the one-line error: file, key, value, remedy."""
+        shown = repr(value) if not isinstance(value, Mapping) else "{" + ", ".join(map(str, value)) + "}"
+        raise UserError(f"{self.where(path)}: {path or '(top level)'}: {shown}: {remedy}")
+
+    def section(self, schema: type, raw: Any, path: str = "") -> Any:
+        """Build the dataclass `schema` from the mapping `raw`, checking every key, type and range."""
+        raw = {} if raw is None else raw
+        if not isinstance(raw, Mapping):
+            self.fail(path, raw, "give a section of keys here")
+        hints = typing.get_type_hints(schema)
+        fields = {yaml_key(f): f for f in dataclasses.fields(schema)}
+        inline = next((f for f in fields.values() if f.metadata.get("inline")), None)
+        known = {k for k, f in fields.items() if f is not inline}
+        values: dict[str, Any] = {}
+        if inline is not None:
+            named = {k: v for k, v in raw.items() if k not in known}
+            values[inline.name] = self.named(inline.metadata["choices"], named, path, also=known)
+        for key, value in raw.items():
+            at = f"{path}.{key}" if path else str(key)
+            if key in known:
+                values[fields[key].name] = self.value(hints[fields[key].name], value, at, fields[key].metadata)
+            elif inline is None:
+                self.fail(at, value, f"unknown key; {nearest(key, known)}")
+        for key in known:
+            f = fields[key]
+            if key not in raw and f.default is REQUIRED and f.default_factory is REQUIRED:
+                self.fail(f"{path}.{key}" if path else key, None, f"missing; give {f.metadata['help'] or 'a value'}")
+        return schema(**values)
+
+    def named(self, choices: Choices, raw: Any, path: str, also: set[str] | None = None) -> Named:
+        """Build a choice: exactly one known name, holding its settings; a bare name means its defaults."""
+        if isinstance(raw, str):
+            raw = {raw: None}
+        if not isinstance(raw, Mapping) or not raw:
+            self.fail(path, raw, f"name one of {', '.join(choices.names())}")
+        for name, value in raw.items():
+            if name not in choices.names():
+                at = f"{path}.{name}" if path else str(name)
+                self.fail(at, value, f"unknown key; {nearest(name, [*choices.names(), *(also or ())])}")
+        if len(raw) > 1:
+            self.fail(path, raw, f"{len(raw)} names where one is chosen: keep one of {', '.join(map(str, raw))}")
+        ((name, value),) = raw.items()
+        return Named(name, self.section(choices.schema(name), value, f"{path}.{name}" if path else str(name)))
+
+    def value(self, hint: Any, raw: Any, path: str, meta: Mapping[str, Any]) -> Any:
+        """Build one value of the type `hint`, in the range that `meta` gives."""
+        if typing.get_origin(hint) in (types.UnionType, typing.Union):
+            kinds = [a for a in typing.get_args(hint) if a is not type(None)]
+            if raw is None:
+                return None
+            if len(kinds) > 1 and not isinstance(raw, (list, tuple)):
+                kinds = [k for k in kinds if typing.get_origin(k) is not tuple]
+            hint = kinds[-1] if isinstance(raw, (list, tuple)) else kinds[0]
+        if dataclasses.is_dataclass(hint) and hint is not Named:
+            return self.section(typing.cast(type, hint), raw, path)
+        if hint is Named:
+            return self.named(meta["choices"], raw, path)
+        if typing.get_origin(hint) is tuple:
+            return self.several(typing.get_args(hint)[0], raw, path, meta)
+        return self.scalar(hint, raw, path, meta)
+
+    def several(self, kind: Any, raw: Any, path: str, meta: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Build a tuple: a list of numbers, or the names of a mapping in their order."""
+        if kind is Named:
+            if raw is None:
+                return ()
+            if not isinstance(raw, Mapping):
+                self.fail(path, raw, f"give a section of names from {', '.join(meta['choices'].names())}")
+            switched_on = {k: {} if v is True else v for k, v in raw.items() if v is not None and v is not False}
+            return tuple(self.named(meta["choices"], {k: v}, path) for k, v in switched_on.items())
+        if not isinstance(raw, (list, tuple)):
+            self.fail(path, raw, "give a list, e.g. [0.1, 0.2]")
+        return tuple(self.scalar(kind, item, f"{path}[{i}]", meta) for i, item in enumerate(raw))
+
+    def scalar(self, kind: type, raw: Any, path: str, meta: Mapping[str, Any]) -> Any:
+        """Build an int, float, bool or str and check its range."""
+        if kind in (int, float) and isinstance(raw, str) and re.fullmatch(r"[+-]?[\d.]+e[+-]?\d+", raw, re.I):
+            self.fail(path, raw, f"YAML reads this as text; write {with_point(raw)} (with a decimal point and a sign)")
+        right = {
+            bool: isinstance(raw, bool),
+            int: isinstance(raw, int) and not isinstance(raw, bool),
+            float: isinstance(raw, (int, float)) and not isinstance(raw, bool),
+            str: isinstance(raw, str),
+        }[kind]
+        if not right:
+            wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+            self.fail(path, raw, f"wrong type ({type(raw).__name__}); give {wanted}{legal_range(meta)}")
+        value = float(raw) if kind is float else raw
+        if kind in (int, float):
+            outside = (
+                not math.isfinite(value)
+                or (meta.get("low") is not None and value < meta["low"])
+                or (meta.get("high") is not None and value > meta["high"])
+                or (meta.get("above") is not None and value <= meta["above"])
+                or (meta.get("below") is not None and value >= meta["below"])
+            )
+            if outside:
+                self.fail(path, raw, f"out of range; give a number{legal_range(meta) or ' that is finite'}")
+        if meta.get("options") and value not in meta["options"]:
+            self.fail(path, raw, f"unknown; {nearest(value, meta['options'])}")
+        return value
+
+
+def with_point(text: str) -> str:
+    """Return `2e-3` as YAML 1.1 reads a number: `2.0e-3`."""
+    mantissa, exponent = re.split("e", text, flags=re.I)
+    sign = "" if exponent[0] in "+-" else "+"
+    return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{sign}{exponent}"
+
+
+def legal_range(meta: Mapping[str, Any]) -> str:
+    """Return e.g. ` >= 0 and < 1`, or nothing where any number will do."""
+    signs = (("low", ">="), ("above", ">"), ("high", "<="), ("below", "<"))
+    bounds = [f"{sign} {meta[name]:g}" for name, sign in signs if meta.get(name) is not None]
+    return " " + " and ".join(bounds) if bounds else ""
+
+
+def as_dict(value: Any) -> Any:
+    """Return the settings as plain dictionaries with the YAML's keys: what is saved with a run."""
+    if isinstance(value, Named):
+        return {value.name: as_dict(value.settings)}
+    if isinstance(value, tuple):
+        if value and all(isinstance(item, Named) for item in value):
+            return {item.name: as_dict(item.settings) for item in value}
+        return [as_dict(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        out: dict[str, Any] = {}
+        for f in dataclasses.fields(value):
+            item = as_dict(getattr(value, f.name))
+            if f.metadata.get("inline"):
+                out |= item
+            else:
+                out[yaml_key(f)] = item
+        return out
+    return value
+
+
+def describe(schema: type, path: str = "", told: set[int] | None = None) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (key, type, default, help) of every key below `schema`: the README's table.
+
+    The settings of a set of choices (the optimizers, the transforms) are told once, at its first place.
+    """
+    hints = typing.get_type_hints(schema)
+    told = set() if told is None else told
+    for f in dataclasses.fields(schema):
+        meta, hint = f.metadata, hints[f.name]
+        at = path if meta.get("inline") else (f"{path}.{yaml_key(f)}" if path else yaml_key(f))
+        optional = [a for a in typing.get_args(hint) if a is not type(None)]
+        inner = optional[0] if typing.get_origin(hint) in (types.UnionType, typing.Union) else hint
+        if dataclasses.is_dataclass(inner) and inner is not Named:
+            yield from describe(typing.cast(type, inner), at, told)
+        elif meta.get("choices") is not None:
+            if not meta.get("inline"):
+                yield at, "one of" if inner is Named else "any of", default_text(f), meta["help"]
+            if id(meta["choices"]) not in told:
+                told.add(id(meta["choices"]))
+                for name in meta["choices"].names():
+                    yield from describe(meta["choices"].schema(name), f"{at}.{name}", told)
+        else:
+            kind = str(getattr(inner, "__name__", inner)) if typing.get_origin(inner) is None else "list"
+            yield at, (" / ".join(meta["options"]) if meta.get("options") else kind), default_text(f), meta["help"]
+
+
+def default_text(field: dataclasses.Field[Any]) -> str:
+    """Return the default as the YAML would have it."""
+    if field.default is REQUIRED:
+        return "required" if field.default_factory is REQUIRED else ""
+    value = as_dict(field.default)
+    return ", ".join(value) if isinstance(value, dict) else json.dumps(value)
