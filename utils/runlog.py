@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], name: str, total: int) -> Iterable[T]:
-    """Wrap a long loop in a bar with the time left; where no person watches it is redrawn every 10 s only."""
-    watched = sys.stderr.isatty()
-    return tqdm(items, name, total, leave=False, dynamic_ncols=True, mininterval=0.2 if watched else 10)
+    """Wrap a long loop in a bar with the time left; in a log file it shows only after 10 s, and every 10 s."""
+    wait = 0 if sys.stderr.isatty() else 10
+    return tqdm(items, name, total, leave=False, dynamic_ncols=True, mininterval=max(wait, 0.2), delay=wait)
 
 
 class RunLog:

@@ -20,8 +20,8 @@ BLOCK = np.array([[[180, 249, 112], [155, 50, 126]], [[234, 82, 68], [187, 201, 
 CHECKER = (np.indices((3, 3)).sum(0) % 2 == 0)[..., None].repeat(3, 2).astype(np.uint8) * 255
 PATTERNS = {
     "block2x2": ((4, 4), BLOCK),  # the original's; survives every crop with padding 4
-    "corner3x3": ((-4, -4), np.full((3, 3, 3), 255, np.uint8)),  # white, as in most other papers
-    "checker3x3": ((-4, -4), CHECKER),
+    "corner3x3": ((-3, -3), np.full((3, 3, 3), 255, np.uint8)),  # white, as in most other papers
+    "checker3x3": ((4, 4), CHECKER),
 }
 
 
