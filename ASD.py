@@ -297,7 +297,9 @@ def announce(
     """Say what is about to run, and draw the triggered images."""
     count = int(poisoned.oracle.poisoned().sum())
     network = f"{config.network.name}, {sum(p.numel() for p in state.model.parameters()):,} parameters"
-    log.say(f"run {run.name}: defense {config.defense}, attack {config.attack.name}, target class {config.backdoor.target_label}")
+    log.say(
+        f"run {run.name}: defense {config.defense}, attack {config.attack.name}, target class {config.backdoor.target_label}"
+    )
     log.say(
         f"training images {len(poisoned.train)} ({count} poisoned), test images {len(tests.clean)}, "
         f"triggered test images {len(tests.backdoor)}"
@@ -321,7 +323,7 @@ def show_split(
     stage, last = config.stage(epoch), epoch + 1 == config.num_epochs
     if last or config.stage(epoch + 1) != stage:
         label = "split loss - split loss of the virtual model" if stage == "meta-split" else "split loss"
-        title = f"{stage} split of epoch {epoch + 1}: {len(clean_pool)} images in the clean pool"
+        title = f"{stage.removesuffix('-split')} split of epoch {epoch + 1}: {len(clean_pool)} images in the clean pool"
         path = run.log / f"split_{stage}.png"
         pictures.draw_losses(path, values.numpy(), flags.numpy(), clean_pool.numpy(), label, title)
 
@@ -341,7 +343,10 @@ def finish_epoch(
     asd, n = config.defense == "asd", len(poisoned.train)
     if not torch.isfinite(torch.tensor(list(losses.values()))).all():
         what = "optimizer" if asd else "undefended.optimizer"
-        raise UserError(f"epoch {state.epoch}: the training loss is not finite: lower the learning rate of {what}; the last checkpoint is kept")
+        raise UserError(
+            f"epoch {state.epoch}: the training loss is not finite: lower the learning rate of {what}; "
+            "the last checkpoint is kept"
+        )
     row: dict[str, Any] = {
         "epoch": state.epoch,
         "defense": config.defense,

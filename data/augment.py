@@ -63,10 +63,7 @@ class Pipeline:
             moves = 0
             while moves < len(work) and hasattr(work[moves][0], "remap"):
                 moves += 1
-            if moves:
-                images = gather_pixels(images, work[:moves])
-            else:
-                images = work[0][0].apply(images, work[0][1])
+            images = gather_pixels(images, work[:moves]) if moves else work[0][0].apply(images, work[0][1])
             work = work[max(moves, 1) :]
         return images
 

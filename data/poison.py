@@ -114,8 +114,9 @@ def poison_index(path: Path, labels: np.ndarray, config: Config) -> np.ndarray:
     remedy = "move the file away to draw anew, or start over with --resume False"
     try:
         index = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: is no array of numbers ({error}): {remedy}") from None
+    except Exception as error:  # numpy raises whatever its readers of headers and archives do
+        what = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: is no array of numbers ({what}): {remedy}") from None
     if not isinstance(index, np.ndarray) or index.shape != labels.shape:
         shape = getattr(index, "shape", "no array")
         raise UserError(f"{path}: shape {shape}: the training set has {len(labels)} images: {remedy}")

@@ -98,6 +98,9 @@ def check_pool_sizes(config: Config, labels: Tensor) -> None:
     ]
     if config.num_epochs > g.epoch_first:
         sizes.append((g.epoch_first, int(n * g.epsilon), "global.epsilon"))
+        if g.keep_seeds:  # at worst none of the seed samples is among them
+            most = min(n, int(n * g.epsilon) + g.seed_num * config.num_classes)
+            sizes.append((g.epoch_first, most, "global.epsilon"))
     given = {"global.seed_num/n/t": f"{g.seed_num}/{g.n}/{g.t}", "global.epsilon": str(g.epsilon)}
     for epoch, size, key in sizes:
         for pool, count in (("clean", size), ("polluted", n - size)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import pickle
 import struct
 from pathlib import Path
@@ -11,13 +12,14 @@ import numpy as np
 
 from utils.errors import UserError
 
+RECONSTRUCT = np.zeros(0).__reduce__()[0]  # the function that rebuilds arrays, wherever this numpy keeps it
 # All that a pickled numpy array of numbers needs, under the module names of old and new numpy.
 ALLOWED = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-    ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-    ("_codecs", "encode"): __import__("_codecs").encode,  # bytes in protocol 2 pickles of Python 3
+    ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,
+    ("_codecs", "encode"): codecs.encode,  # bytes in protocol 2 pickles of Python 3
 }
 
 

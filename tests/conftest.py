@@ -54,7 +54,9 @@ def tiny(tmp_path: Path) -> Path:
     return path
 
 
-def run_script(script: str, *arguments: object, cwd: Path = REPOSITORY, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_script(
+    script: str, *arguments: object, cwd: Path = REPOSITORY, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
     """Run ASD.py or test.py (or any file of the repository) as a user does, on the CPU, with one thread."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, str(REPOSITORY / script), *map(str, arguments)]

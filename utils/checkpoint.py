@@ -26,6 +26,14 @@ FREE = (
     "semi.loader.pin_memory",
 )  # fmt: skip
 
+# What a numpy scalar in a checkpoint needs: the function that rebuilds it, under both of its module names, and dtypes.
+REBUILD = np.float64(0).__reduce__()[0]
+KINDS = (np.float64, np.float32, np.int64, np.int32, np.bool_)
+NUMPY_SCALARS: list[Any] = [
+    (REBUILD, "numpy.core.multiarray.scalar"), (REBUILD, "numpy._core.multiarray.scalar"), np.dtype,
+    *(type(np.dtype(kind)) for kind in KINDS),
+]  # fmt: skip
+
 
 @dataclass
 class State:
@@ -73,16 +81,13 @@ def read(path: Path) -> dict[str, Any]:
         there = sorted(p.name for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
         listed = f"there are {', '.join(there)}" if there else "there is none: train first with ASD.py"
         raise UserError(f"--resume {path}: no such checkpoint: {listed}")
-    scalars = [np.dtype, np._core.multiarray.scalar, type(np.dtype(np.float64)), type(np.dtype(np.float32)), type(np.dtype(np.int64))]  # type: ignore[attr-defined]
     try:
-        with torch.serialization.safe_globals(scalars):  # the authors' figures may be numpy scalars
+        with torch.serialization.safe_globals(NUMPY_SCALARS):  # the authors' figures may be numpy scalars
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error)
         if "Unsupported" in reason or "GLOBAL" in reason or "global" in reason:
-            raise UserError(
-                f"{path}: asks for code that no checkpoint needs: it may be malicious; do not use it"
-            ) from None
+            raise UserError(f"{path}: asks for code that no checkpoint needs: it may be malicious; do not use it") from None
         raise UserError(f"{path}: is truncated or no checkpoint: use another one, e.g. best_model.pt") from None
     except (
         RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError,

@@ -59,7 +59,7 @@ SCHEDULERS = Choices(table={"multi_step": MultiStep, "cosine_annealing": CosineA
 
 @dataclass(frozen=True)
 class Seed:
-    seed: int = setting(100, "one number from which every random draw of the run follows", low=0)
+    seed: int = setting(100, "one number from which every random draw of the run follows", low=0, high=2**32 - 1)
     deterministic: bool = setting(False, "CUDA: bit-for-bit repeatable kernels, slower (the CPU always repeats)")
     benchmark: bool = setting(True, "CUDA: let cuDNN choose the fastest kernels")
 
@@ -252,8 +252,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (dict, list)):
+            if isinstance(key, (dict, list, set)):
                 raise UserError(f"line {key_node.start_mark.line + 1}: a key must be a word")
             if key in seen:
                 raise UserError(f"line {key_node.start_mark.line + 1}: {key}: the key is given twice: keep one")
@@ -265,6 +267,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Return the file's mapping; `UserError` where it is missing, no text or no YAML."""
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        leaves(raw if isinstance(raw, dict) else {})  # an alias that holds itself has no end
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except FileNotFoundError:
@@ -272,15 +275,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
-        raise UserError(f"{path}:{line} no YAML ({getattr(error, 'problem', None) or error}): mend it there") from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{path}:{line} no YAML ({problem}): mend it there") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({error}): give --config a YAML file") from None
+    except (ValueError, TypeError, RecursionError) as error:  # a date that is none; an alias that holds itself
+        raise UserError(f"{path}: no YAML ({error}): mend it there") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: {raw!r}: no mapping of keys: give a YAML like config/baseline_asd.yaml")
     return raw
 
 
-CHOICE_KEYS = ("network", "dataset", "optimizer", "meta.optimizer", "lr_scheduler", "undefended.optimizer", "undefended.lr_scheduler")
+CHOICE_KEYS = (
+    "network",
+    "dataset",
+    "optimizer",
+    "meta.optimizer",
+    "lr_scheduler",
+    "undefended.optimizer",
+    "undefended.lr_scheduler",
+)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -297,7 +311,7 @@ def merge(base: dict[str, Any], over: dict[str, Any], path: str = "") -> dict[st
         if set(over) - plain - set(base):
             out = {k: v for k, v in base.items() if k in plain}
     for key, value in over.items():
-        at = f"{path}.{key}" if path else key
+        at = f"{path}.{key}" if path else str(key)
         whole = at.startswith("transform.") and at.rpartition(".")[2] in ("pre", "primary", "remaining")
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
         out[key] = merge(out[key], value, at) if both and not whole else value
@@ -338,7 +352,9 @@ def parse_override(text: str) -> dict[str, Any]:
         raise UserError(f"--set {text}: not of the form key.path=value, e.g. --set global.epsilon=0.4")
     try:
         parsed = yaml.load(value, _Loader)
-    except yaml.YAMLError:
+    except UserError as error:
+        raise UserError(f"--set {text}: {str(error).partition(': ')[2]}") from None
+    except (yaml.YAMLError, ValueError, TypeError):
         raise UserError(f"--set {text}: the value is no YAML: quote it") from None
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
@@ -398,15 +414,17 @@ def check(config: Config, reader: Reader) -> None:
         reader.fail("global.seed_num", g.seed_num, "the first clean pool would be empty: give at least 1")
     for name in ("train", "test"):
         part = getattr(config.transform, name)
-        for item in (*config.transform.pre, *part.primary):
-            if item.name in ("to_tensor", "normalize"):
-                reader.fail(f"transform.{name}.primary", item.name, "belongs under remaining")
+        for key, items in (("transform.pre", config.transform.pre), (f"transform.{name}.primary", part.primary)):
+            for item in items:
+                if item.name in ("to_tensor", "normalize"):
+                    reader.fail(f"{key}.{item.name}", item.name, f"belongs under transform.{name}.remaining")
         if [item.name for item in part.remaining] not in (["to_tensor"], ["to_tensor", "normalize"]):
             listed = ", ".join(item.name for item in part.remaining) or "nothing"
             reader.fail(f"transform.{name}.remaining", listed, "give to_tensor: true, and normalize after it if wanted")
-    for item in (*config.transform.pre, *config.transform.test.primary):
-        if item.name.startswith(("random", "gaussian")):
-            reader.fail(f"transform: {item.name}", item.name, "is random: it belongs under transform.train.primary")
+    for key, items in (("transform.pre", config.transform.pre), ("transform.test.primary", config.transform.test.primary)):
+        for item in items:
+            if item.name.startswith(("random", "gaussian")):
+                reader.fail(f"{key}.{item.name}", item.name, "is random: it belongs under transform.train.primary")
     if config.dataset is None and config.dataset_dir is None:
         reader.fail("dataset_dir", None, "missing; name the data set's folder, or `dataset: shapes` for the built-in one")
     for key in ("optimizer", "meta.optimizer", "undefended.optimizer"):
@@ -415,7 +433,7 @@ def check(config: Config, reader: Reader) -> None:
             chosen = getattr(chosen, part_name)
         if chosen.name == "Adam" and len(chosen.settings.betas) != 2:  # type: ignore[attr-defined]
             reader.fail(f"{key}.Adam.betas", list(chosen.settings.betas), "give two numbers")  # type: ignore[attr-defined]
-    if config.run is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", config.run) or ".." in (config.run or ""):
+    if (config.run is not None and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", config.run)) or ".." in (config.run or ""):
         reader.fail("run", config.run, "give a plain name, e.g. asd-seed-1")
 
 

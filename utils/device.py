@@ -25,7 +25,9 @@ def choose_device(gpu: str, say: Any) -> torch.device:
         say("no CUDA device here: running on the CPU (--gpu cpu asks for it)")
         return torch.device("cpu")
     if int(gpu) >= torch.cuda.device_count():
-        raise UserError(f"--gpu {gpu}: there are {torch.cuda.device_count()} CUDA devices: give 0 to {torch.cuda.device_count() - 1}")
+        raise UserError(
+            f"--gpu {gpu}: there are {torch.cuda.device_count()} CUDA devices: give 0 to {torch.cuda.device_count() - 1}"
+        )
     torch.cuda.set_device(int(gpu))
     return torch.device("cuda", int(gpu))
 

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 - the backend is chosen first
+from matplotlib import pyplot as plt
 
 CLEAN_COLOUR, POISONED_COLOUR = "#2a6f97", "#c1121f"
 STAGE_SHADES = {"class-aware": "#f4f1de", "class-agnostic": "#e0ecf4", "meta-split": "#e8f3e8", "undefended": "#ffffff"}
@@ -58,7 +58,7 @@ def draw_losses(path: Path, losses: np.ndarray, flags: np.ndarray, pool: np.ndar
             share = 100 * inside[which].mean()
             weights = np.full(which.sum(), 100 / which.sum())
             text = f"{name} images ({which.sum()}; {share:.1f} % in the clean pool)"
-            axes.hist(losses[which], bins, weights=weights, alpha=0.65, color=colour, label=text)
+            axes.hist(losses[which], bins.tolist(), weights=weights, alpha=0.65, color=colour, label=text)
     axes.set(xlabel=label, ylabel="% of the images of that kind", yscale="log", title=title)
     finish(figure, axes, path)
 

@@ -40,9 +40,7 @@ class Run:
 def locate(config: Config) -> Run:
     """Return the run's folders; creates nothing."""
     name = str(config.run)
-    return Run(
-        name, Path(config.saved_dir).expanduser() / name, Path(config.storage_dir).expanduser() / name / "checkpoint"
-    )
+    return Run(name, Path(config.saved_dir).expanduser() / name, Path(config.storage_dir).expanduser() / name / "checkpoint")
 
 
 def open_run(config: Config, yaml_path: Path, fresh: bool, say: Any) -> tuple[Run, IO[str]]:
@@ -93,7 +91,7 @@ def move_aside(run: Run, yaml_name: str, say: Any) -> None:
     stamp = time.strftime("earlier-%Y%m%d-%H%M%S")
     saved = [run.saved / name for name in (*OWN, yaml_name) if (run.saved / name).exists()]
     checkpoints = list(run.checkpoints.iterdir())
-    if not any(checkpoints) and not any(run.log.iterdir()):
+    if not checkpoints and not any(run.log.iterdir()) and not any(p.name in ("poison_idx.npy", "assets") for p in saved):
         return
     moved = []
     for folder, items in ((run.saved, saved), (run.checkpoints.parent, [run.checkpoints] if checkpoints else [])):

@@ -105,6 +105,8 @@ def epoch_line(row: dict[str, Any], num_epochs: int) -> str:
     head = f"epoch {row['epoch'] + 1:3d}/{num_epochs}  {row['stage']:14s}  {figures}"
     if row["defense"] == "none":
         return f"{head}  loss {row['loss']:.4f}  {row['seconds']:.1f} s"
-    pools = f"clean pool {row['clean_pool_size']} ({row['poisoned_in_clean_pool']} poisoned), polluted {row['polluted_pool_size']}"
+    pools = (
+        f"clean pool {row['clean_pool_size']} ({row['poisoned_in_clean_pool']} poisoned), polluted {row['polluted_pool_size']}"
+    )
     losses = f"loss {row['loss']:.4f} = Lx {row['loss_x']:.4f} + lambda_u {row['lambda_u']:.2f} x Lu {row['loss_u']:.5f}"
     return f"{head}  {pools}  {losses}  {row['seconds']:.1f} s"

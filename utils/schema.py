@@ -71,7 +71,7 @@ def setting(
         inline: the `Named` key stands among the other keys of its section, as the attack does under `backdoor`.
         key: the name in the YAML where Python does not allow it (`global`).
     """
-    meta = dict(help=help, low=low, high=high, above=above, below=below)
+    meta: dict[str, Any] = dict(help=help, low=low, high=high, above=above, below=below)
     meta |= dict(options=options, choices=choices, inline=inline, key=key)
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=meta)
@@ -154,7 +154,7 @@ class Reader:
     def several(self, kind: Any, raw: Any, path: str, meta: Mapping[str, Any]) -> tuple[Any, ...]:
         """Build a tuple: a list of numbers, or the names of a mapping in their order."""
         if kind is Named:
-            if raw is None:
+            if raw is None or raw == []:
                 return ()
             if not isinstance(raw, Mapping):
                 self.fail(path, raw, f"give a section of names from {', '.join(meta['choices'].names())}")
@@ -177,6 +177,8 @@ class Reader:
         if not right:
             wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
             self.fail(path, raw, f"wrong type ({type(raw).__name__}); give {wanted}{legal_range(meta)}")
+        if kind in (int, float) and isinstance(raw, int) and abs(raw) >= 2**63:
+            self.fail(path, raw if abs(raw) < 10**30 else "...", f"out of range; give a number{legal_range(meta)} below 2**63")
         value = float(raw) if kind is float else raw
         if kind in (int, float):
             outside = (
@@ -195,7 +197,7 @@ class Reader:
 
 def with_point(text: str) -> str:
     """Return `2e-3` as YAML 1.1 reads a number: `2.0e-3`."""
-    mantissa, exponent = re.split("e", text, flags=re.I)
+    mantissa, exponent = re.split("e", re.sub(r"^([+-]?)\.", r"\g<1>0.", text), flags=re.I)
     sign = "" if exponent[0] in "+-" else "+"
     return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{sign}{exponent}"
 
@@ -203,7 +205,7 @@ def with_point(text: str) -> str:
 def legal_range(meta: Mapping[str, Any]) -> str:
     """Return e.g. ` >= 0 and < 1`, or nothing where any number will do."""
     signs = (("low", ">="), ("above", ">"), ("high", "<="), ("below", "<"))
-    bounds = [f"{sign} {meta[name]:g}" for name, sign in signs if meta.get(name) is not None]
+    bounds = [f"{sign} {meta[name]:.10g}" for name, sign in signs if meta.get(name) is not None]
     return " " + " and ".join(bounds) if bounds else ""
 
 

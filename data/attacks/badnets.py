@@ -44,9 +44,15 @@ class Attack:
             )
         if settings.trigger_path:
             self.pattern = read_trigger(settings.trigger_path, height, width)
-            self.mask = self.pattern.any(2)
+            self.mask = np.asarray((self.pattern > 0).any(2))
         else:
-            (row, column), patch = PATTERNS[settings.pattern or "block2x2"]
+            name = settings.pattern or "block2x2"
+            (row, column), patch = PATTERNS[name]
+            if min(height, width) < max(row, 0) + len(patch):
+                raise UserError(
+                    f"backdoor.badnets.pattern: {name}: does not fit on images of {width} x {height} pixels: choose "
+                    "another, or larger images in transform.pre"
+                )
             rows = row % height + np.arange(len(patch))
             columns = column % width + np.arange(len(patch))
             self.pattern = np.zeros((height, width, 3), np.uint8)

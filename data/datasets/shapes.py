@@ -22,7 +22,7 @@ SIDE = 32
 class Settings:
     train_size: int = setting(3000, "training images, as many of each class as possible", low=10)
     test_size: int = setting(1000, "test images", low=10)
-    noise: float = setting(14.0, "deviation of the pixel noise, in grey levels of 255", low=0)
+    noise: float = setting(22.0, "deviation of the pixel noise, in grey levels of 255", low=0)
     seed: int = setting(0, "which images are drawn; not the run's seed", low=0)
 
 
@@ -48,7 +48,7 @@ def draw(count: int, noise: float, rng: np.random.Generator) -> tuple[np.ndarray
 def two_colours(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Return ground and ink colours that differ enough to be told apart."""
     ground = rng.uniform(30, 225, (count, 1, 1, 3))
-    step = rng.uniform(70, 130, (count, 1, 1, 3))
+    step = rng.uniform(50, 110, (count, 1, 1, 3))
     return ground, np.where(ground > 127, ground - step, ground + step)
 
 

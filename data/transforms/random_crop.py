@@ -15,9 +15,7 @@ from utils.schema import setting
 class Settings:
     size: int = setting(32, "side of the crop in pixels", low=1)
     padding: int = setting(0, "pixels added on every side first", low=0)
-    padding_mode: str = setting(
-        "constant", "what the padding shows", options=("constant", "edge", "reflect", "symmetric")
-    )
+    padding_mode: str = setting("constant", "what the padding shows", options=("constant", "edge", "reflect", "symmetric"))
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
         """Return (count, 2): the crop's top and left corner in the padded image."""
@@ -43,7 +41,7 @@ class Settings:
             at = at.abs()
             at = n - 1 - (n - 1 - at).abs()
         elif self.padding_mode == "symmetric":
-            at = torch.where(at < 0, -1 - at, at)
+            at = at % (2 * n)  # the padding may be wider than the image: it mirrors again and again
             at = torch.where(at >= n, 2 * n - 1 - at, at)
         picked = source.gather(1, at.clamp(0, n - 1))
         return picked.masked_fill(outside, -1) if self.padding_mode == "constant" else picked

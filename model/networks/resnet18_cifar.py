@@ -61,8 +61,8 @@ class ResNetCifar(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, 3, 32, 32) to features (B, 8 width)."""
         out = F.relu(self.bn1(self.conv1(x)))  # (B, width, 32, 32)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            out = stage(out)  # ... (B, 8 width, 4, 4)
+        for stage in range(1, 5):
+            out = self.get_submodule(f"layer{stage}")(out)  # ... (B, 8 width, 4, 4)
         return F.adaptive_avg_pool2d(out, 1).flatten(1)
 
 

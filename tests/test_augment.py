@@ -1,0 +1,472 @@
+"""Augmentation: batched tensor code against torchvision on single images, for the same draws."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms as T
+from torchvision.transforms import functional as TF
+from torchvision.transforms.v2 import functional as TF2
+
+from data.augment import Pipeline
+from data.transforms import (
+    center_crop,
+    gaussian_blur,
+    normalize,
+    random_color_jitter,
+    random_crop,
+    random_grayscale,
+    random_horizontal_flip,
+    random_resize_crop,
+    resize,
+)
+from utils.errors import UserError
+from utils.schema import Named
+
+MODES = ("constant", "edge", "reflect", "symmetric")
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+NORMALIZE = Named("normalize", normalize.Settings(MEAN, STD))
+
+
+def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Noise, so that no two pixels are alike by chance: (count, 3, height, width) uint8."""
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.integers(0, 256, (count, 3, height, width), dtype=np.uint8))
+
+
+def smooth(count: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Soft colour gradients, as photographs have."""
+    small = pictures(count, 4, 4, seed).float()
+    return torch.nn.functional.interpolate(small, (height, width), mode="bilinear").round().to(torch.uint8)
+
+
+def as_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) uint8 as the PIL image that the original pipeline sees."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """A PIL image as (3, H, W) uint8."""
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+
+
+def pil_move(image: Image.Image, step: Any, row: list[float]) -> Image.Image:
+    """One crop or flip with torchvision's functions on a PIL image."""
+    if isinstance(step, random_crop.Settings):
+        padded = TF.pad(image, step.padding, fill=0, padding_mode=step.padding_mode)
+        return TF.crop(padded, int(row[0]), int(row[1]), step.size, step.size)
+    return TF.hflip(image) if row[0] else image
+
+
+def pipeline(*steps: Any, height: int, width: int, remaining: tuple[Named, ...] = ()) -> Pipeline:
+    """A pipeline of the given transforms, in that order."""
+    named = [Named(type(step).__module__.rpartition(".")[2], step) for step in steps]
+    return Pipeline(named, remaining, height, width)
+
+
+def raw_levels(views: Tensor) -> Tensor:
+    """Undo the scaling of a pipeline without normalize: uint8 levels."""
+    levels = views.double() * 255
+    assert (levels - levels.round()).abs().max() < 1e-3
+    return levels.round().to(torch.uint8)
+
+
+# -- crop, flip, normalize: the transforms of the paper ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flip_first", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_crop_and_flip_equals_torchvision_on_pil_bit_for_bit(mode: str, flip_first: bool) -> None:
+    """All 9 x 9 x 2 views of 32-pixel images have the very floats of RandomCrop, flip, ToTensor and Normalize."""
+    crop, flip = random_crop.Settings(32, 4, mode), random_horizontal_flip.Settings(0.5)
+    order = (flip, crop) if flip_first else (crop, flip)
+    augment = pipeline(*order, height=32, width=32, remaining=(Named("to_tensor", None), NORMALIZE))
+    rows = [(t, left, f) for t in range(9) for left in range(9) for f in (0, 1)]
+    images = pictures(len(rows), 32, 32)
+    table = torch.tensor([(f, t, left) if flip_first else (t, left, f) for t, left, f in rows], dtype=torch.float64)
+    views = augment(images, table)
+    for image, (top, left, mirrored), view in zip(images, rows, views, strict=True):
+        expected = as_pil(image)
+        for step in order:
+            expected = pil_move(expected, step, [mirrored] if step is flip else [top, left])
+        assert torch.equal(view, TF.normalize(TF.to_tensor(expected), MEAN, STD)), (top, left, mirrored)
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> tuple[int, int, list[Any], int]:
+    """A height, a width, up to four crops and flips that fit one another, a seed."""
+    height, width = draw(st.integers(3, 12)), draw(st.integers(3, 12))
+    h, w, steps = height, width, []
+    for _ in range(draw(st.integers(1, 4))):
+        if draw(st.booleans()):
+            steps.append(random_horizontal_flip.Settings(0.5))
+            continue
+        mode = draw(st.sampled_from(MODES))
+        padding = draw(st.integers(0, min(h, w) - 1 if mode == "reflect" else 3 * min(h, w)))
+        size = draw(st.integers(1, min(h, w) + 2 * padding))
+        steps.append(random_crop.Settings(size, padding, mode))
+        h = w = size
+    return height, width, steps, draw(st.integers(0, 999))
+
+
+@settings(deadline=None, max_examples=60)
+@given(chains())
+def test_any_chain_of_crops_and_flips_equals_torchvision_step_by_step(chain: tuple[int, int, list[Any], int]) -> None:
+    """Whatever sizes, paddings and order a YAML gives, the fused gather shows what torchvision shows one step at a time."""
+    height, width, steps, seed = chain
+    augment = pipeline(*steps, height=height, width=width)
+    images = pictures(6, height, width, seed)
+    table = augment.draw(6, torch.Generator().manual_seed(seed))
+    views = raw_levels(augment(images, table))
+    assert augment.output_size == tuple(views.shape[2:])
+    for image, row, view in zip(images, table.tolist(), views, strict=True):
+        expected, at = as_pil(image), 0
+        for step in steps:
+            k = 2 if isinstance(step, random_crop.Settings) else 1
+            expected = pil_move(expected, step, row[at : at + k])
+            at += k
+        assert torch.equal(view, as_tensor(expected))
+
+
+def test_crop_corners_are_drawn_as_torchvisions_random_crop_draws_them() -> None:
+    """Each of the 9 x 9 corners comes equally often, and torchvision's RandomCrop knows the same corners and no other."""
+    crop = random_crop.Settings(32, 4, "reflect")
+    n = 81 * 200
+    drawn = crop.draw(n, 32, 32, torch.Generator().manual_seed(1)).long()
+    counts = torch.bincount(drawn[:, 0] * 9 + drawn[:, 1], minlength=81)
+    assert len(counts) == 81
+    chi_squared = float(((counts - 200) ** 2).sum()) / 200
+    assert chi_squared < 80 + 5 * math.sqrt(2 * 80)
+    torch.manual_seed(0)
+    padded = TF.pad(as_pil(pictures(1, 32, 32)[0]), 4, padding_mode="reflect")
+    theirs = {T.RandomCrop.get_params(padded, (32, 32))[:2] for _ in range(1500)}
+    assert theirs == {tuple(pair) for pair in drawn.tolist()}
+
+
+def test_crop_corners_on_a_wide_image_keep_rows_and_columns_apart() -> None:
+    """On an image wider than high the crop moves far sideways and little up and down, never outside the padded image."""
+    drawn = random_crop.Settings(4, 1).draw(4000, 5, 11, torch.Generator().manual_seed(2))
+    assert set(drawn[:, 0].tolist()) == set(range(5 + 2 - 4 + 1))
+    assert set(drawn[:, 1].tolist()) == set(range(11 + 2 - 4 + 1))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        random_horizontal_flip.Settings,
+        random_grayscale.Settings,
+        random_color_jitter.Settings,
+        gaussian_blur.Settings,
+    ],
+)
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_transforms_act_with_the_probability_that_the_yaml_gives(step: Any, p: float) -> None:
+    """The first column says for each image whether the transform acts: with probability p, and always or never at 1 or 0."""
+    n = 4000
+    act = step(p=p).draw(n, 32, 32, torch.Generator().manual_seed(3))[:, 0]
+    assert set(act.tolist()) <= {0.0, 1.0}
+    assert abs(float(act.mean()) - p) <= 4 * math.sqrt(p * (1 - p) / n)
+    neighbours = float(((act[1:] - p) * (act[:-1] - p)).mean())
+    assert abs(neighbours) <= 5 * p * (1 - p) / math.sqrt(n)  # one image's coin says nothing of the next one's
+
+
+def test_crop_and_flip_are_drawn_independently_of_each_other() -> None:
+    """Whether an image is mirrored says nothing about where it is cropped."""
+    augment = pipeline(random_crop.Settings(32, 4), random_horizontal_flip.Settings(0.5), height=32, width=32)
+    table = augment.draw(6000, torch.Generator().manual_seed(4))
+    correlation = np.corrcoef(table.numpy().T)
+    assert np.abs(correlation - np.eye(3)).max() < 5 / math.sqrt(6000)
+
+
+def test_draws_differ_inside_a_batch_and_repeat_for_the_same_generator() -> None:
+    """Images of one batch get views of their own, and the same seed gives the same views again."""
+    augment = pipeline(random_crop.Settings(32, 4), random_horizontal_flip.Settings(0.5), height=32, width=32)
+    table = augment.draw(64, torch.Generator().manual_seed(5))
+    views = augment(pictures(1, 32, 32).expand(64, -1, -1, -1), table)
+    assert len({view.numpy().tobytes() for view in views}) > 40
+    assert torch.equal(table, augment.draw(64, torch.Generator().manual_seed(5)))
+    assert not torch.equal(table, augment.draw(64, torch.Generator().manual_seed(6)))
+
+
+def test_a_view_depends_on_its_own_row_only() -> None:
+    """Augmenting a batch gives what augmenting its images one by one gives, so the batch size is free."""
+    steps = (random_crop.Settings(10, 2), random_color_jitter.Settings(0.4, 0.4, 0.4, 0.1), gaussian_blur.Settings())
+    augment = pipeline(*steps, height=12, width=12, remaining=(NORMALIZE,))
+    images, table = pictures(9, 12, 12), augment.draw(9, torch.Generator().manual_seed(7))
+    alone = [augment(images[i : i + 1], table[i : i + 1]) for i in range(9)]
+    torch.testing.assert_close(augment(images, table), torch.cat(alone), rtol=0, atol=0)
+
+
+def test_normalize_equals_to_tensor_and_normalize_for_every_level() -> None:
+    """Each of the 256 levels in each channel becomes the very float of ToTensor + Normalize; without normalize, ToTensor's."""
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    reference = T.ToTensor()(as_pil(levels[0]))
+    nothing = torch.zeros(1, 0)
+    assert torch.equal(Pipeline((), (), 16, 16)(levels, nothing)[0], reference)
+    normalized = Pipeline((), (Named("to_tensor", None), NORMALIZE), 16, 16)(levels, nothing)[0]
+    assert normalized.dtype == torch.float32
+    assert torch.equal(normalized, T.Normalize(MEAN, STD)(reference))
+    exact = (levels[0].double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    torch.testing.assert_close(normalized.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_the_images_themselves_are_never_changed() -> None:
+    """The resident uint8 images are the same after any augmentation."""
+    steps = (random_horizontal_flip.Settings(1.0), random_color_jitter.Settings(0.4), random_grayscale.Settings(1.0))
+    augment = pipeline(*steps, height=8, width=8, remaining=(NORMALIZE,))
+    images = pictures(4, 8, 8)
+    before = images.clone()
+    augment(images, augment.draw(4, torch.Generator().manual_seed(0)))
+    Pipeline((), (NORMALIZE,), 8, 8)(images, torch.zeros(4, 0))
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize(
+    ("step", "key"),
+    [
+        (random_crop.Settings(41, 4), "random_crop.size: 41"),
+        (random_crop.Settings(32, 32, "reflect"), "random_crop.padding: 32"),
+    ],
+)
+def test_a_crop_that_cannot_be_is_refused_before_training(step: Any, key: str) -> None:
+    """A crop larger than the padded image, or a reflection wider than the image, is an error that names key and value."""
+    with pytest.raises(UserError, match=key):
+        pipeline(step, height=32, width=32)
+
+
+@pytest.mark.parametrize("wrong", [normalize.Settings((0.5,), STD), normalize.Settings(MEAN, (0.2, 0.2))])
+def test_normalize_needs_three_numbers(wrong: Any) -> None:
+    """A mean or deviation that is not one number a channel is an error, not a broadcast."""
+    with pytest.raises(UserError, match="normalize: give three numbers"):
+        Pipeline((), (Named("normalize", wrong),), 8, 8)
+
+
+# -- the other transforms that a YAML may name -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [20, 48, (24, 40)])
+@pytest.mark.parametrize("shape", [(32, 32), (30, 45)])
+def test_resize_equals_torchvision(size: int | tuple[int, int], shape: tuple[int, int]) -> None:
+    """resize gives torchvision's pixels, within one level also those of the PIL image, and its size."""
+    augment = pipeline(resize.Settings(size), height=shape[0], width=shape[1])
+    images = pictures(3, *shape)
+    views = raw_levels(augment(images, augment.draw(3, torch.Generator())))
+    for image, view in zip(images, views, strict=True):
+        wanted = [size] if isinstance(size, int) else list(size)
+        assert torch.equal(view, TF2.resize(image, wanted, antialias=True))
+        on_pil = as_tensor(TF.resize(as_pil(image), wanted))
+        assert (view.int() - on_pil.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [20, 7, 40, (10, 21)])
+def test_center_crop_equals_torchvision_on_pil(size: int | tuple[int, int]) -> None:
+    """center_crop shows torchvision's middle of the image, and black where the image is too small."""
+    images = pictures(2, 32, 25)
+    augment = pipeline(center_crop.Settings(size), height=32, width=25)
+    views = raw_levels(augment(images, augment.draw(2, torch.Generator())))
+    for image, view in zip(images, views, strict=True):
+        wanted = [size, size] if isinstance(size, int) else list(size)
+        assert torch.equal(view, as_tensor(TF.center_crop(as_pil(image), wanted)))
+
+
+def test_random_resize_crop_equals_torchvision_for_each_box() -> None:
+    """Every image is cropped to its own drawn box and resized as torchvision does it, on PIL within one level."""
+    step = random_resize_crop.Settings(size=16)
+    augment = pipeline(step, height=24, width=32)
+    images, table = smooth(40, 24, 32), augment.draw(40, torch.Generator().manual_seed(1))
+    for image, row, view in zip(images, table.tolist(), raw_levels(augment(images, table)), strict=True):
+        top, left, h, w = (int(x) for x in row)
+        assert 0 <= top <= top + h <= 24
+        assert 0 <= left <= left + w <= 32
+        assert torch.equal(view, TF2.resized_crop(image, top, left, h, w, [16, 16], antialias=True))
+        on_pil = as_tensor(TF.resized_crop(as_pil(image), top, left, h, w, [16, 16]))
+        assert (view.int() - on_pil.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (20, 48)])
+def test_random_resize_crop_boxes_are_distributed_as_torchvisions(height: int, width: int) -> None:
+    """Corner, height, width and area of the boxes have the distribution of RandomResizedCrop.get_params."""
+    n, scale, ratio = 3000, (0.1, 0.9), (0.6, 1.8)
+    ours = random_resize_crop.Settings(8, scale, ratio).draw(n, height, width, torch.Generator().manual_seed(2)).numpy()
+    torch.manual_seed(2)
+    image = torch.zeros(3, height, width)
+    theirs = np.array([T.RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n)], float)
+    columns = [*zip(ours.T, theirs.T, strict=True), (ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3])]
+    for mine, other in columns:
+        grid = np.unique(np.concatenate([mine, other]))
+        gap = np.searchsorted(np.sort(mine), grid, "right") - np.searchsorted(np.sort(other), grid, "right")
+        assert np.abs(gap).max() / n < 1.95 * math.sqrt(2 / n)  # Kolmogorov-Smirnov, one in a thousand
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "ratio"),
+    [(32, 32, (3.0, 3.5)), (32, 32, (0.2, 0.3)), (10, 60, (0.9, 1.1)), (60, 10, (0.9, 1.1)), (33, 20, (0.95, 1.05))],
+)
+def test_random_resize_crop_falls_back_as_torchvision(height: int, width: int, ratio: tuple[float, float]) -> None:
+    """Where no box of the wanted area and shape fits, the central crop is torchvision's."""
+    table = random_resize_crop.Settings(8, (1.0, 1.0), ratio).draw(5, height, width, torch.Generator().manual_seed(0))
+    expected = T.RandomResizedCrop.get_params(torch.zeros(3, height, width), [1.0, 1.0], list(ratio))
+    assert table.tolist() == [list(map(float, expected))] * 5
+
+
+def test_color_jitter_equals_torchvision_for_each_order_and_amount() -> None:
+    """Every image gets its own four changes in its own order, with torchvision's result; an image whose coin fell is kept."""
+    augment = pipeline(random_color_jitter.Settings(0.4, 0.3, 0.5, 0.1, p=0.8), height=12, width=12)
+    images, table = pictures(60, 12, 12), augment.draw(60, torch.Generator().manual_seed(1))
+    change = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    kept = 0
+    for image, row, view in zip(images, table.tolist(), raw_levels(augment(images, table)), strict=True):
+        expected = image
+        if row[0]:
+            for i in row[1:5]:
+                expected = change[int(i)](expected, row[5 + int(i)])
+        else:
+            kept += 1
+        torch.testing.assert_close(view.int(), expected.int(), rtol=0, atol=1)
+    assert 0 < kept < 40
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
+def test_each_colour_change_alone_equals_torchvision_on_pil(name: str) -> None:
+    """One colour setting alone changes just that, as on a PIL image within one level."""
+    augment = pipeline(random_color_jitter.Settings(**{name: 0.5}), height=16, width=16)
+    images, table = smooth(12, 16, 16), augment.draw(12, torch.Generator().manual_seed(1))
+    column = 5 + ("brightness", "contrast", "saturation").index(name)
+    for image, row, view in zip(images, table.tolist(), raw_levels(augment(images, table)), strict=True):
+        expected = as_tensor(getattr(TF, f"adjust_{name}")(as_pil(image), row[column]))
+        assert (view.int() - expected.int()).abs().max() <= 1
+        assert (view.int() - image.int()).abs().max() > 1
+
+
+def test_color_jitter_draws_stay_in_torchvisions_ranges() -> None:
+    """Factors are uniform on [max(0, 1 - x), 1 + x], hue on [-h, h], and each of the 24 orders comes equally often."""
+    n = 4800
+    table = random_color_jitter.Settings(0.4, 1.5, 0.2, 0.1).draw(n, 8, 8, torch.Generator().manual_seed(1))
+    for column, (low, high) in zip(table[:, 5:].T, [(0.6, 1.4), (0.0, 2.5), (0.8, 1.2), (-0.1, 0.1)], strict=True):
+        assert low <= column.min() and column.max() <= high
+        assert abs(float(column.mean()) - (low + high) / 2) < 4 * (high - low) / math.sqrt(12 * n)
+        assert abs(float(column.std()) - (high - low) / math.sqrt(12)) < 0.02 * (high - low)
+    orders: dict[tuple[float, ...], int] = {}
+    for row in table[:, 1:5].tolist():
+        assert sorted(row) == [0, 1, 2, 3]
+        orders[tuple(row)] = orders.get(tuple(row), 0) + 1
+    assert len(orders) == 24
+    assert sum((count - n / 24) ** 2 for count in orders.values()) / (n / 24) < 23 + 5 * math.sqrt(46)
+
+
+def test_grayscale_equals_torchvision_and_leaves_the_others() -> None:
+    """The chosen images become torchvision's grey in all three channels (PIL within one level), the others are untouched."""
+    augment = pipeline(random_grayscale.Settings(0.5), height=16, width=16)
+    images, table = pictures(30, 16, 16), augment.draw(30, torch.Generator().manual_seed(1))
+    assert 0 < table.sum() < 30
+    for image, (act,), view in zip(images, table.tolist(), raw_levels(augment(images, table)), strict=True):
+        if act:
+            assert torch.equal(view, TF.rgb_to_grayscale(image, 3))
+            on_pil = as_tensor(TF.to_grayscale(as_pil(image), 3))
+            assert (view.int() - on_pil.int()).abs().max() <= 1
+        else:
+            assert torch.equal(view, image)
+
+
+def blurred(image: Tensor, sigma: float, reach: int) -> np.ndarray:
+    """Gaussian blur written out in float64: mirrored border, weights exp(-d^2 / 2 sigma^2), (3, H, W)."""
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    weights /= weights.sum()
+    padded = np.pad(image.double().numpy(), ((0, 0), (reach, reach), (reach, reach)), mode="reflect")
+    h, w = image.shape[1:]
+    out = np.zeros(image.shape)
+    for i, a in enumerate(weights):
+        for j, b in enumerate(weights):
+            out += a * b * padded[:, i : i + h, j : j + w]
+    return out
+
+
+def test_gaussian_blur_equals_torchvision_and_the_formula() -> None:
+    """The chosen images are blurred with their own width, as torchvision does and as the written-out sum says; others kept."""
+    augment = pipeline(gaussian_blur.Settings((0.1, 2.0), p=0.7), height=16, width=16)
+    images, table = pictures(20, 16, 16), augment.draw(20, torch.Generator().manual_seed(1))
+    assert 0 < table[:, 0].sum() < 20
+    for image, (act, sigma), view in zip(images, table.tolist(), raw_levels(augment(images, table)), strict=True):
+        if not act:
+            assert torch.equal(view, image)
+            continue
+        reach = min(math.ceil(3 * sigma), 7)  # a 16-pixel image mirrors 7 pixels at most on both sides
+        assert torch.equal(view, TF2.gaussian_blur(image, [2 * reach + 1] * 2, [sigma, sigma]))
+        assert np.abs(view.numpy() - blurred(image, sigma, reach)).max() <= 0.51
+
+
+def test_gaussian_blur_widths_are_uniform_in_the_given_range() -> None:
+    """Each image's sigma is uniform between the two numbers of the YAML; a range of one number is that number."""
+    sigma = gaussian_blur.Settings((0.5, 1.5)).draw(4000, 8, 8, torch.Generator().manual_seed(1))[:, 1]
+    assert 0.5 <= sigma.min() < 0.51 and 1.49 < sigma.max() <= 1.5
+    assert abs(float(sigma.mean()) - 1) < 4 / math.sqrt(12 * 4000)
+    assert len(sigma.unique()) == 4000
+    assert set(gaussian_blur.Settings((0.7, 0.7)).draw(9, 8, 8, torch.Generator())[:, 1].tolist()) == {0.7}
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 5])
+def test_gaussian_blur_works_on_images_smaller_than_its_kernel(side: int) -> None:
+    """A wide blur of a tiny image is cut to what its border can mirror instead of failing."""
+    augment = pipeline(gaussian_blur.Settings((5.0, 5.0), p=1.0), height=side, width=side)
+    images = pictures(2, side, side)
+    views = augment(images, augment.draw(2, torch.Generator().manual_seed(0))) * 255
+    expected = np.stack([blurred(image, 5.0, (side - 1) // 2) for image in images])
+    assert np.abs(views.numpy() - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        random_color_jitter.Settings(0.4, 0.4, 0.4, 0.1, p=0.0),
+        random_color_jitter.Settings(),
+        random_grayscale.Settings(0.0),
+        gaussian_blur.Settings(p=0.0),
+        random_horizontal_flip.Settings(0.0),
+        random_resize_crop.Settings(20, (1.0, 1.0), (1.0, 1.0)),
+        random_crop.Settings(20),
+        resize.Settings(20),
+        center_crop.Settings(20),
+    ],
+    ids=lambda step: type(step).__module__.rpartition(".")[2],
+)
+def test_a_transform_switched_off_is_the_identity(step: Any) -> None:
+    """Probability 0, no amount, or the image's own size leave every pixel as it is."""
+    images = pictures(50, 20, 20)
+    augment = pipeline(step, height=20, width=20)
+    assert torch.equal(raw_levels(augment(images, augment.draw(50, torch.Generator().manual_seed(0)))), images)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_mixed_pipeline_applies_its_steps_in_the_order_of_the_yaml(seed: int) -> None:
+    """Pixel moves between colour changes are fused only with their neighbours: the result is that of one step after another."""
+    steps = [
+        resize.Settings(14),
+        random_horizontal_flip.Settings(0.5),
+        random_crop.Settings(12, 2, "edge"),
+        random_grayscale.Settings(0.5),
+        random_crop.Settings(12, 3, "constant"),
+        gaussian_blur.Settings((1.0, 1.5), 0.5),
+        random_horizontal_flip.Settings(0.5),
+        center_crop.Settings(9),
+    ]
+    augment = pipeline(*steps, height=10, width=10, remaining=(NORMALIZE,))
+    assert augment.output_size == (9, 9)
+    images, table = pictures(16, 10, 10), augment.draw(16, torch.Generator().manual_seed(seed))
+    for image, row, view in zip(images, table.tolist(), augment(images, table), strict=True):
+        x = as_tensor(pil_move(as_pil(TF2.resize(image, [14], antialias=True)), steps[1], row[0:1]))
+        x = as_tensor(pil_move(as_pil(x), steps[2], row[1:3]))
+        x = TF.rgb_to_grayscale(x, 3) if row[3] else x
+        x = as_tensor(pil_move(as_pil(x), steps[4], row[4:6]))
+        reach = min(math.ceil(3 * row[7]), 5)
+        x = TF2.gaussian_blur(x, [2 * reach + 1] * 2, [row[7], row[7]]) if row[6] else x
+        x = as_tensor(pil_move(as_pil(x), steps[6], row[8:9]))
+        x = TF.center_crop(x, [9, 9])
+        assert torch.equal(view, TF.normalize(x.float().div(255), MEAN, STD))

@@ -1,0 +1,184 @@
+"""BadNets: which pixels change, to what, and the errors of its settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.attacks.badnets import Attack, Settings
+from data.sets import RawData, Scene
+from utils.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHIPPED = "./data/trigger/cifar_1.png"
+# (row, column): red, green, blue
+BLOCK = {(4, 4): (180, 249, 112), (4, 5): (155, 50, 126), (5, 4): (234, 82, 68), (5, 5): (187, 201, 219)}
+CORNER = {(row, column): (255, 255, 255) for row in (29, 30, 31) for column in (29, 30, 31)}
+CHECKER = {(4 + i, 4 + j): ((255,) * 3 if (i + j) % 2 == 0 else (0, 0, 0)) for i in range(3) for j in range(3)}
+
+
+def make(settings: Settings, side: int = 32) -> Attack:
+    """The attack for images of the given side."""
+    images, labels = np.zeros((1, side, side, 3), np.uint8), np.zeros(1, np.int64)
+    return Attack(settings, Scene(RawData(images, labels, images, labels, ("one",)), 3, 10, 0, Path("nowhere")))
+
+
+def noise(count: int, seed: int = 0) -> np.ndarray:
+    """Random images; pure black and white among them."""
+    images = np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    images[0], images[1] = 0, 255
+    return images
+
+
+def stamp(images: np.ndarray, pixels: dict[tuple[int, int], tuple[int, ...]]) -> np.ndarray:
+    """Write the pixels on a copy, one by one."""
+    out = images.copy()
+    for image in out:
+        for (row, column), colour in pixels.items():
+            for channel in range(3):
+                image[row, column, channel] = colour[channel]
+    return out
+
+
+def paint(path: Path, pixels: dict[tuple[int, int], tuple[int, ...]], width: int = 32, height: int = 32) -> str:
+    """Save a black PNG with some pixels on it."""
+    canvas = np.zeros((height, width, 3), np.uint8)
+    for at, colour in pixels.items():
+        canvas[at] = colour
+    Image.fromarray(canvas).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "pixels"),
+    [
+        (Settings(), BLOCK),
+        (Settings(pattern="block2x2"), BLOCK),
+        (Settings(trigger_path=SHIPPED), BLOCK),
+        (Settings(pattern="corner3x3"), CORNER),
+        (Settings(pattern="checker3x3"), CHECKER),
+    ],
+)
+def test_trigger_writes_exactly_its_pixels(settings: Settings, pixels: dict[tuple[int, int], tuple[int, ...]]) -> None:
+    """Each built-in pattern and the shipped picture set their pixels to the published colours and change no other."""
+    images = noise(20)
+    triggered = make(settings).apply(images, np.arange(20), "train")
+    assert triggered.dtype == np.uint8
+    assert triggered.shape == images.shape
+    assert np.array_equal(triggered, stamp(images, pixels))
+
+
+def test_at_most_four_pixels_change_and_they_survive_every_crop() -> None:
+    """The original trigger alters at most 4 pixels, all at least 4 from the border, so no crop with padding 4 cuts them off."""
+    images = noise(50, 1)
+    changed = (make(Settings()).apply(images, np.arange(50), "test") != images).any(3)
+    assert changed.sum((1, 2)).max() <= 4
+    _, rows, columns = np.nonzero(changed)
+    assert min(rows.min(), columns.min()) >= 4
+    assert max(rows.max(), columns.max()) <= 31 - 4
+
+
+@pytest.mark.parametrize("settings", [Settings(), Settings(trigger_path=SHIPPED), Settings(pattern="corner3x3")])
+def test_trigger_is_idempotent_and_leaves_its_input_alone(settings: Settings) -> None:
+    """Stamping twice is stamping once, and the clean images are still clean afterwards."""
+    images, attack = noise(6), make(settings)
+    before = images.copy()
+    images.flags.writeable = False
+    once = attack.apply(images, np.arange(6), "train")
+    assert not np.shares_memory(once, images)
+    assert np.array_equal(attack.apply(once, np.arange(6), "train"), once)
+    assert np.array_equal(images, before)
+
+
+def test_no_images_are_no_mistake() -> None:
+    """An empty selection of images (ratio 0) comes back empty."""
+    assert make(Settings()).apply(noise(2)[:0], np.arange(0), "train").shape == (0, 32, 32, 3)
+
+
+def test_shipped_picture_equals_the_built_in_block() -> None:
+    """data/trigger/cifar_1.png, which the original YAML names, is the block2x2 pattern on black."""
+    canvas = np.asarray(Image.open(REPOSITORY / SHIPPED).convert("RGB"))
+    assert np.array_equal(canvas, stamp(np.zeros((1, 32, 32, 3), np.uint8), BLOCK)[0])
+
+
+def test_channels_of_value_zero_inside_a_trigger_pixel_are_stamped(tmp_path: Path) -> None:
+    """A pure red trigger pixel becomes pure red, not red over the image's own green and blue; black ones stay the image's."""
+    pixels = {(0, 31): (255, 0, 0), (17, 3): (0, 1, 0), (31, 0): (0, 0, 9)}
+    images = noise(10)
+    triggered = make(Settings(trigger_path=paint(tmp_path / "red.png", pixels))).apply(images, np.arange(10), "train")
+    assert np.array_equal(triggered, stamp(images, pixels))
+
+
+def test_trigger_path_is_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path starts where the user stands, and else at the project's folder."""
+    monkeypatch.chdir(tmp_path)
+    assert np.array_equal(make(Settings(trigger_path=SHIPPED)).mask, make(Settings()).mask)
+    paint(tmp_path / "mine.png", {(1, 2): (9, 8, 7)})
+    assert np.argwhere(make(Settings(trigger_path="mine.png")).mask).tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "no such trigger picture"),
+        (b"", "no readable picture"),
+        (b"this is text", "no readable picture"),
+        ("cut", "no readable picture"),
+        ("folder", "no readable picture"),
+        ("16 x 32", r"the trigger is 16 x 32 pixels and the images are 32 x 32"),
+        ("black", "all black"),
+    ],
+)
+def test_a_bad_trigger_picture_is_one_line_that_names_it(tmp_path: Path, content: object, complaint: str) -> None:
+    """A missing, broken, wrong-sized or all-black picture is refused in one line with its name and a remedy."""
+    path = tmp_path / "trigger.png"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "cut":
+        paint(path, {(i, i): (i, 2 * i, 99) for i in range(32)})
+        path.write_bytes(path.read_bytes()[:-30])
+    elif content == "folder":
+        path.mkdir()
+    elif content == "16 x 32":
+        paint(path, {(0, 0): (1, 1, 1)}, width=16, height=32)
+    elif content == "black":
+        paint(path, {})
+    with pytest.raises(UserError, match=complaint) as caught:
+        make(Settings(trigger_path=str(path)))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_picture_cut_anywhere_is_refused_and_never_a_traceback(tmp_path: Path) -> None:
+    """A PNG damaged at any byte either still shows a trigger or is a one-line error."""
+    path = tmp_path / "trigger.png"
+    rng = np.random.default_rng(0)
+    paint(path, {(int(a), int(b)): (1, 2, 3) for a, b in rng.integers(0, 32, (200, 2))})
+    whole, refused = path.read_bytes(), 0
+    for at in range(len(whole)):
+        for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :]):
+            path.write_bytes(damaged)
+            try:
+                attack = make(Settings(trigger_path=str(path)))
+                assert attack.mask.any()
+            except UserError as error:
+                refused += 1
+                assert str(path) in str(error) and "\n" not in str(error)
+    assert refused > len(whole)
+
+
+def test_a_picture_beside_a_pattern_is_refused() -> None:
+    """Two triggers at once are an error that names both keys, not a silent choice."""
+    with pytest.raises(UserError, match="trigger_path and pattern") as caught:
+        make(Settings(trigger_path=SHIPPED, pattern="corner3x3"))
+    assert SHIPPED in str(caught.value) and "corner3x3" in str(caught.value)
+
+
+@pytest.mark.parametrize(("side", "pattern"), [(5, "block2x2"), (2, "corner3x3"), (6, "checker3x3")])
+def test_images_too_small_for_the_pattern_are_a_clear_error(side: int, pattern: str) -> None:
+    """Where transform.pre makes the images smaller than the patch needs, the error names the pattern and the size."""
+    with pytest.raises(UserError, match=f"{pattern}.*{side} x {side}"):
+        make(Settings(pattern=pattern), side)

@@ -1,0 +1,497 @@
+"""Checkpoints: whole or absent, complete, and unable to run code."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+import pickle
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, TINY
+from torch import Tensor, nn
+
+from model.classifier import build_classifier
+from model.optimizer import build_optimizer, build_scheduler
+from utils import checkpoint, config, files
+from utils.checkpoint import State
+from utils.errors import UserError
+from utils.schema import as_dict
+
+
+def make_state(path: Path, overrides: tuple[str, ...] = (), steps: int = 0) -> tuple[State, dict[str, Any]]:
+    """A run's state for the tiny configuration, trained for a few steps, and the configuration as it is saved."""
+    path = path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY, sort_keys=False))
+    c = config.load(path, overrides)
+    model = build_classifier(c.network, c.num_classes, c.seed.seed)
+    optimizer = build_optimizer(c.optimizer, model.parameters())
+    state = State(model, optimizer, build_scheduler(c.lr_scheduler, optimizer, c.num_epochs))
+    if steps:
+        train(state, steps)
+        state.epoch = steps
+        state.best_acc, state.best_epoch = 0.8125, 2
+        state.history = [{"epoch": e, "clean_accuracy": 0.1 + e / 3, "clean_pool_size": None} for e in range(steps)]
+        state.clean_pool = torch.tensor([3, 1, 4, 15])
+        state.epochs_in_clean_pool = torch.arange(20, dtype=torch.int32)
+    return state, as_dict(c)
+
+
+def train(state: State, steps: int) -> None:
+    """A few steps on noise, with the schedule."""
+    for step in range(steps):
+        images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+        state.optimizer.zero_grad()
+        nn.functional.cross_entropy(state.model.train()(images), torch.arange(4)).backward()
+        state.optimizer.step()
+        if state.scheduler is not None:
+            state.scheduler.step()
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two trees of containers and tensors are equal bit for bit, types included."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and a == b
+
+
+def snapshot(state: State) -> list[Any]:
+    """All that a state consists of."""
+    schedule = state.scheduler.state_dict() if state.scheduler else None
+    parts = [state.model.state_dict(), state.optimizer.state_dict(), schedule, state.history, state.epoch, state.best_acc]
+    return [*parts, state.best_epoch, state.clean_pool, state.epochs_in_clean_pool]
+
+
+def refusal(path: Path, state: State, settings: dict[str, Any]) -> str:
+    """The one line, naming the file, in which loading ends."""
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(path, state, settings)
+    line = str(caught.value)
+    assert line.startswith(f"{path}:") and "\n" not in line
+    return line
+
+
+PLANS = [
+    ("lr_scheduler=cosine_annealing",),
+    ("optimizer={SGD: {lr: 0.1, momentum: 0.9, nesterov: true}}", "lr_scheduler={multi_step: {milestones: [1, 2]}}"),
+    (),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_loaded_state_is_the_saved_one(tmp_path: Path, plan: tuple[str, ...]) -> None:
+    """Weights, BN statistics, optimizer, schedule, history and pools come back bit for bit, and training goes on alike."""
+    state, settings = make_state(tmp_path, plan, steps=2)
+    checkpoint.save(tmp_path / "latest_model.pt", state, settings)
+    fresh, _ = make_state(tmp_path, plan)
+    assert not same(snapshot(fresh), snapshot(state))
+    checkpoint.load(tmp_path / "latest_model.pt", fresh, settings)
+    assert same(snapshot(fresh), snapshot(state))
+    train(state, 2)
+    train(fresh, 2)
+    assert same(snapshot(fresh), snapshot(state))
+
+
+def test_a_checkpoint_has_the_originals_keys(tmp_path: Path) -> None:
+    """A checkpoint can be opened by the authors' code: its names are theirs, and `epoch` is the finished one."""
+    state, settings = make_state(tmp_path, PLANS[0], steps=3)
+    checkpoint.save(tmp_path / "a.pt", state, settings)
+    saved = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert saved["epoch"] == 2 and saved["best_acc"] == 0.8125 and saved["best_epoch"] == 2
+    assert saved["result"] == state.history[-1]
+    assert same(dict(saved["model_state_dict"]), dict(state.model.state_dict()))
+    assert {"optimizer_state_dict", "scheduler_state_dict"} <= set(saved)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "remedy"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), UserError, "free some space"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), UserError, "free some space"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), UserError, "writable"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (ValueError("odd"), ValueError, "odd"),
+    ],
+)
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, error: BaseException, raised: type, remedy: str) -> None:
+    """Whatever breaks a write off, the file is the old one and nothing else is left behind."""
+    path = tmp_path / "latest_model.pt"
+    path.write_bytes(b"old" * 1000)
+
+    def write(file: Any) -> None:
+        file.write(b"new")
+        raise error
+
+    with pytest.raises(raised) as caught:
+        files.write_atomically(path, write)
+    assert remedy in str(caught.value) and "\n" not in str(caught.value)
+    if raised is UserError:
+        assert str(caught.value).startswith(f"{path}:")
+    assert path.read_bytes() == b"old" * 1000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    """While a file is being written, a reader sees the old one; missing folders are made."""
+    path = tmp_path / "new" / "folder" / "a.bin"
+    files.write_text(path, "old")
+
+    def write(file: Any) -> None:
+        file.write(b"half")
+        file.flush()
+        assert path.read_text() == "old"
+        file.write(b" and half")
+
+    files.write_atomically(path, write)
+    assert path.read_text() == "half and half"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
+    """A path below a plain file is refused in one line."""
+    (tmp_path / "plain").write_text("x")
+    with pytest.raises(UserError, match="cannot be written") as caught:
+        files.write_text(tmp_path / "plain" / "a.txt", "y")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the disk is full in the middle of a checkpoint, the earlier one still loads."""
+    state, settings = make_state(tmp_path, steps=1)
+    path = tmp_path / "run" / "latest_model.pt"
+    checkpoint.save(path, state, settings)
+    before = copy.deepcopy(snapshot(state))
+    train(state, 1)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left.*free some space"):
+        patch.setattr(os, "fsync", full)
+        checkpoint.save(path, state, settings)
+    fresh, _ = make_state(tmp_path)
+    checkpoint.load(path, fresh, settings)
+    assert same(snapshot(fresh), before)
+    assert [p.name for p in path.parent.iterdir()] == ["latest_model.pt"]
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+from torch import nn
+from utils import checkpoint
+from utils.cli import command
+
+def main():
+    model = nn.Linear(300, 300)
+    state = checkpoint.State(model, torch.optim.Adam(model.parameters()), None)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    checkpoint.save(Path(sys.argv[1]), state, {})
+
+command("save.py", main)
+"""
+
+
+def test_a_size_limit_ends_in_one_line(tmp_path: Path) -> None:
+    """A process that may write no more ends with one line and exit code 2, and the old file is whole."""
+    path = tmp_path / "latest_model.pt"
+    path.write_bytes(b"old")
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(path)],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and f"save.py: error: {path}: " in done.stderr and "free some space" in done.stderr
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+class Shell:
+    """A pickle that runs a command when it is loaded."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+class Evaluated:
+    """A pickle that evaluates an expression when it is loaded."""
+
+    def __init__(self, expression: str) -> None:
+        self.expression = expression
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return eval, (self.expression,)
+
+
+@pytest.mark.parametrize("zipped", [True, False, None])
+@pytest.mark.parametrize("kind", ["shell", "eval", "weights"])
+def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path, kind: str, zipped: bool | None) -> None:
+    """A checkpoint that carries code is refused in one line, and the code did not run, in each of torch's formats."""
+    marker, path = tmp_path / "ran", tmp_path / "evil.pt"
+    code = Evaluated(f"open({str(marker)!r}, 'w').close()") if kind == "eval" else Shell(f"touch '{marker}'")
+    state, settings = make_state(tmp_path, steps=1)
+    saved = {"epoch": 0, "model_state_dict": state.model.state_dict(), "optimizer_state_dict": code}
+    if kind == "weights":
+        saved["model_state_dict"] = OrderedDict(a=code)
+    if zipped is None:
+        path.write_bytes(pickle.dumps(saved))
+        pickle.loads(path.read_bytes())
+    else:
+        torch.save(saved, path, _use_new_zipfile_serialization=zipped)
+        torch.load(path, weights_only=False)
+    assert marker.exists(), "the code is live: an unguarded loader runs it"
+    marker.unlink()
+    line = refusal(path, state, settings)
+    assert not marker.exists()
+    assert "malicious" in line or zipped is None
+    with pytest.raises(UserError):
+        checkpoint.read(path)
+    assert not marker.exists()
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
+    """A checkpoint cut off at any place is refused by name, never half read."""
+    state, settings = make_state(tmp_path, steps=1)
+    path = tmp_path / "cut.pt"
+    checkpoint.save(path, state, settings)
+    whole = path.read_bytes()
+    for length in (
+        0,
+        1,
+        2,
+        10,
+        100,
+        1000,
+        len(whole) // 3,
+        len(whole) // 2,
+        len(whole) - 1000,
+        len(whole) - 20,
+        len(whole) - 1,
+    ):
+        path.write_bytes(whole[:length])
+        assert "truncated or no checkpoint" in refusal(path, state, settings)
+    path.write_bytes(whole)
+    checkpoint.load(path, state, settings)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, world\n", b"\x80\x02}", b"PK\x03\x04" + bytes(40), bytes(range(256)) * 9])
+def test_a_file_that_is_no_checkpoint(tmp_path: Path, content: bytes) -> None:
+    """An empty file, a text or a foreign binary is refused by name."""
+    state, settings = make_state(tmp_path)
+    path = tmp_path / "odd.pt"
+    path.write_bytes(content)
+    refusal(path, state, settings)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        torch.zeros(3),
+        {},
+        {"epoch": 3},
+        {"model_state_dict": {}},
+        {"model_state_dict": None},
+        {"model_state_dict": {"a": 3}},
+        {"model_state_dict": [torch.zeros(2)]},
+    ],
+)
+def test_a_file_without_weights(tmp_path: Path, content: Any) -> None:
+    """A file of torch that holds no weights is told from a checkpoint."""
+    state, settings = make_state(tmp_path)
+    path = tmp_path / "odd.pt"
+    torch.save(content, path)
+    assert "holds no model_state_dict" in refusal(path, state, settings)
+
+
+def test_a_missing_checkpoint_lists_what_is_there(tmp_path: Path) -> None:
+    """A wrong name is answered with the names of the checkpoints that there are."""
+    with pytest.raises(UserError, match="no such checkpoint.*train first"):
+        checkpoint.read(tmp_path / "latest_model.pt")
+    (tmp_path / "best_model.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"lates\.pt: no such checkpoint.*best_model\.pt"):
+        checkpoint.read(tmp_path / "lates.pt")
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_authors_checkpoints_load(tmp_path: Path, prefix: str, zipped: bool) -> None:
+    """A checkpoint as the authors' code writes it, with numpy figures and a prefix, gives its weights and goes on."""
+    state, settings = make_state(tmp_path, PLANS[0], steps=2)
+    path = tmp_path / "authors.pt"
+    result = {
+        "test": {
+            "clean": {"loss": np.float64(0.25), "acc": 0.93},
+            "poison": OrderedDict(loss=np.float32(2), acc=np.float64(0.01)),
+        }
+    }
+    adam = copy.deepcopy(state.optimizer.state_dict())
+    for slot in adam["state"].values():
+        slot["step"] = int(slot["step"])  # a plain number in torch 1.8
+    for group in adam["param_groups"]:
+        for new in set(group) - {"lr", "betas", "eps", "weight_decay", "amsgrad", "params", "initial_lr"}:
+            del group[new]
+    saved = {
+        "epoch": 7,
+        "result": result | {"count": np.int64(3), "better": np.bool_(True)},
+        "model_state_dict": OrderedDict((prefix + k, t) for k, t in state.model.state_dict().items()),
+        "optimizer_state_dict": adam,
+        "scheduler_state_dict": state.scheduler.state_dict() if state.scheduler else None,
+        "best_acc": np.float64(0.75),
+        "best_epoch": np.int64(6),
+    }
+    torch.save(saved, path, _use_new_zipfile_serialization=zipped)
+    model = make_state(tmp_path, PLANS[0])[0].model
+    checkpoint.load_weights(model, checkpoint.read(path), path)
+    assert same(dict(model.state_dict()), dict(state.model.state_dict()))
+    fresh, _ = make_state(tmp_path, PLANS[0])
+    checkpoint.load(path, fresh, settings)
+    assert (fresh.epoch, fresh.best_acc, fresh.best_epoch) == (8, 0.75, 6)
+    train(state, 2)
+    train(fresh, 2)
+    assert same(dict(fresh.model.state_dict()), dict(state.model.state_dict()))
+
+
+def test_another_network_is_refused(tmp_path: Path) -> None:
+    """Weights of another width, depth or number of classes are refused with the first key that does not fit."""
+    state, settings = make_state(tmp_path, steps=1)
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, state, settings)
+    saved = checkpoint.read(path)
+    cases = {
+        "network.resnet18_cifar.width=3": "backbone.conv1.weight is (2, 3, 3, 3), the YAML's network has (3, 3, 3, 3)",
+        "network.resnet18_cifar.blocks=2": "lacks backbone.layer1.1",
+        "num_classes=11": "linear.weight is (10, 16), the YAML's network has (11, 16)",
+    }
+    for override, expected in cases.items():
+        other, _ = make_state(tmp_path, (override,))
+        before = copy.deepcopy(other.model.state_dict())
+        with pytest.raises(UserError) as caught:
+            checkpoint.load_weights(other.model, saved, path)
+        assert str(caught.value).startswith(f"{path}: is a checkpoint of another network (") and "\n" not in str(caught.value)
+        assert expected in str(caught.value)
+        assert same(dict(other.model.state_dict()), dict(before))
+    deep, deep_settings = make_state(tmp_path, ("network.resnet18_cifar.blocks=2",), steps=1)
+    checkpoint.save(path, deep, deep_settings)
+    with pytest.raises(UserError, match="another network .has backbone.layer1.1"):
+        checkpoint.load_weights(state.model, checkpoint.read(path), path)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["linear.bias", "backbone.bn1.running_var"])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, bad: float, name: str) -> None:
+    """One NaN or infinity in the weights or the BN statistics is found, and named by its place."""
+    state, settings = make_state(tmp_path, steps=1)
+    state.model.state_dict()[name][1] = bad
+    checkpoint.save(tmp_path / "nan.pt", state, settings)
+    fresh, _ = make_state(tmp_path)
+    assert name in refusal(tmp_path / "nan.pt", fresh, settings)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "then", "now"),
+    [
+        ("seed.seed=8", "seed.seed", "7", "8"),
+        ("global.epsilon=0.4", "global.epsilon", "0.5", "0.4"),
+        ("optimizer.Adam.lr=0.5", "optimizer.Adam.lr", "0.002", "0.5"),
+        ("backdoor.poison_ratio=0.2", "backdoor.poison_ratio", "0.1", "0.2"),
+        ("backdoor.badnets.pattern=corner3x3", "backdoor.badnets.pattern", "None", "'corner3x3'"),
+        ("network.resnet18_cifar.width=3", "network.resnet18_cifar.width", "2", "3"),
+        ("semi.loader.batch_size=4", "semi.loader.batch_size", "8", "4"),
+        ("loader.batch_size=4", "loader.batch_size", "64", "4"),
+        ("lr_scheduler=cosine_annealing", "lr_scheduler", "None", ""),
+        ("transform.train.primary.random_crop.padding=2", "transform.train.primary.random_crop.padding", "4", "2"),
+        ("defense=none", "defense", "'asd'", "'none'"),
+        ("data.train_limit=100", "data.train_limit", "None", "100"),
+    ],
+)
+def test_another_configuration_is_refused(tmp_path: Path, override: str, key: str, then: str, now: str) -> None:
+    """A checkpoint is not gone on with under settings that change the course: key and both values are told."""
+    state, settings = make_state(tmp_path, steps=1)
+    checkpoint.save(tmp_path / "a.pt", state, settings)
+    other = make_state(tmp_path, (override,))[1]
+    line = refusal(tmp_path / "a.pt", state, other)
+    assert key in line and then in line and now in line and "--resume False" in line
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run=other",
+        "saved_dir=elsewhere",
+        "storage_dir=elsewhere",
+        "dataset_dir=/other/cifar-10-batches-py",
+        "download=true",
+        "prefetch=false",
+        "runtime.amp=true",
+        "sync_bn=true",
+        "seed.deterministic=true",
+        "seed.benchmark=false",
+        "loader.num_workers=7",
+        "semi.loader.pin_memory=false",
+        "num_epochs=4",
+    ],
+)
+def test_settings_of_place_and_speed_may_change(tmp_path: Path, override: str) -> None:
+    """A run may be moved, made faster or made longer, and its checkpoint still loads."""
+    state, settings = make_state(tmp_path, steps=1)
+    checkpoint.save(tmp_path / "a.pt", state, settings)
+    fresh, other = make_state(tmp_path, (override,))
+    assert other != settings
+    checkpoint.load(tmp_path / "a.pt", fresh, other)
+    assert same(snapshot(fresh), snapshot(state))
+
+
+def test_the_undefended_run_keeps_its_length(tmp_path: Path) -> None:
+    """Without ASD the learning rate falls at fractions of `num_epochs`, so that it may not change."""
+    state, settings = make_state(tmp_path, ("defense=none",), steps=1)
+    checkpoint.save(tmp_path / "a.pt", state, settings)
+    line = refusal(tmp_path / "a.pt", state, make_state(tmp_path, ("defense=none", "num_epochs=9"))[1])
+    assert "num_epochs" in line and "6" in line and "9" in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("epoch", None),
+        ("epoch", "three"),
+        ("epoch", [3]),
+        ("best_acc", "high"),
+        ("optimizer_state_dict", None),
+        ("optimizer_state_dict", {}),
+        ("optimizer_state_dict", {"state": {}, "param_groups": []}),
+        ("optimizer_state_dict", [1]),
+        ("history", 3),
+        ("history", [3]),
+    ],
+)
+def test_a_training_state_that_does_not_fit(tmp_path: Path, key: str, value: Any) -> None:
+    """Good weights with a damaged training state are refused in one line with the file's name."""
+    state, settings = make_state(tmp_path, steps=1)
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, state, settings)
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {key: value}, path)
+    assert "does not fit" in refusal(path, state, settings)
+    del saved[key]
+    torch.save(saved, path)
+    if key in ("epoch", "optimizer_state_dict"):
+        assert "does not fit" in refusal(path, state, settings)

@@ -1,0 +1,501 @@
+"""ASD.py's parts, in process: MixMatch steps, virtual model, scoring, split and accuracy against plain loops."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import math
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ASD
+from ASD import build_pipelines, mixmatch_step
+from data import poison
+from data.augment import Pipeline
+from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, draw_supervised
+from data.pools import rest
+from data.sets import ImageSet, Oracle, RawData
+from model.classifier import Classifier, build_classifier
+from utils import config as configuration
+from utils.checkpoint import State
+from utils.config import Config
+from utils.device import Precision
+from utils.errors import UserError
+
+FP32 = Precision(torch.device("cpu"), amp=False)
+N, C = 45, 10  # images (no multiple of a batch), classes
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+class DoublePipeline(Pipeline):
+    """The same augmentation, handed on as float64, so that a step can be compared tightly."""
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        return super().__call__(images, draws).double()
+
+
+def settings(tiny: Path, *overrides: str) -> Config:
+    """Return the tiny configuration with smaller batches, and with overrides."""
+    return configuration.load(tiny, ["loader.batch_size=16", *overrides])
+
+
+def make_set(count: int = N, seed: int = 0) -> ImageSet:
+    """Return random images with labels of every class."""
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, 32, 32), generator=rng).to(torch.uint8)
+    return ImageSet(images, torch.randperm(count, generator=rng) % C)
+
+
+def make_model(config: Config, seed: int = 1) -> Classifier:
+    """Return a fresh network whose BN statistics are not the initial ones."""
+    model = build_classifier(config.network, C, seed)
+    rng = torch.Generator().manual_seed(seed)
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.copy_(torch.rand(buffer.shape, generator=rng) + 0.5)
+    return model
+
+
+def double_pipeline(config: Config) -> DoublePipeline:
+    """Return the train augmentation in float64."""
+    return DoublePipeline(config.transform.train.primary, config.transform.train.remaining, 32, 32)
+
+
+def assert_same_state(one: nn.Module, other: nn.Module, atol: float = 1e-10) -> None:
+    """Compare weights and BN buffers of two models."""
+    theirs = other.state_dict()
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-8, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+
+
+# The references.
+
+
+class SlowAdam:
+    """Adam from its formula, on a list of parameters."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, betas: tuple[float, float], eps: float) -> None:
+        self.parameters, self.lr, self.betas, self.eps, self.steps = parameters, lr, betas, eps, 0
+        self.m = [torch.zeros_like(p) for p in parameters]
+        self.v = [torch.zeros_like(p) for p in parameters]
+
+    def step(self, gradients: typing.Sequence[Tensor]) -> None:
+        """Move every parameter once."""
+        self.steps += 1
+        (b1, b2), t = self.betas, self.steps
+        with torch.no_grad():
+            for i, (p, g) in enumerate(zip(self.parameters, gradients, strict=True)):
+                self.m[i] = b1 * self.m[i] + (1 - b1) * g
+                self.v[i] = b2 * self.v[i] + (1 - b2) * g * g
+                p -= self.lr * (self.m[i] / (1 - b1**t)) / ((self.v[i] / (1 - b2**t)).sqrt() + self.eps)
+
+
+def swap_groups(rows: list[Any], batch: int) -> list[Any]:
+    """Interleave a list of 3 * batch rows: group i of block 0 against group i of block i, i = 1, 2."""
+    blocks = [rows[:batch], rows[batch : 2 * batch], rows[2 * batch :]]
+    third, remainder = batch // 3, batch % 3
+    sizes = [third, third + (remainder == 2), third + (remainder >= 1)]
+    ends = [sizes[0], sizes[0] + sizes[1], batch]
+    for i in (1, 2):
+        for offset in range(ends[i - 1], ends[i]):
+            blocks[0][offset], blocks[i][offset] = blocks[i][offset], blocks[0][offset]
+    return [row for block in blocks for row in block]
+
+
+def slow_mixmatch_step(
+    model: nn.Module, adam: SlowAdam, train_set: ImageSet, draw: MixMatchDraws, augment: Pipeline, temperature: float
+) -> tuple[float, float, float]:
+    """One MixMatch step, row by row, as the method is described: three views, two guesses, three forwards, one update."""
+    batch = len(draw.labelled)
+
+    def view(image: Tensor, draws: Tensor) -> Tensor:
+        return augment(train_set.images[image][None], draws[None])[0]
+
+    x = [view(draw.labelled[i], draw.views[i]) for i in range(batch)]
+    u1 = [view(draw.unlabelled[i], draw.views[batch + i]) for i in range(batch)]
+    u2 = [view(draw.unlabelled[i], draw.views[2 * batch + i]) for i in range(batch)]
+
+    model.train()
+    with torch.no_grad():
+        p1, p2 = model(torch.stack(u1)).softmax(1).tolist(), model(torch.stack(u2)).softmax(1).tolist()
+    guesses = []
+    for a, b in zip(p1, p2, strict=True):
+        powered = [((a[c] + b[c]) / 2) ** (1 / temperature) for c in range(C)]
+        guesses.append([value / sum(powered) for value in powered])
+    given = [[1.0 if c == int(train_set.labels[draw.labelled[i]]) else 0.0 for c in range(C)] for i in range(batch)]
+    inputs, targets = x + u1 + u2, given + guesses + guesses
+
+    lam = float(draw.lam)
+    mixed_inputs, mixed_targets = [], []
+    for i in range(3 * batch):
+        j = int(draw.permutation[i])
+        mixed_inputs.append(lam * inputs[i] + (1 - lam) * inputs[j])
+        mixed_targets.append([lam * targets[i][c] + (1 - lam) * targets[j][c] for c in range(C)])
+
+    shuffled = swap_groups(mixed_inputs, batch)
+    logits: list[Tensor] = []
+    for start in (0, batch, 2 * batch):
+        logits += list(model(torch.stack(shuffled[start : start + batch])))
+    logits = swap_groups(logits, batch)
+
+    loss_x = loss_u = torch.zeros((), dtype=torch.float64)
+    for i in range(3 * batch):
+        probabilities = logits[i].exp() / logits[i].exp().sum()
+        for c in range(C):
+            if i < batch:
+                loss_x = loss_x - mixed_targets[i][c] * probabilities[c].log() / batch
+            else:
+                loss_u = loss_u + (probabilities[c] - mixed_targets[i][c]) ** 2 / (2 * batch * C)
+    loss = loss_x + float(draw.lambda_u) * loss_u
+    adam.step(torch.autograd.grad(loss, adam.parameters))
+    return loss.item(), loss_x.item(), loss_u.item()
+
+
+def slow_scores(model: nn.Module, train_set: ImageSet, draws: Tensor, augment: Pipeline) -> list[float]:
+    """Split loss of every image on its own: 0.1 CE + RCE, model in eval mode."""
+    model = copy.deepcopy(model).eval()
+    out = []
+    for i in range(len(train_set)):
+        with torch.no_grad():
+            logits = model(augment(train_set.images[i : i + 1], draws[i : i + 1]))[0].tolist()
+        top = max(logits)
+        total = sum(math.exp(z - top) for z in logits)
+        label, ce, rce = int(train_set.labels[i]), 0.0, 0.0
+        for c, z in enumerate(logits):
+            p = math.exp(z - top) / total
+            if c == label:
+                ce = math.log(total) + top - z
+            else:
+                rce -= max(p, 1e-7) * math.log(1e-4)
+        out.append(0.1 * ce + rce)
+    return out
+
+
+def slow_virtual_model(
+    config: Config, epoch: int, model: nn.Module, train_set: ImageSet, augment: Pipeline
+) -> tuple[nn.Module, list[str]]:
+    """Train a whole copy, every layer with a gradient, Adam on layer3, layer4 and linear; also say which names that is."""
+    virtual = copy.deepcopy(model)
+    names = [n for n, _ in virtual.named_parameters() if n.split(".")[1] in ("layer3", "layer4") or n.startswith("linear.")]
+    optimizer = torch.optim.Adam([dict(virtual.named_parameters())[n] for n in names], lr=0.015)
+    virtual.train()
+    for i in range(config.meta.epoch):
+        draws = draw_supervised(config.seed.seed, f"virtual {i}", epoch, len(train_set), augment)
+        for start in range(0, len(train_set), config.loader.batch_size):
+            stop = min(start + config.loader.batch_size, len(train_set))
+            inputs = torch.cat(
+                [augment(train_set.images[draws.order[k]][None], draws.views[k : k + 1]) for k in range(start, stop)]
+            )
+            labels = torch.stack([train_set.labels[draws.order[k]] for k in range(start, stop)])
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(virtual(inputs), labels).backward()
+            optimizer.step()
+    return virtual, names
+
+
+# One step, one epoch.
+
+
+def draws_of(config: Config, train_set: ImageSet, augment: Pipeline, pool: Tensor, epoch: int = 3) -> MixMatchDraws:
+    """Return an epoch's draws."""
+    steps = config.semi.mixmatch.train_iteration
+    weights = torch.linspace(2, 9, steps, dtype=torch.float64)
+    return draw_mixmatch(config, epoch, pool, rest(pool, len(train_set)), augment, weights)
+
+
+@pytest.mark.parametrize("batch", [6, 7, 8])
+def test_mixmatch_steps_are_those_of_the_paper(tiny: Path, batch: int) -> None:
+    """Two MixMatch steps give the losses, weights and BN statistics of the method written out row by row, for batches that
+    three groups divide evenly and for those that they do not."""
+    config = settings(tiny, f"semi.loader.batch_size={batch}", "optimizer.Adam.eps=0.001", "semi.mixmatch.temperature=0.4")
+    augment, train_set = double_pipeline(config), make_set()
+    draws = draws_of(config, train_set, augment, torch.arange(0, N, 2))
+    model = make_model(config).double()
+    model.train()
+    slow = copy.deepcopy(model)
+    optimizer = ASD.build_optimizer(config.optimizer, model.parameters())
+    adam = SlowAdam(list(slow.parameters()), 0.002, (0.9, 0.999), 0.001)
+    for i in range(2):
+        figures = mixmatch_step(config, model, optimizer, train_set, draws.step(i), augment, FP32)
+        expected = slow_mixmatch_step(slow, adam, train_set, draws.step(i), augment, 0.4)
+        assert not figures.requires_grad
+        assert figures.tolist() == pytest.approx(expected, rel=1e-9)
+        assert_same_state(model, slow)
+    assert int(model.state_dict()["backbone.bn1.num_batches_tracked"]) == 10  # 2 guesses and 3 forwards a step
+
+
+def make_state(config: Config, train_set: ImageSet) -> State:
+    """Return a run's state with used BN statistics."""
+    state = ASD.build_state(config, torch.device("cpu"), FP32, len(train_set))
+    state.model.load_state_dict(make_model(config).state_dict())
+    return state
+
+
+def test_mixmatch_epoch_is_its_steps(tiny: Path) -> None:
+    """An epoch is `train_iteration` steps with one Adam; it reports the means over them, lambda_u ramping up on the way."""
+    config = settings(tiny, "optimizer.Adam.eps=0.001", "semi.criterion.mixmatch.rampup_length=5")
+    augment, train_set, pool = double_pipeline(config), make_set(), torch.arange(10, 30)
+    state = make_state(config, train_set)
+    state.model.double().eval()  # as scoring might leave it
+    slow = copy.deepcopy(state.model)
+    adam = SlowAdam(list(slow.parameters()), 0.002, (0.9, 0.999), 0.001)
+    means = ASD.train_mixmatch(config, 3, state, train_set, pool, augment, FP32)
+
+    weights = [15 * min((3 + i / 3) / 5, 1) for i in range(3)]
+    draws = draw_mixmatch(config, 3, pool, rest(pool, N), augment, torch.tensor(weights, dtype=torch.float64))
+    rows = [slow_mixmatch_step(slow, adam, train_set, draws.step(i), augment, 0.5) for i in range(3)]
+    assert_same_state(state.model, slow)
+    for key, values in zip(("loss", "loss_x", "loss_u"), zip(*rows, strict=True), strict=True):
+        assert means[key] == pytest.approx(sum(values) / 3, rel=1e-5)  # summed in float32
+    assert means["lambda_u"] == pytest.approx(sum(weights) / 3)
+
+
+def test_labels_of_the_polluted_pool_are_ignored(tiny: Path) -> None:
+    """Other labels in the polluted pool change no weight; one other label in the clean pool does."""
+    config = settings(tiny)
+    train_set, pool = make_set(), torch.arange(20)
+    augment, _ = build_pipelines(config, train_set)
+    results = []
+    for changed in (slice(0, 0), slice(20, N), slice(0, 20)):
+        labels = train_set.labels.clone()
+        labels[changed] = (labels[changed] + 1) % C
+        state = make_state(config, train_set)
+        ASD.train_mixmatch(config, 0, state, ImageSet(train_set.images, labels), pool, augment, FP32)
+        results.append(state.model.state_dict())
+    own, polluted, clean = results
+    assert all(torch.equal(own[name], polluted[name]) for name in own)
+    assert not all(torch.equal(own[name], clean[name]) for name in own)
+
+
+# The virtual model.
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_virtual_model_is_a_plain_training_of_its_last_layers(tiny: Path, passes: int) -> None:
+    """The virtual model equals a copy trained by a plain loop over all images with the labels that they carry, the last,
+    smaller batch included; freezing the first layers changes no bit; the model itself stays as it was."""
+    config = settings(tiny, f"meta.epoch={passes}")
+    train_set = make_set()
+    augment, _ = build_pipelines(config, train_set)
+    model = make_model(config)
+    before = copy.deepcopy(model.state_dict())
+    virtual = ASD.train_virtual_model(config, 4, model, train_set, augment, FP32)
+    slow, trained = slow_virtual_model(config, 4, model, train_set, augment)
+    own, theirs = virtual.state_dict(), slow.state_dict()
+    for name, tensor in own.items():
+        if name in trained or "running" in name or "num_batches" in name:
+            assert torch.equal(tensor, theirs[name]), name
+            assert not torch.equal(tensor, before[name]), name
+        else:
+            assert torch.equal(tensor, before[name]), name
+    assert int(own["backbone.bn1.num_batches_tracked"]) == 3 * passes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_undefended_epoch_is_a_plain_training(tiny: Path) -> None:
+    """`defense: none` trains all layers by plain SGD with momentum and weight decay on every image once, and reports the
+    mean loss of the images."""
+    config = settings(tiny, "defense=none", "undefended.batch_size=16")
+    train_set, augment = make_set(), double_pipeline(config)
+    state = make_state(config, train_set)
+    state.model.double()
+    slow = copy.deepcopy(state.model)
+    losses = ASD.train_undefended(config, 0, state, train_set, augment, FP32)
+
+    draws = draw_supervised(config.seed.seed, "undefended", 0, N, augment)
+    velocity = [torch.zeros_like(p) for p in slow.parameters()]
+    slow.train()
+    total = 0.0
+    for start in range(0, N, 16):
+        index = draws.order[start : start + 16]
+        logits = slow(augment(train_set.images[index], draws.views[start : start + 16]))
+        chosen = [-logits[k].log_softmax(0)[train_set.labels[i]] for k, i in enumerate(index)]
+        total += sum(value.item() for value in chosen)
+        gradients = torch.autograd.grad(sum(chosen) / len(index), list(slow.parameters()))
+        with torch.no_grad():
+            for k, (p, g) in enumerate(zip(slow.parameters(), gradients, strict=True)):
+                velocity[k] = 0.9 * velocity[k] + g + 5e-4 * p
+                p -= 0.1 * velocity[k]
+    assert sorted(draws.order.tolist()) == list(range(N))
+    assert_same_state(state.model, slow)
+    assert losses["loss"] == pytest.approx(total / N, rel=1e-5)
+
+
+# Scoring, splits, accuracy.
+
+
+def test_split_losses_are_those_of_single_images(tiny: Path) -> None:
+    """Each image's split loss is the symmetric cross-entropy of its own augmented view in eval mode; scoring changes neither
+    the model nor its mode."""
+    config = settings(tiny)
+    train_set = make_set()
+    augment, _ = build_pipelines(config, train_set)
+    model = make_model(config)
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    losses = ASD.split_losses(config, 2, "score", model, train_set, augment, FP32)
+    draws = draw_scoring(config.seed.seed, "score", 2, N, augment)
+    assert losses.dtype == torch.float32
+    assert losses.tolist() == pytest.approx(slow_scores(model, train_set, draws, augment), rel=1e-4)
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_losses_that_are_not_finite_are_refused(tiny: Path, value: float) -> None:
+    """A network that has diverged gives one line that names the epoch and the learning rate, not an arbitrary pool."""
+    config = settings(tiny)
+    train_set = make_set()
+    augment, _ = build_pipelines(config, train_set)
+    model = make_model(config)
+    with torch.no_grad():
+        model.linear.weight[0, 0] = value
+    with pytest.raises(UserError) as caught:
+        ASD.split_pools(config, 2, model, train_set, torch.arange(20), augment, FP32)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert "epoch 2" in line
+    assert "not finite" in line
+    assert "learning rate of optimizer" in line
+
+
+def class_aware(losses: list[float], labels: list[int], seeds: list[int], more: int) -> list[int]:
+    """Stage 1 by sorting lists."""
+    pool = list(seeds)
+    for c in range(C):
+        rows = sorted((losses[i], i) for i in range(len(labels)) if labels[i] == c and i not in seeds)
+        pool += [i for _, i in rows[:more]]
+    return sorted(pool)
+
+
+def lowest_share(values: list[float], share: float) -> list[int]:
+    """Stages 2 and 3 by sorting lists."""
+    return sorted(i for _, i in sorted((v, i) for i, v in enumerate(values))[: int(len(values) * share)])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "third"), [(2, 4, 6), (0, 1, 3), (0, 0, 2), (3, 3, 4), (4, 4, 4), (2, 4, 4), (0, 3, 3)]
+)
+@pytest.mark.parametrize("keep_seeds", [False, True])
+def test_stage_of_the_split_follows_the_epoch(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, first: int, second: int, third: int, keep_seeds: bool
+) -> None:
+    """In every epoch of every plan the clean pool is that of the stage the epoch belongs to, and a virtual model is trained
+    in the third stage only."""
+    plan = [f"global.epoch_first={first}", f"global.epoch_second={second}", f"global.epoch_third={third}"]
+    config = settings(tiny, *plan, f"num_epochs={third}", f"global.keep_seeds={str(keep_seeds).lower()}")
+    train_set, model = make_set(), make_model(config)
+    augment, _ = build_pipelines(config, train_set)
+    rng = torch.Generator().manual_seed(9)
+    losses, virtual_losses = torch.rand(2, N, generator=rng).round(decimals=1)  # with ties
+    seeds, virtual, asked = torch.arange(20), nn.Identity(), []
+
+    def train_virtual(*args: Any) -> nn.Module:
+        asked.append("train")
+        assert args[2] is model
+        return virtual
+
+    def score(config: Config, epoch: int, purpose: str, which: nn.Module, *args: Any) -> Tensor:
+        asked.append("virtual" if which is virtual else "model")
+        assert which in (virtual, model)
+        return virtual_losses if which is virtual else losses
+
+    monkeypatch.setattr(ASD, "train_virtual_model", train_virtual)
+    monkeypatch.setattr(ASD, "split_losses", score)
+    for epoch in range(third):
+        asked.clear()
+        pool, values = ASD.split_pools(config, epoch, model, train_set, seeds, augment, FP32)
+        if epoch < first:
+            expected = class_aware(losses.tolist(), train_set.labels.tolist(), seeds.tolist(), 2 * epoch)  # n 2, t 1
+        elif epoch < second:
+            expected = lowest_share(losses.tolist(), 0.5)
+        else:
+            expected = lowest_share((losses - virtual_losses).tolist(), 0.5)
+        if epoch >= first and keep_seeds:
+            expected = sorted({*expected, *seeds.tolist()})
+        assert pool.tolist() == expected
+        assert sorted(asked) == (["model", "train", "virtual"] if epoch >= second else ["model"])
+        assert torch.equal(values, losses - virtual_losses if epoch >= second else losses)
+
+
+def test_meta_split_by_hand(tiny: Path) -> None:
+    """The third stage keeps the half whose split loss a real virtual model lowers least, and drops the virtual model."""
+    config = settings(tiny)
+    train_set, model = make_set(), make_model(config)
+    augment, _ = build_pipelines(config, train_set)
+    before = copy.deepcopy(model.state_dict())
+    virtual, _ = slow_virtual_model(config, 5, model, train_set, augment)
+    purposes = (model, "score"), (virtual, "score virtual")
+    one, two = (
+        slow_scores(which, train_set, draw_scoring(config.seed.seed, purpose, 5, N, augment), augment)
+        for which, purpose in purposes
+    )
+    falls = [a - b for a, b in zip(one, two, strict=True)]
+    pool, values = ASD.split_pools(config, 5, model, train_set, torch.arange(20), augment, FP32)
+    assert values.tolist() == pytest.approx(falls, rel=1e-3, abs=1e-3)
+    assert pool.tolist() == lowest_share(values.tolist(), 0.5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("batch", [1, 16, 64])
+def test_accuracy_is_a_count(tiny: Path, batch: int) -> None:
+    """Accuracy is the number of images that get their label over the number of images, also where the last batch is small."""
+    config = settings(tiny, f"loader.batch_size={batch}")
+    test_set = make_set(43, seed=5)
+    _, plain = build_pipelines(config, test_set)
+    model = make_model(config)
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    predicted = []
+    alone = copy.deepcopy(model).eval()
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    for image in test_set.images:
+        with torch.no_grad():
+            logits = alone(((image / 255 - mean) / std)[None])[0].tolist()
+        predicted.append(max(range(C), key=lambda c: logits[c]))
+    labels = [p if i >= 32 or i % 3 == 0 else (p + 1) % C for i, p in enumerate(predicted)]  # the last batch is all right
+    right = sum(p == label for p, label in zip(predicted, labels, strict=True))
+    assert right == 22
+    labelled = ImageSet(test_set.images, torch.tensor(labels))
+    assert ASD.accuracy(config, model, labelled, plain, FP32) == right / 43
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# The threat model.
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        ASD.split_pools,
+        ASD.split_losses,
+        ASD.train_virtual_model,
+        ASD.train_mixmatch,
+        ASD.mixmatch_step,
+        ASD.train_undefended,
+        ASD.train_supervised,
+    ],
+)
+def test_ground_truth_cannot_reach_splits_and_training(function: Any) -> None:
+    """Nothing that splits or trains can be handed the ground truth: no argument may hold it, at any depth."""
+    hints = typing.get_type_hints(function)
+    reachable, queue = set(), [hints[name] for name in inspect.signature(function).parameters]
+    assert Any not in queue
+    while queue:
+        hint = queue.pop()
+        if hint in reachable:
+            continue
+        reachable.add(hint)
+        queue += typing.get_args(hint)
+        if dataclasses.is_dataclass(hint):
+            queue += typing.get_type_hints(hint).values()
+    assert not reachable & {Oracle, poison.PoisonedData, poison.TestSets, RawData}
+    assert ImageSet in reachable
+    assert {field.name for field in dataclasses.fields(ImageSet)} == {"images", "labels"}

@@ -1,0 +1,275 @@
+"""Seed samples and the three splits, on hand-made and drawn losses, against plain loops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from data.pools import (
+    check_pool_sizes,
+    class_agnostic_split,
+    class_aware_split,
+    draw_seed_samples,
+    meta_split,
+    per_class,
+    rest,
+)
+from data.sets import CLEAN, COVER, POISONED, Oracle
+from utils import config
+from utils.errors import UserError
+
+# Few different values, so that ties are everywhere.
+LOSSES = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0]), min_size=1, max_size=40)
+
+
+def by_loss(values: list[float], among: list[int], count: int) -> list[int]:
+    """Pick the lowest one after another; of equals the first. Slow and obvious."""
+    left, picked = list(among), []
+    for _ in range(min(count, len(left))):
+        best = left[0]
+        for i in left:
+            if values[i] < values[best]:
+                best = i
+        picked.append(best)
+        left.remove(best)
+    return picked
+
+
+def oracle(flags: list[int], labels: list[int]) -> Oracle:
+    """A ground truth."""
+    return Oracle(torch.tensor(flags, dtype=torch.uint8), torch.tensor(labels))
+
+
+@settings(deadline=None, max_examples=80)
+@given(LOSSES, st.floats(0.01, 0.99))
+def test_class_agnostic_split_takes_the_lowest_losses(values: list[float], epsilon: float) -> None:
+    """Stage 2 keeps the int(N * epsilon) images of lowest loss, ties to the lower index, sorted."""
+    expected = sorted(by_loss(values, list(range(len(values))), int(len(values) * epsilon)))
+    assert class_agnostic_split(torch.tensor(values), epsilon).tolist() == expected
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.data(), LOSSES, st.floats(0.01, 0.99))
+def test_meta_split_takes_the_smallest_fall_of_the_loss(data: st.DataObject, values: list[float], epsilon: float) -> None:
+    """Stage 3 keeps the int(N * epsilon) images of smallest loss minus virtual loss, ties to the lower index."""
+    virtual = data.draw(st.lists(st.sampled_from([0.0, 0.5, 3.0]), min_size=len(values), max_size=len(values)))
+    falls = [a - b for a, b in zip(values, virtual, strict=True)]
+    expected = sorted(by_loss(falls, list(range(len(falls))), int(len(falls) * epsilon)))
+    assert meta_split(torch.tensor(values), torch.tensor(virtual), epsilon).tolist() == expected
+
+
+def test_meta_split_leaves_out_what_the_virtual_model_learnt_at_once() -> None:
+    """Poisoned images, whose loss falls most, stay out of the clean pool even if their loss is the lowest."""
+    losses = torch.tensor([0.2, 3.0, 2.0, 0.1, 5.0, 4.0])
+    virtual = torch.tensor([0.0, 2.9, 1.9, -3.0, 1.0, 3.9])  # images 3 and 4 fall by 3.1 and 4
+    assert meta_split(losses, virtual, 0.67).tolist() == [0, 1, 2, 5]
+
+
+@settings(deadline=None, max_examples=120)
+@given(st.data(), LOSSES, st.integers(1, 4), st.integers(0, 12))
+def test_class_aware_split_takes_seeds_and_the_lowest_of_each_class(
+    data: st.DataObject, values: list[float], classes: int, count: int
+) -> None:
+    """Stage 1 is the seed samples and, of each class, the k lowest-loss images that carry its label and are no seed."""
+    n = len(values)
+    labels = data.draw(st.lists(st.integers(0, classes - 1), min_size=n, max_size=n))
+    seeds = data.draw(st.lists(st.integers(0, n - 1), unique=True, max_size=n))
+    expected = set(seeds)
+    for c in range(classes):
+        expected |= set(by_loss(values, [i for i in range(n) if labels[i] == c and i not in seeds], count))
+    pool = class_aware_split(torch.tensor(values), torch.tensor(labels), torch.tensor(seeds, dtype=torch.int64), classes, count)
+    assert pool.dtype == torch.int64
+    assert pool.tolist() == sorted(expected)
+
+
+def test_class_aware_split_by_hand() -> None:
+    """Two classes, one seed each, two more of each: the worked example anyone can check."""
+    losses = torch.tensor([0.9, 0.1, 0.5, 0.5, 0.5, 0.2, 0.0, 0.8])
+    labels = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
+    seeds = torch.tensor([1, 7])
+    # class 0 without its seed 1: 0.5 at 2, 3, 4 and 0.9 at 0; class 1 without its seed 7: 0.0 at 6, 0.2 at 5
+    assert class_aware_split(losses, labels, seeds, 2, 2).tolist() == [1, 2, 3, 5, 6, 7]
+    assert class_aware_split(losses, labels, seeds, 2, 0).tolist() == [1, 7]
+    assert class_aware_split(losses, labels, seeds, 2, 99).tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("n", [7, 5000])
+def test_ties_go_to_the_lower_index_at_any_size(n: int) -> None:
+    """With all losses equal the pool is the first half, so that two runs never differ by the sort's whim."""
+    equal = torch.ones(n)
+    assert class_agnostic_split(equal, 0.5).tolist() == list(range(n // 2))
+    assert meta_split(equal, equal, 0.5).tolist() == list(range(n // 2))
+
+
+def test_splits_change_neither_losses_nor_seeds() -> None:
+    """Reports drawn after a split see the losses that were split."""
+    losses, labels, seeds = torch.tensor([2.0, 1.0, 0.0, 3.0]), torch.tensor([0, 1, 0, 1]), torch.tensor([3])
+    class_aware_split(losses, labels, seeds, 2, 1)
+    class_agnostic_split(losses, 0.5)
+    meta_split(losses, losses, 0.5)
+    assert losses.tolist() == [2, 1, 0, 3] and seeds.tolist() == [3] and labels.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(("n", "t"), [(10, 5), (2, 1), (50, 3), (0, 4)])
+def test_stage_1_grows_by_n_images_a_class_every_t_epochs(n: int, t: int) -> None:
+    """In the first t epochs the clean pool is the seed samples alone; every t epochs n more of each class join."""
+    grown = 0
+    for epoch in range(40):
+        if epoch > 0 and epoch % t == 0:
+            grown += n
+        assert per_class(epoch, n, t) == grown
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 50), st.data())
+def test_rest_is_the_complement(count: int, data: st.DataObject) -> None:
+    """Every image is in exactly one pool, the polluted one in rising order."""
+    pool = data.draw(st.lists(st.integers(0, count - 1), unique=True, max_size=count))
+    left = rest(torch.tensor(pool, dtype=torch.int64), count)
+    assert left.tolist() == [i for i in range(count) if i not in pool]
+    assert left.dtype == torch.int64
+
+
+# -- seed samples ------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(0, 99))
+def test_seed_samples_equal_the_original_generator_and_are_never_poisoned(seed: int, count: int, world: int) -> None:
+    """The same seed gives the paper code's seed samples; poisoned and cover images are never among them."""
+    rng = np.random.default_rng(world)
+    labels = np.concatenate([np.arange(30) % 3, rng.integers(0, 3, 30)])
+    flags = rng.choice([CLEAN, POISONED, COVER], 60, p=[0.6, 0.3, 0.1])
+    flags[:9] = CLEAN  # three clean ones of each class at least
+    drawn = draw_seed_samples(torch.from_numpy(labels), oracle(flags.tolist(), labels.tolist()), 3, count, seed)
+    state, expected = np.random.RandomState(seed), []
+    for c in range(3):
+        clean = [i for i in range(60) if flags[i] == CLEAN and labels[i] == c]
+        expected += list(state.choice(clean, size=count, replace=False))
+    assert drawn.tolist() == expected
+    assert drawn.dtype == torch.int64
+    for i in drawn.tolist():
+        assert flags[i] == CLEAN
+    assert len(set(expected)) == 3 * count
+
+
+def test_poisoned_images_of_the_target_label_are_no_seed_samples_even_if_almost_all_are_poisoned() -> None:
+    """A poisoned image carries the target label, yet only the clean images of that label are drawn."""
+    labels, flags = [0] * 100 + [1] * 4, [POISONED] * 96 + [CLEAN] * 8
+    for seed in range(30):
+        drawn = draw_seed_samples(torch.tensor(labels), oracle(flags, labels), 2, 3, seed).tolist()
+        assert min(drawn) >= 96
+
+
+def test_a_class_with_too_few_clean_images_is_named() -> None:
+    """Asking for more seed samples than a class has clean images names key, number, class and what there is."""
+    labels, flags = [0] * 5 + [1] * 5, [CLEAN] * 7 + [POISONED] * 3
+    with pytest.raises(UserError, match=r"global\.seed_num: 3: class 1 has only 2 clean") as caught:
+        draw_seed_samples(torch.tensor(labels), oracle(flags, labels), 2, 3, 0)
+    assert "\n" not in str(caught.value)
+    assert len(draw_seed_samples(torch.tensor(labels), oracle(flags, labels), 2, 2, 0)) == 4
+
+
+# -- the plan of the pools ---------------------------------------------------------------------------------------------
+
+# 200 images, 10 classes of 20, batch 8, epochs 2 / 4 / 6 and 6 in all; seed_num 2, t 1, n 2
+LABELS = torch.arange(200) % 10
+
+
+def check(tiny: Path, *overrides: str, labels: Tensor = LABELS) -> None:
+    """Check the tiny run's pools under some changed settings."""
+    check_pool_sizes(config.load(tiny, overrides), labels)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("semi.loader.batch_size=20",),  # just the 20 seed samples
+        ("global.epsilon=0.04",),  # just 8 images
+        ("global.epsilon=0.96",),  # just 8 images left
+        ("global.epsilon=0.01", "num_epochs=2"),  # stage 2 is never reached
+        ("global.n=999", "num_epochs=1"),  # nor is the first growth
+        ("global.seed_num=19", "global.n=0"),
+        ("global.seed_num=1", "global.epoch_first=0", "global.epoch_second=0"),  # only the meta-split
+    ],
+)
+def test_a_plan_that_fits_passes(tiny: Path, overrides: tuple[str, ...]) -> None:
+    """Pools that hold exactly one batch, and settings of stages that are never reached, are no error."""
+    check(tiny, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "pool", "what"),
+    [
+        (("semi.loader.batch_size=21",), "global.seed_num/n/t: 2/2/1", "clean pool of epoch 0", "would hold 20 images"),
+        (("global.n=18",), "global.seed_num/n/t: 2/18/1", "polluted pool of epoch 1", "would be empty"),
+        (("global.n=999",), "global.seed_num/n/t: 2/999/1", "polluted pool of epoch 1", "would be empty"),
+        (("global.n=3", "global.epoch_first=6", "global.epoch_second=6", "global.seed_num=5"), "global.seed_num/n/t",
+         "polluted pool of epoch 5", "would be empty"),
+        (("global.seed_num=20",), "global.seed_num/n/t", "polluted pool of epoch 0", "would be empty"),
+        (("global.seed_num=18", "semi.loader.batch_size=50"), "global.seed_num", "polluted pool", "would hold 20 images"),
+        (("global.epsilon=0.039",), "global.epsilon: 0.039", "clean pool of epoch 2", "would hold 7 images"),
+        (("global.epsilon=0.001",), "global.epsilon: 0.001", "clean pool of epoch 2", "would be empty"),
+        (("global.epsilon=0.97",), "global.epsilon: 0.97", "polluted pool of epoch 2", "would hold 6 images"),
+        (
+            ("global.epsilon=0.97", "global.epoch_first=0", "global.epoch_second=0"),
+            "global.epsilon",
+            "polluted pool of epoch 0",
+            "would hold 6 images",
+        ),
+        (
+            ("global.epsilon=0.9", "global.keep_seeds=true", "semi.loader.batch_size=16"),
+            "global.epsilon: 0.9",
+            "polluted pool of epoch 2",
+            "would be empty",
+        ),
+    ],
+)  # fmt: skip
+def test_a_plan_that_cannot_train_is_refused_at_the_start(
+    tiny: Path, overrides: tuple[str, ...], key: str, pool: str, what: str
+) -> None:
+    """A pool that will be empty, everything, or smaller than a batch is named with its epoch, size and setting."""
+    with pytest.raises(UserError) as caught:
+        check(tiny, *overrides)
+    text = str(caught.value)
+    assert text.startswith(key) and f"the {pool}" in text and what in text
+    assert "batch_size" in text and "200" in text and "\n" not in text
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_pool_sizes_are_foreseen_exactly(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A plan passes if and only if every pool of every epoch, split for real, holds a batch."""
+    path = tmp_path_factory.getbasetemp() / "plan.yaml"
+    seeds, n, t, first = (data.draw(st.integers(*r)) for r in ((1, 3), (0, 9), (1, 3), (0, 4)))
+    epsilon, batch = data.draw(st.sampled_from([0.05, 0.3, 0.5, 0.8, 0.95])), data.draw(st.integers(2, 12))
+    path.write_text(
+        "backdoor: {badnets: {}, target_label: 0}\nnetwork: resnet18_cifar\ndataset: shapes\nnum_classes: 3\nnum_epochs: 6\n"
+        "transform: {train: {remaining: {to_tensor: true}}, test: {remaining: {to_tensor: true}}}\n"
+        f"global: {{epoch_first: {first}, epoch_second: 5, epoch_third: 6, seed_num: {seeds}, n: {n}, t: {t}, "
+        f"epsilon: {epsilon}}}\n"
+        f"semi: {{loader: {{batch_size: {batch}}}}}\n"
+    )
+    labels = torch.tensor([0] * 5 + [1] * 9 + [2] * 21)
+    own = torch.cat([torch.nonzero(labels == c).squeeze(1)[:seeds] for c in range(3)])
+    losses = torch.arange(35.0)
+    fits = True
+    for epoch in range(6):
+        if epoch < first:
+            pool = class_aware_split(losses, labels, own, 3, per_class(epoch, n, t))
+        else:
+            pool = class_agnostic_split(losses, epsilon)
+        fits = fits and batch <= len(pool) <= 35 - batch
+    plan = config.load(path)
+    if fits:
+        check_pool_sizes(plan, labels)
+    else:
+        with pytest.raises(UserError):
+            check_pool_sizes(plan, labels)

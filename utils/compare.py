@@ -1,0 +1,124 @@
+"""Put finished runs side by side: a table on the screen, and one picture.
+
+    python -m utils.compare RUN_FOLDER [RUN_FOLDER ...] [--picture FILE] [--markdown]
+
+A run folder is `<saved_dir>/<run>`. Runs that differ in their seed alone are told as mean and deviation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.cli import Parser, command
+from utils.errors import UserError
+
+HEAD = ("run", "defense", "ACC", "ASR", "poisoned in the clean pool", "seconds")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return a run's name, settings without the seed, and rows of `metrics.jsonl`."""
+    try:
+        rows = [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}: is no run's folder ({error}): give <saved_dir>/<run> of a run") from None
+    if not rows:
+        raise UserError(f"{folder}: no epoch of the run is finished: wait for it or train again")
+    seed = settings.pop("seed")["seed"]
+    settings.pop("run")
+    return {"name": folder.name, "seed": seed, "settings": settings, "rows": rows}
+
+
+def group(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Put together the runs that have equal settings but for the seed, in the order given."""
+    groups: list[list[dict[str, Any]]] = []
+    for run in runs:
+        mates = next((g for g in groups if g[0]["settings"] == run["settings"]), None)
+        if mates is None:
+            groups.append([run])
+        else:
+            mates.append(run)
+    return groups
+
+
+def spread(values: list[float], form: str) -> str:
+    """Return `mean` of one value, or `mean ± deviation (least to most)` of several."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return format(mean, form)
+    low, high = format(min(values), form), format(max(values), form)
+    return f"{mean:{form}} ± {statistics.stdev(values):{form}} ({low} to {high})"
+
+
+def table(groups: list[list[dict[str, Any]]]) -> list[tuple[str, ...]]:
+    """Return the rows of the table, the head first."""
+    out: list[tuple[str, ...]] = [HEAD]
+    for runs in groups:
+        last = [run["rows"][-1] for run in runs]
+        name = runs[0]["name"] if len(runs) == 1 else f"{len(runs)} seeds ({', '.join(str(r['seed']) for r in runs)})"
+        pool = "no split"
+        if last[0]["clean_pool_size"] is not None:
+            pool = ", ".join(f"{r['poisoned_in_clean_pool']} of {r['clean_pool_size']}" for r in last)
+        seconds = [sum(row["seconds"] for row in run["rows"]) for run in runs]
+        acc = spread([100 * r["clean_accuracy"] for r in last], ".2f") + " %"
+        asr = spread([100 * r["attack_success_rate"] for r in last], ".2f") + " %"
+        out.append((name, last[0]["defense"], acc, asr, pool, spread(seconds, ".0f")))
+    return out
+
+
+def render(rows: list[tuple[str, ...]], markdown: bool) -> str:
+    """Return the table as text, aligned for a screen or as Markdown."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    if markdown:
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines.insert(1, "|" + " --- |" * len(widths))
+    return "\n".join(lines)
+
+
+def draw(path: Path, groups: list[list[dict[str, Any]]]) -> None:
+    """Draw ACC and ASR over the run's course, a panel a group, every seed a line."""
+    from utils.pictures import CLEAN_COLOUR, POISONED_COLOUR, plt, save
+
+    figure, panels = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.8), squeeze=False, sharey=True)
+    for axes, runs in zip(panels[0], groups, strict=True):
+        for i, run in enumerate(runs):
+            epochs = [row["epoch"] + 1 for row in run["rows"]]
+            for key, colour, name in (
+                ("clean_accuracy", CLEAN_COLOUR, "clean accuracy (ACC)"),
+                ("attack_success_rate", POISONED_COLOUR, "attack success rate (ASR)"),
+            ):
+                values = [100 * row[key] for row in run["rows"]]
+                axes.plot(epochs, values, "o-", ms=3, lw=1.2, alpha=0.8, color=colour, label=name if i == 0 else None)
+        defense = {"asd": "ASD", "none": "no defense"}[runs[0]["rows"][0]["defense"]]
+        axes.set(title=defense, xlabel="epoch", ylim=(-3, 103))
+        axes.grid(alpha=0.25)
+    panels[0][0].set_ylabel("%")
+    panels[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def main() -> None:
+    """Read the command line, print the table, draw the picture."""
+    parser: argparse.ArgumentParser = Parser(prog="utils.compare", description="Compare finished runs.")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument("--picture", type=Path, help="also draw ACC and ASR over epochs into this PNG")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    args = parser.parse_args()
+    groups = group([read_run(folder) for folder in args.folders])
+    print(render(table(groups), args.markdown))
+    if args.picture:
+        draw(args.picture, groups)
+        print(f"picture: {args.picture}")
+
+
+if __name__ == "__main__":
+    command("utils.compare", main)
