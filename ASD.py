@@ -37,12 +37,12 @@ from model.scoring import predict
 from utils import checkpoint, config, pictures
 from utils.checkpoint import State
 from utils.cli import command, parse_arguments
-from utils.config import Config
+from utils.config import Config, to_yaml
 from utils.device import Precision, choose_device, choose_precision, set_determinism
 from utils.draws import key_seed
 from utils.errors import UserError
 from utils.run import BEST, LATEST, Run, open_run
-from utils.runlog import RunLog, progress
+from utils.runlog import RunLog, progress, write_metrics
 from utils.schema import as_dict
 
 
@@ -305,10 +305,14 @@ def announce(
         f"triggered test images {len(tests.backdoor)}"
     )
     log.say(f"{network}, on {device} in {'bf16' if precision.amp else 'fp32'}; logs in {run.log}")
-    if state.epoch:
+    if state.epoch >= config.num_epochs:
+        log.say(f"the checkpoint has all {config.num_epochs} epochs: nothing to do")
+    elif state.epoch:
         log.say(f"going on after epoch {state.epoch}/{config.num_epochs}")
     else:
-        log.start(as_dict(config), "", poisoned.examples[1])
+        log.start(as_dict(config), to_yaml(config), poisoned.examples[1])
+    if state.history:
+        write_metrics(run.log, state.history)  # a run killed after its checkpoint has not written its last row
     if count:
         title = f"{config.attack.name}: poisoned training images"
         pictures.draw_triggered(run.log / "triggered.png", poisoned.examples, title)
@@ -374,8 +378,7 @@ def finish_epoch(
 
 def conclude(config: Config, run: Run, log: RunLog, poisoned: PoisonedData, state: State) -> None:
     """Draw the run's pictures and say what came out."""
-    if not state.history:
-        log.say(f"the checkpoint has all {config.num_epochs} epochs: nothing to do")
+    if not state.history:  # the authors' checkpoints have none
         return
     row, title = state.history[-1], f"{run.name}: {config.attack.name}, defense {config.defense}"
     pictures.draw_accuracy(run.log / "accuracy.png", state.history, title)

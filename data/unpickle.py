@@ -28,7 +28,8 @@ class ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
-            raise UserError(f"asks for {module}.{name}, which no data set needs: the file may be malicious; do not use it")
+            wanted = ascii(f"{module}.{name}")[:80]  # the file's own text: no line breaks, no control characters
+            raise UserError(f"asks for {wanted}, which no data set needs: the file may be malicious; do not use it")
         return ALLOWED[module, name]
 
 
@@ -46,8 +47,8 @@ def read_pickle(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: the file is missing: unpack the data set again") from None
     except (
-        pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,
+        pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError,
         ImportError, OSError, OverflowError, MemoryError, struct.error,
     ) as error:  # fmt: skip
-        what = str(error) or type(error).__name__
+        what = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: is truncated or no pickle ({what}): unpack the data set again") from None

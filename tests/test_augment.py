@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from data.transforms import (
     random_resize_crop,
     resize,
 )
+from utils import config
 from utils.errors import UserError
 from utils.schema import Named
 
@@ -247,6 +249,24 @@ def test_normalize_needs_three_numbers(wrong: Any) -> None:
     """A mean or deviation that is not one number a channel is an error, not a broadcast."""
     with pytest.raises(UserError, match="normalize: give three numbers"):
         Pipeline((), (Named("normalize", wrong),), 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("gaussian_blur: {sigma: []}", "gaussian_blur.sigma"),
+        ("gaussian_blur: {sigma: [2.0, 1.0]}", "gaussian_blur.sigma"),
+        ("random_resize_crop: {size: 32, scale: [0.5]}", "random_resize_crop.scale"),
+        ("random_resize_crop: {size: 32, ratio: [1.0, 1.1, 1.2]}", "random_resize_crop.ratio"),
+        ("resize: {size: [32, 32, 32]}", "resize.size"),
+        ("center_crop: {size: []}", "center_crop.size"),
+    ],
+)
+def test_a_pair_of_numbers_that_is_none_is_refused_at_the_start(tiny: Path, section: str, key: str) -> None:
+    """Ranges and sizes that are not two numbers, least first, are found while the YAML is read, in one line with the key."""
+    with pytest.raises(UserError, match=rf"transform: {key}: .*give two numbers") as caught:
+        config.load(tiny, [f"transform.train.primary={{{section}}}"])
+    assert "\n" not in str(caught.value)
 
 
 # -- the other transforms that a YAML may name -------------------------------------------------------------------------

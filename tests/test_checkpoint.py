@@ -178,7 +178,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path, monkeypatch: p
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left.*free some space"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"No space left.*free some space"):
         patch.setattr(os, "fsync", full)
         checkpoint.save(path, state, settings)
     fresh, _ = make_state(tmp_path)
@@ -324,7 +324,7 @@ def test_a_file_without_weights(tmp_path: Path, content: Any) -> None:
 
 def test_a_missing_checkpoint_lists_what_is_there(tmp_path: Path) -> None:
     """A wrong name is answered with the names of the checkpoints that there are."""
-    with pytest.raises(UserError, match="no such checkpoint.*train first"):
+    with pytest.raises(UserError, match=r"no such checkpoint.*train first"):
         checkpoint.read(tmp_path / "latest_model.pt")
     (tmp_path / "best_model.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"lates\.pt: no such checkpoint.*best_model\.pt"):
@@ -391,7 +391,7 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
         assert same(dict(other.model.state_dict()), dict(before))
     deep, deep_settings = make_state(tmp_path, ("network.resnet18_cifar.blocks=2",), steps=1)
     checkpoint.save(path, deep, deep_settings)
-    with pytest.raises(UserError, match="another network .has backbone.layer1.1"):
+    with pytest.raises(UserError, match=r"another network \(has backbone\.layer1\.1"):
         checkpoint.load_weights(state.model, checkpoint.read(path), path)
 
 

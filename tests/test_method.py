@@ -58,7 +58,8 @@ def make_model(config: Config, seed: int = 1) -> Classifier:
     rng = torch.Generator().manual_seed(seed)
     for name, buffer in model.named_buffers():
         if "running" in name:
-            buffer.copy_(torch.rand(buffer.shape, generator=rng) + 0.5)
+            drawn = torch.rand(buffer.shape, generator=rng)
+            buffer.copy_(drawn + 0.5 if "var" in name else 0.2 * (drawn - 0.5))
     return model
 
 
@@ -342,6 +343,7 @@ def test_split_losses_are_those_of_single_images(tiny: Path) -> None:
     losses = ASD.split_losses(config, 2, "score", model, train_set, augment, FP32)
     draws = draw_scoring(config.seed.seed, "score", 2, N, augment)
     assert losses.dtype == torch.float32
+    assert losses.std() > 0.01
     assert losses.tolist() == pytest.approx(slow_scores(model, train_set, draws, augment), rel=1e-4)
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -462,6 +464,7 @@ def test_accuracy_is_a_count(tiny: Path, batch: int) -> None:
     labels = [p if i >= 32 or i % 3 == 0 else (p + 1) % C for i, p in enumerate(predicted)]  # the last batch is all right
     right = sum(p == label for p, label in zip(predicted, labels, strict=True))
     assert right == 22
+    assert len(set(predicted)) > 1
     labelled = ImageSet(test_set.images, torch.tensor(labels))
     assert ASD.accuracy(config, model, labelled, plain, FP32) == right / 43
     assert model.training

@@ -27,6 +27,18 @@ def network(width: int = 2, blocks: int = 2, classes: int = 10, seed: int = 0) -
     return build_classifier(Named("resnet18_cifar", Settings(width=width, blocks=blocks)), classes, seed)
 
 
+def used(model: Classifier) -> Classifier:
+    """Give the network the BN weights and statistics of one that has been trained."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if "bn" in name or "shortcut.1" in name:
+                drawn = torch.rand(tensor.shape, generator=generator)
+                around_one = name.endswith(("running_var", "weight"))
+                tensor.copy_(drawn + 0.5 if around_one else 0.2 * (drawn - 0.5))
+    return model
+
+
 def block_plan(width: int, blocks: int) -> list[tuple[str, int, int, int]]:
     """Return (name, channels in, channels out, stride) of every block, in order."""
     plan, channels = [], width
@@ -135,30 +147,30 @@ def test_building_leaves_the_global_generator_alone() -> None:
 @pytest.mark.parametrize(("width", "blocks", "classes"), [(1, 1, 2), (2, 2, 10), (3, 3, 5)])
 def test_forward_is_the_network_of_the_paper(width: int, blocks: int, classes: int) -> None:
     """Logits equal those of a network written out in functions: stem, strides 1 2 2 2, shortcuts, mean, linear layer."""
-    model = network(width, blocks, classes).double()
-    generator = torch.Generator().manual_seed(0)
-    for name, buffer in model.named_buffers():  # statistics of a network that has seen something
-        if "running" in name:
-            buffer.copy_(torch.rand(buffer.shape, generator=generator, dtype=torch.float64) + 0.5)
-    images = torch.randn(3, 3, 32, 32, generator=generator, dtype=torch.float64)
+    model = used(network(width, blocks, classes)).double()
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model.eval()
     features = model.features(images)
     assert features.shape == (3, 8 * width)
+    assert (features.std(0) > 1e-3).any()  # the images matter
     logits = model(images)
     assert logits.shape == (3, classes)
     torch.testing.assert_close(logits, slow_forward(dict(model.state_dict()), images, width, blocks))
     torch.testing.assert_close(logits, features @ model.linear.weight.T + model.linear.bias)
 
 
-def test_predict_scores_in_eval_mode_and_changes_nothing() -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_predict_scores_in_eval_mode_and_changes_nothing(training: bool) -> None:
     """Logits of unequal batches come in order, each image on its own, and mode and BN statistics are as before."""
-    model = network(blocks=1)
-    model.train()
+    model = used(network(blocks=1))
+    model.train(training)
     before = copy.deepcopy(model.state_dict())
     images = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     logits = predict(model, iter([images[:3], images[3:6], images[6:]]), FP32)
-    assert model.training
+    assert all(module.training == training for module in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
     assert logits.shape == (7, 10)
+    assert logits.std(0).min() > 1e-3  # the images matter
     assert logits.dtype == torch.float32
     assert not logits.requires_grad
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

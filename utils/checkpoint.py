@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,11 +83,12 @@ def read(path: Path) -> dict[str, Any]:
         listed = f"there are {', '.join(there)}" if there else "there is none: train first with ASD.py"
         raise UserError(f"--resume {path}: no such checkpoint: {listed}")
     try:
-        with torch.serialization.safe_globals(NUMPY_SCALARS):  # the authors' figures may be numpy scalars
+        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_SCALARS):  # the authors' figures are numpy's
+            warnings.simplefilter("ignore")  # of torch, about the pickle's age
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error)
-        if "Unsupported" in reason or "GLOBAL" in reason or "global" in reason:
+        if "GLOBAL " in reason or "call reduce" in reason:
             raise UserError(f"{path}: asks for code that no checkpoint needs: it may be malicious; do not use it") from None
         raise UserError(f"{path}: is truncated or no checkpoint: use another one, e.g. best_model.pt") from None
     except (

@@ -425,6 +425,12 @@ def check(config: Config, reader: Reader) -> None:
         for item in items:
             if item.name.startswith(("random", "gaussian")):
                 reader.fail(f"{key}.{item.name}", item.name, "is random: it belongs under transform.train.primary")
+    for item in (*config.transform.pre, *config.transform.train.primary, *config.transform.test.primary):
+        for key in ("size", "scale", "ratio", "sigma"):
+            pair = getattr(item.settings, key, None)
+            if isinstance(pair, tuple) and (len(pair) != 2 or (key != "size" and pair[0] > pair[1])):
+                wanted = "height and width" if key == "size" else "the least and the greatest"
+                reader.fail(f"transform: {item.name}.{key}", list(pair), f"give two numbers, {wanted}")
     if config.dataset is None and config.dataset_dir is None:
         reader.fail("dataset_dir", None, "missing; name the data set's folder, or `dataset: shapes` for the built-in one")
     for key in ("optimizer", "meta.optimizer", "undefended.optimizer"):

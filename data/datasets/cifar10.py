@@ -49,7 +49,8 @@ def find_folder(folder: Path, download: bool) -> Path:
     try:
         CIFAR10(str(parent), download=True)
     except Exception as error:  # the downloader raises whatever its network stack does
-        raise UserError(f"dataset_dir: {folder}: the download failed ({error}): fetch CIFAR-10 by hand") from None
+        what = " ".join(str(error).split())
+        raise UserError(f"dataset_dir: {folder}: the download failed ({what}): fetch CIFAR-10 by hand") from None
     return parent / FOLDER
 
 
@@ -70,11 +71,11 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{path}: data is {shape} and not uint8 (N, 3072): unpack the data set again")
     if len(images) == 0:
         raise UserError(f"{path}: holds no image: unpack the data set again")
-    if not isinstance(labels, (list, np.ndarray)) or len(labels) != len(images):
-        count = len(labels) if isinstance(labels, (list, np.ndarray)) else "no"
+    count = len(labels) if isinstance(labels, list) or (isinstance(labels, np.ndarray) and labels.ndim == 1) else "no"
+    if count != len(images):
         raise UserError(f"{path}: {count} labels for {len(images)} images: unpack the data set again")
     if not all(isinstance(label, (int, np.integer)) and 0 <= label < 10 for label in labels):
         wrong = next(x for x in labels if not (isinstance(x, (int, np.integer)) and 0 <= x < 10))
-        raise UserError(f"{path}: label {wrong!r} is not in 0..9: unpack the data set again")
+        raise UserError(f"{path}: label {wrong!r:.40} is not in 0..9: unpack the data set again")
     pixels = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(pixels), np.asarray(labels, np.int64)

@@ -1,0 +1,476 @@
+"""Reading CIFAR-10 from untrusted files, the built-in shapes, and what `load_raw` makes of them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+
+from data.datasets import cifar10, shapes
+from data.poison import load_raw
+from data.sets import RawData
+from utils import config
+from utils.errors import UserError
+
+FOLDER = "cifar-10-batches-py"
+NAMES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+LENGTHS = [7, 3, 5, 1, 6, 9]  # no two batches alike, none of 10,000
+
+
+def batch(count: int, seed: int) -> dict[str, Any]:
+    """A batch in the authors' layout."""
+    rng = np.random.default_rng(seed)
+    return {
+        "batch_label": f"batch {seed}",
+        "labels": [int(x) for x in rng.integers(0, 10, count)],
+        "data": rng.integers(0, 256, (count, 3072), dtype=np.uint8),
+        "filenames": [f"picture_{i}.png" for i in range(count)],
+    }
+
+
+def python2(value: Any) -> bytes:
+    """Write a value as Python 2's pickle did, protocol 2: byte strings for texts, arrays under numpy's old module names."""
+
+    def put(x: Any) -> bytes:
+        if isinstance(x, str):
+            return b"U" + struct.pack("<B", len(x)) + x.encode("latin1")
+        if isinstance(x, int):
+            return b"K" + struct.pack("<B", x)
+        if isinstance(x, list):
+            return b"](" + b"".join(map(put, x)) + b"e"
+        if isinstance(x, dict):
+            return b"}(" + b"".join(put(k) + put(v) for k, v in x.items()) + b"u"
+        raw = x.tobytes()
+        new = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + put("b") + b"\x87R"
+        kind = (
+            b"cnumpy\ndtype\n"
+            + put("u1")
+            + b"K\x00K\x01\x87R(K\x03"
+            + put("|")
+            + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        )
+        shape = b"M" + struct.pack("<H", x.shape[0]) + b"M" + struct.pack("<H", x.shape[1]) + b"\x86"
+        return new + b"(K\x01" + shape + kind + b"\x89T" + struct.pack("<i", len(raw)) + raw + b"tb"
+
+    return b"\x80\x02" + put(value) + b"."
+
+
+def dumps(value: Any) -> bytes:
+    """Write a value as most releases of Python 3 do."""
+    return pickle.dumps(value, protocol=4)
+
+
+def write(folder: Path, dump: Callable[[Any], bytes] = dumps) -> list[dict[str, Any]]:
+    """Write all six batches into a folder; return what is in them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = [batch(count, seed) for seed, count in enumerate(LENGTHS)]
+    for name, content in zip(NAMES, batches, strict=True):
+        (folder / name).write_bytes(dump(content))
+    return batches
+
+
+def load(folder: Path, download: bool = False) -> RawData:
+    """Load as a run does."""
+    return cifar10.load(cifar10.Settings(), str(folder), download)
+
+
+def refused(folder: Path, name: str) -> str:
+    """The one-line error that names the file."""
+    with pytest.raises(UserError) as caught:
+        load(folder)
+    text = str(caught.value)
+    assert text.startswith(f"{folder / name}: ")
+    assert "\n" not in text
+    assert len(text) < 500
+    return text
+
+
+def assert_same(raw: RawData, batches: list[dict[str, Any]]) -> None:
+    """Compare pixel by pixel with the layout: the first 1024 numbers of a row are red, row by row, then green, then blue."""
+    for images, labels, parts in (
+        (raw.train_images, raw.train_labels, batches[:5]),
+        (raw.test_images, raw.test_labels, batches[5:]),
+    ):
+        assert images.dtype == np.uint8 and labels.dtype == np.int64
+        rows = [row for part in parts for row in part["data"]]
+        assert images.shape == (len(rows), 32, 32, 3)
+        assert labels.tolist() == [label for part in parts for label in part["labels"]]
+        for image, row in zip(images, rows, strict=True):
+            for channel in range(3):
+                for y in range(32):
+                    start = 1024 * channel + 32 * y
+                    assert image[y, :, channel].tolist() == row[start : start + 32].tolist()
+
+
+@pytest.mark.parametrize(
+    "dump",
+    [python2, *(lambda value, p=p: pickle.dumps(value, protocol=p) for p in range(5))],
+    ids=["python 2", *(f"protocol {p}" for p in range(5))],
+)
+def test_batches_of_any_length_and_pickle_are_read(tmp_path: Path, dump: Callable[[Any], bytes]) -> None:
+    """The five train batches are joined in order whatever their lengths, as Python 2 or Python 3 wrote them."""
+    batches = write(tmp_path / FOLDER, dump)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        raw = load(tmp_path / FOLDER)
+    assert_same(raw, batches)
+    assert raw.class_names[3] == "cat" and len(raw.class_names) == 10
+
+
+def test_the_folder_or_its_parent_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dataset_dir may be cifar-10-batches-py, the folder that holds it, a renamed copy, or a path from the home folder."""
+    batches = write(tmp_path / FOLDER)
+    write(tmp_path / "renamed")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in (tmp_path / FOLDER, tmp_path, tmp_path / "renamed", Path("~") / FOLDER):
+        assert_same(load(folder), batches)
+
+
+def test_labels_may_be_an_array(tmp_path: Path) -> None:
+    """Batches that were converted with numpy labels are read as well."""
+    batches = write(tmp_path)
+    (tmp_path / "test_batch").write_bytes(dumps(batches[5] | {"labels": np.array(batches[5]["labels"], np.uint8)}))
+    assert_same(load(tmp_path), batches)
+
+
+# -- files that are not what they should be ----------------------------------------------------------------------------
+
+
+class Bait:
+    """A pickle of this makes a folder when it is opened."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("name", ["data_batch_1", "data_batch_4", "test_batch"])
+def test_a_malicious_batch_runs_no_code(tmp_path: Path, name: str, protocol: int) -> None:
+    """A batch that would run code when unpickled is refused, the error says what it asked for, and the code did not run."""
+    folder, trace = tmp_path / FOLDER, tmp_path / "code ran"
+    write(folder)
+    content = pickle.dumps(batch(4, 0) | {"batch_label": Bait(trace)}, protocol=protocol)  # it stands first
+    (folder / name).write_bytes(content)
+    text = refused(folder, name)
+    assert ".mkdir" in text and "malicious" in text
+    assert not trace.exists()
+    pickle.loads(content)
+    assert trace.exists()  # the bait works where pickles are trusted
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        "os system", "posix system", "nt system", "subprocess Popen", "builtins eval", "builtins exec", "builtins getattr",
+        "__builtin__ eval", "__builtin__ __import__", "importlib import_module", "pickle loads", "_pickle loads",
+        "numpy load", "numpy fromfile", "numpy.lib.npyio load", "numpy.core.multiarray scalar", "codecs decode",
+        "_codecs decode", "_codecs register", "torch load", "numpy ndarray.tofile", "numpy dtype.__reduce__", "sys exit",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stacked", [False, True])
+def test_nothing_but_arrays_may_be_asked_for(tmp_path: Path, wanted: str, stacked: bool) -> None:
+    """A batch may name the handful of things that arrays are made of; every other global is refused before it is looked up."""
+    write(tmp_path)
+    module, name = wanted.split()
+    if stacked:  # protocol 4 takes dotted names apart
+        ask = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(x)]) + x.encode() for x in (module, name)) + b"\x93."
+    else:
+        ask = f"c{module}\n{name}\n.".encode()
+    (tmp_path / "data_batch_2").write_bytes(ask)
+    assert f"asks for '{module}.{name}'" in refused(tmp_path, "data_batch_2")
+
+
+def test_a_malicious_name_cannot_forge_the_error_message(tmp_path: Path) -> None:
+    """What the file asks for is quoted, so that it can add no line and no terminal codes to the message."""
+    write(tmp_path)
+    name = "x\n\x1b[2Jall is well" + "y" * 200
+    ask = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(x)]) + x.encode() for x in ("os", name)) + b"\x93."
+    (tmp_path / "data_batch_1").write_bytes(ask)
+    assert refused(tmp_path, "data_batch_1").isprintable()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no pickle at all",
+        b"<html>404 not found</html>",
+        b"\x89PNG\r\n\x1a\n",
+        b"\x80\x63.",
+        b".",
+        b"0.",
+        b"Pname\n.",
+        b"\x82\x01.",
+        b"h\x05.",
+        b"c_codecs\nencode\n(Va\nVno such codec\ntR.",
+        b"c_codecs\nencode\n(I1\nVlatin1\ntR.",
+        b"cnumpy\ndtype\n(Vnonsense\ntR.",
+        b"cnumpy\nndarray\n((I1000000000000000000\ntVu1\ntR.",
+        b"cnumpy\nndarray\n((I-1\ntVu1\ntR.",
+        b"cnumpy\nndarray\n}Va\nI1\nsb.",
+        b"c_codecs\nencode\n}Va\nI1\nsb.",
+        b"cnumpy\ndtype\n(Vu1\ntRI5\nb.",
+    ],
+)
+def test_a_file_that_is_no_pickle_or_a_broken_one_is_one_line(tmp_path: Path, content: bytes) -> None:
+    """Empty, foreign or nonsensical files name themselves in one line, whatever the unpickler chokes on."""
+    write(tmp_path)
+    (tmp_path / "data_batch_3").write_bytes(content)
+    assert "unpack the data set again" in refused(tmp_path, "data_batch_3")
+
+
+@pytest.mark.parametrize("dump", [python2, dumps], ids=["python 2", "python 3"])
+def test_a_truncated_batch_is_refused_wherever_it_was_cut(tmp_path: Path, dump: Callable[[Any], bytes]) -> None:
+    """A download that broke off at any byte is an error that names the file, never a shorter data set."""
+    write(tmp_path, dump)
+    whole = (tmp_path / "test_batch").read_bytes()
+    for length in [*range(120), *range(120, len(whole), 911), *range(len(whole) - 120, len(whole))]:
+        (tmp_path / "test_batch").write_bytes(whole[:length])
+        assert "truncated or no pickle" in refused(tmp_path, "test_batch")
+
+
+DATA, TEN = np.zeros((4, 3072), np.uint8), [0, 1, 2, 9]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ([1, 2, 3], "is no CIFAR-10 batch"),
+        ({}, "is no CIFAR-10 batch"),
+        ({"data": DATA}, "is no CIFAR-10 batch"),
+        ({"data": DATA, "fine_labels": TEN}, "is no CIFAR-10 batch"),  # CIFAR-100
+        ({"data": DATA[:, :3071], "labels": TEN}, "uint8 (4, 3071)"),
+        ({"data": DATA.reshape(4, 3, 32, 32), "labels": TEN}, "uint8 (4, 3, 32, 32)"),
+        ({"data": DATA.reshape(-1), "labels": TEN}, "uint8 (12288,)"),
+        ({"data": DATA.astype(np.int64), "labels": TEN}, "int64 (4, 3072)"),
+        ({"data": DATA.astype(np.float32), "labels": TEN}, "float32 (4, 3072)"),
+        ({"data": DATA.view(np.int8), "labels": TEN}, "int8 (4, 3072)"),
+        ({"data": DATA.tolist(), "labels": TEN}, "data is list"),
+        ({"data": "pixels", "labels": TEN}, "data is str"),
+        ({"data": DATA[:0], "labels": []}, "holds no image"),
+        ({"data": DATA, "labels": TEN[:3]}, "3 labels for 4 images"),
+        ({"data": DATA, "labels": [*TEN, 0]}, "5 labels for 4 images"),
+        ({"data": DATA, "labels": []}, "0 labels for 4 images"),
+        ({"data": DATA, "labels": None}, "no labels for 4 images"),
+        ({"data": DATA, "labels": "0123"}, "no labels for 4 images"),
+        ({"data": DATA, "labels": np.array(3)}, "no labels for 4 images"),
+        ({"data": DATA, "labels": [0, 1, 2, 10]}, "label 10 is not in 0..9"),
+        ({"data": DATA, "labels": [0, -1, 2, 3]}, "label -1 is not in 0..9"),
+        ({"data": DATA, "labels": [0, 1, 2.5, 3]}, "label 2.5 is not in 0..9"),
+        ({"data": DATA, "labels": [0, 1, "2", 3]}, "label '2' is not in 0..9"),
+        ({"data": DATA, "labels": [0, 1, None, 3]}, "label None is not in 0..9"),
+        ({"data": DATA, "labels": [0, 1, 2**70, 3]}, "is not in 0..9"),
+        ({"data": DATA, "labels": ["x" * 9999, 1, 2, 3]}, "is not in 0..9"),
+        ({"data": DATA, "labels": np.array([0.0, 1, 2, 3])}, "is not in 0..9"),
+        ({"data": DATA, "labels": np.zeros((4, 10, 10), int)}, "no labels for 4 images"),
+    ],
+)
+@pytest.mark.parametrize("name", ["data_batch_5", "test_batch"])
+def test_a_batch_of_wrong_content_is_refused(tmp_path: Path, name: str, content: Any, complaint: str) -> None:
+    """Wrong shape, type, count or label range: one line with the file, what it holds and what to do."""
+    write(tmp_path)
+    (tmp_path / name).write_bytes(dumps(content))
+    text = refused(tmp_path, name)
+    assert complaint in text
+    assert "unpack the data set again" in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_batch_is_named(tmp_path: Path, name: str) -> None:
+    """If one of the six files is gone the error says which one."""
+    write(tmp_path)
+    (tmp_path / name).unlink()
+    assert "missing" in refused(tmp_path, name)
+
+
+def test_a_batch_that_is_a_folder_is_named(tmp_path: Path) -> None:
+    """Something unreadable in a batch's place is an error like any other."""
+    write(tmp_path)
+    (tmp_path / "data_batch_2").unlink()
+    (tmp_path / "data_batch_2").mkdir()
+    refused(tmp_path, "data_batch_2")
+
+
+# -- the data set is not there -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "empty"])
+def test_a_missing_data_set_says_where_it_comes_from(tmp_path: Path, folder: str) -> None:
+    """Without files the error gives the folder, the download address and the setting that fetches it."""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / folder)
+    text = str(caught.value)
+    assert text.startswith(f"dataset_dir: {tmp_path / folder}: ")
+    assert "https://www.cs.toronto.edu/~kriz/cifar.html" in text and "download: true" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("named", [FOLDER, "."])
+def test_download_fetches_what_is_missing_and_nothing_else(tmp_path: Path, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`download: true` lets torchvision unpack beside where dataset_dir points; a data set that is there is not fetched."""
+    calls: list[tuple[Path, bool]] = []
+
+    def fake(root: str, download: bool) -> None:
+        calls.append((Path(root).resolve(), download))
+        write(Path(root) / FOLDER)
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fake)
+    folder = tmp_path / "sets" / named
+    first = load(folder, download=True)
+    assert calls == [((tmp_path / "sets").resolve(), True)]
+    assert np.array_equal(load(folder, download=True).train_images, first.train_images)
+    assert len(calls) == 1
+
+
+def test_a_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network the error names the folder and says to fetch the data by hand."""
+
+    def fails(root: str, download: bool) -> None:
+        raise RuntimeError("no route\nto host")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fails)
+    with pytest.raises(UserError, match=r"dataset_dir: .*the download failed.*no route") as caught:
+        load(tmp_path / FOLDER, download=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_cifar10_needs_a_folder() -> None:
+    """`dataset: cifar10` without dataset_dir names the missing key."""
+    with pytest.raises(UserError, match="dataset_dir: missing"):
+        cifar10.load(cifar10.Settings(), None, False)
+
+
+# -- the built-in shapes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("train", "test"), [(10, 10), (57, 23), (400, 101)])
+def test_shapes_have_the_wanted_sizes_and_balanced_classes(train: int, test: int) -> None:
+    """As many uint8 32 x 32 RGB images as asked for, and of the ten classes equally many, give or take one."""
+    raw = shapes.load(shapes.Settings(train_size=train, test_size=test), None, False)
+    assert len(raw.class_names) == len(set(raw.class_names)) == 10
+    for images, labels, count in ((raw.train_images, raw.train_labels, train), (raw.test_images, raw.test_labels, test)):
+        assert images.shape == (count, 32, 32, 3) and images.dtype == np.uint8
+        assert labels.shape == (count,) and labels.dtype == np.int64
+        per_class = [labels.tolist().count(c) for c in range(10)]
+        assert sum(per_class) == count and max(per_class) - min(per_class) <= 1
+
+
+def test_shapes_are_the_same_on_every_call_and_differ_by_seed() -> None:
+    """The same settings give the same pixels whatever was drawn before; another seed gives other ones."""
+    first = shapes.load(shapes.Settings(60, 40), None, False)
+    np.random.seed(5)  # noqa: NPY002
+    again = shapes.load(shapes.Settings(60, 40), None, False)
+    other = shapes.load(shapes.Settings(60, 40, seed=1), None, False)
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        assert np.array_equal(getattr(first, name), getattr(again, name))
+        assert not np.array_equal(getattr(first, name), getattr(other, name))
+
+
+def test_shapes_repeat_no_image_and_come_in_random_order() -> None:
+    """Train and test share no image, and the classes are mixed, so that a limit on the number keeps all of them."""
+    raw = shapes.load(shapes.Settings(300, 300), None, False)
+    pixels = [image.tobytes() for image in np.concatenate([raw.train_images, raw.test_images])]
+    assert len(set(pixels)) == 600
+    assert set(raw.train_labels[:60].tolist()) == set(range(10))
+    assert np.any(np.diff(raw.train_labels) < 0) and raw.train_labels[:10].tolist() != list(range(10))
+
+
+def test_shapes_need_more_than_average_colours_to_be_told_apart() -> None:
+    """Comparing with each class's mean image names few of them right: the data set is no toy that needs no training."""
+    raw = shapes.load(shapes.Settings(400, 200), None, False)
+    flat, test = raw.train_images.reshape(400, -1).astype(float), raw.test_images.reshape(200, -1).astype(float)
+    means = np.stack([flat[raw.train_labels == c].mean(0) for c in range(10)])
+    distance = (test**2).sum(1)[:, None] - 2 * test @ means.T + (means**2).sum(1)
+    assert np.mean(distance.argmin(1) == raw.test_labels) < 0.4
+
+
+# -- load_raw ----------------------------------------------------------------------------------------------------------
+
+
+def read(tiny: Path, *overrides: str) -> RawData:
+    """Load the data of the tiny run under some changed settings."""
+    return load_raw(config.load(tiny, overrides))
+
+
+def test_the_data_set_is_known_by_its_folders_name(tiny: Path, tmp_path: Path) -> None:
+    """The original's YAML names no data set: a folder with cifar in its path is CIFAR-10."""
+    batches = write(tmp_path / "my-CIFAR")
+    assert_same(read(tiny, "dataset=null", f"dataset_dir={tmp_path / 'my-CIFAR'}"), batches)
+    assert_same(read(tiny, "dataset=cifar10", f"dataset_dir={tmp_path / 'my-CIFAR'}"), batches)
+
+
+def test_a_folder_of_unknown_name_is_refused(tiny: Path) -> None:
+    """Where the path does not tell the data set, the error names the folder and the key that would."""
+    with pytest.raises(UserError, match=r"dataset_dir: pictures: .*add `dataset: cifar10`") as caught:
+        read(tiny, "dataset=null", "dataset_dir=/somewhere/pictures")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("classes", "label"), [(9, 9), (4, 9)])
+def test_more_labels_than_num_classes_are_refused(tiny: Path, classes: int, label: int) -> None:
+    """A num_classes smaller than the data set's is an error with both numbers, not an index error later."""
+    with pytest.raises(UserError, match=rf"num_classes: {classes}: the train set has the label {label}"):
+        read(tiny, f"num_classes={classes}")
+
+
+def test_num_classes_is_checked_on_the_test_set_too(tiny: Path, tmp_path: Path) -> None:
+    """A label that only the test set has is found before training as well."""
+    for name, labels in zip(NAMES, [[0, 1, 2, 4]] * 5 + [[0, 7, 1, 2]], strict=True):
+        (tmp_path / name).write_bytes(dumps({"data": DATA, "labels": labels}))
+    with pytest.raises(UserError, match="num_classes: 5: the test set has the label 7"):
+        read(tiny, "dataset=cifar10", f"dataset_dir={tmp_path}", "num_classes=5")
+
+
+def test_limits_keep_the_first_images(tiny: Path) -> None:
+    """data.train_limit and data.test_limit keep just the first so many; a limit beyond the set keeps all."""
+    whole = read(tiny)
+    assert len(whole.train_images) == 200 and len(whole.test_images) == 43
+    cut = read(tiny, "data.train_limit=31", "data.test_limit=12")
+    assert np.array_equal(cut.train_images, whole.train_images[:31])
+    assert np.array_equal(cut.train_labels, whole.train_labels[:31])
+    assert np.array_equal(cut.test_images, whole.test_images[:12])
+    assert np.array_equal(cut.test_labels, whole.test_labels[:12])
+    assert len(read(tiny, "data.train_limit=9999").train_labels) == 200
+    assert len(read(tiny, "data.train_limit=31").test_labels) == 43
+
+
+def test_pre_transforms_are_applied_to_all_images_at_load(tiny: Path) -> None:
+    """transform.pre resizes and crops train and test images as torchvision does on PIL images (one level apart at most)."""
+    whole = read(tiny)
+    small = read(tiny, "transform.pre={resize: {size: 20}, center_crop: {size: 16}}")
+    for before, after in ((whole.train_images, small.train_images), (whole.test_images, small.test_images)):
+        assert after.shape == (len(before), 16, 16, 3) and after.dtype == np.uint8
+        for image, changed in zip(before, after, strict=True):
+            on_pil = np.asarray(Image.fromarray(image).resize((20, 20), Image.Resampling.BILINEAR))[2:18, 2:18]
+            assert np.abs(on_pil.astype(int) - changed.astype(int)).max() <= 1
+    assert small.train_labels.tolist() == whole.train_labels.tolist()
+
+
+def test_pre_crop_alone_cuts_the_middle_exactly(tiny: Path) -> None:
+    """A centre crop at load moves no pixel value, and the order of the YAML's transforms is kept."""
+    whole = read(tiny)
+    cropped = read(tiny, "transform.pre={center_crop: {size: [20, 24]}}")
+    assert np.array_equal(cropped.train_images, whole.train_images[:, 6:26, 4:28])
+    assert np.array_equal(cropped.test_images, whole.test_images[:, 6:26, 4:28])
+    resized_last = read(tiny, "transform.pre={center_crop: {size: 16}, resize: {size: 20}}")
+    assert resized_last.train_images.shape == (200, 20, 20, 3)
+
+
+def test_many_images_are_transformed_in_parts_without_a_seam(tiny: Path) -> None:
+    """More images than fit into one part come out all and in order."""
+    whole = read(tiny, "dataset={shapes: {train_size: 1100, test_size: 10}}")
+    cut = read(tiny, "dataset={shapes: {train_size: 1100, test_size: 10}}", "transform.pre={center_crop: {size: 8}}")
+    assert np.array_equal(cut.train_images, whole.train_images[:, 12:20, 12:20])

@@ -1,0 +1,268 @@
+"""The device, the precision, and the command line that both scripts share."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from torch import nn
+
+from utils import cli, device
+from utils.device import Precision, choose_device, choose_precision
+from utils.errors import UserError
+
+
+@pytest.fixture
+def said() -> list[str]:
+    """What was said."""
+    return []
+
+
+@pytest.mark.parametrize("text", ["cpu", "CPU", " cpu "])
+def test_the_cpu_can_be_asked_for(said: list[str], text: str) -> None:
+    """`--gpu cpu` computes on the CPU, also where there is a GPU, and needs no remark."""
+    assert choose_device(text, said.append) == torch.device("cpu") and said == []
+
+
+@pytest.mark.parametrize("text", ["gpu", "-1", "0,1", "1.0", "", "cuda:0", "0x1"])
+def test_a_gpu_that_is_no_number_is_refused(said: list[str], text: str) -> None:
+    """What is neither a number nor `cpu` is refused in one line with the legal values."""
+    with pytest.raises(UserError) as caught:
+        choose_device(text, said.append)
+    line = str(caught.value)
+    assert line.startswith(f"--gpu {text}:") and "--gpu 0" in line and "--gpu cpu" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("number", ["0", "3"])
+def test_without_cuda_the_cpu_computes(monkeypatch: pytest.MonkeyPatch, said: list[str], number: str) -> None:
+    """The original's `--gpu 0` runs on a machine without CUDA, and one line says on what."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device(number, said.append) == torch.device("cpu")
+    assert len(said) == 1 and "CPU" in said[0] and "\n" not in said[0]
+
+
+def test_with_cuda_the_numbered_device_computes(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+    """`--gpu 1` is the second CUDA device; one that is not there is refused with the numbers that are."""
+    made_current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    assert choose_device("1", said.append) == torch.device("cuda", 1)
+    assert made_current == [1] and said == []
+    with pytest.raises(UserError, match=r"--gpu 2: .*give 0 to 1$"):
+        choose_device("2", said.append)
+
+
+def small_network() -> nn.Module:
+    """A convolution, BN and a linear layer."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_every_weight_learns_after_a_pass_without_gradient(amp: bool) -> None:
+    """Guessing labels without gradient and training in one autocast context leaves no weight without its gradient."""
+    model, images = small_network(), torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    precision = Precision(torch.device("cpu"), amp)
+    images = precision.lay_out(images)
+    with precision.autocast():
+        with torch.no_grad():
+            model(images)
+        logits = model(images)
+    assert logits.dtype == (torch.bfloat16 if amp else torch.float32)
+    logits.float().square().mean().backward()
+    exact = small_network()
+    exact(images)
+    exact(images).square().mean().backward()
+    for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert p.dtype == torch.float32 and p.grad is not None and p.grad.dtype == torch.float32, name
+        assert q.grad is not None
+        if name != "0.bias":  # BN takes the convolution's bias away: its gradient is rounding alone
+            assert float((p.grad - q.grad).norm()) <= (0.05 if amp else 0.0) * float(q.grad.norm()), name
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_the_layout_changes_no_pixel(amp: bool) -> None:
+    """Images laid out for the device are the same images; only --amp moves the channels last."""
+    images = torch.randn(2, 3, 5, 7)
+    out = Precision(torch.device("cpu"), amp).lay_out(images)
+    assert torch.equal(out, images) and out.is_contiguous(memory_format=torch.channels_last) == amp
+
+
+@pytest.mark.parametrize("has", [False, True])
+@pytest.mark.parametrize("amp", [False, True])
+def test_amp_falls_back_where_bf16_is_slow(monkeypatch: pytest.MonkeyPatch, said: list[str], amp: bool, has: bool) -> None:
+    """--amp on a device without bf16 runs in fp32 and says so; otherwise what was asked for is done silently."""
+    monkeypatch.setattr(device, "has_bf16", lambda chosen: has)
+    assert choose_precision(torch.device("cpu"), amp, said.append).amp == (amp and has)
+    assert len(said) == (amp and not has)
+    if said:
+        assert "--amp" in said[0] and "fp32" in said[0] and "\n" not in said[0]
+
+
+def test_bf16_of_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA devices compute in bf16 from compute capability 8.0 on."""
+    for capability, expected in {(7, 5): False, (8, 0): True, (9, 0): True}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda chosen, c=capability: c)
+        assert device.has_bf16(torch.device("cuda", 0)) == expected
+
+
+def test_determinism_switches_are_set() -> None:
+    """`seed.deterministic` turns cuDNN's search for fast kernels off, whatever `seed.benchmark` says."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    try:
+        for deterministic, benchmark in ((True, True), (True, False), (False, True), (False, False)):
+            device.set_determinism(deterministic, benchmark)
+            assert torch.backends.cudnn.deterministic == torch.are_deterministic_algorithms_enabled() == deterministic
+            assert torch.backends.cudnn.benchmark == (benchmark and not deterministic)
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before[1:]
+
+
+def test_the_originals_command_line_is_understood() -> None:
+    """The original's options are read as they are; what is left out has the documented default."""
+    args = cli.parse_arguments("", ["--config", "a.yaml", "--resume", "False", "--gpu", "1"], True)
+    assert (args.config, args.resume, args.gpu, args.set) == ("a.yaml", "False", "1", [])
+    args = cli.parse_arguments("", [], False)
+    assert (args.config, args.resume, args.gpu, args.set) == ("config/baseline_asd.yaml", "", "0", [])
+    args = cli.parse_arguments("", ["--set", "a=1", "--amp", "--set", "b.c=2=3"], True)
+    assert sorted(args.set) == ["a=1", "b.c=2=3", "runtime.amp=true"]
+
+
+@pytest.mark.parametrize("flag", ["--world-size", "--rank", "--dist-port"])
+@pytest.mark.parametrize("form", ["{} 2", "{}=2", "{} 0"])
+def test_the_originals_process_flags_are_torchruns(flag: str, form: str) -> None:
+    """The options that torchrun replaced are answered with a line that says so."""
+    with pytest.raises(UserError) as caught:
+        cli.parse_arguments("", form.format(flag).split(), True)
+    assert str(caught.value).startswith(flag) and "torchrun" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--confg", "x"], "--confg"),
+        (["--conf", "x"], "--conf"),
+        (["extra"], "extra"),
+        (["--config"], "--config"),
+        (["--set"], "--set"),
+        (["--amp=1"], "--amp"),
+    ],
+)
+def test_an_unknown_option_is_one_line(argv: list[str], expected: str) -> None:
+    """An option that does not exist, is shortened, or lacks its value is told in one line that leads to --help."""
+    with pytest.raises(UserError) as caught:
+        cli.parse_arguments("", argv, True)
+    assert expected in str(caught.value) and "--help" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def leave(main: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
+    """The exit code of a script with this main function, and what it wrote on standard error."""
+    with pytest.raises(SystemExit) as caught:
+        cli.command("x.py", main)
+    return caught.value.code, capsys.readouterr().err
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    """A main function that ends in an error."""
+
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (UserError("a.yaml: key: 3: mend it"), 2, "x.py: error: a.yaml: key: 3: mend it\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "log/asd.log"), 2, "log/asd.log"),
+        (OSError(errno.EFBIG, "File too large"), 2, "disk is full"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "batch_size"),
+        (KeyboardInterrupt(), 130, "without --resume False goes on"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(
+    error: BaseException, code: int, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistake, a full disk, a full device and Ctrl-C end in one line and their exit code."""
+    got, text = leave(raising(error), capsys)
+    assert got == code and expected in text and text.strip().count("\n") == 0 and "Traceback" not in text
+
+
+@pytest.mark.parametrize("error", [ValueError("defect"), OSError(errno.EIO, "Input/output error"), AssertionError()])
+def test_a_defect_keeps_its_traceback(error: Exception) -> None:
+    """An error of the program itself is not dressed up as the user's."""
+    with pytest.raises(type(error)):
+        cli.command("x.py", raising(error))
+
+
+SCRIPT = """
+import sys, time
+from utils.cli import command, parse_arguments
+
+def main():
+    args = parse_arguments("", sys.argv[1:], True)
+    print("ready", flush=True)
+    if args.gpu == "9":
+        time.sleep(60)
+
+command("x.py", main)
+"""
+
+
+def start(*argv: str) -> subprocess.Popen[str]:
+    """Start a script that parses its options and, with --gpu 9, waits."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *argv],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_exit_codes_of_a_process() -> None:
+    """As a process: 0 when done, 2 with one line for a mistake, 130 with one line after Ctrl-C; never a traceback."""
+    processes = {name: start(*argv) for name, argv in {"fine": [], "wrong": ["--rank", "0"], "stopped": ["--gpu", "9"]}.items()}
+    try:
+        stopped = processes["stopped"]
+        assert stopped.stdout is not None and stopped.stdout.readline() == "ready\n"
+        stopped.send_signal(signal.SIGINT)
+        out = {name: (*process.communicate(timeout=120), process.returncode) for name, process in processes.items()}
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+    assert out["fine"] == ("ready\n", "", 0)
+    assert out["wrong"][0] == "" and out["wrong"][2] == 2
+    assert out["wrong"][1].startswith("x.py: error: --rank: ") and out["wrong"][1].count("\n") == 1
+    assert out["stopped"][2] == 130 and out["stopped"][1].strip().count("\n") == 0 and "x.py: stopped" in out["stopped"][1]
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    """Piping the output into a program that stops reading ends without a traceback."""
+    script = "from utils.cli import command\ndef main():\n    for i in range(99999): print('line', i)\ncommand('x.py', main)\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    text = process.stderr.read()
+    process.wait(60)
+    process.stderr.close()
+    assert "Traceback" not in text and process.returncode == 141

@@ -1,0 +1,251 @@
+"""What a run leaves for people to see: lines, metrics.jsonl, TensorBoard, pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
+
+from utils import pictures, runlog
+from utils.runlog import RunLog, epoch_line, progress, write_metrics
+
+STAGES = ("class-aware", "class-agnostic", "meta-split")
+
+
+def rows(count: int, defense: str = "asd") -> list[dict[str, Any]]:
+    """The history of a run of so many epochs."""
+    out = []
+    for e in range(count):
+        asd = defense == "asd"
+        out.append(
+            {
+                "epoch": e,
+                "defense": defense,
+                "stage": STAGES[min(e // 2, 2)] if asd else "undefended",
+                "clean_accuracy": 0.9341 - 0.01 * e,
+                "attack_success_rate": 0.0118 + 0.02 * e,
+                "clean_pool_size": 100 + e if asd else None,
+                "polluted_pool_size": 900 - e if asd else None,
+                "poisoned_in_clean_pool": e if asd else None,
+                "loss": 1.25 + e,
+                "loss_x": 0.75 + e if asd else None,
+                "loss_u": 0.125 if asd else None,
+                "lambda_u": 4.0 if asd else None,
+                "learning_rate": 0.002,
+                "seconds": 12.5,
+            }
+        )
+    return out
+
+
+def test_metrics_are_the_history(tmp_path: Path) -> None:
+    """metrics.jsonl is one JSON object an epoch, equal to the history to the last digit."""
+    history = rows(3)
+    history[1]["loss"] = 1 / 3
+    write_metrics(tmp_path, history)
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == history
+    assert (tmp_path / "metrics.jsonl").read_text().endswith("\n")
+
+
+def test_metrics_are_rewritten_whole(tmp_path: Path) -> None:
+    """What a killed run had written beyond its last checkpoint is gone, and so is a half line."""
+    write_metrics(tmp_path, rows(5))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 5, "cle')
+    write_metrics(tmp_path, rows(3))
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
+    write_metrics(tmp_path, [])
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_the_line_of_an_epoch_of_asd() -> None:
+    """The line tells stage, both figures, the pools with their poisoned images, the losses and the seconds."""
+    line = epoch_line(rows(3)[2], 120)
+    for part in ("epoch   3/120", "class-agnostic", "ACC  91.41 %", "ASR   5.18 %", "clean pool 102 (2 poisoned)"):
+        assert part in line
+    for part in ("polluted 898", "loss 3.2500", "Lx 2.7500", "lambda_u 4.00", "Lu 0.12500", "12.5 s"):
+        assert part in line
+    assert "\n" not in line and "None" not in line
+
+
+def test_the_line_of_an_epoch_without_defense() -> None:
+    """Without ASD there are no pools in the line, and nothing reads None."""
+    line = epoch_line(rows(1, "none")[0], 12)
+    for part in ("epoch   1/12", "undefended", "ACC  93.41 %", "ASR   1.18 %", "loss 1.2500", "12.5 s"):
+        assert part in line
+    assert "pool" not in line and "None" not in line and "\n" not in line
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.0, "  0.00 %"), (1.0, "100.00 %"), (0.93414, " 93.41 %"), (None, "     - %")])
+def test_percent_has_one_width(share: float | None, text: str) -> None:
+    """Figures stand under one another, whatever their size."""
+    assert runlog.percent(share) == text
+
+
+@pytest.mark.parametrize("total", [0, 1, 7])
+def test_a_bar_passes_every_item_on(total: int) -> None:
+    """A bar around a loop changes neither the items nor their order."""
+    assert list(progress(range(total), "test", total)) == list(range(total))
+    assert list(progress(iter("abc"), "test", 3)) == ["a", "b", "c"]
+
+
+def read_board(folder: Path) -> EventAccumulator:
+    """TensorBoard's own view of a folder."""
+    board = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0, "images": 0, "tensors": 0})
+    board.Reload()
+    return board
+
+
+def test_tensorboard_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """TensorBoard has each number of each epoch, both histograms, the poisoned images and the hyper-parameters."""
+    history = rows(3)
+    split = torch.tensor([0.0, 1, 2, 3, 10, 11])
+    flags = torch.tensor([0, 0, 2, 0, 1, 1])
+    poisoned = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    log = RunLog(tmp_path, 0)
+    log.start({"seed": 3}, "num_epochs: 3\n", poisoned)
+    for e in range(3):
+        log.losses(split + e, flags, e)
+        log.epoch(history[: e + 1], 3)
+    log.finish({"seed.seed": 7, "optimizer.Adam.lr": 0.5, "run": "tiny", "betas": [0.9, 0.999], "limit": None}, history[-1])
+
+    board = read_board(tmp_path / "tensorboard")
+    names = ["clean_accuracy", "attack_success_rate", "clean_pool_size", "poisoned_in_clean_pool", "loss", "loss_x", "loss_u"]
+    for name in [*names, "lambda_u", "learning_rate", "seconds"]:
+        assert [(s.step, s.value) for s in board.Scalars(name)] == [(r["epoch"], pytest.approx(r[name])) for r in history]
+    for e in range(3):
+        clean, bad = board.Histograms("split_loss/clean")[e], board.Histograms("split_loss/poisoned")[e]
+        assert (clean.step, clean.histogram_value.num, clean.histogram_value.min, clean.histogram_value.max) == (e, 3, e, 3 + e)
+        assert (bad.histogram_value.num, bad.histogram_value.min, bad.histogram_value.max) == (2, 10 + e, 11 + e)
+        assert bad.histogram_value.sum == 21 + 2 * e
+    (image,) = board.Images("poisoned")
+    assert image.encoded_image_string.startswith(b"\x89PNG") and image.width >= 32 and image.height >= 32
+    (text,) = board.Tensors("config/text_summary")
+    assert "num_epochs: 3" in tensor_util.make_ndarray(text.tensor_proto)[0].decode()
+    start = board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    for part in (b"optimizer.Adam.lr", b"seed.seed", b"tiny", b"[0.9, 0.999]"):
+        assert part in start
+    assert board.Scalars("final/clean_accuracy")[0].value == pytest.approx(history[-1]["clean_accuracy"])
+    assert board.Scalars("final/attack_success_rate")[0].value == pytest.approx(history[-1]["attack_success_rate"])
+
+    lines = [epoch_line(row, 3) for row in history]
+    assert capsys.readouterr().out.splitlines() == lines
+    kept = (tmp_path / "asd.log").read_text().splitlines()
+    assert [line.partition("  ")[2] for line in kept] == lines
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_tensorboard_forgets_what_a_killed_run_wrote_too_much(tmp_path: Path) -> None:
+    """After going on from an earlier checkpoint each epoch stands in TensorBoard once, with the later value."""
+    history = rows(4)
+    log = RunLog(tmp_path, 0)
+    for e in range(3):
+        log.epoch(history[: e + 1], 4)
+    log.close()
+    history[2]["loss"] = 99.0
+    log = RunLog(tmp_path, 2)
+    for e in range(2, 4):
+        log.epoch(history[: e + 1], 4)
+    log.close()
+    values = [(s.step, s.value) for s in read_board(tmp_path / "tensorboard").Scalars("loss")]
+    assert values == [(0, 1.25), (1, 2.25), (2, 99.0), (3, 4.25)]
+
+
+def test_a_run_without_poisoned_images_is_logged(tmp_path: Path) -> None:
+    """Where nothing is poisoned there is no histogram and no image of it, and no error."""
+    log = RunLog(tmp_path, 0)
+    log.start({}, "", np.zeros((0, 32, 32, 3), np.uint8))
+    log.losses(torch.ones(4), torch.zeros(4), 0)
+    log.epoch(rows(1, "none"), 1)
+    log.finish({"a": 1}, rows(1, "none")[0])
+    board = read_board(tmp_path / "tensorboard")
+    assert board.Tags()["histograms"] == ["split_loss/clean"] and board.Tags()["images"] == []
+    assert "clean_pool_size" not in board.Tags()["scalars"]
+
+
+def picture(path: Path) -> np.ndarray:
+    """The pixels of a PNG of a size that fits a screen and a README."""
+    with Image.open(path) as image:
+        assert image.format == "PNG" and 200 <= image.width <= 2000 and 200 <= image.height <= 1500
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def share_of(pixels: np.ndarray, colour: str, opacity: float = 1.0) -> float:
+    """The share of pixels that are about this colour, on white."""
+    wanted = 255 - opacity * (255 - np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]))
+    return float((abs(pixels - wanted).max(2) < 40).mean())
+
+
+@pytest.mark.parametrize(("count", "defense"), [(1, "asd"), (2, "asd"), (6, "asd"), (1, "none"), (4, "none")])
+def test_the_picture_of_accuracy(tmp_path: Path, count: int, defense: str) -> None:
+    """ACC and ASR are drawn for runs of any length, with one epoch too, and each in its colour."""
+    pictures.draw_accuracy(tmp_path / "a.png", rows(count, defense), "a title")
+    pixels = picture(tmp_path / "a.png")
+    assert share_of(pixels, pictures.CLEAN_COLOUR) > 1e-4 and share_of(pixels, pictures.POISONED_COLOUR) > 1e-4
+
+
+@pytest.mark.parametrize("count", [1, 6])
+@pytest.mark.parametrize("poison_share", [0.0, 0.05])
+def test_the_picture_of_purity(tmp_path: Path, count: int, poison_share: float) -> None:
+    """The share of poisoned images in the clean pool is drawn, also where there are none."""
+    history = rows(count)
+    for row in history:
+        row["poisoned_in_clean_pool"] *= poison_share > 0
+    pictures.draw_purity(tmp_path / "p.png", history, poison_share, "a title")
+    assert share_of(picture(tmp_path / "p.png"), pictures.POISONED_COLOUR) > 1e-4
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("poisoned", [0, 5, 50])
+@pytest.mark.parametrize("values", ["spread", "zero", "large", "tiny"])
+def test_the_picture_of_losses(tmp_path: Path, poisoned: int, values: str) -> None:
+    """Loss histograms are drawn, without a warning, for no or only poisoned images and for losses that are all alike."""
+    losses = np.random.default_rng(0).random(50).astype(np.float32)
+    losses = {"spread": losses, "zero": 0 * losses, "large": 0 * losses + 12345.678, "tiny": 0 * losses - 1e-20}[values]
+    flags = np.zeros(50, np.uint8)
+    flags[:poisoned] = 1
+    pictures.draw_losses(tmp_path / "l.png", losses, flags, np.arange(20), "split loss", "a title")
+    pixels = picture(tmp_path / "l.png")
+    if values == "spread" and poisoned in (0, 50):
+        assert (share_of(pixels, pictures.CLEAN_COLOUR, 0.65) > 0.01) == (poisoned == 0)
+        assert (share_of(pixels, pictures.POISONED_COLOUR, 0.65) > 0.01) == (poisoned == 50)
+
+
+@pytest.mark.parametrize("count", [1, 3, 16])
+@pytest.mark.parametrize("side", [32, 64])
+def test_the_picture_of_triggered_images(tmp_path: Path, count: int, side: int) -> None:
+    """The contact sheet shows up to eight images before and after; a trigger changes the sheet."""
+    before = np.random.default_rng(0).integers(0, 200, (count, side, side, 3), dtype=np.uint8)
+    after = before.copy()
+    after[:, 4:8, 4:8] = 255
+    pictures.draw_triggered(tmp_path / "t.png", np.stack([before, after]), "a title")
+    pictures.draw_triggered(tmp_path / "same.png", np.stack([before, before]), "a title")
+    drawn, same = picture(tmp_path / "t.png"), picture(tmp_path / "same.png")
+    assert drawn.shape == same.shape and (drawn != same).any()
+    changed = np.argwhere((drawn != same).any(2))[:, 1]
+    assert changed.min() < drawn.shape[1] / 2 or count == 1
+    assert len(np.unique(changed)) >= 2 * min(count, 8), "every image of the sheet shows its trigger"
+
+
+def test_a_faint_trigger_can_be_seen(tmp_path: Path) -> None:
+    """A change of 4 grey levels, which no eye sees, stands out tenfold in the third row of the sheet."""
+    before = np.full((2, 32, 32, 3), 100, np.uint8)
+    pictures.draw_triggered(tmp_path / "t.png", np.stack([before, before + np.uint8(4)]), "a title")
+    pictures.draw_triggered(tmp_path / "same.png", np.stack([before, before]), "a title")
+    difference = abs(picture(tmp_path / "t.png") - picture(tmp_path / "same.png")).max(2)
+    shares = {level: float((difference == level).mean()) for level in (4, 40)}
+    assert shares[4] > 0.05 and shares[40] == pytest.approx(shares[4], rel=0.1)
+
+
+def test_pictures_leave_no_figure_open(tmp_path: Path) -> None:
+    """A long run does not pile up figures in memory."""
+    for number in range(3):
+        pictures.draw_accuracy(tmp_path / f"{number}.png", rows(2), "a title")
+    assert pictures.plt.get_fignums() == []
