@@ -34,7 +34,8 @@ def make_state(path: Path, overrides: tuple[str, ...] = (), steps: int = 0) -> t
     c = config.load(path, overrides)
     model = build_classifier(c.network, c.num_classes, c.seed.seed)
     optimizer = build_optimizer(c.optimizer, model.parameters())
-    state = State(model, optimizer, build_scheduler(c.lr_scheduler, optimizer, c.num_epochs))
+    empty = torch.zeros(20, dtype=torch.int32)  # of a training set of 20 images
+    state = State(model, optimizer, build_scheduler(c.lr_scheduler, optimizer, c.num_epochs), epochs_in_clean_pool=empty)
     if steps:
         train(state, steps)
         state.epoch = steps
@@ -495,3 +496,42 @@ def test_a_training_state_that_does_not_fit(tmp_path: Path, key: str, value: Any
     torch.save(saved, path)
     if key in ("epoch", "optimizer_state_dict"):
         assert "does not fit" in refusal(path, state, settings)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"clean_pool": torch.tensor([3, 20])},
+        {"clean_pool": torch.tensor([0.5])},
+        {"clean_pool": [1, 2]},
+        {"epochs_in_clean_pool": torch.zeros(19, dtype=torch.int32)},
+        {"epoch": 7},
+        {"epoch": -2},
+        {"history": [{"epoch": 1}]},
+        {"history": [1]},
+        {"best_acc": "high"},
+        {"optimizer_state_dict": {}},
+    ],
+    ids=str,
+)
+def test_a_training_state_that_does_not_fit_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
+    """A checkpoint whose weights are good and whose training state is not ends in one line, not in a later traceback."""
+    state, settings = make_state(tmp_path, steps=3)
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, state, settings)
+    torch.save(torch.load(path, weights_only=True) | damage, path)
+    with pytest.raises(UserError, match=r"a\.pt: its training state does not fit") as error:
+        checkpoint.load(path, make_state(tmp_path)[0], settings)
+    assert "\n" not in str(error.value)
+
+
+def test_an_optimizer_state_of_another_shape_is_refused(tmp_path: Path) -> None:
+    """Moments that do not have the weights' shape are found when the checkpoint is loaded."""
+    state, settings = make_state(tmp_path, steps=3)
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, state, settings)
+    saved = torch.load(path, weights_only=True)
+    saved["optimizer_state_dict"]["state"][0]["exp_avg"] = torch.zeros(2, 2)
+    torch.save(saved, path)
+    with pytest.raises(UserError, match="exp_avg is"):
+        checkpoint.load(path, make_state(tmp_path)[0], settings)

@@ -128,6 +128,7 @@ def load(path: Path, state: State, config: dict[str, Any]) -> None:
         UserError: as `read`, and where the checkpoint's configuration is not this one.
     """
     saved = read(path)
+    count = len(state.epochs_in_clean_pool)  # N
     refuse_other_settings(path, saved.get("config"), config)
     load_weights(state.model, saved, path)
     try:
@@ -139,6 +140,7 @@ def load(path: Path, state: State, config: dict[str, Any]) -> None:
         state.history = [dict(row) for row in saved.get("history", [])]
         state.clean_pool = saved.get("clean_pool", state.clean_pool)
         state.epochs_in_clean_pool = saved.get("epochs_in_clean_pool", state.epochs_in_clean_pool)
+        check_state(state, count)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: its training state does not fit ({type(error).__name__}: {error}): use another checkpoint, or "
@@ -146,12 +148,29 @@ def load(path: Path, state: State, config: dict[str, Any]) -> None:
         ) from None
 
 
+def check_state(state: State, count: int) -> None:
+    """Raise ValueError where a loaded state does not fit the run; a training set has `count` images."""
+    if state.epoch < 1 or [row["epoch"] for row in state.history] not in ([], list(range(state.epoch))):
+        raise ValueError(f"epoch {state.epoch - 1} with a history of {len(state.history)} epochs")
+    pool, epochs = state.clean_pool, state.epochs_in_clean_pool
+    if pool.dtype != torch.int64 or pool.ndim != 1 or (len(pool) and not 0 <= int(pool.min()) <= int(pool.max()) < count):
+        raise ValueError("clean_pool holds no indices of the training set")
+    if epochs.dtype != torch.int32 or epochs.shape != (count,):
+        raise ValueError(f"epochs_in_clean_pool is {epochs.dtype} {tuple(epochs.shape)} for {count} images")
+    for parameter, moments in state.optimizer.state.items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"the optimizer's {name} is {tuple(value.shape)} for weights {tuple(parameter.shape)}")
+
+
 def refuse_other_settings(path: Path, saved: object, config: dict[str, Any]) -> None:
     """Refuse a checkpoint whose stored configuration differs where it matters; the authors' files store none."""
     if not isinstance(saved, dict):
         return
     then, now = flatten(saved), flatten(config)
-    free = FREE if now.get("defense") == "asd" else tuple(key for key in FREE if key != "num_epochs")
+    # A schedule of the learning rate may follow num_epochs; without one a run may be made longer.
+    constant_rate = now.get("defense") == "asd" and now.get("lr_scheduler", {}) is None
+    free = FREE if constant_rate else tuple(key for key in FREE if key != "num_epochs")
     for key in [*now, *(k for k in then if k not in now)]:
         if any(key == f or key.startswith(f + ".") for f in free) or then.get(key) == now.get(key):
             continue

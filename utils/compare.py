@@ -83,29 +83,6 @@ def render(rows: list[tuple[str, ...]], markdown: bool) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path, groups: list[list[dict[str, Any]]]) -> None:
-    """Draw ACC and ASR over the run's course, a panel a group, every seed a line."""
-    from utils.pictures import CLEAN_COLOUR, POISONED_COLOUR, plt, save
-
-    figure, panels = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.8), squeeze=False, sharey=True)
-    for axes, runs in zip(panels[0], groups, strict=True):
-        for i, run in enumerate(runs):
-            epochs = [row["epoch"] + 1 for row in run["rows"]]
-            for key, colour, name in (
-                ("clean_accuracy", CLEAN_COLOUR, "clean accuracy (ACC)"),
-                ("attack_success_rate", POISONED_COLOUR, "attack success rate (ASR)"),
-            ):
-                values = [100 * row[key] for row in run["rows"]]
-                axes.plot(epochs, values, "o-", ms=3, lw=1.2, alpha=0.8, color=colour, label=name if i == 0 else None)
-        defense = {"asd": "ASD", "none": "no defense"}[runs[0]["rows"][0]["defense"]]
-        axes.set(title=defense, xlabel="epoch", ylim=(-3, 103))
-        axes.grid(alpha=0.25)
-    panels[0][0].set_ylabel("%")
-    panels[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    save(figure, path)
-
-
 def main() -> None:
     """Read the command line, print the table, draw the picture."""
     parser: argparse.ArgumentParser = Parser(prog="utils.compare", description="Compare finished runs.")
@@ -116,7 +93,9 @@ def main() -> None:
     groups = group([read_run(folder) for folder in args.folders])
     print(render(table(groups), args.markdown))
     if args.picture:
-        draw(args.picture, groups)
+        from utils.pictures import draw_comparison  # only here: matplotlib takes a second to import
+
+        draw_comparison(args.picture, [[run["rows"] for run in runs] for runs in groups])
         print(f"picture: {args.picture}")
 
 

@@ -19,7 +19,7 @@ def choose_device(gpu: str, say: Any) -> torch.device:
     """
     if gpu.strip().lower() == "cpu":
         return torch.device("cpu")
-    if not gpu.strip().isdigit():
+    if not (gpu.isascii() and gpu.strip().isdigit()):
         raise UserError(f"--gpu {gpu}: no device number: give one number, e.g. --gpu 0, or --gpu cpu")
     if not torch.cuda.is_available():
         say("no CUDA device here: running on the CPU (--gpu cpu asks for it)")

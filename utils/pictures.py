@@ -79,6 +79,27 @@ def draw_triggered(path: Path, examples: np.ndarray, title: str) -> None:
     save(figure, path)
 
 
+def draw_comparison(path: Path, groups: list[list[list[dict[str, Any]]]]) -> None:
+    """ACC and ASR, in %, over epochs: a panel for each group of runs, a line for each run's history."""
+    figure, panels = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.8), squeeze=False, sharey=True)
+    for axes, histories in zip(panels[0], groups, strict=True):
+        for i, history in enumerate(histories):
+            epochs = [row["epoch"] + 1 for row in history]
+            for key, colour, name in (
+                ("clean_accuracy", CLEAN_COLOUR, "clean accuracy (ACC)"),
+                ("attack_success_rate", POISONED_COLOUR, "attack success rate (ASR)"),
+            ):
+                values = [100 * row[key] for row in history]
+                axes.plot(epochs, values, "o-", ms=3, lw=1.2, alpha=0.8, color=colour, label=name if i == 0 else None)
+        defense = {"asd": "ASD", "none": "no defense"}[histories[0][0]["defense"]]
+        axes.set(title=defense, xlabel="epoch", ylim=(-3, 103))
+        axes.grid(alpha=0.25)
+    panels[0][0].set_ylabel("%")
+    panels[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    save(figure, path)
+
+
 def shade_stages(axes: Any, history: list[dict[str, Any]]) -> None:
     """Shade the background by stage, and name each."""
     start = 0

@@ -59,6 +59,9 @@ def open_run(config: Config, yaml_path: Path, fresh: bool, say: Any) -> tuple[Ru
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be made ({error.strerror}): mend saved_dir or storage_dir") from None
     lock = take(run)
+    for folder in (run.saved, run.log, run.checkpoints):
+        for part in folder.glob(".*.part"):  # what a run killed in the middle of a write left; the lock is ours
+            part.unlink()
     if fresh:
         move_aside(run, yaml_path.name, say)
         run.log.mkdir(parents=True, exist_ok=True)
@@ -71,7 +74,10 @@ def open_run(config: Config, yaml_path: Path, fresh: bool, say: Any) -> tuple[Ru
 
 def take(run: Run) -> IO[str]:
     """Lock the run; the lock goes with the process, however that ends."""
-    lock = open(run.saved / ".lock", "a+")  # noqa: SIM115 - held for the life of the run
+    try:
+        lock = open(run.saved / ".lock", "a+")  # noqa: SIM115 - held for the life of the run
+    except OSError as error:
+        raise UserError(f"{run.saved}: cannot be written ({error.strerror}): make it writable or set saved_dir") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
