@@ -12,9 +12,9 @@ from data.poison import build_attack, build_test_sets, load_raw
 from model.classifier import build_classifier
 from utils import checkpoint, config
 from utils.cli import command, parse_arguments
-from utils.device import choose_device, choose_precision, set_determinism
 from utils.errors import UserError
 from utils.files import write_text
+from utils.machine import choose_machine, set_determinism
 from utils.run import LATEST, locate
 
 
@@ -24,21 +24,20 @@ def main() -> None:
     if args.resume == "False":
         raise UserError("--resume False: there is nothing to test without a checkpoint: leave it out or name one")
     settings = config.load(args.config, args.set)
-    device = choose_device(args.gpu, print)
+    machine = choose_machine(args.gpu, settings.runtime.amp, print)
     set_determinism(settings.seed.deterministic, settings.seed.benchmark)
-    precision = choose_precision(device, settings.runtime.amp, print)
     run = locate(settings)
     path = run.checkpoint(args.resume or LATEST)
     saved = checkpoint.read(path)
     model = build_classifier(settings.network, settings.num_classes, settings.seed.seed)
     checkpoint.load_weights(model, saved, path)
-    model.to(device)
+    model.to(machine.device)
 
     raw = load_raw(settings)
-    tests = build_test_sets(settings, raw, build_attack(settings, raw, run.saved)).to(device)
+    tests = build_test_sets(settings, raw, build_attack(settings, raw, run.saved)).to(machine.device)
     _, plain = build_pipelines(settings, tests.clean)
-    clean_accuracy = accuracy(settings, model, tests.clean, plain, precision)
-    attack_success_rate = accuracy(settings, model, tests.backdoor, plain, precision)
+    clean_accuracy = accuracy(settings, model, tests.clean, plain, machine)
+    attack_success_rate = accuracy(settings, model, tests.backdoor, plain, machine)
     result = {
         "checkpoint": str(path),
         "epoch": saved.get("epoch"),

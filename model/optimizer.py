@@ -12,10 +12,18 @@ from torch import nn
 from utils.schema import Named
 
 
-def build_optimizer(chosen: Named, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return torch's Adam or SGD over the parameters."""
+def build_optimizer(chosen: Named, parameters: Iterable[nn.Parameter], capturable: bool = False) -> torch.optim.Optimizer:
+    """Return torch's Adam or SGD over the parameters.
+
+    Args:
+        capturable: for a CUDA graph: fused kernels, step count and learning rate on the device.
+    """
     kind: Any = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}[chosen.name]
-    optimizer: torch.optim.Optimizer = kind(list(parameters), **dataclasses.asdict(chosen.settings))
+    weights, settings = list(parameters), dataclasses.asdict(chosen.settings)
+    if capturable:
+        settings |= {"fused": True, "lr": torch.tensor(settings["lr"], device=weights[0].device)}
+        settings |= {"capturable": True} if chosen.name == "Adam" else {}
+    optimizer: torch.optim.Optimizer = kind(weights, **settings)
     return optimizer
 
 

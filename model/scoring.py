@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from model.folding import fold
-from utils.device import Precision
+from utils.machine import Machine
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batches: Iterable[Tensor], precision: Precision) -> Tensor:
+def predict(model: nn.Module, batches: Iterable[Tensor], machine: Machine) -> Tensor:
     """Return the logits (N, C) float32 of all images, in order; the model and its mode are left as they were.
 
     The forward passes go through a copy whose batch normalizations are folded into the convolutions (equal up to
@@ -24,9 +24,9 @@ def predict(model: nn.Module, batches: Iterable[Tensor], precision: Precision) -
     folded: nn.Module | None = None
     logits = []
     for images in batches:
-        images = precision.lay_out(images)
+        images = machine.lay_out(images)
         if folded is None:
             folded = fold(model, images[:1])
-        with precision.autocast():
+        with machine.autocast():
             logits.append(folded(images).float())
     return torch.cat(logits)

@@ -1,4 +1,4 @@
-"""The device, the precision, and the command line that both scripts share."""
+"""The device, the machine, and the command line that both scripts share."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 from conftest import REPOSITORY
 from torch import nn
 
-from utils import cli, device
-from utils.device import Precision, choose_device, choose_precision
+from utils import cli, machine
 from utils.errors import UserError
+from utils.machine import Machine, choose_device, choose_machine
 
 
 @pytest.fixture
@@ -29,14 +29,14 @@ def said() -> list[str]:
 @pytest.mark.parametrize("text", ["cpu", "CPU", " cpu "])
 def test_the_cpu_can_be_asked_for(said: list[str], text: str) -> None:
     """`--gpu cpu` computes on the CPU, also where there is a GPU, and needs no remark."""
-    assert choose_device(text, said.append) == torch.device("cpu") and said == []
+    assert choose_device(text, 0, said.append) == torch.device("cpu") and said == []
 
 
-@pytest.mark.parametrize("text", ["gpu", "-1", "0,1", "1.0", "", "cuda:0", "0x1"])
+@pytest.mark.parametrize("text", ["gpu", "-1", "0,,1", "1.0", "", "cuda:0", "0x1", "²"])
 def test_a_gpu_that_is_no_number_is_refused(said: list[str], text: str) -> None:
     """What is neither a number nor `cpu` is refused in one line with the legal values."""
     with pytest.raises(UserError) as caught:
-        choose_device(text, said.append)
+        choose_device(text, 0, said.append)
     line = str(caught.value)
     assert line.startswith(f"--gpu {text}:") and "--gpu 0" in line and "--gpu cpu" in line and "\n" not in line
 
@@ -45,7 +45,7 @@ def test_a_gpu_that_is_no_number_is_refused(said: list[str], text: str) -> None:
 def test_without_cuda_the_cpu_computes(monkeypatch: pytest.MonkeyPatch, said: list[str], number: str) -> None:
     """The original's `--gpu 0` runs on a machine without CUDA, and one line says on what."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device(number, said.append) == torch.device("cpu")
+    assert choose_device(number, 0, said.append) == torch.device("cpu")
     assert len(said) == 1 and "CPU" in said[0] and "\n" not in said[0]
 
 
@@ -55,10 +55,10 @@ def test_with_cuda_the_numbered_device_computes(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
-    assert choose_device("1", said.append) == torch.device("cuda", 1)
+    assert choose_device("1", 0, said.append) == torch.device("cuda", 1)
     assert made_current == [1] and said == []
-    with pytest.raises(UserError, match=r"--gpu 2: .*give 0 to 1$"):
-        choose_device("2", said.append)
+    with pytest.raises(UserError, match=r"--gpu 2: .*give 0 to 1,"):
+        choose_device("2", 0, said.append)
 
 
 def small_network() -> nn.Module:
@@ -71,9 +71,9 @@ def small_network() -> nn.Module:
 def test_every_weight_learns_after_a_pass_without_gradient(amp: bool) -> None:
     """Guessing labels without gradient and training in one autocast context leaves no weight without its gradient."""
     model, images = small_network(), torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    precision = Precision(torch.device("cpu"), amp)
-    images = precision.lay_out(images)
-    with precision.autocast():
+    machine = Machine(torch.device("cpu"), amp)
+    images = machine.lay_out(images)
+    with machine.autocast():
         with torch.no_grad():
             model(images)
         logits = model(images)
@@ -93,7 +93,7 @@ def test_every_weight_learns_after_a_pass_without_gradient(amp: bool) -> None:
 def test_the_layout_changes_no_pixel(amp: bool) -> None:
     """Images laid out for the device are the same images; only --amp moves the channels last."""
     images = torch.randn(2, 3, 5, 7)
-    out = Precision(torch.device("cpu"), amp).lay_out(images)
+    out = Machine(torch.device("cpu"), amp).lay_out(images)
     assert torch.equal(out, images) and out.is_contiguous(memory_format=torch.channels_last) == amp
 
 
@@ -101,8 +101,8 @@ def test_the_layout_changes_no_pixel(amp: bool) -> None:
 @pytest.mark.parametrize("amp", [False, True])
 def test_amp_falls_back_where_bf16_is_slow(monkeypatch: pytest.MonkeyPatch, said: list[str], amp: bool, has: bool) -> None:
     """--amp on a device without bf16 runs in fp32 and says so; otherwise what was asked for is done silently."""
-    monkeypatch.setattr(device, "has_bf16", lambda chosen: has)
-    assert choose_precision(torch.device("cpu"), amp, said.append).amp == (amp and has)
+    monkeypatch.setattr(machine, "has_bf16", lambda chosen: has)
+    assert choose_machine("cpu", amp, said.append).amp == (amp and has)
     assert len(said) == (amp and not has)
     if said:
         assert "--amp" in said[0] and "fp32" in said[0] and "\n" not in said[0]
@@ -112,7 +112,7 @@ def test_bf16_of_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA devices compute in bf16 from compute capability 8.0 on."""
     for capability, expected in {(7, 5): False, (8, 0): True, (9, 0): True}.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda chosen, c=capability: c)
-        assert device.has_bf16(torch.device("cuda", 0)) == expected
+        assert machine.has_bf16(torch.device("cuda", 0)) == expected
 
 
 def test_determinism_switches_are_set() -> None:
@@ -120,7 +120,7 @@ def test_determinism_switches_are_set() -> None:
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
     try:
         for deterministic, benchmark in ((True, True), (True, False), (False, True), (False, False)):
-            device.set_determinism(deterministic, benchmark)
+            machine.set_determinism(deterministic, benchmark)
             assert torch.backends.cudnn.deterministic == torch.are_deterministic_algorithms_enabled() == deterministic
             assert torch.backends.cudnn.benchmark == (benchmark and not deterministic)
     finally:

@@ -25,10 +25,10 @@ from model.classifier import Classifier, build_classifier
 from utils import config as configuration
 from utils.checkpoint import State
 from utils.config import Config
-from utils.device import Precision
 from utils.errors import UserError
+from utils.machine import Machine
 
-FP32 = Precision(torch.device("cpu"), amp=False)
+FP32 = Machine(torch.device("cpu"), amp=False)
 N, C = 45, 10  # images (no multiple of a batch), classes
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -233,7 +233,7 @@ def test_mixmatch_steps_are_those_of_the_paper(tiny: Path, batch: int) -> None:
 
 def make_state(config: Config, train_set: ImageSet) -> State:
     """Return a run's state with used BN statistics."""
-    state = ASD.build_state(config, torch.device("cpu"), FP32, len(train_set))
+    state = ASD.build_state(config, FP32, len(train_set))
     state.model.load_state_dict(make_model(config).state_dict())
     return state
 

@@ -16,10 +16,10 @@ from model.networks.resnet18_cifar import Settings
 from model.optimizer import build_optimizer, build_scheduler
 from model.scoring import predict
 from utils.config import SGD, Adam, CosineAnnealing, MultiStep
-from utils.device import Precision
+from utils.machine import Machine
 from utils.schema import Named
 
-FP32 = Precision(torch.device("cpu"), amp=False)
+FP32 = Machine(torch.device("cpu"), amp=False)
 
 
 def network(width: int = 2, blocks: int = 2, classes: int = 10, seed: int = 0) -> Classifier:

@@ -110,7 +110,7 @@ def test_tensorboard_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture
     flags = torch.tensor([0, 0, 2, 0, 1, 1])
     poisoned = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     log = RunLog(tmp_path, 0)
-    log.start({"seed": 3}, "num_epochs: 3\n", poisoned)
+    log.start("num_epochs: 3\n", poisoned)
     for e in range(3):
         log.losses(split + e, flags, e)
         log.epoch(history[: e + 1], 3)
@@ -161,7 +161,7 @@ def test_tensorboard_forgets_what_a_killed_run_wrote_too_much(tmp_path: Path) ->
 def test_a_run_without_poisoned_images_is_logged(tmp_path: Path) -> None:
     """Where nothing is poisoned there is no histogram and no image of it, and no error."""
     log = RunLog(tmp_path, 0)
-    log.start({}, "", np.zeros((0, 32, 32, 3), np.uint8))
+    log.start("", np.zeros((0, 32, 32, 3), np.uint8))
     log.losses(torch.ones(4), torch.zeros(4), 0)
     log.epoch(rows(1, "none"), 1)
     log.finish({"a": 1}, rows(1, "none")[0])

@@ -49,6 +49,15 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)  # one row an epoch, as in metrics.jsonl
     clean_pool: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # of the last epoch
     epochs_in_clean_pool: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))  # (N,)
+    parallel: Any = None  # the model as training calls it: wrapped where there are several processes; not saved
+
+    def __post_init__(self) -> None:
+        self.parallel = self.parallel or self.model
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors that training changes in place: weights, BN statistics, the optimizer's moments."""
+        moments = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        return [*self.model.parameters(), *self.model.buffers(), *moments]
 
 
 def save(path: Path, state: State, config: dict[str, Any]) -> None:
@@ -134,7 +143,7 @@ def load(path: Path, state: State, config: dict[str, Any]) -> None:
     try:
         state.epoch = int(saved["epoch"]) + 1
         state.best_acc, state.best_epoch = float(saved.get("best_acc", 0)), int(saved.get("best_epoch", 0))
-        state.optimizer.load_state_dict(saved["optimizer_state_dict"])
+        load_optimizer(state.optimizer, saved["optimizer_state_dict"])
         if state.scheduler is not None:
             state.scheduler.load_state_dict(saved["scheduler_state_dict"])
         state.history = [dict(row) for row in saved.get("history", [])]
@@ -146,6 +155,15 @@ def load(path: Path, state: State, config: dict[str, Any]) -> None:
             f"{path}: its training state does not fit ({type(error).__name__}: {error}): use another checkpoint, or "
             "--resume False to start over"
         ) from None
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load an optimizer's state; how it is computed (CUDA graph, fused kernels) stays this run's own."""
+    for group, given in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        given.update({key: group[key] for key in ("capturable", "fused", "foreach") if key in group})
+        rate = float(given["lr"])
+        given["lr"] = torch.tensor(rate, device=group["lr"].device) if isinstance(group["lr"], Tensor) else rate
+    optimizer.load_state_dict(saved)
 
 
 def check_state(state: State, count: int) -> None:

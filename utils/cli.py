@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 
 from utils.errors import UserError
 
@@ -53,7 +56,9 @@ def command(name: str, main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except UserError as error:
-        fail(f"{name}: error: {error}", 2)
+        if int(os.environ.get("RANK", "0")) > 0:
+            time.sleep(3)  # a mistake that all processes meet is told by the first; torchrun then ends this one
+        fail(f"{name}: error: {who()}{error}", 2)
     except KeyboardInterrupt:
         fail(f"\n{name}: stopped. Every finished epoch is kept: the same command without --resume False goes on.", 130)
     except torch.OutOfMemoryError:
@@ -61,12 +66,27 @@ def command(name: str, main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone
         sys.exit(141)
+    except (RuntimeError, dist.DistBackendError) as error:
+        if not (dist.is_available() and dist.is_initialized() and is_lost_connection(error)):
+            raise
+        fail(f"{name}: error: {who()}another process of the run has died: see the lines above; start the run again", 1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         where = error.filename or "a file of the run"
         fail(f"{name}: error: {where}: the disk is full: free some space and give the same command without --resume", 2)
     sys.exit(0)
+
+
+def who() -> str:
+    """Return `rank 1: ` in a run of several processes, else nothing."""
+    return f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Return whether a collective failed because another process is gone."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistBackendError) or "gloo" in text or "connection" in text
 
 
 def fail(line: str, code: int) -> NoReturn:

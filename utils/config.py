@@ -198,6 +198,9 @@ class Undefended:
 
 @dataclass(frozen=True)
 class Runtime:
+    mode: str = setting(
+        "auto", "a CUDA graph for each step, or eager; auto: graph on one CUDA device", options=("auto", "graph", "eager")
+    )
     amp: bool = setting(False, "bf16 for the convolutions (also --amp); weights, BN and losses stay fp32")
 
 
@@ -441,6 +444,18 @@ def check(config: Config, reader: Reader) -> None:
             reader.fail(f"{key}.Adam.betas", list(chosen.settings.betas), "give two numbers")  # type: ignore[attr-defined]
     if (config.run is not None and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", config.run)) or ".." in (config.run or ""):
         reader.fail("run", config.run, "give a plain name, e.g. asd-seed-1")
+
+
+def check_batches(config: Config, processes: int) -> None:
+    """Refuse batch sizes that the processes cannot share evenly; a `batch_size` is that of all processes together."""
+    sizes = {
+        "loader.batch_size": config.loader.batch_size,
+        "semi.loader.batch_size": config.semi.loader.batch_size,
+        "undefended.batch_size": config.undefended.batch_size,
+    }
+    for key, size in sizes.items():
+        if size % processes:
+            raise UserError(f"{key}: {size}: {processes} processes cannot share it evenly: give a multiple of {processes}")
 
 
 def run_name(path: Path) -> str:

@@ -64,7 +64,7 @@ class RunLog:
             if which.any():
                 self.board.add_histogram(f"split_loss/{name}", losses[which].numpy(), epoch)
 
-    def start(self, config: dict[str, Any], settings_yaml: str, poisoned: np.ndarray) -> None:
+    def start(self, settings_yaml: str, poisoned: np.ndarray) -> None:
         """Add the hyper-parameters and a grid of poisoned images, (n, H, W, 3) uint8."""
         self.board.add_text("config", f"```yaml\n{settings_yaml}```", 0)
         if len(poisoned):

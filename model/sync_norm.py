@@ -1,0 +1,59 @@
+"""Batch normalization whose statistics are those of the whole batch, on CPU processes too (`sync_bn: true`).
+
+torch.nn.SyncBatchNorm serves CUDA alone; on a CPU the two sums travel by a differentiable all-reduce.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_functional
+from torch import Tensor, nn
+
+
+class CpuSyncBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d that sums over the processes before it divides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize (B, C, H, W) by the statistics of the rows of all processes."""
+        if not self.training:
+            return super().forward(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        count = values.new_full((1,), values.numel() / values.shape[1])
+        local = torch.cat([values.sum((0, 2, 3)), (values * values).sum((0, 2, 3)), count])  # (2C + 1,)
+        total = dist_functional.all_reduce(local) if x.requires_grad or torch.is_grad_enabled() else reduced(local)
+        n = total[-1]
+        mean, square = (total[:-1] / n).chunk(2)  # (C,), (C,)
+        variance = (square - mean * mean).clamp(min=0)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            momentum = 0.1 if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), momentum)
+            self.running_var.lerp_((variance.detach() * n / (n - 1)).to(self.running_var.dtype), momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        out = values * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        return out.to(x.dtype)
+
+
+def reduced(local: Tensor) -> Tensor:
+    """Return the sum over the processes, without gradient."""
+    total = local.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def synchronize(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model with every batch normalization synchronized; its state_dict keeps its keys."""
+    if device.type == "cuda":
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return converted
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d) and not isinstance(child, CpuSyncBatchNorm2d):
+                twin = CpuSyncBatchNorm2d(child.num_features, child.eps, child.momentum)
+                twin.load_state_dict(child.state_dict())
+                setattr(parent, name, twin.to(child.weight.device, child.weight.dtype))
+    return model

@@ -1,0 +1,205 @@
+"""Several processes on the CPU (gloo) do what one process does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, TINY, run_script
+from torch import nn
+
+from utils.config import check_batches, load
+from utils.errors import UserError
+from utils.machine import Machine, device_numbers
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def environment() -> dict[str, str]:
+    """One thread for each process, and no CUDA."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+
+
+def write_config(folder: Path, name: str, **changes: Any) -> Path:
+    """The tiny configuration with batches that two processes share, in `folder`."""
+    folder.mkdir(exist_ok=True)
+    raw = TINY | {"saved_dir": str(folder / "saved_data"), "storage_dir": str(folder / "storage"), "num_epochs": 2} | changes
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return path
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The run's metrics."""
+    text = (folder / "saved_data" / name / "log" / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def checkpoint(folder: Path, name: str) -> dict[str, Any]:
+    """The run's last checkpoint."""
+    path = folder / "storage" / name / "checkpoint" / "latest_model.pt"
+    loaded: dict[str, Any] = torch.load(path, weights_only=True)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run (with synchronized BN) by one process and by two."""
+    folder = tmp_path_factory.mktemp("runs")
+    one = write_config(folder, "one", sync_bn=True)
+    two = write_config(folder, "two", sync_bn=True)
+    done = run_script("ASD.py", "--config", one, "--gpu", "cpu")
+    assert done.returncode == 0, done.stderr
+    command = [*TORCHRUN, str(REPOSITORY / "ASD.py"), "--config", str(two), "--gpu", "cpu"]
+    both = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert both.returncode == 0, both.stderr
+    assert "2 processes" in both.stdout and both.stdout.count("done: ACC") == 1, both.stdout
+    return folder
+
+
+def test_two_processes_split_as_one_does(runs: Path) -> None:
+    """The first split by losses (of epoch 1) is that of one process; the first steps' losses are equal within rounding."""
+    one, two = rows(runs, "one"), rows(runs, "two")
+    for key in ("loss", "loss_x", "loss_u", "lambda_u"):
+        assert two[0][key] == pytest.approx(one[0][key], rel=1e-3, abs=1e-5), key
+    pools = [checkpoint(runs, name)["clean_pool"] for name in ("one", "two")]
+    assert len(pools[0]) == 40 and torch.equal(*pools)
+    weights = [checkpoint(runs, name)["model_state_dict"]["backbone.conv1.weight"] for name in ("one", "two")]
+    assert torch.allclose(*weights, atol=5e-3)
+
+
+def test_a_checkpoint_of_two_processes_resumes_on_one(runs: Path) -> None:
+    """A checkpoint does not know how many processes wrote it."""
+    path = runs / "two.yaml"
+    longer = run_script("ASD.py", "--config", path, "--gpu", "cpu", "--set", "num_epochs=3")
+    assert longer.returncode == 0, longer.stderr
+    assert "going on after epoch 2/3" in longer.stdout
+    assert [r["epoch"] for r in rows(runs, "two")] == list(range(3))
+
+
+SCRIPT = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+from model.sync_norm import synchronize
+from utils.machine import choose_machine
+
+machine = choose_machine("cpu", False, print)
+torch.manual_seed(0)
+net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).double()
+images = torch.randn(7, 2, 6, 6, dtype=torch.float64)
+model = machine.wrap(synchronize(net, machine.device))
+mine = machine.share(7)
+out = machine.gather(model(images[mine]), 7)
+(out.square().sum() / 7 * machine.size).backward()
+grads = torch.cat([p.grad.flatten() for p in net.parameters()])
+plain = [t.clone() for t in (net[1].running_mean, net[1].running_var)]
+net[1].running_mean.add_(machine.rank)
+machine.average_buffers(net)
+torch.save([out.detach(), grads, *plain, net[1].running_mean], f"{sys.argv[1]}/{machine.rank}.pt")
+assert machine.sum(torch.tensor(2.0 + machine.rank)).item() == 5
+machine.leave()
+"""
+
+
+def test_gradients_and_statistics_are_those_of_one_process(tmp_path: Path) -> None:
+    """7 rows on 2 processes with synchronized BN: outputs, gradients and running statistics of one process, on all ranks."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [*TORCHRUN, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).double()
+    images = torch.randn(7, 2, 6, 6, dtype=torch.float64)
+    out = net(images)
+    (out.square().sum() / 7).backward()
+    grads = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+    for rank in range(2):
+        got_out, got_grads, mean, variance, averaged = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.allclose(got_out, out.detach(), rtol=1e-10)
+        assert torch.allclose(got_grads, grads, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(mean, net[1].running_mean) and torch.allclose(variance, net[1].running_var)
+        assert torch.allclose(averaged, net[1].running_mean + 0.5)  # the mean of + 0 and + 1
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text() if Path(f"/proc/{pid}").exists() else ""
+    return [int(p) for p in text.split()]
+
+
+def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
+    """kill -9 of one process ends the whole run within a minute, and a message names the rank."""
+    path = write_config(tmp_path, "killed", num_epochs=6, sync_bn=True)
+    raw = yaml.safe_load(path.read_text())
+    raw["semi"]["mixmatch"]["train_iteration"] = 2000
+    path.write_text(yaml.safe_dump(raw))
+    command = [*TORCHRUN, str(REPOSITORY / "ASD.py"), "--config", str(path), "--gpu", "cpu"]
+    engine = subprocess.Popen(
+        command, env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        log = tmp_path / "saved_data" / "killed" / "log" / "asd.log"
+        deadline = time.monotonic() + 90
+        while not (log.exists() and "parameters" in log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        time.sleep(2)
+        workers = children(engine.pid)
+        assert len(workers) == 2
+        last = max(workers, key=lambda pid: int(rank_of(pid)))
+        os.kill(last, signal.SIGKILL)
+        started = time.monotonic()
+        _, errors = engine.communicate(timeout=60)
+        assert time.monotonic() - started < 60 and engine.returncode != 0
+        assert "rank" in errors and "1" in errors and "-9" in errors, errors[-2000:]
+        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    finally:
+        engine.kill()
+
+
+def rank_of(pid: int) -> str:
+    """The RANK in a process' environment."""
+    pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(p.partition(b"=")[2].decode() for p in pairs if p.startswith(b"RANK="))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 100])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_shares_cover_every_row_once(count: int, size: int) -> None:
+    """The processes' shares are disjoint, in order, complete, and differ by one row at the most."""
+    parts = [list(range(count))[Machine(torch.device("cpu"), rank=r, size=size).share(count)] for r in range(size)]
+    assert [row for part in parts for row in part] == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tiny: Path) -> None:
+    """A batch size is that of all processes together and must be a multiple of their number."""
+    settings = load(tiny)
+    check_batches(settings, 2)
+    with pytest.raises(UserError, match=r"semi\.loader\.batch_size: 9: 2 processes"):
+        check_batches(load(tiny, ["semi.loader.batch_size=9"]), 2)
+
+
+def test_the_same_device_twice_is_refused() -> None:
+    """`--gpu 0,0` would put two processes on one device."""
+    assert device_numbers("0, 2") == [0, 2] and device_numbers("cpu") == []
+    with pytest.raises(UserError, match="named twice"):
+        device_numbers("0,0")
+
+
+def test_a_graph_is_for_one_process() -> None:
+    """`runtime.mode: graph` with several processes is refused; auto means eager there."""
+    machine = Machine(torch.device("cpu"), size=2)
+    assert not machine.uses_graph("auto") and not machine.uses_graph("eager")
+    with pytest.raises(UserError, match=r"runtime\.mode"):
+        machine.uses_graph("graph")
+    assert Machine(torch.device("cuda", 0)).uses_graph("auto") and not Machine(torch.device("cpu")).uses_graph("auto")

@@ -1,0 +1,209 @@
+"""Where the work is done: the device, its precision, and the other processes of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.errors import UserError
+
+Say = Callable[[str], object]
+SILENCE = timedelta(seconds=600)  # a process that is not heard of for so long ends the run
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One process' place of work. With several processes (torchrun) each has one, and all of them do the same steps.
+
+    Every batch is shared out: process r of n does rows r * count // n to (r + 1) * count // n. What is decided from all
+    rows (the pools, the losses that are reported) is gathered first, so that every process decides the same.
+    """
+
+    device: torch.device
+    amp: bool = False  # bf16 autocast, channels last in memory
+    rank: int = 0
+    size: int = 1
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context of one forward pass.
+
+        The cache of cast weights is off: a forward without gradient would fill it with weights that a later forward
+        with gradient then uses, and their gradients vanish without a word (pytorch issue 65766).
+        """
+        if not self.amp:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+
+    def lay_out(self, images: Tensor) -> Tensor:
+        """Return the images with the channels last in memory where that is faster."""
+        return images.contiguous(memory_format=torch.channels_last) if self.amp else images
+
+    def share(self, count: int) -> slice:
+        """Return this process' part of `count` rows: all of them where there is one process."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def gather(self, rows: Tensor, count: int) -> Tensor:
+        """Return all `count` rows (count, ...) of which every process has its share, in order.
+
+        Gradients flow into this process' own rows; the others' are constants here.
+        """
+        if self.size == 1:
+            return rows
+        if rows.dtype == torch.bfloat16:
+            rows = rows.float()
+        sizes = [(r + 1) * count // self.size - r * count // self.size for r in range(self.size)]
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: rows.shape[0]] = rows.detach()
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        parts = [part[:n] for part, n in zip(parts, sizes, strict=True)]
+        parts[self.rank] = rows
+        return torch.cat(parts)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return the model as it is called in training: DistributedDataParallel where there are several processes.
+
+        Its buffers are not broadcast: BN statistics are synchronized (`sync_bn`) or averaged (`average_buffers`).
+        """
+        if self.size == 1:
+            return model
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+    @torch.no_grad()
+    def average_buffers(self, model: nn.Module) -> None:
+        """Make the BN statistics of all processes equal, their mean; to be called before scoring, testing and saving."""
+        if self.size == 1:
+            return
+        for buffer in model.buffers():
+            mean = self.sum(buffer.double()) / self.size
+            buffer.copy_(mean.round() if not buffer.is_floating_point() else mean)
+
+    def uses_graph(self, mode: str) -> bool:
+        """Return whether `runtime.mode` means a captured graph here: by default on one CUDA device."""
+        if mode == "graph" and self.size > 1:
+            raise UserError("runtime.mode: graph: is for one process: set runtime.mode=auto or eager")
+        return mode == "graph" or (mode == "auto" and self.device.type == "cuda" and self.size == 1)
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Let the first process do the block while the others wait, then the others."""
+        if self.rank > 0:
+            self.wait()
+        yield
+        if self.rank == 0:
+            self.wait()
+
+    def leave(self) -> None:
+        """End the connection with the other processes."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def wait(self) -> None:
+        """Wait until every process has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def choose_machine(gpu: str, amp: bool, say: Say) -> Machine:
+    """Return this process' machine as `--gpu`, `--amp` and torchrun's environment say; joins the other processes.
+
+    `--gpu` is a CUDA number, one for each process (`0,1,2,3`), or `cpu`. Without a CUDA device every number means the
+    CPU, and one line says so. `--amp` on a device without fast bf16 falls back to fp32, and one line says so.
+    """
+    size, rank, local = (int(os.environ.get(name, default)) for name, default in TORCHRUN)
+    device = choose_device(gpu, local if size > 1 else 0, say if rank == 0 else mute)
+    if size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=SILENCE)
+    if amp and not has_bf16(device):
+        (say if rank == 0 else mute)("--amp: this device has no bf16 instructions: running in fp32")
+        amp = False
+    return Machine(device, amp, rank, size)
+
+
+TORCHRUN = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+
+
+def start_processes(gpu: str) -> None:
+    """Where `--gpu` names several devices, start one process for each with torchrun and end with its exit code."""
+    numbers = device_numbers(gpu)
+    if len(numbers) < 2 or "WORLD_SIZE" in os.environ or not torch.cuda.is_available():
+        return
+    choose_device(gpu, 0, print)  # refuses numbers that are not there before anything is started
+    engine = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(numbers)}"]
+    sys.exit(subprocess.call([*engine, *sys.argv]))
+
+
+def mute(line: str) -> None:
+    """Say nothing."""
+
+
+def device_numbers(gpu: str) -> list[int]:
+    """Return the CUDA numbers of `--gpu`; none for `cpu`."""
+    if gpu.strip().lower() == "cpu":
+        return []
+    parts = [part.strip() for part in gpu.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise UserError(f"--gpu {gpu}: no device number: give one number, e.g. --gpu 0, several, --gpu 0,1, or --gpu cpu")
+    if len(set(parts)) < len(parts):
+        raise UserError(f"--gpu {gpu}: a device is named twice: name each once")
+    return [int(part) for part in parts]
+
+
+def choose_device(gpu: str, local: int, say: Say) -> torch.device:
+    """Return the device of the `local`-th process of this computer."""
+    numbers = device_numbers(gpu)
+    if not numbers:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        say("no CUDA device here: running on the CPU (--gpu cpu asks for it)")
+        return torch.device("cpu")
+    number = numbers[local] if len(numbers) > 1 and local < len(numbers) else numbers[0] + local
+    there = torch.cuda.device_count()
+    if max(number, *numbers) >= there:
+        raise UserError(f"--gpu {gpu}: there are {there} CUDA devices: give 0 to {there - 1}, and as many as processes")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def set_determinism(deterministic: bool, benchmark: bool) -> None:
+    """Set cuDNN and torch as `seed.deterministic` and `seed.benchmark` say."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = benchmark and not deterministic
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether the device computes in bf16 (CUDA: Ampere or newer; CPU: AVX512_BF16, AMX or Arm's BF16)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and native_bf16())
+
+
+def native_bf16() -> bool:
+    """Return whether the processor's flags name bf16: oneDNN also emulates it, slowly, on AVX512 alone."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = file.read()
+    except OSError:
+        return True  # no such file (macOS, Windows): believe oneDNN
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
