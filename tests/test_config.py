@@ -17,6 +17,7 @@ import data.attacks
 from utils import config
 from utils.config import Config
 from utils.errors import UserError
+from utils.layers import merge
 
 ORIGINAL = """\
 ---
@@ -532,7 +533,7 @@ def test_an_error_names_the_file_that_the_key_came_from(tmp_path: Path, in_base:
     if key.startswith("transform") and in_base:
         upper = {"seed": {"seed": 3}}  # a list of transforms given above replaces the base's
     (tmp_path / "deep").mkdir()
-    base_path = write(tmp_path / "deep" / "base.yaml", config.merge(tree, base))
+    base_path = write(tmp_path / "deep" / "base.yaml", merge(tree, base))
     upper_path = write(tmp_path / "upper.yaml", {"base": "deep/base.yaml"} | upper)
     line = refusal(upper_path)
     assert line.startswith(f"{base_path if in_base else upper_path}: {key}")

@@ -142,7 +142,7 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
     path = write_config(tmp_path, "killed", num_epochs=6, sync_bn=True)
     raw = yaml.safe_load(path.read_text())
     raw["semi"]["mixmatch"]["train_iteration"] = 2000
-    path.write_text(yaml.safe_dump(raw))
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
     command = [*TORCHRUN, str(REPOSITORY / "ASD.py"), "--config", str(path), "--gpu", "cpu"]
     engine = subprocess.Popen(
         command, env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
