@@ -32,6 +32,7 @@ from data.sets import POISONED, ImageSet, Oracle
 from loss.mixmatch import guess_labels, interleave, mixmatch_loss, mixup, ramp_up
 from loss.supervised import cross_entropy, symmetric_cross_entropy
 from model.classifier import Classifier, build_classifier, virtual_copy
+from model.grouped_norm import forward_each, group
 from model.optimizer import build_optimizer, build_scheduler
 from model.scoring import predict
 from model.sync_norm import synchronize
@@ -238,7 +239,7 @@ def mixmatch_step(
     _x, u1, u2 = inputs.split(b)
 
     with torch.no_grad(), machine.autocast():  # in train mode: these statistics count too
-        logits1, logits2 = model(u1[mine]), model(u2[mine])  # (B, C) each
+        logits1, logits2 = forward_each(model, (u1[mine], u2[mine]))  # (B, C) each
     guessed = machine.gather(guess_labels(logits1, logits2, config.semi.mixmatch.temperature), b)  # (B, C)
     given = F.one_hot(train_set.labels[draw.labelled], config.num_classes).to(guessed.dtype)  # (B, C)
     targets = torch.cat([given, guessed, guessed])  # (3B, C)
@@ -247,7 +248,8 @@ def mixmatch_step(
     mixed_targets = mixup(targets, draw.lam, draw.permutation)
     blocks = interleave(mixed_inputs, b).split(b)  # 3 x (B, 3, H, W), each of labelled and unlabelled rows
     with machine.autocast():
-        logits = torch.cat([machine.gather(model(machine.lay_out(block[mine])), b) for block in blocks])  # (3B, C)
+        parts = forward_each(model, [machine.lay_out(block[mine]) for block in blocks])  # 3 x (B, C)
+    logits = torch.cat([machine.gather(part, b) for part in parts])  # (3B, C)
     loss_x, loss_u = mixmatch_loss(interleave(logits, b), mixed_targets, labelled=b)
     loss = loss_x + draw.lambda_u * loss_u
 
@@ -325,6 +327,8 @@ def build_state(config: Config, machine: Machine, count: int) -> State:
         model = model.to(memory_format=torch.channels_last)
     if config.sync_bn and machine.size > 1:
         model = synchronize(model, machine.device)
+    if config.runtime.merged:
+        model = group(model)
     plan: Any = config if config.defense == "asd" else config.undefended
     graph = config.defense == "asd" and machine.uses_graph(config.runtime.mode) and machine.device.type == "cuda"
     optimizer = build_optimizer(plan.optimizer, model.parameters(), capturable=graph)

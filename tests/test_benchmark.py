@@ -14,13 +14,17 @@ from torch import Tensor, nn
 
 import ASD
 from model.grouped_norm import GroupedBatchNorm2d, group, rows_per_group
-from utils import bench_first_look, bench_proofs, bench_rows, bench_setup, benchmark
-from utils.bench_rows import Measured, Sizes, Task, Variant
-from utils.bench_setup import Kind, Training, make_bench
+from utils.benchmark import cli as benchmark
+from utils.benchmark import first_look as bench_first_look
+from utils.benchmark import proofs as bench_proofs
+from utils.benchmark import rows as bench_rows
+from utils.benchmark import setup as bench_setup
+from utils.benchmark.rows import Measured, Sizes, Task, Variant
+from utils.benchmark.setup import Kind, Training, make_bench
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
-SMALL = Sizes(120, 10, 12, 12, (60, 120, 240), 1, 1)
+SMALL = Sizes(120, 10, 12, 12, (120, 240, 480), 1, 1)
 
 
 @pytest.fixture
@@ -90,7 +94,7 @@ def test_a_broken_step_is_noticed(
         (bench_proofs, "fold", "folded_scoring"),
         (bench_proofs, "virtual_copy", "frozen_virtual_step"),
         (bench_proofs, "class_agnostic_split", "split"),
-        (bench_setup, "interleave", "grouped_bn"),
+        (bench_setup, "interleave_order", "grouped_bn"),
         (bench_setup.Pipeline, "normalize", "crop_flip_normalize"),
     ],
 )
@@ -101,7 +105,7 @@ def test_each_proof_notices_its_own_defect(target: Any, name: str, proof: str, m
         "fold": lambda model, example: copy.deepcopy(model).eval(),
         "virtual_copy": lambda model: (copy.deepcopy(model), list(model.parameters())),
         "class_agnostic_split": lambda losses, epsilon: right(-losses, epsilon),
-        "interleave": lambda rows, batch: rows,
+        "interleave_order": lambda batch, blocks, device: torch.arange(blocks * batch),
         "normalize": lambda self, images: right(self, images) * (1 + 1e-6),
     }
     monkeypatch.setattr(target, name, broken[name])
@@ -179,6 +183,22 @@ def test_the_projected_run_counts_every_part() -> None:
     assert bench_setup.projected_seconds(4.0, 1e12, 0) == pytest.approx(491.52)
     assert bench_setup.projected_seconds(0, 10_000, 0) == pytest.approx(750 + 228)
     assert bench_setup.projected_seconds(0, 1e12, 2.0) == pytest.approx(60)
+
+
+def test_rates_and_the_projection_use_what_was_measured() -> None:
+    """A step of 800 GFLOP in 4 ms is 200 TFLOP/s, half of a ceiling of 400; unproven variants do not enter the projection."""
+    base = Variant("reference", lambda: lambda: 8.0)
+    fast = Variant("graph", lambda: lambda: 4.0, "precision", ("p",), gflop=800.0)
+    task = Task("iteration, clean pool 100", "ms", [base], [fast])
+    measured = Measured({"reference": [8.0], "reference, again": [8.0], "graph": [4.0]}, {"graph": 2.5}, {"graph": 3 * 2**20})
+    more = bench_rows.ceiling_rows(task, measured, {"bf16": 400.0, "TF32": 1.0, "fp32": 1.0})
+    assert [row["value"] for row in more] == [200.0, 50.0, 3.0, 2.5]
+    scored = bench_rows.make_row("scoring", "folded", 1e12, "img/s") | {"ratio": 2.0}
+    virtual = bench_rows.make_row("virtual epoch of 12", "frozen", 12 / 50_000, "s") | {"ratio": 2.0}
+    rows = [*bench_rows.rows_of(task, measured, {"p": True}), *more, scored, virtual]
+    assert benchmark.projection(rows, SMALL)["value"] == pytest.approx(491.52 + 30)
+    unproven = [*bench_rows.rows_of(task, measured, {}), *more, scored, virtual]
+    assert math.isnan(benchmark.projection(unproven, SMALL)["value"])
 
 
 @pytest.mark.parametrize(

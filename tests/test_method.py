@@ -22,6 +22,7 @@ from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, draw_superv
 from data.pools import rest
 from data.sets import ImageSet, Oracle, RawData
 from model.classifier import Classifier, build_classifier
+from model.grouped_norm import group
 from utils import config as configuration
 from utils.checkpoint import State
 from utils.config import Config
@@ -210,16 +211,19 @@ def draws_of(config: Config, train_set: ImageSet, augment: Pipeline, pool: Tenso
     return draw_mixmatch(config, epoch, pool, rest(pool, len(train_set)), augment, weights)
 
 
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("batch", [6, 7, 8])
-def test_mixmatch_steps_are_those_of_the_paper(tiny: Path, batch: int) -> None:
+def test_mixmatch_steps_are_those_of_the_paper(tiny: Path, batch: int, merged: bool) -> None:
     """Two MixMatch steps give the losses, weights and BN statistics of the method written out row by row, for batches that
-    three groups divide evenly and for those that they do not."""
+    three groups divide evenly and for those that they do not, and with the forwards merged (`runtime.merged`)."""
     config = settings(tiny, f"semi.loader.batch_size={batch}", "optimizer.Adam.eps=0.001", "semi.mixmatch.temperature=0.4")
     augment, train_set = double_pipeline(config), make_set()
     draws = draws_of(config, train_set, augment, torch.arange(0, N, 2))
     model = make_model(config).double()
     model.train()
     slow = copy.deepcopy(model)
+    if merged:
+        group(model)
     optimizer = ASD.build_optimizer(config.optimizer, model.parameters())
     adam = SlowAdam(list(slow.parameters()), 0.002, (0.9, 0.999), 0.001)
     for i in range(2):

@@ -200,6 +200,7 @@ class Runtime:
     mode: str = setting(
         "auto", "a CUDA graph for each step, or eager; auto: graph on one CUDA device", options=("auto", "graph", "eager")
     )
+    merged: bool = setting(False, "the 2 and the 3 forward passes of a step as one each, BN by groups of rows; same numbers")
     amp: bool = setting(False, "bf16 for the convolutions (also --amp); weights, BN and losses stay fp32")
 
 
