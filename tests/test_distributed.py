@@ -197,9 +197,9 @@ def test_the_same_device_twice_is_refused() -> None:
 
 
 def test_a_graph_is_for_one_process() -> None:
-    """`runtime.mode: graph` with several processes is refused; auto means eager there."""
+    """`runtime.mode: graph` with several processes is refused; auto means eager."""
     machine = Machine(torch.device("cpu"), size=2)
     assert not machine.uses_graph("auto") and not machine.uses_graph("eager")
     with pytest.raises(UserError, match=r"runtime\.mode"):
         machine.uses_graph("graph")
-    assert Machine(torch.device("cuda", 0)).uses_graph("auto") and not Machine(torch.device("cpu")).uses_graph("auto")
+    assert Machine(torch.device("cuda", 0)).uses_graph("graph") and not Machine(torch.device("cuda", 0)).uses_graph("auto")
