@@ -198,7 +198,9 @@ class Undefended:
 @dataclass(frozen=True)
 class Runtime:
     mode: str = setting(
-        "auto", "eager, or graph: one CUDA graph for each step; auto: eager until the graph is proven on a device", options=("auto", "graph", "eager")
+        "auto",
+        "eager, or graph: one CUDA graph for each step; auto: eager until the graph is proven on a device",
+        options=("auto", "graph", "eager"),
     )
     merged: bool = setting(False, "the 2 and the 3 forward passes of a step as one each, BN by groups of rows; same numbers")
     amp: bool = setting(False, "bf16 for the convolutions (also --amp); weights, BN and losses stay fp32")
