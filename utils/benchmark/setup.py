@@ -203,7 +203,7 @@ class Training:
         self.config = replace(
             bench.config,
             semi=replace(bench.config.semi, mixmatch=mixmatch),
-            runtime=Runtime("graph" if kind.graph else "eager", kind.amp),
+            runtime=Runtime(mode="graph" if kind.graph else "eager", amp=kind.amp),
         )
         self.bench, self.machine, self.steps = bench, bench.machine(kind.amp), steps
         self.clean_pool = torch.arange(pool)
