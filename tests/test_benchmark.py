@@ -269,3 +269,14 @@ def test_the_merged_loss_is_one_traceable_function() -> None:
         for t, f in ((plain, bench_setup.mixmatch_losses), (traced, losses))
     ]
     assert torch.allclose(*results)
+
+
+@pytest.mark.parametrize(
+    "kind", [Kind("plain"), Kind("amp", amp=True), Kind("merged", merged=True)], ids=lambda kind: kind.name
+)
+def test_a_variant_is_what_its_name_says(kind: Kind) -> None:
+    """Precision and merging follow the variant's own flags alone: bf16 does not merge, merging keeps the precision."""
+    training = Training(make_bench(40, 2, 4, torch.device("cpu")), 12, 1, kind)
+    grouped = any(isinstance(module, GroupedBatchNorm2d) for module in training.state.model.modules())
+    assert grouped == kind.merged
+    assert training.config.runtime.amp == training.machine.amp == kind.amp
