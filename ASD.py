@@ -212,8 +212,7 @@ def mixmatch_steps(config: Config, state: State, train_set: ImageSet, augment: P
     def step(draw: MixMatchDraws) -> Tensor:
         return mixmatch_step(config, state.parallel, state.optimizer, train_set, draw, augment, machine)
 
-    capture = machine.uses_graph(config.runtime.mode) and machine.device.type == "cuda"
-    return Stepper(step, state.tensors, width=3, capture=capture)
+    return Stepper(step, state.tensors, width=3, capture=machine.uses_graph(config.runtime.mode))
 
 
 def mixmatch_step(
@@ -330,7 +329,7 @@ def build_state(config: Config, machine: Machine, count: int) -> State:
     if config.runtime.merged:
         model = group(model)
     plan: Any = config if config.defense == "asd" else config.undefended
-    graph = config.defense == "asd" and machine.uses_graph(config.runtime.mode) and machine.device.type == "cuda"
+    graph = config.defense == "asd" and machine.uses_graph(config.runtime.mode)
     optimizer = build_optimizer(plan.optimizer, model.parameters(), capturable=graph)
     scheduler = build_scheduler(plan.lr_scheduler, optimizer, config.num_epochs)
     state = State(model, optimizer, scheduler, epochs_in_clean_pool=torch.zeros(count, dtype=torch.int32))

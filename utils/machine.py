@@ -97,13 +97,13 @@ class Machine:
             buffer.copy_(mean.round() if not buffer.is_floating_point() else mean)
 
     def uses_graph(self, mode: str) -> bool:
-        """Return whether `runtime.mode` means a captured graph here.
+        """Return whether `runtime.mode` means a captured graph here; a CPU has none and runs the same loop eagerly.
 
         `auto` is eager everywhere so far: the capture has not yet been proven on a CUDA device (`utils.benchmark` does).
         """
         if mode == "graph" and self.size > 1:
             raise UserError("runtime.mode: graph: is for one process: set runtime.mode=auto or eager")
-        return mode == "graph"
+        return mode == "graph" and self.device.type == "cuda"
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
