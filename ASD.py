@@ -42,7 +42,7 @@ from utils.cli import command, parse_arguments
 from utils.config import Config, check_batches
 from utils.draws import key_seed
 from utils.errors import UserError
-from utils.machine import Machine, choose_machine, set_determinism, start_processes
+from utils.machine import Machine, choose_machine, mute, set_determinism, start_processes
 from utils.report import Report, Silence
 from utils.run import BEST, LATEST, Run, locate, open_run
 from utils.runlog import progress
@@ -69,7 +69,7 @@ def train(config: Config, run: Run, machine: Machine, resume: str) -> None:
     """Run all epochs that are still to do, from the checkpoint that `resume` names or from scratch."""
     raw = load_raw(config)
     with machine.first_alone():  # it makes what is kept with the run, the others read it
-        attack = build_attack(config, raw, run.saved)
+        attack = build_attack(config, raw, machine.device, print if machine.rank == 0 else mute)
         poisoned = poison_training_set(config, raw, attack, run.saved)
     tests = build_test_sets(config, raw, attack).to(machine.device)
     train_set = poisoned.train.to(machine.device)

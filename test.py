@@ -34,7 +34,7 @@ def main() -> None:
     model.to(machine.device)
 
     raw = load_raw(settings)
-    tests = build_test_sets(settings, raw, build_attack(settings, raw, run.saved)).to(machine.device)
+    tests = build_test_sets(settings, raw, build_attack(settings, raw, machine.device)).to(machine.device)
     _, plain = build_pipelines(settings, tests.clean)
     clean_accuracy = accuracy(settings, model, tests.clean, plain, machine)
     attack_success_rate = accuracy(settings, model, tests.backdoor, plain, machine)

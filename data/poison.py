@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from data.attack import AttackBase
 from data.augment import Pipeline
-from data.sets import CLEAN, POISONED, ImageSet, Oracle, RawData, Scene, to_set
+from data.sets import CLEAN, COVER, POISONED, ImageSet, Oracle, RawData, Scene, to_set
 from utils import plugins
 from utils.config import Config
+from utils.draws import numpy_generator
 from utils.errors import UserError
 from utils.files import write_atomically
 
+Say = Callable[[str], object]
 EXAMPLES = 16  # poisoned images kept for the pictures
 
 
@@ -78,37 +81,55 @@ def pre_transform(images: np.ndarray, config: Config, batch: int = 512) -> np.nd
     return np.concatenate(out)
 
 
-def draw_poisoned(labels: np.ndarray, target: int, ratio: float, seed: int, mode: str) -> np.ndarray:
+def draw_poisoned(labels: np.ndarray, target: int, ratio: float, seed: int, mode: str, clean_label: bool = False) -> np.ndarray:
     """Draw which images are poisoned; the same seed gives the same images as the authors' code in mode `bernoulli`.
 
     Args:
         labels: (N,) int64.
         mode: `bernoulli`: one draw for every image, poisoned if under the ratio and not of the target class;
             `exact`: `int(ratio * N)` images of the other classes.
+        clean_label: the images are those of the target class instead, and the ratio is a share of that class.
     Returns:
         (N,) float64 of 0 and 1, the format of `poison_idx.npy`.
     """
     rng = random.Random(seed)
     index = np.zeros(len(labels))
+    allowed = (labels == target) == clean_label
     if mode == "bernoulli":
         drawn = np.array([rng.random() < ratio for _ in labels], bool)
-        index[drawn & (labels != target)] = 1
+        index[drawn & allowed] = 1
         return index
-    others = np.flatnonzero(labels != target).tolist()
-    count = int(ratio * len(labels))
-    if count > len(others):
+    candidates = np.flatnonzero(allowed).tolist()
+    count = int(ratio * (len(candidates) if clean_label else len(labels)))
+    if count > len(candidates):
         raise UserError(
-            f"backdoor.poison_ratio: {ratio}: {count} images to poison and {len(others)} are of other classes: lower it"
+            f"backdoor.poison_ratio: {ratio}: {count} images to poison and {len(candidates)} are of other classes: lower it"
         )
-    index[rng.sample(others, count)] = 1
+    index[rng.sample(candidates, count)] = 1
     return index
 
 
-def poison_index(path: Path, labels: np.ndarray, config: Config) -> np.ndarray:
+def draw_cover(poisoned: np.ndarray, ratio: float, seed: int) -> np.ndarray:
+    """Draw the cover images among those that are not poisoned: `int(ratio * poisoned)` of them.
+
+    Args:
+        poisoned: (N,) of 0 and 1.
+    Returns:
+        (n,) int64, sorted.
+    """
+    others, count = np.flatnonzero(poisoned == 0), int(ratio * poisoned.sum())
+    if count > len(others):
+        raise UserError(
+            f"backdoor: cover_ratio: {ratio}: {count} cover images and {len(others)} images are not poisoned: lower it"
+        )
+    return np.sort(numpy_generator(seed, "cover").choice(others, count, replace=False))
+
+
+def poison_index(path: Path, labels: np.ndarray, config: Config, clean_label: bool = False) -> np.ndarray:
     """Return the run's `poison_idx.npy`, checked against the settings; draw and store it if it is not there."""
     b = config.backdoor
     if not path.exists():
-        index = draw_poisoned(labels, b.target_label, b.poison_ratio, config.seed.seed, b.poison_mode)
+        index = draw_poisoned(labels, b.target_label, b.poison_ratio, config.seed.seed, b.poison_mode, clean_label)
         write_atomically(path, lambda file: np.save(file, index, allow_pickle=False))
         return index
     remedy = "move the file away to draw anew, or start over with --resume False"
@@ -123,13 +144,15 @@ def poison_index(path: Path, labels: np.ndarray, config: Config) -> np.ndarray:
     if index.dtype.kind not in "fiub" or not np.isin(index, (0, 1)).all():
         raise UserError(f"{path}: holds values other than 0 and 1: {remedy}")
     poisoned = index == 1
-    if (labels[poisoned] == b.target_label).any():
-        raise UserError(f"{path}: poisons images of the target class {b.target_label}: {remedy}")
-    others = int((labels != b.target_label).sum())
+    allowed = (labels == b.target_label) == clean_label
+    if (poisoned & ~allowed).any():
+        which = "other classes than" if clean_label else "the target class"
+        raise UserError(f"{path}: poisons images of {which} {b.target_label}: {remedy}")
+    candidates = int(allowed.sum())
     if b.poison_mode == "exact":
-        expected, slack = float(int(b.poison_ratio * len(labels))), 0.0
+        expected, slack = float(int(b.poison_ratio * (candidates if clean_label else len(labels)))), 0.0
     else:
-        expected = b.poison_ratio * others
+        expected = b.poison_ratio * candidates
         slack = 5 * (expected * (1 - b.poison_ratio)) ** 0.5 + 1  # five deviations of a binomial count
     if abs(poisoned.sum() - expected) > slack:
         raise UserError(
@@ -139,22 +162,34 @@ def poison_index(path: Path, labels: np.ndarray, config: Config) -> np.ndarray:
     return index.astype(np.float64)
 
 
-def build_attack(config: Config, raw: RawData, folder: Path) -> Any:
-    """Make the configured attack; `folder` is the run's, where assets that it makes are kept."""
+def build_attack(config: Config, raw: RawData, device: torch.device | None = None, say: Say = print) -> AttackBase:
+    """Make the configured attack; assets that it makes are kept in `<saved_dir>/assets`, for all runs there.
+
+    Args:
+        device: where assets are made; none: the CPU.
+        say: is told, in a line, what is made and what is used again.
+    """
     module = plugins.load("data.attacks", config.attack.name)
-    scene = Scene(raw, config.backdoor.target_label, config.num_classes, config.seed.seed, folder / "assets")
-    return module.Attack(config.attack.settings, scene)
+    folder = Path(config.saved_dir).expanduser() / "assets"
+    device = device or torch.device("cpu")
+    scene = Scene(raw, config.backdoor.target_label, config.num_classes, config.seed.seed, folder, device, say)
+    attack: AttackBase = module.Attack(config.attack.settings, scene)
+    return attack
 
 
-def poison_training_set(config: Config, raw: RawData, attack: Any, folder: Path) -> PoisonedData:
+def poison_training_set(config: Config, raw: RawData, attack: AttackBase, folder: Path) -> PoisonedData:
     """Let the attack poison the training set; which images is kept as `poison_idx.npy` in the run's folder."""
-    poisoned = np.flatnonzero(poison_index(folder / "poison_idx.npy", raw.train_labels, config))
+    index = poison_index(folder / "poison_idx.npy", raw.train_labels, config, attack.clean_label)
+    poisoned, cover = np.flatnonzero(index), draw_cover(index, attack.cover_ratio, config.seed.seed)
     images, labels = raw.train_images.copy(), raw.train_labels.copy()
+    flags = np.full(len(labels), CLEAN, np.uint8)
     if len(poisoned):
         images[poisoned] = attack.apply(raw.train_images[poisoned], poisoned, "train")
         labels[poisoned] = config.backdoor.target_label
-    flags = np.full(len(labels), CLEAN, np.uint8)
-    flags[poisoned] = POISONED
+        flags[poisoned] = POISONED
+    if len(cover):
+        images[cover] = attack.cover(raw.train_images[cover], cover)
+        flags[cover] = COVER
     some = poisoned[:EXAMPLES]
     return PoisonedData(
         train=to_set(images, labels),
@@ -163,7 +198,7 @@ def poison_training_set(config: Config, raw: RawData, attack: Any, folder: Path)
     )
 
 
-def build_test_sets(config: Config, raw: RawData, attack: Any) -> TestSets:
+def build_test_sets(config: Config, raw: RawData, attack: AttackBase) -> TestSets:
     """Return the clean test set and the backdoor test set, which leaves out the images of the target class."""
     target = config.backdoor.target_label
     others = np.flatnonzero(raw.test_labels != target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,9 @@ class Scene:
     target_label: int
     num_classes: int
     seed: int
-    assets: Path  # folder of the run where made assets are kept
+    assets: Path  # folder where made assets are kept, for all runs beside one another
+    device: torch.device = torch.device("cpu")  # where assets are made
+    say: Callable[[str], object] = print
 
 
 def to_set(images: np.ndarray, labels: np.ndarray) -> ImageSet:

@@ -289,7 +289,7 @@ def test_poisoned_training_images_differ_by_the_trigger_only(plan: Config, tmp_p
     """A poisoned image has the trigger and the target label, every other pixel and image is as it was, raw data too."""
     raw = world()
     before = raw.train_images.copy(), raw.train_labels.copy()
-    attack = build_attack(plan, raw, tmp_path)
+    attack = build_attack(plan, raw)
     data = poison_training_set(plan, raw, attack, tmp_path)
     flags = loop(raw.train_labels.tolist(), 3, 0.1, 7)
     assert 0 < sum(flags) < 400
@@ -314,7 +314,7 @@ def test_poisoned_training_images_differ_by_the_trigger_only(plan: Config, tmp_p
 def test_ratio_0_poisons_nothing(tiny: Path, tmp_path: Path) -> None:
     """`poison_ratio: 0` trains on the clean set, and the triggered test set is still there."""
     plan, raw = config.load(tiny, ["backdoor.poison_ratio=0.0"]), world()
-    attack = build_attack(plan, raw, tmp_path)
+    attack = build_attack(plan, raw)
     data = poison_training_set(plan, raw, attack, tmp_path)
     assert not data.oracle.poisoned().any()
     assert np.array_equal(data.train.images.numpy().transpose(0, 2, 3, 1), raw.train_images)
@@ -326,9 +326,9 @@ def test_ratio_0_poisons_nothing(tiny: Path, tmp_path: Path) -> None:
 def test_poisoning_again_from_the_stored_file_gives_the_same_set(plan: Config, tiny: Path, tmp_path: Path) -> None:
     """A resumed run, which finds poison_idx.npy, sees the same training set, even if its seed were changed."""
     raw = world()
-    first = poison_training_set(plan, raw, build_attack(plan, raw, tmp_path), tmp_path)
+    first = poison_training_set(plan, raw, build_attack(plan, raw), tmp_path)
     other = config.load(tiny, ["seed.seed=8"])
-    again = poison_training_set(other, raw, build_attack(other, raw, tmp_path), tmp_path)
+    again = poison_training_set(other, raw, build_attack(other, raw), tmp_path)
     assert torch.equal(first.train.images, again.train.images)
     assert torch.equal(first.train.labels, again.train.labels)
     assert torch.equal(first.oracle.flags, again.oracle.flags)
@@ -338,7 +338,7 @@ def test_backdoor_test_set_leaves_out_the_target_class(plan: Config, tmp_path: P
     """ASR counts every test image of another class once, in order, triggered and labelled as the target; ACC the raw images."""
     raw = world()
     before = raw.test_images.copy()
-    tests = build_test_sets(plan, raw, build_attack(plan, raw, tmp_path))
+    tests = build_test_sets(plan, raw, build_attack(plan, raw))
     others = [i for i, label in enumerate(raw.test_labels.tolist()) if label != 3]
     assert 0 < len(others) < 90
     assert len(tests.backdoor) == len(others)
@@ -356,7 +356,7 @@ def test_a_test_set_of_the_target_class_alone_is_refused(plan: Config, tmp_path:
     raw = world()
     only = RawData(raw.train_images, raw.train_labels, raw.test_images, np.full(90, 3), raw.class_names)
     with pytest.raises(UserError, match=r"backdoor\.target_label: 3: every test image is of that class"):
-        build_test_sets(plan, only, build_attack(plan, only, tmp_path))
+        build_test_sets(plan, only, build_attack(plan, only))
 
 
 @pytest.mark.parametrize("seed", [0, 7, 100])
@@ -366,7 +366,7 @@ def test_seed_samples_of_a_poisoned_set_are_clean_and_the_originals(
 ) -> None:
     """End to end, the defender's seed samples are the paper code's, untouched by the attacker, with their true labels."""
     plan, raw = config.load(tiny, [f"seed.seed={seed}", f"backdoor.poison_ratio={ratio}"]), world()
-    data = poison_training_set(plan, raw, build_attack(plan, raw, tmp_path), tmp_path)
+    data = poison_training_set(plan, raw, build_attack(plan, raw), tmp_path)
     drawn = draw_seed_samples(data.train.labels, data.oracle, 10, 4, seed).tolist()
     flags, state, expected = loop(raw.train_labels.tolist(), 3, ratio, seed), np.random.RandomState(seed), []
     for c in range(10):
@@ -381,7 +381,7 @@ def test_seed_samples_of_a_poisoned_set_are_clean_and_the_originals(
 def test_a_class_poisoned_to_the_last_image_has_no_seed_samples(tiny: Path, tmp_path: Path) -> None:
     """Where the attacker left a class too few clean images, the error names the class and the count."""
     plan, raw = config.load(tiny, ["backdoor.poison_ratio=1.0"]), world()
-    data = poison_training_set(plan, raw, build_attack(plan, raw, tmp_path), tmp_path)
+    data = poison_training_set(plan, raw, build_attack(plan, raw), tmp_path)
     with pytest.raises(UserError, match=r"global\.seed_num: 2: class 0 has only 0 clean training images"):
         draw_seed_samples(data.train.labels, data.oracle, 10, 2, 7)
 

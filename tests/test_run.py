@@ -37,7 +37,6 @@ def fill(run: Run, mark: str) -> list[bytes]:
     """Leave what a run leaves, every file with contents of its own; return those contents."""
     places = [
         run.saved / "poison_idx.npy",
-        run.saved / "assets" / "deep" / "trigger.png",
         run.log / "metrics.jsonl",
         run.log / "tensorboard" / "events",
         run.checkpoints / "latest_model.pt",
@@ -108,7 +107,7 @@ def test_starting_over_moves_earlier_runs_aside(
     for mark in ("first", "second", "third"):
         run, said = enter(tiny, *overrides, fresh=True)
         assert not list(run.checkpoints.iterdir()) and not list(run.log.iterdir())
-        assert not (run.saved / "poison_idx.npy").exists() and not (run.saved / "assets").exists()
+        assert not (run.saved / "poison_idx.npy").exists()
         assert (run.saved / "config.yaml").exists() and (run.saved / "tiny.yaml").exists()
         assert len(said) == (mark != "first")
         contents += fill(run, mark)

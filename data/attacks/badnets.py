@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from data.attack import AttackBase
 from data.sets import Scene
 from utils.errors import UserError
 from utils.schema import setting
@@ -33,7 +34,7 @@ class Settings:
     )
 
 
-class Attack:
+class Attack(AttackBase):
     """The trigger as a pattern (H, W, 3) uint8 and a mask (H, W) bool."""
 
     def __init__(self, settings: Settings, scene: Scene) -> None:
