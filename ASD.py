@@ -9,6 +9,7 @@ the epoch loop, the split into a clean and a polluted pool, the virtual model, a
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ from data.pools import (
     rest,
 )
 from data.sets import POISONED, ImageSet, Oracle
-from loss.mixmatch import guess_labels, interleave, mixmatch_loss, mixup, ramp_up
+from loss.mixmatch import guess_labels, interleave_order, mixmatch_loss, mixup, ramp_up
 from loss.supervised import cross_entropy, symmetric_cross_entropy
 from model.classifier import Classifier, build_classifier, virtual_copy
-from model.grouped_norm import forward_each, group
+from model.grouped_norm import forward_each, group, rows_per_group
 from model.optimizer import build_optimizer, build_scheduler
 from model.scoring import predict
 from model.sync_norm import synchronize
@@ -208,11 +209,12 @@ def train_mixmatch(
 
 def mixmatch_steps(config: Config, state: State, train_set: ImageSet, augment: Pipeline, machine: Machine) -> Stepper:
     """Return what runs the MixMatch steps of every epoch: eagerly, or as a CUDA graph captured once."""
+    losses = machine.compiled(mixmatch_losses) if config.runtime.compile else mixmatch_losses
 
     def step(draw: MixMatchDraws) -> Tensor:
-        return mixmatch_step(config, state.parallel, state.optimizer, train_set, draw, augment, machine)
+        return mixmatch_step(config, state.parallel, state.optimizer, train_set, draw, augment, machine, losses)
 
-    return Stepper(step, state.tensors, width=3, capture=machine.uses_graph(config.runtime.mode))
+    return Stepper(step, state.tensors, width=3, capture=machine.uses_graph(config.runtime.mode), strict=config.runtime.mode)
 
 
 def mixmatch_step(
@@ -223,39 +225,67 @@ def mixmatch_step(
     draw: MixMatchDraws,
     augment: Pipeline,
     machine: Machine,
+    losses: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """One MixMatch step (asd.md section 7). B labelled and B unlabelled images, C classes.
 
-    With several processes each forwards its share of every B rows; where there is one, `mine` is all of them.
-
+    Args:
+        losses: `mixmatch_losses`, or the same function compiled.
     Returns:
         (3,): loss, Lx, Lu, detached.
     """
     b = draw.labelled.shape[0]
-    mine = machine.share(b)
     index = torch.cat([draw.labelled, draw.unlabelled, draw.unlabelled])
-    inputs = machine.lay_out(augment(train_set.images[index], draw.views))  # (3B, 3, H, W)
-    _x, u1, u2 = inputs.split(b)
+    inputs = machine.lay_out(augment(train_set.images[index], draw.views))  # (3B, 3, H, W): x, u1, u2
+    given = F.one_hot(train_set.labels[draw.labelled], config.num_classes)  # (B, C)
+    order = interleave_order(b, 3, inputs.device)
 
-    with torch.no_grad(), machine.autocast():  # in train mode: these statistics count too
-        logits1, logits2 = forward_each(model, (u1[mine], u2[mine]))  # (B, C) each
-    guessed = machine.gather(guess_labels(logits1, logits2, config.semi.mixmatch.temperature), b)  # (B, C)
-    given = F.one_hot(train_set.labels[draw.labelled], config.num_classes).to(guessed.dtype)  # (B, C)
-    targets = torch.cat([given, guessed, guessed])  # (3B, C)
-
-    mixed_inputs = mixup(inputs, draw.lam, draw.permutation)
-    mixed_targets = mixup(targets, draw.lam, draw.permutation)
-    blocks = interleave(mixed_inputs, b).split(b)  # 3 x (B, 3, H, W), each of labelled and unlabelled rows
-    with machine.autocast():
-        parts = forward_each(model, [machine.lay_out(block[mine]) for block in blocks])  # 3 x (B, C)
-    logits = torch.cat([machine.gather(part, b) for part in parts])  # (3B, C)
-    loss_x, loss_u = mixmatch_loss(interleave(logits, b), mixed_targets, labelled=b)
+    with rows_per_group(model, b):
+        loss_x, loss_u = (losses or mixmatch_losses)(config, model, inputs, given, draw.lam, draw.permutation, order, machine)
     loss = loss_x + draw.lambda_u * loss_u
 
     optimizer.zero_grad(set_to_none=True)
     (loss * machine.size).backward()  # DistributedDataParallel divides the sum of the shares' gradients again
     optimizer.step()
     return torch.stack([loss.detach(), loss_x.detach(), loss_u.detach()])
+
+
+def mixmatch_losses(
+    config: Config,
+    model: nn.Module,
+    inputs: Tensor,
+    given: Tensor,
+    lam: Tensor,
+    permutation: Tensor,
+    order: Tensor,
+    machine: Machine,
+) -> tuple[Tensor, Tensor]:
+    """Guess the labels of the unlabelled images, mix all images, and return (Lx, Lu).
+
+    With several processes each forwards its share of every B rows; where there is one, `mine` is all of them.
+
+    Args:
+        inputs: (3B, 3, H, W) augmented: x, and two views u1, u2 of the unlabelled images.
+        given: (B, C) one-hot labels of x.
+        lam, permutation: of the mixup, () and (3B,).
+        order: (3B,) `interleave_order`: BN sees labelled and unlabelled rows together; it is its own inverse.
+    """
+    b = given.shape[0]
+    mine = machine.share(b)
+    _x, u1, u2 = inputs.split(b)
+
+    with torch.no_grad(), machine.autocast():  # in train mode: these statistics count too
+        logits1, logits2 = forward_each(model, (u1[mine], u2[mine]))  # (B, C) each
+    guessed = machine.gather(guess_labels(logits1, logits2, config.semi.mixmatch.temperature), b)  # (B, C)
+    targets = torch.cat([given.to(guessed.dtype), guessed, guessed])  # (3B, C)
+
+    mixed_inputs = mixup(inputs, lam, permutation)
+    mixed_targets = mixup(targets, lam, permutation)
+    blocks = mixed_inputs[order].split(b)  # 3 x (B, 3, H, W), each of labelled and unlabelled rows
+    with machine.autocast():
+        parts = forward_each(model, [machine.lay_out(block[mine]) for block in blocks])  # 3 x (B, C)
+    logits = torch.cat([machine.gather(part, b) for part in parts])[order]  # (3B, C)
+    return mixmatch_loss(logits, mixed_targets, labelled=b)
 
 
 def train_undefended(

@@ -29,7 +29,14 @@ def mixup(values: Tensor, lam: Tensor, permutation: Tensor) -> Tensor:
 
 @functools.lru_cache
 def interleave_order(batch: int, blocks: int, device: torch.device) -> Tensor:
-    """Return (blocks * batch,) int64: which row comes to each place when the blocks are interleaved."""
+    """Return (blocks * batch,) int64: which row comes to each place when the blocks of a batch are interleaved.
+
+    `rows[order]` swaps rows between the blocks, so that BN sees labelled and unlabelled rows together; doing it again
+    swaps them back. With k blocks the offsets of a block are cut into k groups of floor(batch / k), the remainder added
+    one each to the last groups; group i of block 0 changes places with group i of block i.
+
+    It is made once for each device: a captured CUDA graph cannot fetch it from the host.
+    """
     sizes = [batch // blocks + (1 if i >= blocks - batch % blocks else 0) for i in range(blocks)]
     source = torch.arange(blocks * batch).view(blocks, batch)
     start = sizes[0]
@@ -38,20 +45,6 @@ def interleave_order(batch: int, blocks: int, device: torch.device) -> Tensor:
         source[0, group], source[i, group] = source[i, group].clone(), source[0, group].clone()
         start += sizes[i]
     return source.view(-1).to(device)
-
-
-def interleave(rows: Tensor, batch: int) -> Tensor:
-    """Swap rows between the blocks of a batch so that BN sees labelled and unlabelled rows together. Its own inverse.
-
-    With k blocks the offsets of a block are cut into k groups of floor(batch / k), the remainder added one each to the
-    last groups; group i of block 0 changes places with group i of block i.
-
-    Args:
-        rows: (k * batch, ...).
-    Returns:
-        the same shape.
-    """
-    return rows[interleave_order(batch, rows.shape[0] // batch, rows.device)]
 
 
 def mixmatch_loss(logits: Tensor, targets: Tensor, labelled: int) -> tuple[Tensor, Tensor]:

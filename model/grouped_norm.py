@@ -75,28 +75,30 @@ def group(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_grouped(model: nn.Module) -> bool:
+    """Return whether the model's normalizations are grouped."""
+    return any(isinstance(module, GroupedBatchNorm2d) for module in model.modules())
+
+
 def forward_each(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
     """Return the logits (B, C) of several batches (B, 3, H, W), each normalized by its own batch statistics.
 
-    A forward pass for each of them; one for all of them where the model's normalizations are grouped (`runtime.merged`):
-    the same numbers up to rounding, running statistics included.
+    A forward pass for each of them; inside `rows_per_group`, where the model's normalizations are grouped
+    (`runtime.merged`), one for all of them: the same numbers up to rounding, running statistics included.
     """
-    if not any(isinstance(module, GroupedBatchNorm2d) for module in model.modules()):
+    if not is_grouped(model):
         return [model(batch) for batch in batches]
-    with rows_per_group(model, batches[0].shape[0]):
-        logits: Tensor = model(torch.cat(list(batches)))
+    logits: Tensor = model(torch.cat(list(batches)))
     return list(logits.split(batches[0].shape[0]))
 
 
 @contextlib.contextmanager
 def rows_per_group(model: nn.Module, rows: int) -> Iterator[None]:
-    """Inside the block, every grouped normalization of the model takes `rows` rows as one batch.
+    """Inside the block, every grouped normalization of the model takes `rows` rows as one batch; others are not touched.
 
     It encloses a whole step, not one forward: inside a compiled function an attribute must not change.
     """
     norms = [module for module in model.modules() if isinstance(module, GroupedBatchNorm2d)]
-    if not norms:
-        raise ValueError("the model has no GroupedBatchNorm2d: call group(model) first")
     for norm in norms:
         norm.rows = rows
     try:

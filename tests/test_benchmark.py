@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import ASD
+from model import grouped_norm
 from model.grouped_norm import GroupedBatchNorm2d, group, rows_per_group
 from utils.benchmark import cli as benchmark
 from utils.benchmark import first_look as bench_first_look
@@ -24,7 +26,7 @@ from utils.benchmark.setup import Kind, Training, make_bench
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
-SMALL = Sizes(120, 10, 12, 12, (120, 240, 480), 1, 1)
+SMALL = Sizes(120, 10, 12, 12, (120, 240, 480), 1, 1, 32)
 
 
 @pytest.fixture
@@ -78,14 +80,20 @@ def test_a_broken_step_is_noticed(
     assert end.value.code == 1
     report = json.loads((tmp_path / "b.json").read_text())
     assert report["proofs"]["reference_step"] is False
-    assert report["proofs"]["grouped_bn"] is False
     assert report["proofs"]["crop_flip_normalize"] is True
     for row in report["rows"]:
-        if row["row"].startswith("iteration, clean") and row["variant"].startswith("resident"):
+        if row["row"].startswith("iteration, clean") and ": " not in row["row"] and row["variant"].startswith("resident"):
             assert (row["ratio"], row["ratio_min"]) == ("FAIL", None)
         if row["row"] == "feed" and row["variant"] == "resident":
             assert row["ratio"] > 0
     assert "FAIL" in capsys.readouterr().out
+
+
+def joint_statistics(x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize over all rows: near, and another method."""
+    variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    out = nn.functional.batch_norm(x, None, None, weight, bias, True, 0.1, eps)
+    return out, mean.detach().expand(groups, -1), variance.detach().expand(groups, -1)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +102,7 @@ def test_a_broken_step_is_noticed(
         (bench_proofs, "fold", "folded_scoring"),
         (bench_proofs, "virtual_copy", "frozen_virtual_step"),
         (bench_proofs, "class_agnostic_split", "split"),
-        (bench_setup, "interleave_order", "grouped_bn"),
+        (grouped_norm, "normalize_groups", "grouped_bn"),
         (bench_setup.Pipeline, "normalize", "crop_flip_normalize"),
     ],
 )
@@ -105,7 +113,7 @@ def test_each_proof_notices_its_own_defect(target: Any, name: str, proof: str, m
         "fold": lambda model, example: copy.deepcopy(model).eval(),
         "virtual_copy": lambda model: (copy.deepcopy(model), list(model.parameters())),
         "class_agnostic_split": lambda losses, epsilon: right(-losses, epsilon),
-        "interleave_order": lambda batch, blocks, device: torch.arange(blocks * batch),
+        "normalize_groups": joint_statistics,
         "normalize": lambda self, images: right(self, images) * (1 + 1e-6),
     }
     monkeypatch.setattr(target, name, broken[name])
@@ -152,8 +160,6 @@ def test_grouped_normalization_outside_its_block_is_the_plain_one() -> None:
         with pytest.raises(ValueError, match="groups of 2"):
             ours.train()(x[:5])
     assert torch.equal(ours.eval()(x), plain(x).detach())
-    with pytest.raises(ValueError, match="group"), rows_per_group(plain, 2):
-        pass
 
 
 def test_ratios_are_taken_round_by_round() -> None:
@@ -258,17 +264,44 @@ def test_a_part_that_fails_does_not_end_the_first_look(capsys: pytest.CaptureFix
     assert "late: skipped" in printed
 
 
-def test_the_merged_loss_is_one_traceable_function() -> None:
-    """The loss function of the merged step traces without a break, so that a graph can hold it compiled; same numbers."""
+def test_a_profile_names_the_operators(tmp_path: Path) -> None:
+    """`--profile FILE` tells where an iteration's time goes, operator by operator, and on which machine."""
+    benchmark.main(["--width", "1", "--batch", "4", "--profile", str(tmp_path / "p.txt")])
+    text = (tmp_path / "p.txt").read_text()
+    assert "native_batch_norm" in text and "convolution_backward" in text and "processor:" in text
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("amp", [False, True])
+def test_the_losses_of_a_step_are_one_traceable_function(merged: bool, amp: bool) -> None:
+    """They trace without a break, so that a graph can hold them compiled (`runtime.compile`); same numbers."""
     bench = make_bench(120, 1, 4, CPU)
-    plain, traced = (Training(bench, 100, 1, Kind("m", merged=True)) for _ in range(2))
-    losses = torch.compile(bench_setup.mixmatch_losses, fullgraph=True, dynamic=False, backend="eager")
+    plain, traced = (Training(bench, 100, 1, Kind("m", merged=merged, amp=amp)) for _ in range(2))
+    losses = torch.compile(ASD.mixmatch_losses, fullgraph=True, dynamic=False, backend="eager")
     draw = plain.draws().step(0)
     results = [
-        bench_setup.merged_step(bench, t.state.model, t.state.optimizer, draw, t.machine, f)
-        for t, f in ((plain, bench_setup.mixmatch_losses), (traced, losses))
+        ASD.mixmatch_step(t.config, t.state.model, t.state.optimizer, bench.train_set, draw, bench.augment, t.machine, function)
+        for t, function in ((plain, ASD.mixmatch_losses), (traced, losses))
     ]
-    assert torch.allclose(*results)
+    assert torch.allclose(*results, rtol=1e-5)
+
+
+def test_a_compiled_variant_calls_the_compiled_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`runtime.compile` hands the losses of the step to the compiler and runs what it gives back."""
+    called: list[str] = []
+
+    def compiler(self: object, function: Callable[..., object]) -> Callable[..., object]:
+        def run(*arguments: object) -> object:
+            called.append(function.__name__)
+            return function(*arguments)
+
+        return run
+
+    monkeypatch.setattr("utils.machine.Machine.compiled", compiler)
+    Training(make_bench(40, 1, 4, CPU), 12, 2, Kind("c", compiled=True))()
+    assert called == ["mixmatch_losses"] * 2
+    Training(make_bench(40, 1, 4, CPU), 12, 2, Kind("plain"))()
+    assert len(called) == 2
 
 
 @pytest.mark.parametrize(

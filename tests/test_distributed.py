@@ -202,4 +202,6 @@ def test_a_graph_is_for_one_process() -> None:
     assert not machine.uses_graph("auto") and not machine.uses_graph("eager")
     with pytest.raises(UserError, match=r"runtime\.mode"):
         machine.uses_graph("graph")
-    assert Machine(torch.device("cuda", 0)).uses_graph("graph") and not Machine(torch.device("cuda", 0)).uses_graph("auto")
+    one = Machine(torch.device("cuda", 0))
+    assert one.uses_graph("graph") and one.uses_graph("auto") and not one.uses_graph("eager")
+    assert not any(Machine(torch.device("cpu")).uses_graph(mode) for mode in ("auto", "graph", "eager"))

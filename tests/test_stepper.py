@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from utils.errors import UserError
 from utils.stepper import Stepper, put_back
 
 
@@ -43,6 +45,80 @@ def test_what_a_warm_up_changed_is_put_back_in_place() -> None:
     old.mul_(7)
     put_back([old, born], before)
     assert old.tolist() == [1.0, 2.0] and old.data_ptr() == place and born.tolist() == [0.0]
+
+
+class Fake:
+    """A graph that replays the step right, twice, without its end, or not at all; it is captured without being run."""
+
+    def __init__(self, work: Callable[[], object], how: str) -> None:
+        self.work, self.how = work, how
+
+    def replay(self) -> None:
+        for _ in range({"right": 1, "twice": 2, "nothing": 0}[self.how]):
+            self.work()
+
+
+def trained(how: str, monkeypatch: pytest.MonkeyPatch, strict: str = "auto") -> tuple[list[Tensor], list[str], Stepper]:
+    """Train a little model for two epochs of four steps, captured by a fake; return weights and moments, and what was said."""
+    monkeypatch.setattr("utils.stepper.warm_up", lambda work: [work() for _ in range(3)])
+
+    def capture(work: Callable[[], object]) -> Fake:
+        if how == "refuses":
+            raise RuntimeError("operation not permitted\nat length")
+        return Fake(work, how)
+
+    monkeypatch.setattr("utils.stepper.capture", capture)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+
+    def step(row: Rows) -> Tensor:
+        loss = ((model(row.a) - row.b) ** 2).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach().view(1)
+
+    def tensors() -> list[Tensor]:
+        return [*model.parameters(), *(t for s in optimizer.state.values() for t in s.values())]
+
+    said: list[str] = []
+    stepper = Stepper(step, tensors, 1, capture=how != "eager", strict=strict, say=said.append)
+    rows = Rows(torch.arange(12.0).view(4, 3) / 12, torch.arange(4.0))
+    sums = [stepper.run(rows, lambda numbers: numbers) for _ in range(2)]
+    return [*tensors(), *sums], said, stepper
+
+
+@pytest.mark.parametrize("how", ["right", "twice", "nothing", "refuses"])
+def test_a_graph_is_used_only_if_its_trial_is_right(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture that fails, or replays something else, costs one line and no number: the eager steps go on as if nothing
+    had been tried; a right one is used, and leaves no trace of warm-up and trial either."""
+    plain, silence, _ = trained("eager", monkeypatch)
+    tensors, said, stepper = trained(how, monkeypatch)
+    assert (stepper.graph is not None) == (how == "right")
+    assert len(said) == (how != "right") and silence == []
+    assert all("\n" not in line and "eagerly" in line for line in said)
+    for ours, theirs in zip(tensors, plain, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("how", ["twice", "nothing", "refuses"])
+def test_mode_graph_ends_where_the_graph_is_not_right(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for a graph is told in one line that there is none, and how to go on."""
+    with pytest.raises(UserError, match=r"runtime\.mode: graph: .*set runtime\.mode=eager") as caught:
+        trained(how, monkeypatch, strict="graph")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_memory_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture for which the memory is too small is no reason to go on eagerly: the settings are too large."""
+
+    def capture(work: Callable[[], object]) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        monkeypatch.setattr(Fake, "__init__", lambda self, work, how: capture(work))
+        trained("right", monkeypatch)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

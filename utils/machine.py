@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,11 +100,17 @@ class Machine:
     def uses_graph(self, mode: str) -> bool:
         """Return whether `runtime.mode` means a captured graph here; a CPU has none and runs the same loop eagerly.
 
-        `auto` is eager everywhere so far: the capture has not yet been proven on a CUDA device (`utils.benchmark` does).
+        `auto` is a graph on one CUDA device; `utils/stepper.py` tries it against the eager step before it is used.
         """
         if mode == "graph" and self.size > 1:
             raise UserError("runtime.mode: graph: is for one process: set runtime.mode=auto or eager")
-        return mode == "graph" and self.device.type == "cuda"
+        return mode != "eager" and self.device.type == "cuda" and self.size == 1
+
+    def compiled(self, function: Any) -> Any:
+        """Return the function compiled by torch, whole and for fixed shapes."""
+        if self.size > 1:
+            raise UserError("runtime.compile: true: is for one process: leave it out")
+        return torch.compile(function, fullgraph=True, dynamic=False)
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:

@@ -42,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.first_look:
         bench_first_look.look(device, options.width, options.batch)
         return
+    if options.profile:
+        write_text(Path(options.profile), profiles(device, options.width, options.batch))
+        print(f"written: {options.profile}")
+        return
     sizes = QUICK if options.quick else CUDA if device.type == "cuda" else CPU
     print_machine(machine_facts(device))
     report = benchmark(device, options.width, options.batch, options.rounds, options.workers, sizes)
@@ -65,8 +69,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, help="channels of the network's stem (default: 16 on the CPU, 64 on CUDA)")
     parser.add_argument("--batch", type=int, default=64, help="labelled images of a MixMatch step (default 64)")
     parser.add_argument("--rounds", type=int, help=f"at least {LEAST_ROUNDS} (default {LEAST_ROUNDS}; with --quick 2)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader workers of the baselines (default 0 2)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 4], help="loader workers of the baselines (default 0 4)")
     parser.add_argument("--json", metavar="FILE", help="also write everything there")
+    parser.add_argument("--profile", metavar="FILE", help="write torch.profiler's table of the iteration there, and do no more")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: shows that it works, not how fast")
     parser.add_argument("--first-look", action="store_true", help="CUDA: what a new device can do, in under 8 minutes")
     options = parser.parse_args(argv)
@@ -86,8 +91,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--first-look: is for a CUDA device: add --device cuda")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device here: leave it out to measure the CPU")
-    if options.json and Path(options.json).is_dir():
-        raise UserError(f"--json {options.json}: is a folder: give the name of a file")
+    for name in ("json", "profile"):
+        file = getattr(options, name)
+        if file and Path(file).is_dir():
+            raise UserError(f"--{name} {file}: is a folder: give the name of a file")
     return options
 
 
@@ -106,20 +113,19 @@ def benchmark(device: torch.device, width: int, batch: int, rounds: int, workers
         for row in more:
             print(line(row), flush=True)
 
-    ceilings = {}
+    ceilings = {
+        "bf16": bench_setup.matmul_tflops(device, torch.bfloat16, sizes.side),
+        "fp32": bench_setup.matmul_tflops(device, torch.float32, sizes.side),
+    }
     if cuda:
-        ceilings = {
-            "bf16": bench_setup.matmul_tflops(device, torch.bfloat16, 8192),
-            "TF32": bench_setup.matmul_tflops(device, torch.float32, 8192, allow_tf32=True),
-            "fp32": bench_setup.matmul_tflops(device, torch.float32, 8192),
-        }
-        add([bench_rows.make_row("matmul ceiling", name, rate, "TFLOP/s") for name, rate in ceilings.items()])
+        ceilings["TF32"] = bench_setup.matmul_tflops(device, torch.float32, sizes.side, allow_tf32=True)
     bench = bench_setup.make_bench(sizes.count, width, batch, device)
     print(HEAD)
+    add([bench_rows.make_row("matmul ceiling", name, rate, "TFLOP/s") for name, rate in ceilings.items()])
     for task in bench_rows.tasks(bench, sizes, workers):
         measured = bench_rows.measure(task, rounds, device)
         add(bench_rows.rows_of(task, measured, proofs))
-        if cuda and task.row.startswith("iteration"):
+        if task.row.startswith("iteration"):
             add(bench_rows.ceiling_rows(task, measured, ceilings))
         del measured
     if cuda:
@@ -131,6 +137,18 @@ def benchmark(device: torch.device, width: int, batch: int, rounds: int, workers
         print(f"growth of {name} with N: exponent {exponent:+.3f}")
     settings = {"width": width, "batch": batch, "rounds": rounds, "workers": workers, "images": sizes.count}
     return {"machine": machine_facts(device), "settings": settings, "proofs": proofs, "rows": rows, "growth": exponents}
+
+
+def profiles(device: torch.device, width: int, batch: int, steps: int = 6) -> str:
+    """Return the profiles of the iteration with a clean pool of 100 images, in fp32 and, where the device has it, in bf16."""
+    facts = [f"{name}: {value}" for name, value in machine_facts(device).items()]
+    bench, text = bench_setup.make_bench(5_000, width, batch, device), [*facts, f"width {width}, batch {batch}"]
+    graph = device.type == "cuda"
+    for amp in (False, True)[: 1 + has_bf16(device)]:
+        kind = bench_setup.Kind("bf16" if amp else "fp32", amp=amp, graph=graph)
+        training = bench_setup.Training(bench, SMALLEST_POOL, steps, kind)
+        text += [f"\n{steps} iterations, {kind.name}{', graph' * graph}:", bench_setup.profile(training, device)]
+    return "\n".join(text)
 
 
 def projection(rows: list[dict[str, Any]], sizes: Sizes) -> dict[str, Any]:

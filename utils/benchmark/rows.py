@@ -37,11 +37,12 @@ class Sizes:
     growth: tuple[int, ...]
     steps: int  # MixMatch steps a round, at least; as many as the labelled loader lives, at most `most_steps`
     most_steps: int
+    side: int  # of the matrices whose product is the ceiling
 
 
-CPU = Sizes(5_000, 2_048, 4_096, 1_280, (5_000, 20_000, 80_000), 6, 18)
-CUDA = Sizes(50_000, 10_000, 10_000, 10_000, (5_000, 20_000, 80_000), 18, 40)
-QUICK = Sizes(400, 64, 64, 48, (200, 400, 800), 2, 2)
+CPU = Sizes(5_000, 2_048, 4_096, 1_280, (5_000, 20_000, 80_000), 6, 18, 2048)
+CUDA = Sizes(50_000, 10_000, 10_000, 10_000, (5_000, 20_000, 80_000), 18, 40, 8192)
+QUICK = Sizes(400, 64, 64, 48, (200, 400, 800), 2, 2, 64)
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,11 @@ def virtual_task(bench: Bench, data: PictureSet, workers: list[int]) -> Task:
         return timed(lambda: bench_reference.virtual_epoch(bench, model, data, count), device)
 
     proofs = ("crop_flip_normalize", "frozen_virtual_step")
-    variants = [Variant("frozen", ours(model, False), "exact", proofs)]
+    full = timed(lambda: bench_setup.virtual_epoch_unfrozen(bench, model, False), device)
+    variants = [
+        Variant("all gradients", lambda: full, "exact", proofs[:1]),
+        Variant("frozen", ours(model, False), "exact", proofs),
+    ]
     if bf16:
         variants.append(Variant("frozen bf16", ours(last, True), "precision", proofs))
     return Task(f"virtual epoch of {len(data)}", "s", references(workers, reference), variants)
@@ -248,9 +253,9 @@ def iteration_task(bench: Bench, data: PictureSet, pool: int, sizes: Sizes, work
 def kinds(device: torch.device, few: bool) -> list[Kind]:
     """Return the variants of the iteration that the device can do; on CUDA only some of them where `few` is set."""
     if device.type != "cuda":
-        plain = [Kind("resident"), Kind("resident, merged", merged=True)]
-        bf16 = [Kind("resident bf16", amp=True), Kind("resident bf16, merged", amp=True, merged=True)]
-        return plain + bf16 * has_bf16(device)
+        bf16 = [Kind("resident bf16", amp=True)] * has_bf16(device)
+        merged = [Kind("resident, merged", merged=True)] * (not few)
+        return [Kind("resident"), *bf16, *merged]
     fastest = [Kind("graph bf16", amp=True, graph=True), Kind("graph bf16, merged", amp=True, graph=True, merged=True)]
     if few:
         return fastest
@@ -258,25 +263,26 @@ def kinds(device: torch.device, few: bool) -> list[Kind]:
     return [Kind("eager"), Kind("eager bf16", amp=True), Kind("graph", graph=True), *fastest, compiled]
 
 
-# -- CUDA: set beside the ceiling --------------------------------------------------------------------------------------
+# -- Set beside the ceiling --------------------------------------------------------------------------------------------
 
 
 def ceiling_rows(task: Task, measured: Measured, ceilings: dict[str, float]) -> list[dict[str, Any]]:
-    """Return, for each variant of an iteration task, its TFLOP/s, share of the ceiling, peak memory and seconds of capture.
+    """Return each variant's TFLOP/s and share of the ceiling, on CUDA its peak memory and seconds of capture too.
 
     Args:
         ceilings: TFLOP/s of a product in "bf16", "TF32" and "fp32".
     """
-    rows, full = [], "TF32" if torch.backends.cudnn.allow_tf32 else "fp32"  # what fp32 convolutions really use
+    tf32 = "TF32" in ceilings and torch.backends.cudnn.allow_tf32  # what fp32 convolutions really use
+    rows, full = [], "TF32" if tf32 else "fp32"
     for variant in task.variants:
         value = median(measured.values[variant.name])
         rate = variant.gflop / value  # GFLOP / ms = TFLOP/s
         ceiling = ceilings["bf16" if variant.tag == "precision" else full]
         calls = measured.first_s[variant.name]
-        of_row = (
-            ("rate", rate, "TFLOP/s"), ("share of the matmul ceiling", 100 * rate / ceiling, "%"),
-            ("peak memory", measured.peak[variant.name] / 2**20, "MiB"), ("first call: warm-up, capture", calls, "s"),
-        )  # fmt: skip
+        of_row = [("rate", rate, "TFLOP/s"), ("share of the matmul ceiling", 100 * rate / ceiling, "%")]
+        if measured.peak[variant.name]:
+            of_row.append(("peak memory", measured.peak[variant.name] / 2**20, "MiB"))
+            of_row.append(("first call: warm-up, capture", calls, "s"))
         rows += [make_row(f"{task.row}: {name}", variant.name, number, unit, variant.tag) for name, number, unit in of_row]
     return rows
 

@@ -12,21 +12,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 import ASD
 from data.augment import Pipeline
-from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, views
+from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, draw_supervised, views
 from data.pools import rest
 from data.sets import ImageSet
 from data.transforms import normalize, random_crop, random_horizontal_flip, to_tensor
-from loss.mixmatch import guess_labels, interleave_order, mixmatch_loss, mixup, ramp_up
+from loss.mixmatch import ramp_up
 from loss.supervised import symmetric_cross_entropy
-from model.classifier import Classifier, build_classifier
-from model.grouped_norm import group, rows_per_group
+from model.classifier import Classifier, build_classifier, virtual_copy
 from model.networks import resnet18_cifar
+from model.optimizer import build_optimizer
 from utils.checkpoint import State
 from utils.config import (
     Backdoor,
@@ -43,7 +43,6 @@ from utils.config import (
 from utils.draws import generator
 from utils.machine import Machine
 from utils.schema import Named
-from utils.stepper import Stepper
 
 CLASSES = 10
 SIDE = 32
@@ -130,57 +129,6 @@ def quiet(numbers: Iterable[int]) -> Iterable[int]:
 # -- MixMatch in the variants ------------------------------------------------------------------------------------------
 
 
-def mixmatch_losses(
-    model: nn.Module,
-    inputs: Tensor,
-    given: Tensor,
-    lam: Tensor,
-    permutation: Tensor,
-    order: Tensor,
-    temperature: float,
-    machine: Machine,
-) -> tuple[Tensor, Tensor]:
-    """Return (Lx, Lu) of a MixMatch step in two forward passes instead of five (the model's BN is grouped).
-
-    Args:
-        inputs: (3B, 3, H, W) augmented x, u1, u2.
-        given: (B, C) one-hot labels of x.
-        order: (3B,) `interleave_order`: made outside, for a captured graph cannot fetch it from the host.
-    """
-    b = given.shape[0]
-    with torch.no_grad(), machine.autocast():
-        guesses1, guesses2 = model(inputs[b:]).split(b)  # (B, C) each, from one pass of 2B rows
-    guessed = guess_labels(guesses1, guesses2, temperature)  # (B, C)
-    targets = torch.cat([given.to(guessed.dtype), guessed, guessed])  # (3B, C)
-    mixed = machine.lay_out(mixup(inputs, lam, permutation)[order])  # (3B, 3, H, W)
-    with machine.autocast():
-        logits = model(mixed)  # (3B, C), one pass
-    return mixmatch_loss(logits[order], mixup(targets, lam, permutation), labelled=b)
-
-
-def merged_step(
-    bench: Bench,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    draw: MixMatchDraws,
-    machine: Machine,
-    losses: Callable[..., tuple[Tensor, Tensor]] = mixmatch_losses,
-) -> Tensor:
-    """`ASD.mixmatch_step` with grouped BN: two forward passes, the same numbers. Returns (3,): loss, Lx, Lu, detached."""
-    b, images, labels = draw.labelled.shape[0], bench.train_set.images, bench.train_set.labels
-    index = torch.cat([draw.labelled, draw.unlabelled, draw.unlabelled])
-    inputs = machine.lay_out(bench.augment(images[index], draw.views))  # (3B, 3, H, W)
-    given = F.one_hot(labels[draw.labelled], CLASSES)  # (B, C)
-    order, temperature = interleave_order(b, 3, inputs.device), bench.config.semi.mixmatch.temperature
-    with rows_per_group(model, b):
-        loss_x, loss_u = losses(model, inputs, given, draw.lam, draw.permutation, order, temperature, machine)
-    loss = loss_x + draw.lambda_u * loss_u
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return torch.stack([loss.detach(), loss_x.detach(), loss_u.detach()])
-
-
 @dataclass(frozen=True)
 class Kind:
     """One variant of the iteration."""
@@ -189,7 +137,7 @@ class Kind:
     amp: bool = False
     graph: bool = False
     merged: bool = False
-    compiled: bool = False  # the loss function of the merged step
+    compiled: bool = False  # the losses of the step
 
 
 class Training:
@@ -203,7 +151,7 @@ class Training:
         self.config = replace(
             bench.config,
             semi=replace(bench.config.semi, mixmatch=mixmatch),
-            runtime=Runtime(mode="graph" if kind.graph else "eager", amp=kind.amp),
+            runtime=Runtime("graph" if kind.graph else "eager", kind.merged, kind.compiled, kind.amp),
         )
         self.bench, self.machine, self.steps = bench, bench.machine(kind.amp), steps
         self.clean_pool = torch.arange(pool)
@@ -211,22 +159,7 @@ class Training:
         self.state: State = ASD.build_state(self.config, self.machine, len(bench.train_set))
         self.state.model.train()
         self.epoch = 0
-        self.stepper = self.merged(kind) if kind.merged else self.plain()
-
-    def plain(self) -> Stepper:
-        """Return what runs the method's own five-pass step."""
-        return ASD.mixmatch_steps(self.config, self.state, self.bench.train_set, self.bench.augment, self.machine)
-
-    def merged(self, kind: Kind) -> Stepper:
-        """Return what runs the step with grouped BN."""
-        group(self.state.model)
-        losses: Any = torch.compile(mixmatch_losses, fullgraph=True, dynamic=False) if kind.compiled else mixmatch_losses
-
-        def step(draw: MixMatchDraws) -> Tensor:
-            return merged_step(self.bench, self.state.model, self.state.optimizer, draw, self.machine, losses)
-
-        capture = kind.graph and self.bench.device.type == "cuda"
-        return Stepper(step, self.state.tensors, width=3, capture=capture)
+        self.stepper = ASD.mixmatch_steps(self.config, self.state, bench.train_set, bench.augment, self.machine)
 
     def draws(self) -> MixMatchDraws:
         """Return the tables of the next steps, on the device."""
@@ -279,6 +212,29 @@ def score_unfolded(bench: Bench, model: nn.Module, amp: bool) -> Tensor:
 def virtual_epoch(bench: Bench, model: nn.Module, amp: bool) -> Classifier:
     """Train the virtual model on all images of the bench once."""
     return ASD.train_virtual_model(bench.config, 0, model, bench.train_set, bench.augment, bench.machine(amp))
+
+
+def virtual_epoch_unfrozen(bench: Bench, model: Classifier, amp: bool) -> Classifier:
+    """Train the same with gradients everywhere; the optimizer moves the last layers only."""
+    machine, n = bench.machine(amp), len(bench.train_set)
+    virtual_model, last_layers = virtual_copy(model)
+    virtual_model.requires_grad_(True)
+    optimizer = build_optimizer(bench.config.meta.optimizer, last_layers)
+    draws = draw_supervised(bench.config.seed.seed, "virtual 0", 0, n, bench.augment)
+    batch = bench.config.loader.batch_size
+    ASD.train_supervised("virtual model", virtual_model, optimizer, bench.train_set, draws, bench.augment, batch, machine)
+    return virtual_model
+
+
+def profile(training: Training, device: torch.device, rows: int = 25) -> str:
+    """Return torch.profiler's table of a warm call: time by operator, on the device."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    training()
+    with torch.profiler.profile(activities=activities) as found:
+        training()
+    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    table: str = found.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=50)
+    return table
 
 
 # -- Work and ceilings -------------------------------------------------------------------------------------------------
