@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +64,7 @@ def loader(
 ) -> DataLoader[Any]:
     """Return a DataLoader with the usual options."""
     pin = device.type == "cuda"
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: as in the original's YAML
     return DataLoader(data, batch, shuffle=shuffle, num_workers=workers, pin_memory=pin, drop_last=drop_last)
 
 
