@@ -19,17 +19,10 @@ from torch import Tensor, nn
 
 from data.augment import Pipeline
 from data.batches import MixMatchDraws, SupervisedDraws, draw_mixmatch, draw_scoring, draw_supervised, views
-from data.poison import build_attack, build_test_sets, load_raw, poison_training_set
-from data.pools import (
-    check_pool_sizes,
-    class_agnostic_split,
-    class_aware_split,
-    draw_seed_samples,
-    meta_split,
-    per_class,
-    rest,
-)
-from data.sets import POISONED, ImageSet, Oracle
+from data.poison import prepare
+from data.pools import check_pool_sizes, class_agnostic_split, class_aware_split, meta_split, per_class, rest
+from data.seeds import choose_seed_samples
+from data.sets import COVER, POISONED, ImageSet, Oracle
 from loss.mixmatch import guess_labels, interleave_order, mixmatch_loss, mixup, ramp_up
 from loss.supervised import cross_entropy, symmetric_cross_entropy
 from model.classifier import Classifier, build_classifier, virtual_copy
@@ -49,6 +42,8 @@ from utils.run import BEST, LATEST, Run, locate, open_run
 from utils.runlog import progress
 from utils.schema import as_dict
 from utils.stepper import Stepper
+from utils.suspects import CSV as SUSPECTS
+from utils.suspects import Evidence
 
 
 def main() -> None:
@@ -68,30 +63,27 @@ def main() -> None:
 
 def train(config: Config, run: Run, machine: Machine, resume: str) -> None:
     """Run all epochs that are still to do, from the checkpoint that `resume` names or from scratch."""
-    raw = load_raw(config)
     with machine.first_alone():  # it makes what is kept with the run, the others read it
-        attack = build_attack(config, raw, machine.device, print if machine.rank == 0 else mute)
-        poisoned = poison_training_set(config, raw, attack, run.saved)
-    tests = build_test_sets(config, raw, attack).to(machine.device)
-    train_set = poisoned.train.to(machine.device)
+        data = prepare(config, run.saved, machine.device, print if machine.rank == 0 else mute, machine.size)
+        seeds = choose_seed_samples(config, data, run.saved)
+    tests, train_set = data.tests.to(machine.device), data.train.to(machine.device)
     augment, plain = build_pipelines(config, train_set)
-    seeds = torch.zeros(0, dtype=torch.int64)
     if config.defense == "asd":
-        check_pool_sizes(config, poisoned.train.labels)
-        seeds = draw_seed_samples(
-            poisoned.train.labels, poisoned.oracle, config.num_classes, config.global_.seed_num, config.seed.seed
-        )
+        check_pool_sizes(config, data.train.labels, seeds)
 
     state = build_state(config, machine, len(train_set))
+    state.about = {"class_names": list(data.class_names), "image_size": list(train_set.images.shape[2:])}
     latest = run.checkpoint(LATEST if resume in ("", "False") else resume)
     if resume not in ("", "False") or (resume == "" and latest.exists()):
         checkpoint.load(latest, state, as_dict(config))
     report: Any = Silence()
     if machine.rank == 0:
-        report = Report(run, config, poisoned.oracle.flags, poisoned.examples, state.epoch)
-    report.start(machine, state, len(tests.clean), len(tests.backdoor))
+        flags = data.oracle.flags if data.oracle else None
+        report = Report(run, config, data.backdoor, flags, data.examples, data.caption, state.epoch)
+    report.start(machine, state, *(len(part) if part else None for part in (tests.clean, tests.backdoor)))
     steps = mixmatch_steps(config, state, train_set, augment, machine)
 
+    trains = state.epoch < config.num_epochs
     for epoch in range(state.epoch, config.num_epochs):
         started = time.monotonic()
         torch.manual_seed(key_seed(config.seed.seed, "torch", epoch))  # for networks that drop units
@@ -108,10 +100,12 @@ def train(config: Config, run: Run, machine: Machine, resume: str) -> None:
             state.scheduler.step()
         acc = accuracy(config, state.model, tests.clean, plain, machine)
         asr = accuracy(config, state.model, tests.backdoor, plain, machine)
-        finish_epoch(config, state, poisoned.oracle, losses, (acc, asr), time.monotonic() - started)
+        finish_epoch(config, state, data.oracle, losses, (acc, asr), time.monotonic() - started)
         if machine.rank == 0:
             save(config, run, state)
         report.epoch(state)
+    if config.defense == "asd" and (trains or not (run.saved / SUSPECTS).exists()):
+        report.rank_suspects(weigh_images(config, state, train_set, plain, machine), train_set, data.names, data.class_names)
     report.conclude(state)
 
 
@@ -148,7 +142,7 @@ def split_losses(
     n, batch, sce = len(train_set), config.loader.batch_size, config.split.criterion.sce
     draws = draw_scoring(config.seed.seed, purpose, epoch, n, augment).to(machine.device)
     mine = machine.share(n)
-    batches = views(train_set.images[mine], draws[mine], augment, batch)
+    batches = views(train_set.part(mine), draws[mine], augment, batch)
     logits = predict(model, progress(batches, purpose, -(-n // machine.size // batch)), machine)  # (N, C), its share
     losses = symmetric_cross_entropy(logits, train_set.labels[mine], sce.alpha, sce.beta)
     losses = machine.gather(losses, n).cpu()  # (N,)
@@ -214,7 +208,11 @@ def mixmatch_steps(config: Config, state: State, train_set: ImageSet, augment: P
     def step(draw: MixMatchDraws) -> Tensor:
         return mixmatch_step(config, state.parallel, state.optimizer, train_set, draw, augment, machine, losses)
 
-    return Stepper(step, state.tensors, width=3, capture=machine.uses_graph(config.runtime.mode), strict=config.runtime.mode)
+    graph = machine.uses_graph(config.runtime.mode)
+    if graph and config.runtime.mode == "graph" and not train_set.resident:
+        raise UserError("runtime.mode: graph: needs the images on the device: set data.placement=device, or runtime.mode=auto")
+    capture = graph and train_set.resident  # to fetch images from elsewhere the step waits for the host
+    return Stepper(step, state.tensors, width=3, capture=capture, strict=config.runtime.mode)
 
 
 def mixmatch_step(
@@ -236,7 +234,7 @@ def mixmatch_step(
     """
     b = draw.labelled.shape[0]
     index = torch.cat([draw.labelled, draw.unlabelled, draw.unlabelled])
-    inputs = machine.lay_out(augment(train_set.images[index], draw.views))  # (3B, 3, H, W): x, u1, u2
+    inputs = machine.lay_out(augment(train_set.fetch(index), draw.views))  # (3B, 3, H, W): x, u1, u2
     given = F.one_hot(train_set.labels[draw.labelled], config.num_classes)  # (B, C)
     order = interleave_order(b, 3, inputs.device)
 
@@ -316,7 +314,7 @@ def train_supervised(
         index, view = draws.order[start : start + batch], draws.views[start : start + batch]
         count = len(index)
         mine = machine.share(count) if count >= machine.size else slice(None)  # a tiny last batch is done by all alike
-        inputs = machine.lay_out(augment(train_set.images[index[mine]], view[mine]))  # (B, 3, H, W), its share
+        inputs = machine.lay_out(augment(train_set.fetch(index[mine]), view[mine]))  # (B, 3, H, W), its share
         with machine.autocast():
             logits = model(inputs)  # (B, C)
         losses = cross_entropy(logits, train_set.labels[index[mine]])  # (B,)
@@ -328,17 +326,37 @@ def train_supervised(
     return float(machine.sum(total)) / len(train_set)
 
 
-def accuracy(config: Config, model: nn.Module, test_set: ImageSet, plain: Pipeline, machine: Machine) -> float:
+def accuracy(config: Config, model: nn.Module, test_set: ImageSet | None, plain: Pipeline, machine: Machine) -> float | None:
     """Return the share of images that get their label: a count over the whole set divided by its size.
 
-    On the clean test set that is ACC, on the backdoor test set ASR.
+    On the clean test set that is ACC, on the backdoor test set ASR; without such a set there is nothing to tell.
     """
-    n, batch = len(test_set), config.loader.batch_size
+    if test_set is None:
+        return None
+    n = len(test_set)
+    guessed = plain_logits(config, "test", model, test_set, plain, machine).argmax(1)  # (N,), its share
+    return int(machine.sum((guessed == test_set.labels[machine.share(n)]).sum())) / n
+
+
+def plain_logits(config: Config, purpose: str, model: nn.Module, images: ImageSet, plain: Pipeline, machine: Machine) -> Tensor:
+    """Return the logits (N, C) of this process' share of the images, without augmentation."""
+    n, batch = len(images), config.loader.batch_size
     mine = machine.share(n)
-    no_draws = torch.zeros(n, 0, device=test_set.images.device)
-    batches = views(test_set.images[mine], no_draws[mine], plain, batch)
-    logits = predict(model, progress(batches, "test", -(-n // machine.size // batch)), machine)  # (N, C), its share
-    return int(machine.sum((logits.argmax(1) == test_set.labels[mine]).sum())) / n
+    no_draws = torch.zeros(n, 0, device=images.labels.device)
+    batches = views(images.part(mine), no_draws[mine], plain, batch)
+    return predict(model, progress(batches, purpose, -(-n // machine.size // batch)), machine)
+
+
+def weigh_images(config: Config, state: State, train_set: ImageSet, plain: Pipeline, machine: Machine) -> Evidence:
+    """Return what the finished model and the splits say of each training image: what the suspects are ranked by."""
+    n, sce = len(train_set), config.split.criterion.sce
+    logits = machine.gather(plain_logits(config, "suspects", state.model, train_set, plain, machine), n)  # (N, C)
+    losses = symmetric_cross_entropy(logits, train_set.labels, sce.alpha, sce.beta)
+    probabilities = logits.softmax(1)
+    confidence, guessed = probabilities.max(1)
+    own = probabilities.gather(1, train_set.labels[:, None]).squeeze(1)
+    columns = (train_set.labels, guessed, confidence, own, losses, state.epochs_in_clean_pool)  # (N,) each
+    return Evidence(*(column.cpu().numpy() for column in columns))
 
 
 def build_pipelines(config: Config, images: ImageSet) -> tuple[Pipeline, Pipeline]:
@@ -368,15 +386,20 @@ def build_state(config: Config, machine: Machine, count: int) -> State:
 
 
 def finish_epoch(
-    config: Config, state: State, oracle: Oracle, losses: dict[str, float], tested: tuple[float, float], seconds: float
+    config: Config,
+    state: State,
+    oracle: Oracle | None,
+    losses: dict[str, float],
+    tested: tuple[float | None, float | None],
+    seconds: float,
 ) -> None:
     """Add the epoch's row to the history and move on to the next epoch.
 
     Args:
         losses: the epoch's means.
-        tested: ACC and ASR.
+        tested: ACC and ASR, None where there is no such test set.
     """
-    asd, n = config.defense == "asd", len(oracle.flags)
+    asd, n = config.defense == "asd", len(state.epochs_in_clean_pool)
     if not torch.isfinite(torch.tensor(list(losses.values()))).all():
         what = "optimizer" if asd else "undefended.optimizer"
         raise UserError(
@@ -391,7 +414,7 @@ def finish_epoch(
         "attack_success_rate": tested[1],
         "clean_pool_size": len(state.clean_pool) if asd else None,
         "polluted_pool_size": n - len(state.clean_pool) if asd else None,
-        "poisoned_in_clean_pool": int((oracle.flags[state.clean_pool] == POISONED).sum()) if asd else None,
+        **truth_of_pool(oracle, state.clean_pool if asd else None),
         "loss": losses["loss"],
         "loss_x": losses.get("loss_x"),
         "loss_u": losses.get("loss_u"),
@@ -402,11 +425,24 @@ def finish_epoch(
     state.epoch += 1
 
 
+def truth_of_pool(oracle: Oracle | None, clean_pool: Tensor | None) -> dict[str, int | None]:
+    """Return how many poisoned images the clean pool has, and how many cover images where the set has any."""
+    kinds = {"poisoned_in_clean_pool": POISONED}
+    if oracle is not None and bool((oracle.flags == COVER).any()):
+        kinds["cover_in_clean_pool"] = COVER
+    if oracle is None or clean_pool is None:
+        return dict.fromkeys(kinds)
+    return {key: int((oracle.flags[clean_pool] == flag).sum()) for key, flag in kinds.items()}
+
+
 def save(config: Config, run: Run, state: State) -> None:
-    """Write the checkpoints; the epoch counts as finished once `latest_model.pt` is there."""
-    row = state.history[-1]
-    if row["clean_accuracy"] > state.best_acc:
-        state.best_acc, state.best_epoch = row["clean_accuracy"], state.epoch
+    """Write the checkpoints; the epoch counts as finished once `latest_model.pt` is there.
+
+    Without test images nothing tells which epoch is the best: there is no `best_model.pt`.
+    """
+    acc = state.history[-1]["clean_accuracy"]
+    if acc is not None and acc > state.best_acc:
+        state.best_acc, state.best_epoch = acc, state.epoch
         checkpoint.save(run.checkpoints / BEST, state, as_dict(config))
     checkpoint.save(run.checkpoints / LATEST, state, as_dict(config))
 

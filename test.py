@@ -1,28 +1,41 @@
 """Test a checkpoint: clean accuracy (ACC) and attack success rate (ASR). Changes nothing of a run but `log/test.json`.
 
-python test.py --config config/baseline_asd.yaml --resume latest_model.pt --gpu 0
+    python test.py --config config/baseline_asd.yaml --resume latest_model.pt --gpu 0
+    python test.py --config config/baseline_asd.yaml --images DIR [--out FILE.csv]
+
+The second form labels the pictures below a folder and needs no data set.
 """
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
+
+import torch
+from torch import nn
 
 from ASD import accuracy, build_pipelines
-from data.poison import build_attack, build_test_sets, load_raw
+from data.augment import Pipeline
+from data.poison import prepare_tests
+from data.unlabelled import Pictures, label_table
 from model.classifier import build_classifier
+from model.scoring import predict
 from utils import checkpoint, config
 from utils.cli import command, parse_arguments
+from utils.config import Config
 from utils.errors import UserError
-from utils.files import write_text
-from utils.machine import choose_machine, set_determinism
-from utils.run import LATEST, locate
+from utils.files import write_atomically, write_text
+from utils.machine import Machine, choose_machine, set_determinism
+from utils.run import LATEST, Run, locate
 
 
 def main() -> None:
-    """Load the checkpoint, test it on both sets, print and keep the figures."""
+    """Load the checkpoint, then test it or label pictures with it."""
     args = parse_arguments("Test a checkpoint on clean and on triggered images.", None, training=False)
     if args.resume == "False":
         raise UserError("--resume False: there is nothing to test without a checkpoint: leave it out or name one")
+    if args.out and not args.images:
+        raise UserError(f"--out {args.out}: is for the labels of --images DIR: give that too, or leave it out")
     settings = config.load(args.config, args.set)
     machine = choose_machine(args.gpu, settings.runtime.amp, print)
     set_determinism(settings.seed.deterministic, settings.seed.benchmark)
@@ -32,25 +45,53 @@ def main() -> None:
     model = build_classifier(settings.network, settings.num_classes, settings.seed.seed)
     checkpoint.load_weights(model, saved, path)
     model.to(machine.device)
-
-    raw = load_raw(settings)
-    tests = build_test_sets(settings, raw, build_attack(settings, raw, machine.device)).to(machine.device)
-    _, plain = build_pipelines(settings, tests.clean)
-    clean_accuracy = accuracy(settings, model, tests.clean, plain, machine)
-    attack_success_rate = accuracy(settings, model, tests.backdoor, plain, machine)
-    result = {
-        "checkpoint": str(path),
-        "epoch": saved.get("epoch"),
-        "clean_accuracy": clean_accuracy,
-        "attack_success_rate": attack_success_rate,
-        "clean_total": len(tests.clean),
-        "backdoor_total": len(tests.backdoor),
-    }
-    write_text(run.log / "test.json", json.dumps(result, indent=2) + "\n")
     print(f"{path}")
-    print(f"ACC {100 * clean_accuracy:.2f} % of {len(tests.clean)} clean test images")
-    print(f"ASR {100 * attack_success_rate:.2f} % of {len(tests.backdoor)} triggered test images of other classes")
+    if args.images:
+        out = Path(args.out).expanduser() if args.out else run.log / "labels.csv"
+        label(settings, model, *checkpoint.about(saved), Path(args.images).expanduser(), out, machine)
+    else:
+        test(settings, model, run, {"checkpoint": str(path), "epoch": saved.get("epoch")}, machine)
+
+
+def test(settings: Config, model: nn.Module, run: Run, result: dict[str, object], machine: Machine) -> None:
+    """Test the model on the sets that there are; print and keep the figures beside those of `result`."""
+    tests = prepare_tests(settings, machine.device).to(machine.device)
+    if tests.clean is None:
+        raise UserError(f"dataset_dir: {settings.dataset_dir}: no test images: add some, or label pictures with --images DIR")
+    _, plain = build_pipelines(settings, tests.clean)
+    for kind, name, part, what in (
+        ("clean", "clean_accuracy", tests.clean, "ACC {:.2f} % of {} clean test images"),
+        ("backdoor", "attack_success_rate", tests.backdoor, "ASR {:.2f} % of {} triggered test images of other classes"),
+    ):
+        share = accuracy(settings, model, part, plain, machine)
+        result |= {name: share, f"{kind}_total": None if part is None else len(part)}
+        if part is not None and share is not None:
+            print(what.format(100 * share, len(part)))
+    write_text(run.log / "test.json", json.dumps(result, indent=2) + "\n")
     print(f"written to {run.log / 'test.json'}")
+
+
+def label(
+    settings: Config, model: nn.Module, class_names: tuple[str, ...], size: tuple[int, int] | None, folder: Path, out: Path,
+    machine: Machine,
+) -> None:  # fmt: skip
+    """Label every picture below a folder, and write a CSV.
+
+    Args:
+        size: of the training images; None: what the training transform gives.
+    """
+    train, tests = settings.transform.train, settings.transform.test
+    size = size or Pipeline(train.primary, (), 256, 256).output_size
+    pictures = Pictures(folder, [step.settings for step in settings.transform.pre], size)
+    plain = Pipeline(tests.primary, tests.remaining, *size)
+    batches = pictures.batches(settings.loader.batch_size)
+    views = (plain(images.to(machine.device), torch.zeros(len(images), 0, device=machine.device)) for images in batches)
+    logits = predict(model, views, machine).cpu()  # (n, C)
+    table = label_table(pictures.kept, logits, class_names)
+    write_atomically(out, lambda file: file.write(table))
+    for line in pictures.remarks():
+        print(line)
+    print(f"{len(pictures.kept)} pictures labelled, {len(pictures.unreadable)} cannot be read: written to {out}")
 
 
 if __name__ == "__main__":

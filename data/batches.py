@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data.augment import Pipeline
+from data.sets import ImageSet
 from utils.config import Config
 from utils.draws import generator, numpy_generator
 
@@ -86,8 +87,8 @@ def draw_scoring(seed: int, purpose: str, epoch: int, count: int, augment: Pipel
     return augment.draw(count, generator(seed, purpose, epoch))
 
 
-def views(images: Tensor, draws: Tensor, augment: Pipeline, batch: int) -> Iterator[Tensor]:
+def views(image_set: ImageSet, draws: Tensor, augment: Pipeline, batch: int) -> Iterator[Tensor]:
     """Yield the images' views in order, (<= batch, 3, H, W) float32 each; the last may be smaller."""
-    for start in range(0, len(images), batch):
+    for start in range(0, len(image_set), batch):
         part = slice(start, start + batch)
-        yield augment(images[part], draws[part])
+        yield augment(image_set.fetch(part), draws[part])

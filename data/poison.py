@@ -1,30 +1,56 @@
-"""The attacker: which training images are poisoned, and the three image sets that follow (asd.md sections 1 and 2)."""
+"""The attacker: which training images are poisoned, and the three image sets that follow (asd.md sections 1 and 2).
+
+    python -m data.poison --config config/wanet.yaml --out DIR [--set K=V] [--gpu N|cpu]
+
+writes the poisoned set by itself, for any other defense; `dataset: poisoned_set` trains on such a folder.
+"""
 
 from __future__ import annotations
 
 import random
+import re
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.attack import AttackBase
-from data.augment import Pipeline
-from data.sets import CLEAN, COVER, POISONED, ImageSet, Oracle, RawData, Scene, to_set
+from data.attack import BATCH, AttackBase
+from data.contact_sheet import Group, columns, draw_contact_sheet
+from data.export import (
+    DESCRIPTION,
+    StoredSet,
+    class_text,
+    count,
+    examples_of,
+    holds_same_set,
+    keep_with_run,
+    refuse_disagreement,
+    settings_of_set,
+    write_set,
+)
+from data.placement import choose_placement
+from data.sets import CLEAN, COVER, POISONED, ImageSet, Listing, Oracle, Part, PoisonedSet, RawData, Scene, to_set
+from data.tables import own_copy, read_table, to_raw
 from utils import plugins
-from utils.config import Config
+from utils.cli import DEFAULT_CONFIG, Parser, command
+from utils.config import Backdoor, Config
+from utils.config import load as load_config
 from utils.draws import numpy_generator
 from utils.errors import UserError
 from utils.files import write_atomically
+from utils.machine import choose_device, set_determinism
+from utils.schema import Named
 
 Say = Callable[[str], object]
 EXAMPLES = 16  # poisoned images kept for the pictures
+NAMES_IN_FOLDERS = {"cifar-?100": "cifar100", "cifar": "cifar10", "gtsrb": "gtsrb", "imagenet|vggface2?": "folder"}
 
 
 @dataclass(frozen=True)
-class PoisonedData:
+class PoisonedTrain:
     """The poisoned training set, its ground truth, and pictures of what the attack does."""
 
     train: ImageSet  # poisoned images and the labels that they carry
@@ -36,49 +62,143 @@ class PoisonedData:
 class TestSets:
     """The two sets that a model is tested on."""
 
-    clean: ImageSet
-    backdoor: ImageSet  # the test images of other classes, triggered, labelled as the target
+    clean: ImageSet | None  # None: there is no test image, and the attack is unknown
+    backdoor: ImageSet | None  # test images of other classes, triggered, labelled as the target; None: attack unknown
 
     def to(self, device: torch.device) -> TestSets:
         """Return both sets on a device."""
-        return TestSets(self.clean.to(device), self.backdoor.to(device))
+        return TestSets(self.clean.to(device) if self.clean else None, self.backdoor.to(device) if self.backdoor else None)
+
+
+@dataclass(frozen=True)
+class PoisonedData:
+    """All images that a run works with, wherever they come from."""
+
+    train: ImageSet
+    tests: TestSets
+    oracle: Oracle | None  # for seed samples and reports only; None: nobody knows which images are poisoned
+    backdoor: Backdoor | None  # the attack that made the set; None: unknown
+    examples: np.ndarray  # (2, n, H, W, 3) uint8: some images before and after the attack
+    caption: str  # what the examples are
+    class_names: tuple[str, ...]
+    names: tuple[str, ...] | None  # N, of the training images; None: they have numbers only
+
+
+def prepare(
+    config: Config, folder: Path, device: torch.device | None = None, say: Say = print, processes: int = 1
+) -> PoisonedData:
+    """Return the configured data: raw images that the attack poisons here, or a set that was poisoned before.
+
+    Args:
+        folder: the run's, where `poison_idx.npy` is kept, and `set.json` of a set poisoned before.
+        device: where an attack makes its assets; none: the CPU.
+        say: is told, in a line, what is made and what is used again, and where the images lie.
+        processes: of the run, on this computer.
+    """
+    data = load_data(config, say)
+    placement = place(config, data, device, processes, say)
+    if isinstance(data, StoredSet):
+        keep_with_run(folder, data)
+        say(f"{data.folder}: a set poisoned by {data.backdoor.attack.name}; its files are as set.json says")
+        examples, caption = examples_of(data, EXAMPLES)
+        parts = data.parts
+        return PoisonedData(
+            parts.train.to_set(placement), test_sets(parts, placement), parts.train.oracle(), data.backdoor, examples, caption,
+            data.class_names, None,
+        )  # fmt: skip
+    if config.backdoor is None:
+        train, none = given_images(data, placement), data.train_images[None, :0].repeat(2, 0)
+        return PoisonedData(train, given_tests(data, placement), None, None, none, "", data.class_names, data.names)
+    attack = build_attack(config, data, device, say)
+    poisoned = poison_training_set(config, data, attack, folder, placement)
+    caption = f"{config.attack.name}: {training_caption(config.attacker, attack, data.class_names)}"
+    tests = build_test_sets(config, data, attack, placement)
+    return PoisonedData(
+        poisoned.train, tests, poisoned.oracle, config.attacker, poisoned.examples, caption, data.class_names, data.names
+    )
+
+
+def prepare_tests(config: Config, device: torch.device | None = None, say: Say = print) -> TestSets:
+    """Return the test sets of `prepare` without the training set; a run's folder stays as it is."""
+    data = load_data(config, say)
+    placement = place(config, data, device, 1, say)
+    if isinstance(data, StoredSet):
+        return test_sets(data.parts, placement)
+    if config.backdoor is None:
+        return given_tests(data, placement)
+    return build_test_sets(config, data, build_attack(config, data, device, say), placement)
+
+
+def place(config: Config, data: RawData | StoredSet, device: torch.device | None, processes: int, say: Say) -> str:
+    """Return where the images lie (`data.placement`); the backdoor test set counts as large as the clean one."""
+    if isinstance(data, StoredSet):
+        train, tests = data.parts.train.images, [data.parts.clean_test.images, data.parts.backdoor_test.images]
+    else:
+        train, tests = data.train_images, [data.test_images, data.test_images]
+    return choose_placement(config.data.placement, train, tests, device or torch.device("cpu"), processes, say)
+
+
+def load_data(config: Config, say: Say = print) -> RawData | StoredSet:
+    """Load the configured data set; cut it to `data.train_limit` and `data.test_limit`, check that the YAML fits it.
+
+    `transform.pre` is applied to raw data; a set that is poisoned already went through it. Picture files are decoded, and
+    kept so in `data.cache_dir`.
+    """
+    dataset = dataset_of(config)
+    module = plugins.load("data.datasets", dataset.name)
+    data: RawData | Listing | StoredSet = module.load(dataset.settings, config.dataset_dir, config.download)
+    if isinstance(data, StoredSet):
+        refuse_disagreement(config, data)
+        parts, limits = data.parts, config.data
+        tests = (part.first(limits.test_limit) for part in (parts.clean_test, parts.backdoor_test))
+        return replace(data, parts=PoisonedSet(parts.train.first(limits.train_limit), *tests))
+    data = data.first(config.data.train_limit, config.data.test_limit)
+    for part, labels in (("train", data.train_labels), ("test", data.test_labels)):
+        if len(labels) and labels.max() >= config.num_classes:
+            raise UserError(f"num_classes: {config.num_classes}: the {part} set has the label {labels.max()}: raise it")
+    folder = Path(config.data.cache_dir or Path(config.saved_dir) / "tables").expanduser()
+    return to_raw(data, [step.settings for step in config.transform.pre], folder, config.data.placement == "disk", say)
+
+
+def test_sets(parts: PoisonedSet, placement: str) -> TestSets:
+    """Return both test sets of a poisoned set."""
+    return TestSets(parts.clean_test.to_set(placement), parts.backdoor_test.to_set(placement))
+
+
+def training_caption(backdoor: Backdoor, attack: AttackBase, class_names: tuple[str, ...]) -> str:
+    """Return what poisoned training images are and which label they carry."""
+    label = class_text(backdoor.target_label, class_names)
+    if attack.clean_label:
+        return f"poisoned training images of class {label}, their labels unchanged"
+    return f"poisoned training images, labelled {label}"
 
 
 def load_raw(config: Config) -> RawData:
-    """Load the configured data set, cut it to `data.train_limit` and `data.test_limit`, apply `transform.pre`."""
-    name = config.dataset.name if config.dataset else name_of_folder(str(config.dataset_dir))
-    module = plugins.load("data.datasets", name)
-    settings = config.dataset.settings if config.dataset else module.Settings()
-    raw: RawData = module.load(settings, config.dataset_dir, config.download)
-    train, test = slice(config.data.train_limit), slice(config.data.test_limit)
-    for part, labels in (("train", raw.train_labels[train]), ("test", raw.test_labels[test])):
-        if labels.max() >= config.num_classes:
-            raise UserError(f"num_classes: {config.num_classes}: the {part} set has the label {labels.max()}: raise it")
-    return RawData(
-        pre_transform(raw.train_images[train], config), raw.train_labels[train],
-        pre_transform(raw.test_images[test], config), raw.test_labels[test], raw.class_names,
-    )  # fmt: skip
+    """Return `load_data` where it must be raw: a set that is poisoned already is refused."""
+    data = load_data(config)
+    if isinstance(data, StoredSet):
+        raise UserError("dataset: poisoned_set: is poisoned already: give the YAML of the data set that it was made of")
+    return data
+
+
+def dataset_of(config: Config) -> Named:
+    """Return the data set and its settings; where the YAML does not say, the folder's name does."""
+    if config.dataset is not None:
+        return config.dataset
+    name = name_of_folder(str(config.dataset_dir))
+    return Named(name, plugins.settings("data.datasets", name)())
 
 
 def name_of_folder(folder: str) -> str:
-    """Return the data set that a folder's name speaks of, as the original does ("cifar" -> cifar10)."""
+    """Return the data set that a folder's name, or one above it, speaks of, as in the original ("cifar" -> cifar10)."""
+    if (Path(folder).expanduser() / DESCRIPTION).is_file():
+        raise UserError(f"dataset_dir: {folder}: looks like a set that is poisoned already: add `dataset: poisoned_set`")
+    for part in reversed(Path(folder).parts):
+        for pattern, name in NAMES_IN_FOLDERS.items():
+            if re.search(pattern, part.lower()):
+                return name
     last = Path(folder).name.lower()
-    if "cifar" in str(folder).lower():
-        return "cifar10"
     raise UserError(f"dataset_dir: {last}: does not tell which data set it is: add `dataset: cifar10` or another")
-
-
-def pre_transform(images: np.ndarray, config: Config, batch: int = 512) -> np.ndarray:
-    """Apply `transform.pre` (resize, centre crop) to (N, H, W, 3) uint8 images."""
-    if not config.transform.pre:
-        return images
-    pipeline = Pipeline(config.transform.pre, (), *images.shape[1:3])
-    out = []
-    for start in range(0, len(images), batch):
-        part = torch.from_numpy(images[start : start + batch]).permute(0, 3, 1, 2)
-        work = [(step, torch.zeros(len(part), 0)) for step in pipeline.steps]
-        out.append(pipeline.move(part, work).permute(0, 2, 3, 1).numpy())
-    return np.concatenate(out)
 
 
 def draw_poisoned(labels: np.ndarray, target: int, ratio: float, seed: int, mode: str, clean_label: bool = False) -> np.ndarray:
@@ -127,7 +247,7 @@ def draw_cover(poisoned: np.ndarray, ratio: float, seed: int) -> np.ndarray:
 
 def poison_index(path: Path, labels: np.ndarray, config: Config, clean_label: bool = False) -> np.ndarray:
     """Return the run's `poison_idx.npy`, checked against the settings; draw and store it if it is not there."""
-    b = config.backdoor
+    b = config.attacker
     if not path.exists():
         index = draw_poisoned(labels, b.target_label, b.poison_ratio, config.seed.seed, b.poison_mode, clean_label)
         write_atomically(path, lambda file: np.save(file, index, allow_pickle=False))
@@ -172,37 +292,146 @@ def build_attack(config: Config, raw: RawData, device: torch.device | None = Non
     module = plugins.load("data.attacks", config.attack.name)
     folder = Path(config.saved_dir).expanduser() / "assets"
     device = device or torch.device("cpu")
-    scene = Scene(raw, config.backdoor.target_label, config.num_classes, config.seed.seed, folder, device, say)
+    scene = Scene(raw, config.attacker.target_label, config.num_classes, config.seed.seed, folder, device, say)
     attack: AttackBase = module.Attack(config.attack.settings, scene)
     return attack
 
 
-def poison_training_set(config: Config, raw: RawData, attack: AttackBase, folder: Path) -> PoisonedData:
+def poison_training_set(
+    config: Config, raw: RawData, attack: AttackBase, folder: Path, placement: str = "device"
+) -> PoisonedTrain:
     """Let the attack poison the training set; which images is kept as `poison_idx.npy` in the run's folder."""
     index = poison_index(folder / "poison_idx.npy", raw.train_labels, config, attack.clean_label)
+    part = poison_images(config, raw, attack, index, placement)
+    some = np.flatnonzero(part.flags == POISONED)[:EXAMPLES]
+    return PoisonedTrain(part.to_set(placement), part.oracle(), np.stack([raw.train_images[some], part.images[some]]))
+
+
+def poison_images(config: Config, raw: RawData, attack: AttackBase, index: np.ndarray, placement: str = "device") -> Part:
+    """Return the training set as the attacker leaves it; the raw images stay as they are.
+
+    Args:
+        index: (N,) of 0 and 1, which images are poisoned; cover images are drawn among the others.
+    """
     poisoned, cover = np.flatnonzero(index), draw_cover(index, attack.cover_ratio, config.seed.seed)
-    images, labels = raw.train_images.copy(), raw.train_labels.copy()
+    images, labels = own_copy(raw.train_images, placement), raw.train_labels.astype(np.int64)
     flags = np.full(len(labels), CLEAN, np.uint8)
     if len(poisoned):
         images[poisoned] = attack.apply(raw.train_images[poisoned], poisoned, "train")
-        labels[poisoned] = config.backdoor.target_label
+        labels[poisoned] = config.attacker.target_label
         flags[poisoned] = POISONED
     if len(cover):
         images[cover] = attack.cover(raw.train_images[cover], cover)
         flags[cover] = COVER
-    some = poisoned[:EXAMPLES]
-    return PoisonedData(
-        train=to_set(images, labels),
-        oracle=Oracle(torch.from_numpy(flags), torch.from_numpy(raw.train_labels.astype(np.int64))),
-        examples=np.stack([raw.train_images[some], images[some]]),
-    )
+    return Part(images, labels, raw.train_labels.astype(np.int64), flags, np.arange(len(labels)))
 
 
-def build_test_sets(config: Config, raw: RawData, attack: AttackBase) -> TestSets:
-    """Return the clean test set and the backdoor test set, which leaves out the images of the target class."""
-    target = config.backdoor.target_label
+def given_images(raw: RawData, placement: str) -> ImageSet:
+    """Return the training set of data that nobody poisons here."""
+    return to_set(read_table(raw.train_images) if placement == "host" else raw.train_images, raw.train_labels, placement)
+
+
+def given_tests(raw: RawData, placement: str) -> TestSets:
+    """Return the test set of data that nobody poisons here: the test images as they are, if there are any."""
+    return TestSets(clean_images(raw, placement).to_set(placement) if len(raw.test_labels) else None, None)
+
+
+def build_test_sets(config: Config, raw: RawData, attack: AttackBase, placement: str = "device") -> TestSets:
+    """Return the clean test set and the backdoor test set, which leaves out the images of the target class.
+
+    The backdoor test set is new images: where the others stay on disk, it lies in host memory.
+    """
+    if len(raw.test_labels) == 0:
+        raise UserError(f"dataset_dir: {config.dataset_dir}: no test images: add some, or train with backdoor: null")
+    clean, backdoor = clean_images(raw, placement), trigger_images(config, raw, attack)
+    return TestSets(clean.to_set(placement), backdoor.to_set(placement))
+
+
+def clean_images(raw: RawData, placement: str = "device") -> Part:
+    """Return the test images as they are."""
+    labels, n = raw.test_labels.astype(np.int64), len(raw.test_labels)
+    images = read_table(raw.test_images) if placement == "host" else raw.test_images
+    return Part(images, labels, labels, np.full(n, CLEAN, np.uint8), np.arange(n))
+
+
+def trigger_images(config: Config, raw: RawData, attack: AttackBase) -> Part:
+    """Return the test images of other classes than the target with the trigger, labelled as the target."""
+    target = config.attacker.target_label
     others = np.flatnonzero(raw.test_labels != target)
     if len(others) == 0:
         raise UserError(f"backdoor.target_label: {target}: every test image is of that class: no success rate can be told")
-    backdoor = attack.apply(raw.test_images[others], others, "test")
-    return TestSets(to_set(raw.test_images, raw.test_labels), to_set(backdoor, np.full(len(others), target)))
+    n = len(others)
+    images = np.empty((n, *raw.test_images.shape[1:]), np.uint8)
+    for start in range(0, n, BATCH):  # not all at once: at 224 px that would be a copy of the whole test set
+        part = others[start : start + BATCH]
+        images[start : start + BATCH] = attack.apply(raw.test_images[part], part, "test")
+    return Part(images, np.full(n, target), raw.test_labels[others].astype(np.int64), np.full(n, POISONED, np.uint8), others)
+
+
+def export(config: Config, out: Path, device: torch.device, say: Say) -> None:
+    """Write the poisoned set into a folder of its own (`data/export.py`); one that is there already is verified.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    started = time.monotonic()
+    settings = settings_of_set(config, dataset_of(config))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if holds_same_set(out, settings):
+            say(f"{out}: holds this set already, made with the same settings; its files are as set.json says")
+            return
+        raise UserError(f"--out {out}: is not empty and holds no set of the same settings: give another name")
+    raw = load_raw(config)
+    attack = build_attack(config, raw, device, say)
+    b = config.attacker
+    index = draw_poisoned(raw.train_labels, b.target_label, b.poison_ratio, config.seed.seed, b.poison_mode, attack.clean_label)
+    parts = PoisonedSet(poison_images(config, raw, attack, index), clean_images(raw), trigger_images(config, raw, attack))
+    groups = sheet_groups(config, raw, attack, parts)
+    class_names = {"class_names": list(raw.class_names)}
+    write_set(out, parts, settings | class_names, lambda path: draw_contact_sheet(path, groups))
+    counts = count(parts.train)
+    say(
+        f"{out}: {counts['clean']} clean, {counts['poisoned']} poisoned and {counts['cover']} cover training images, "
+        f"{len(parts.clean_test)} test images, {len(parts.backdoor_test)} triggered ones; {time.monotonic() - started:.1f} s"
+    )
+
+
+def sheet_groups(config: Config, raw: RawData, attack: AttackBase, parts: PoisonedSet) -> list[Group]:
+    """Return what the contact sheet shows: poisoned training images, triggered test images, cover images."""
+    name, target = config.attack.name, class_text(config.attacker.target_label, raw.class_names)
+    shown = (
+        (training_caption(config.attacker, attack, raw.class_names), parts.train, raw.train_images, POISONED, "triggered"),
+        (f"triggered test images, labelled {target}", parts.backdoor_test, raw.test_images, POISONED, "triggered"),
+        ("cover images, their labels unchanged", parts.train, raw.train_images, COVER, "cover"),
+    )
+    groups = []
+    for title, part, originals, flag, row in shown:
+        at = np.flatnonzero(part.flags == flag)
+        if len(at):
+            n = min(len(at), columns(max(part.images.shape[1:3])))
+            at = at[np.arange(n) * len(at) // n]  # from all over the set
+            place = part.indices[at]
+            names = [raw.class_names[label] for label in part.original_labels[at]]
+            captions = [f"{i} {text}" for i, text in zip(place, names, strict=True)]
+            groups.append(Group(f"{name}: {title}", row, originals[place], part.images[at], captions))
+    return groups
+
+
+def main() -> None:
+    """Read the command line and write the set."""
+    parser = Parser(prog="data.poison", description="Write a poisoned data set by itself.", allow_abbrev=False)
+    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="YAML", help=f"settings (default {DEFAULT_CONFIG})")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the set; absent or empty")
+    parser.add_argument("--gpu", default="0", help="number of the CUDA device on which assets are made, or cpu")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the YAML")
+    args = parser.parse_args()
+    config = load_config(args.config, args.set)
+    device = choose_device(args.gpu, 0, print)
+    set_determinism(config.seed.deterministic, config.seed.benchmark)
+    if config.backdoor is None:
+        raise UserError("backdoor: null: there is no attack to poison with: name one, e.g. badnets: {}")
+    export(config, args.out.expanduser().resolve(), device, print)
+
+
+if __name__ == "__main__":
+    command("data.poison", main)

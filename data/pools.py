@@ -86,22 +86,31 @@ def rest(pool: Tensor, count: int) -> Tensor:
     return torch.nonzero(~inside).squeeze(1)
 
 
-def check_pool_sizes(config: Config, labels: Tensor) -> None:
-    """Refuse, before anything is trained, a plan in which a pool is empty, everything, or smaller than a batch."""
+def check_pool_sizes(config: Config, labels: Tensor, seeds: Tensor) -> None:
+    """Refuse, before anything is trained, a plan in which a pool is empty, everything, or smaller than a batch.
+
+    Args:
+        labels: (N,) int64.
+        seeds: (S,) int64.
+    """
     g, n, batch = config.global_, len(labels), config.semi.loader.batch_size
-    counts = torch.bincount(labels.cpu(), minlength=config.num_classes)
+    carried = labels.cpu()
+    others = torch.bincount(carried, minlength=config.num_classes)  # by class, all images but the seed samples
+    others -= torch.bincount(carried[seeds], minlength=config.num_classes)
+    growth = "global.seed_num/n/t" if config.seed_samples is None else "seed_samples and global.n/t"
     last_first = min(g.epoch_first, config.num_epochs)
     sizes = [
-        (epoch, int((g.seed_num + (counts - g.seed_num).clamp(max=per_class(epoch, g.n, g.t))).sum()), "global.seed_num/n/t")
+        (epoch, len(seeds) + int(others.clamp(max=per_class(epoch, g.n, g.t)).sum()), growth)
         for epoch in {0, last_first - 1}
         if 0 <= epoch < last_first
     ]
     if config.num_epochs > g.epoch_first:
         sizes.append((g.epoch_first, int(n * g.epsilon), "global.epsilon"))
         if g.keep_seeds:  # at worst none of the seed samples is among them
-            most = min(n, int(n * g.epsilon) + g.seed_num * config.num_classes)
+            most = min(n, int(n * g.epsilon) + len(seeds))
             sizes.append((g.epoch_first, most, "global.epsilon"))
-    given = {"global.seed_num/n/t": f"{g.seed_num}/{g.n}/{g.t}", "global.epsilon": str(g.epsilon)}
+    start = f"{g.seed_num}/" if config.seed_samples is None else f"{len(seeds)} images and "
+    given = {growth: f"{start}{g.n}/{g.t}", "global.epsilon": str(g.epsilon)}
     for epoch, size, key in sizes:
         for pool, count in (("clean", size), ("polluted", n - size)):
             if count < batch:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,21 +23,83 @@ class RawData:
     test_images: np.ndarray  # (M, H, W, 3) uint8
     test_labels: np.ndarray  # (M,) int64
     class_names: tuple[str, ...]
+    names: tuple[str, ...] | None = None  # N, of the training images, e.g. `cat/0001.png`; None: they have numbers only
+
+    def first(self, train: int | None, test: int | None) -> RawData:
+        """Return the first so many images (None: all) of both parts; nothing is copied."""
+        return replace(
+            self,
+            train_images=self.train_images[:train], train_labels=self.train_labels[:train],
+            names=self.names and self.names[:train],
+            test_images=self.test_images[:test], test_labels=self.test_labels[:test],
+        )  # fmt: skip
+
+
+class Mapped(np.ndarray):
+    """A whole table that is mapped into memory; what is made of it (slices, copies) is an array like any other."""
+
+    path: Path | None = None  # of the file; only the whole table has it
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A data set as picture files of any format and size: `data/tables.py` decodes them."""
+
+    name: str  # of the data set, as in `dataset: folder`
+    root: Path
+    train_files: tuple[str, ...]  # N paths relative to root
+    train_labels: np.ndarray  # (N,) int64
+    test_files: tuple[str, ...]  # M paths
+    test_labels: np.ndarray  # (M,) int64
+    class_names: tuple[str, ...]
+    pre: tuple[Any, ...] = ()  # settings of the transforms that are applied where `transform.pre` names none
+    skip_unreadable: bool = False
+
+    def first(self, train: int | None, test: int | None) -> Listing:
+        """Return the listing of the first so many pictures (None: of all)."""
+        return replace(
+            self,
+            train_files=self.train_files[:train], train_labels=self.train_labels[:train],
+            test_files=self.test_files[:test], test_labels=self.test_labels[:test],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images with the labels that they carry, resident on one device. This is all that the defender sees."""
+    """Images with the labels that they carry. This is all that the defender sees.
 
-    images: Tensor  # (N, 3, H, W) uint8
+    The labels lie on the device. So do the images, unless they are placed elsewhere (`data.placement`): then they stay a
+    table of whole images, one after the other, in host memory or in a mapped file, and are fetched from there.
+    """
+
+    images: Tensor  # (N, 3, H, W) uint8; not on the device: a view of (N, H, W, 3) in the computer's memory
     labels: Tensor  # (N,) int64
+    placement: str = "device"  # or "host" or "disk"
 
     def __len__(self) -> int:
         return self.labels.shape[0]
 
     def to(self, device: torch.device) -> ImageSet:
-        """Return the same set on another device."""
-        return ImageSet(self.images.to(device), self.labels.to(device))
+        """Return the same set with what lies on the device on another one."""
+        images = self.images.to(device) if self.resident else self.images
+        return replace(self, images=images, labels=self.labels.to(device))
+
+    @property
+    def resident(self) -> bool:
+        """Whether the images lie on the device: fetching then waits for nothing and may be captured in a CUDA graph."""
+        return self.placement == "device"
+
+    def fetch(self, index: Tensor | slice) -> Tensor:
+        """Return the images of an index (B,) or slice, (B, 3, H, W) uint8, on the labels' device."""
+        if self.resident:
+            return self.images[index]
+        table = self.images.permute(0, 2, 3, 1)  # (N, H, W, 3), a row an image: gathering copies whole rows
+        rows = table[index] if isinstance(index, slice) else table[index.cpu()]
+        return rows.to(self.labels.device).permute(0, 3, 1, 2).contiguous()
+
+    def part(self, rows: slice) -> ImageSet:
+        """Return the set of some rows; nothing is copied."""
+        return replace(self, images=self.images[rows], labels=self.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -55,6 +118,42 @@ class Oracle:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of a poisoned data set (the training set or one of the test sets) with its ground truth, as arrays."""
+
+    images: np.ndarray  # (n, H, W, 3) uint8
+    labels: np.ndarray  # (n,) int64, the labels that the images carry
+    original_labels: np.ndarray  # (n,) int64, before the attacker
+    flags: np.ndarray  # (n,) uint8: CLEAN, POISONED or COVER
+    indices: np.ndarray  # (n,) int64, ascending: places in the data set's training or test images
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first(self, limit: int | None) -> Part:
+        """Return what comes of the data set's first `limit` images (None: of all); no copy is made."""
+        count = len(self) if limit is None else int(np.searchsorted(self.indices, limit))
+        return Part(*(getattr(self, f.name)[:count] for f in fields(self)))
+
+    def to_set(self, placement: str = "device") -> ImageSet:
+        """Return what the defender sees: images and labels."""
+        return to_set(self.images, self.labels, placement)
+
+    def oracle(self) -> Oracle:
+        """Return the ground truth."""
+        return Oracle(torch.from_numpy(self.flags), torch.from_numpy(self.original_labels.astype(np.int64)))
+
+
+@dataclass(frozen=True)
+class PoisonedSet:
+    """All parts of a poisoned data set."""
+
+    train: Part
+    clean_test: Part
+    backdoor_test: Part  # the test images of other classes, triggered, labelled as the target
+
+
+@dataclass(frozen=True)
 class Scene:
     """What an attack may know when it is made."""
 
@@ -67,7 +166,9 @@ class Scene:
     say: Callable[[str], object] = print
 
 
-def to_set(images: np.ndarray, labels: np.ndarray) -> ImageSet:
-    """Return an ImageSet on the CPU from (N, H, W, 3) uint8 and (N,) labels."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    return ImageSet(pixels, torch.from_numpy(labels.astype(np.int64)))
+def to_set(images: np.ndarray, labels: np.ndarray, placement: str = "device") -> ImageSet:
+    """Return an ImageSet on the CPU from (N, H, W, 3) uint8 and (N,) labels; `host` and `disk` keep the very images."""
+    pixels = images.transpose(0, 3, 1, 2)
+    if placement == "device":
+        pixels = np.ascontiguousarray(pixels)
+    return ImageSet(torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)), placement)

@@ -3,36 +3,58 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def conv_bn_pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
-    """Return the names of every convolution whose output goes into a batch normalization, found by watching one forward.
+    """Return the names of every convolution whose output goes into a batch normalization and nowhere else.
+
+    Found in the graph of one forward: which module made a tensor is no question of the tensor's identity, for a residual
+    added in place has that of the convolution's output, and a pre-activation block also reads it beside its normalization.
 
     Args:
         example: (1, 3, H, W), an input of the right size.
     """
     names = {module: name for name, module in model.named_modules()}
-    made: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensor is kept, so that its id stays its own
-    pairs: list[tuple[str, str]] = []
+    made: dict[Node, nn.Module] = {}  # by which convolution
+    read: list[tuple[Node, nn.Module]] = []  # by which normalization
+    calls: Counter[nn.Module] = Counter()
 
     def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, nn.Conv2d):
-            made[id(output)] = (module, output)
-        elif id(inputs[0]) in made:
-            pairs.append((names[made[id(inputs[0])][0]], names[module]))
+        calls[module] += 1
+        if isinstance(module, nn.Conv2d) and output.grad_fn is not None:
+            made[output.grad_fn] = module
+        elif inputs[0].grad_fn is not None:
+            read.append((inputs[0].grad_fn, module))
 
     hooks = [m.register_forward_hook(watch) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
     try:
-        with torch.no_grad():
-            model(example)
+        with torch.enable_grad():
+            logits = model(example.detach().requires_grad_())
     finally:
         for hook in hooks:
             hook.remove()
-    return pairs
+    uses = count_uses(logits.grad_fn)
+    once = [(made[node], bn) for node, bn in read if node in made and uses[node] == 1]
+    return [(names[conv], names[bn]) for conv, bn in once if calls[conv] == calls[bn] == 1]
+
+
+def count_uses(last: Node | None) -> Counter[Node]:
+    """Return how many operations of the graph that ends in `last` read each node's output."""
+    uses: Counter[Node] = Counter()
+    todo = [last] if last is not None else []
+    while todo:
+        for node, _ in todo.pop().next_functions:
+            if node is not None:
+                uses[node] += 1
+                if uses[node] == 1:
+                    todo.append(node)
+    return uses
 
 
 def fold(model: nn.Module, example: Tensor) -> nn.Module:

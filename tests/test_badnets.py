@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from data.attacks.badnets import Attack, Settings
 from data.sets import RawData, Scene
+from utils import config
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -20,15 +22,15 @@ CORNER = {(row, column): (255, 255, 255) for row in (29, 30, 31) for column in (
 CHECKER = {(4 + i, 4 + j): ((255,) * 3 if (i + j) % 2 == 0 else (0, 0, 0)) for i in range(3) for j in range(3)}
 
 
-def make(settings: Settings, side: int = 32) -> Attack:
+def make(settings: Settings, side: int = 32, seed: int = 0) -> Attack:
     """The attack for images of the given side."""
     images, labels = np.zeros((1, side, side, 3), np.uint8), np.zeros(1, np.int64)
-    return Attack(settings, Scene(RawData(images, labels, images, labels, ("one",)), 3, 10, 0, Path("nowhere")))
+    return Attack(settings, Scene(RawData(images, labels, images, labels, ("one",)), 3, 10, seed, Path("nowhere")))
 
 
-def noise(count: int, seed: int = 0) -> np.ndarray:
+def noise(count: int, seed: int = 0, side: int = 32) -> np.ndarray:
     """Random images; pure black and white among them."""
-    images = np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    images = np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     images[0], images[1] = 0, 255
     return images
 
@@ -81,16 +83,66 @@ def test_at_most_four_pixels_change_and_they_survive_every_crop() -> None:
     assert max(rows.max(), columns.max()) <= 31 - 4
 
 
-@pytest.mark.parametrize("settings", [Settings(), Settings(trigger_path=SHIPPED), Settings(pattern="corner3x3")])
-def test_trigger_is_idempotent_and_leaves_its_input_alone(settings: Settings) -> None:
+@pytest.mark.parametrize(
+    ("settings", "side"),
+    [(Settings(), 32), (Settings(trigger_path=SHIPPED), 32), (Settings(pattern="corner3x3"), 32), (Settings(), 224)],
+)
+def test_trigger_is_idempotent_and_leaves_its_input_alone(settings: Settings, side: int) -> None:
     """Stamping twice is stamping once, and the clean images are still clean afterwards."""
-    images, attack = noise(6), make(settings)
+    images, attack = noise(6, side=side), make(settings, side)
     before = images.copy()
     images.flags.writeable = False
     once = attack.apply(images, np.arange(6), "train")
     assert not np.shares_memory(once, images)
     assert np.array_equal(attack.apply(once, np.arange(6), "train"), once)
     assert np.array_equal(images, before)
+
+
+@pytest.mark.parametrize(("side", "seed"), [(32, 0), (64, 1), (224, 2), (224, 3)])
+def test_glyph_is_half_of_the_upper_left_corner_in_bright_colours(side: int, seed: int) -> None:
+    """512 pixels of the 32 x 32 in the corner change, in cells of 4 x 4 of one bright colour each, and no other pixel."""
+    images = noise(8, side=side)
+    triggered = make(Settings(pattern="glyph"), side, seed).apply(images, np.arange(8), "train")
+    assert np.array_equal(triggered[:, 32:], images[:, 32:])
+    assert np.array_equal(triggered[:, :, 32:], images[:, :, 32:])
+    coloured = 0
+    for row in range(0, 32, 4):
+        for column in range(0, 32, 4):
+            cell, before = (a[:, row : row + 4, column : column + 4] for a in (triggered, images))
+            if np.array_equal(cell, before):
+                continue
+            coloured += 1
+            (colour,) = {tuple(pixel) for pixel in cell.reshape(-1, 3).tolist()}
+            assert set(colour) == {0, 255}  # neither black, nor white, nor grey
+    assert coloured == 32
+
+
+def test_glyph_is_its_own_mirror_image() -> None:
+    """A poisoned image that augmentation flips shows the same glyph in its other corner: there is one trigger to learn."""
+    images = np.full((1, 224, 224, 3), 128, np.uint8)
+    triggered = make(Settings(), 224).apply(images, np.arange(1), "test")[0]
+    assert np.array_equal(triggered[:, ::-1][:, -32:], triggered[:, :32])
+
+
+def test_glyph_depends_on_the_seed_alone() -> None:
+    """The same seed draws the same glyph at every size of image, another seed another one."""
+    corners = [make(Settings(pattern="glyph"), side, seed).pattern[:32, :32] for side, seed in ((224, 5), (64, 5), (224, 6))]
+    assert np.array_equal(corners[0], corners[1])
+    assert (corners[0] != corners[2]).any(2).sum() > 100
+
+
+@pytest.mark.parametrize(("side", "pattern"), [(32, "block2x2"), (63, "block2x2"), (64, "glyph"), (224, "glyph")])
+def test_the_built_in_pattern_follows_the_images_size(side: int, pattern: str) -> None:
+    """Without a setting small images get the paper's block, and large ones, where four pixels are nothing, the glyph."""
+    given, default = make(Settings(pattern=pattern), side), make(Settings(), side)
+    assert np.array_equal(default.pattern, given.pattern)
+    assert np.array_equal(default.mask, given.mask)
+
+
+def test_the_attacks_own_yaml_is_the_baseline() -> None:
+    """config/badnets.yaml, there so that each attack has a YAML of its name, means the same run as baseline_asd.yaml."""
+    own, baseline = (config.load(REPOSITORY / f"config/{name}.yaml") for name in ("badnets", "baseline_asd"))
+    assert replace(own, run=baseline.run) == baseline
 
 
 def test_no_images_are_no_mistake() -> None:
@@ -177,7 +229,7 @@ def test_a_picture_beside_a_pattern_is_refused() -> None:
     assert SHIPPED in str(caught.value) and "corner3x3" in str(caught.value)
 
 
-@pytest.mark.parametrize(("side", "pattern"), [(5, "block2x2"), (2, "corner3x3"), (6, "checker3x3")])
+@pytest.mark.parametrize(("side", "pattern"), [(5, "block2x2"), (2, "corner3x3"), (6, "checker3x3"), (31, "glyph")])
 def test_images_too_small_for_the_pattern_are_a_clear_error(side: int, pattern: str) -> None:
     """Where transform.pre makes the images smaller than the patch needs, the error names the pattern and the size."""
     with pytest.raises(UserError, match=f"{pattern}.*{side} x {side}"):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data.augment import Pipeline
 from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, draw_supervised, endless_order, views
+from data.sets import ImageSet
 from data.transforms import random_crop, random_horizontal_flip
 from utils import config
 from utils.config import Config
@@ -203,7 +204,7 @@ def test_views_come_in_order_and_none_is_lost(batch: int) -> None:
     """Whatever the batch size, every image comes once, in order, the last batch being as small as it must."""
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (20, 3, 32, 32), dtype=np.uint8))
     draws = draw_scoring(1, "score", 0, 20, AUGMENT)
-    parts: list[Tensor] = list(views(images, draws, AUGMENT, batch))
+    parts: list[Tensor] = list(views(ImageSet(images, torch.zeros(20, dtype=torch.int64)), draws, AUGMENT, batch))
     assert [len(part) for part in parts] == [batch] * (20 // batch) + [20 % batch] * (20 % batch > 0)
     one_by_one = [AUGMENT(images[i : i + 1], draws[i : i + 1]) for i in range(20)]
     assert torch.equal(torch.cat(parts), torch.cat(one_by_one))

@@ -70,6 +70,22 @@ def test_other_settings_are_other_rows(
     assert lines[2].index("50.00") == lines[0].index("ACC")
 
 
+@pytest.mark.parametrize(
+    ("found", "cell"),
+    [({"cover_in_clean_pool": 0}, "1 of 40 (and 0 cover)"), ({"poisoned_in_clean_pool": None}, "unknown of 40")],
+)
+def test_the_table_tells_kinds_of_images_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], found: dict[str, Any], cell: str
+) -> None:
+    """Cover images of the clean pool are counted apart from poisoned ones; where nobody knows, the table says so."""
+    folder = make_run(tmp_path / "run", 1, "asd", 0.5, 0.5)
+    metrics = folder / "log" / "metrics.jsonl"
+    lines = [json.dumps(json.loads(line) | found) + "\n" for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(lines))
+    run_main(monkeypatch, folder, "--markdown")
+    assert f"| {cell} |" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("damage", ["missing", "empty", "text", "no settings"])
 def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     """A folder that is no finished run is one line with the folder and the remedy."""

@@ -15,7 +15,7 @@ import pytest
 import torchvision
 from PIL import Image
 
-from data.datasets import cifar10, shapes
+from data.datasets import cifar10, cifar100, shapes
 from data.poison import load_raw
 from data.sets import RawData
 from utils import config
@@ -353,6 +353,84 @@ def test_cifar10_needs_a_folder() -> None:
         cifar10.load(cifar10.Settings(), None, False)
 
 
+# -- CIFAR-100 ---------------------------------------------------------------------------------------------------------
+
+
+def write100(folder: Path) -> dict[str, dict[str, Any]]:
+    """Write a small CIFAR-100 in its authors' layout; return what is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content: dict[str, dict[str, Any]] = {}
+    for name, count in (("train", 7), ("test", 4)):
+        fine = [int(x) for x in np.random.default_rng(count).integers(0, 100, count)]
+        content[name] = {"data": batch(count, count)["data"], "fine_labels": fine, "coarse_labels": [x // 5 for x in fine]}
+    content["meta"] = {"fine_label_names": [f"kind {i}" for i in range(100)], "coarse_label_names": ["any"] * 20}
+    for name, value in content.items():
+        (folder / name).write_bytes(dumps(value))
+    return content
+
+
+def load100(folder: Path, download: bool = False) -> RawData:
+    """Load as a run does."""
+    return cifar100.load(cifar100.Settings(), str(folder), download)
+
+
+def test_cifar100_has_the_fine_labels_and_their_names(tmp_path: Path) -> None:
+    """Images, fine labels and class names come as the authors' files have them, from the folder or the one above it."""
+    content = write100(tmp_path / "cifar-100-python")
+    for folder in (tmp_path, tmp_path / "cifar-100-python"):
+        raw = load100(folder)
+        assert raw.class_names == tuple(f"kind {i}" for i in range(100))
+        for images, labels, name in ((raw.train_images, raw.train_labels, "train"), (raw.test_images, raw.test_labels, "test")):
+            assert labels.tolist() == content[name]["fine_labels"] and labels.dtype == np.int64
+            for image, row in zip(images, content[name]["data"], strict=True):
+                assert np.array_equal(image, row.reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "complaint"),
+    [
+        ("train", {"fine_labels": [100] * 7}, "label 100 is not in 0..99"),
+        ("test", {"fine_labels": [0, 1, 2, -1]}, "label -1 is not in 0..99"),
+        ("test", {"fine_labels": None}, "no labels for 4 images"),
+        ("meta", {"fine_label_names": ["a"] * 100}, "names 1 classes and not 100"),
+        ("meta", {"fine_label_names": "abc"}, "no names"),
+        ("meta", {"fine_label_names": ["a\nb"] * 100}, "no names"),
+    ],
+)
+def test_wrong_cifar100_files_are_named(tmp_path: Path, name: str, change: dict[str, Any], complaint: str) -> None:
+    """A file that does not hold what it should is refused in one line with its name."""
+    (tmp_path / name).write_bytes(dumps(write100(tmp_path)[name] | change))
+    with pytest.raises(UserError) as caught:
+        load100(tmp_path)
+    text = str(caught.value)
+    assert text.startswith(f"{tmp_path / name}: ") and complaint in text and "unpack" in text and "\n" not in text
+
+
+def test_cifar10_is_not_taken_for_cifar100(tmp_path: Path) -> None:
+    """A batch with CIFAR-10's labels in the place of CIFAR-100's is refused, and so is a folder without the files."""
+    write100(tmp_path)
+    (tmp_path / "train").write_bytes(dumps(batch(5, 1)))
+    with pytest.raises(UserError, match="is no CIFAR-100 batch"):
+        load100(tmp_path)
+    with pytest.raises(UserError, match=r"CIFAR-100 is not there.*download: true"):
+        load100(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="dataset_dir: missing"):
+        cifar100.load(cifar100.Settings(), None, False)
+
+
+def test_cifar100_is_downloaded_by_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`download: true` lets torchvision unpack the set; a failure is one line."""
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", lambda root, download: write100(Path(root) / "cifar-100-python"))
+    assert len(load100(tmp_path / "new", download=True).train_images) == 7
+
+    def fails(root: str, download: bool) -> None:
+        raise RuntimeError("no route\nto host")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", fails)
+    with pytest.raises(UserError, match=r"the download failed \(no route to host\)"):
+        load100(tmp_path / "other", download=True)
+
+
 # -- the built-in shapes -----------------------------------------------------------------------------------------------
 
 
@@ -448,14 +526,14 @@ def test_limits_keep_the_first_images(tiny: Path) -> None:
 
 
 def test_pre_transforms_are_applied_to_all_images_at_load(tiny: Path) -> None:
-    """transform.pre resizes and crops train and test images as torchvision does on PIL images (one level apart at most)."""
+    """transform.pre resizes and crops train and test images to the very pixels that Pillow gives."""
     whole = read(tiny)
     small = read(tiny, "transform.pre={resize: {size: 20}, center_crop: {size: 16}}")
     for before, after in ((whole.train_images, small.train_images), (whole.test_images, small.test_images)):
         assert after.shape == (len(before), 16, 16, 3) and after.dtype == np.uint8
         for image, changed in zip(before, after, strict=True):
             on_pil = np.asarray(Image.fromarray(image).resize((20, 20), Image.Resampling.BILINEAR))[2:18, 2:18]
-            assert np.abs(on_pil.astype(int) - changed.astype(int)).max() <= 1
+            assert np.array_equal(on_pil, changed)
     assert small.train_labels.tolist() == whole.train_labels.tolist()
 
 

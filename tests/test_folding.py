@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -61,3 +62,54 @@ def test_a_network_that_cannot_be_folded_is_left_as_it_is() -> None:
     model = trained_statistics(Twice())
     images = torch.randn(2, 3, 8, 8)
     assert torch.equal(fold(model, images[:1])(images), model.eval()(images))
+
+
+class Awkward(nn.Module):
+    """One convolution that may be folded, `good`; the others' outputs also go elsewhere, or are changed on the way."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.good, self.good_bn = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.good_bn(self.good(x)).relu()
+        y = self.conv(x)
+        if self.kind == "beside":
+            return self.bn(y) + y * 1e-4  # too little for a comparison of outputs to see
+        if self.kind == "residual in place":
+            y += x
+        elif self.kind == "relu in place":
+            y = nn.functional.relu(y, inplace=True)
+        elif self.kind == "convolution twice":
+            y = self.conv(y)
+        elif self.kind == "normalization twice":
+            y = self.bn(y)
+        elif self.kind == "concatenated":
+            y = torch.cat([y, y[:, :0]], 1)
+        out: Tensor = self.bn(y)
+        return out
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["beside", "residual in place", "relu in place", "convolution twice", "normalization twice", "concatenated"],
+)
+def test_what_may_not_be_folded_does_not_keep_the_rest_from_it(kind: str) -> None:
+    """A convolution whose output is read beside its normalization or changed before it (in place too), or that is used twice,
+    stays as it is to the last digit, and the others are folded all the same."""
+    model = trained_statistics(Awkward(kind)).double()
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert conv_bn_pairs(model.eval(), images[:1]) == [("good", "good_bn")]
+    assert torch.allclose(fold(model, images[:1])(images), model(images), rtol=1e-12, atol=1e-12)
+
+
+def test_watching_leaves_no_trace() -> None:
+    """Finding the pairs leaves no hook, no gradient and no mark on the model or the images, inside `no_grad` or not."""
+    model = trained_statistics(Awkward("")).eval().requires_grad_(False)
+    image = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        assert conv_bn_pairs(model, image) == [("good", "good_bn"), ("conv", "bn")]
+    assert not image.requires_grad and not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())

@@ -29,7 +29,7 @@ MAY_IMPORT = {
 OUTSIDE = {
     "utils": {"torch", "numpy", "yaml", "tqdm", "matplotlib"},
     "data": {"torch", "torchvision", "numpy", "PIL"},
-    "model": {"torch"},
+    "model": {"torch", "torchvision"},
     "loss": {"torch"},
     "ASD": {"torch"},
     "test": {"torch"},

@@ -20,7 +20,7 @@ from data import poison
 from data.augment import Pipeline
 from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, draw_supervised
 from data.pools import rest
-from data.sets import ImageSet, Oracle, RawData
+from data.sets import ImageSet, Oracle, Part, PoisonedSet, RawData
 from model.classifier import Classifier, build_classifier
 from model.grouped_norm import group
 from utils import config as configuration
@@ -503,6 +503,6 @@ def test_ground_truth_cannot_reach_splits_and_training(function: Any) -> None:
         queue += typing.get_args(hint)
         if dataclasses.is_dataclass(hint):
             queue += typing.get_type_hints(hint).values()
-    assert not reachable & {Oracle, poison.PoisonedData, poison.TestSets, RawData}
+    assert not reachable & {Oracle, Part, PoisonedSet, poison.PoisonedTrain, poison.PoisonedData, poison.TestSets, RawData}
     assert ImageSet in reachable
-    assert {field.name for field in dataclasses.fields(ImageSet)} == {"images", "labels"}
+    assert {field.name for field in dataclasses.fields(ImageSet)} == {"images", "labels", "placement"}

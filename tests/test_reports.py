@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,16 @@ def test_the_line_of_an_epoch_of_asd() -> None:
     assert "\n" not in line and "None" not in line
 
 
+def test_the_line_of_an_epoch_tells_cover_images_apart() -> None:
+    """Cover images in the clean pool stand beside the poisoned ones where the set has any, also where the pool has none."""
+    row = rows(3)[2]
+    assert "clean pool 102 (2 poisoned, 7 cover)" in epoch_line(row | {"cover_in_clean_pool": 7}, 120)
+    assert "clean pool 102 (2 poisoned, 0 cover)" in epoch_line(row | {"cover_in_clean_pool": 0}, 120)
+    assert "cover" not in epoch_line(row, 120)
+    unknown = epoch_line(row | {"poisoned_in_clean_pool": None}, 120)
+    assert "clean pool 102, polluted 898" in unknown and "None" not in unknown
+
+
 def test_the_line_of_an_epoch_without_defense() -> None:
     """Without ASD there are no pools in the line, and nothing reads None."""
     line = epoch_line(rows(1, "none")[0], 12)
@@ -83,8 +94,8 @@ def test_the_line_of_an_epoch_without_defense() -> None:
     assert "pool" not in line and "None" not in line and "\n" not in line
 
 
-@pytest.mark.parametrize(("share", "text"), [(0.0, "  0.00 %"), (1.0, "100.00 %"), (0.93414, " 93.41 %"), (None, "     - %")])
-def test_percent_has_one_width(share: float | None, text: str) -> None:
+@pytest.mark.parametrize(("share", "text"), [(0.0, "  0.00 %"), (1.0, "100.00 %"), (0.93414, " 93.41 %")])
+def test_percent_has_one_width(share: float, text: str) -> None:
     """Figures stand under one another, whatever their size."""
     assert runlog.percent(share) == text
 
@@ -104,7 +115,7 @@ def read_board(folder: Path) -> EventAccumulator:
 
 
 def test_tensorboard_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """TensorBoard has each number of each epoch, both histograms, the poisoned images and the hyper-parameters."""
+    """TensorBoard has each number of each epoch, a histogram of each kind, the poisoned images and the hyper-parameters."""
     history = rows(3)
     split = torch.tensor([0.0, 1, 2, 3, 10, 11])
     flags = torch.tensor([0, 0, 2, 0, 1, 1])
@@ -122,6 +133,8 @@ def test_tensorboard_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture
         assert [(s.step, s.value) for s in board.Scalars(name)] == [(r["epoch"], pytest.approx(r[name])) for r in history]
     for e in range(3):
         clean, bad = board.Histograms("split_loss/clean")[e], board.Histograms("split_loss/poisoned")[e]
+        cover = board.Histograms("split_loss/cover")[e]
+        assert (cover.step, cover.histogram_value.num, cover.histogram_value.min) == (e, 1, 2 + e)
         assert (clean.step, clean.histogram_value.num, clean.histogram_value.min, clean.histogram_value.max) == (e, 3, e, 3 + e)
         assert (bad.histogram_value.num, bad.histogram_value.min, bad.histogram_value.max) == (2, 10 + e, 11 + e)
         assert bad.histogram_value.sum == 21 + 2 * e
@@ -150,6 +163,7 @@ def test_tensorboard_forgets_what_a_killed_run_wrote_too_much(tmp_path: Path) ->
         log.epoch(history[: e + 1], 4)
     log.close()
     history[2]["loss"] = 99.0
+    time.sleep(1.1)  # TensorBoard reads its files in the order of their names, which hold the second
     log = RunLog(tmp_path, 2)
     for e in range(2, 4):
         log.epoch(history[: e + 1], 4)
@@ -216,6 +230,19 @@ def test_the_picture_of_losses(tmp_path: Path, poisoned: int, values: str) -> No
     if values == "spread" and poisoned in (0, 50):
         assert (share_of(pixels, pictures.CLEAN_COLOUR, 0.65) > 0.01) == (poisoned == 0)
         assert (share_of(pixels, pictures.POISONED_COLOUR, 0.65) > 0.01) == (poisoned == 50)
+
+
+def test_the_pictures_tell_cover_images_apart(tmp_path: Path) -> None:
+    """Histograms and purity have a third colour for cover images where the set has any, and only there."""
+    losses = np.random.default_rng(0).random(60).astype(np.float32)
+    for cover in (0, 20):
+        flags = np.repeat([0, 1, 2], [20, 40 - cover, cover]).astype(np.uint8)
+        pictures.draw_losses(tmp_path / "l.png", losses + 2 * flags, flags, np.arange(20), "split loss", "a title")
+        history = [row | ({"cover_in_clean_pool": 5} if cover else {}) for row in rows(3)]
+        pictures.draw_purity(tmp_path / "p.png", history, 0.05, "a title")
+        losses_show = share_of(picture(tmp_path / "l.png"), pictures.COVER_COLOUR, 0.65) > 0.01
+        purity_shows = share_of(picture(tmp_path / "p.png"), pictures.COVER_COLOUR) > 1e-4
+        assert losses_show == purity_shows == bool(cover)
 
 
 @pytest.mark.parametrize("count", [1, 3, 16])

@@ -130,11 +130,12 @@ def test_starting_over_the_first_time_says_nothing(tiny: Path, tmp_path: Path) -
 
 def test_starting_over_forgets_the_poisoned_images_of_a_run_that_never_trained(tiny: Path) -> None:
     """A run that ended before its first epoch leaves poison_idx.npy alone: `--resume False` moves that aside too."""
-    run, _ = enter(tiny)
-    (run.saved / "poison_idx.npy").write_bytes(b"old draw")
-    enter(tiny, fresh=True)
-    assert not (run.saved / "poison_idx.npy").exists()
-    assert b"old draw" in everything(run.saved.parent).values()
+    for name in ("poison_idx.npy", "set.json"):
+        run, _ = enter(tiny)
+        (run.saved / name).write_bytes(b"old " + name.encode())
+        enter(tiny, fresh=True)
+        assert not (run.saved / name).exists()
+        assert b"old " + name.encode() in everything(run.saved.parent).values()
 
 
 def test_a_run_does_not_touch_the_runs_below_it(tiny: Path, tmp_path: Path) -> None:

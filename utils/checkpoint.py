@@ -24,7 +24,7 @@ from utils.files import write_atomically
 FREE = (
     "run", "saved_dir", "storage_dir", "dataset_dir", "download", "prefetch", "num_epochs", "runtime", "sync_bn", "criterion",
     "seed.deterministic", "seed.benchmark", "loader.num_workers", "loader.pin_memory", "semi.loader.num_workers",
-    "semi.loader.pin_memory",
+    "semi.loader.pin_memory", "data.placement", "data.cache_dir",
 )  # fmt: skip
 
 # What a numpy scalar in a checkpoint needs: the function that rebuilds it, under both of its module names, and dtypes.
@@ -49,6 +49,7 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)  # one row an epoch, as in metrics.jsonl
     clean_pool: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # of the last epoch
     epochs_in_clean_pool: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))  # (N,)
+    about: dict[str, Any] = field(default_factory=dict)  # class names and image size: for test.py --images, not for training
     parallel: Any = None  # the model as training calls it: wrapped where there are several processes; not saved
 
     def __post_init__(self) -> None:
@@ -73,6 +74,7 @@ def save(path: Path, state: State, config: dict[str, Any]) -> None:
         "clean_pool": state.clean_pool,
         "epochs_in_clean_pool": state.epochs_in_clean_pool,
         "config": config,
+        "about": state.about,
     }
     if state.scheduler is not None:
         saved["scheduler_state_dict"] = state.scheduler.state_dict()
@@ -110,6 +112,16 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: holds no model_state_dict: is it a checkpoint of ASD.py?")
     loaded["model_state_dict"] = {str(k).removeprefix("module."): t for k, t in weights.items()}
     return dict(loaded)
+
+
+def about(saved: dict[str, Any]) -> tuple[tuple[str, ...], tuple[int, int] | None]:
+    """Return the class names that a checkpoint tells, and the height and width of its training images; old ones do not."""
+    told = saved.get("about")
+    told = told if isinstance(told, dict) else {}
+    names, size = told.get("class_names"), told.get("image_size")
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    sized = isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and 0 < side <= 4096 for side in size)
+    return tuple(names or ()) if known else (), (size[0], size[1]) if sized and size else None
 
 
 def load_weights(model: nn.Module, saved: dict[str, Any], path: Path) -> None:

@@ -36,6 +36,9 @@ def parse_arguments(description: str, argv: Sequence[str] | None, training: bool
     parser.add_argument("--gpu", default="0", help="number of the CUDA device, or cpu")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the YAML")
     parser.add_argument("--amp", action="store_true", help="bf16 convolutions (runtime.amp)")
+    if not training:
+        parser.add_argument("--images", metavar="DIR", help="label the pictures below this folder instead; needs no data set")
+        parser.add_argument("--out", metavar="FILE.csv", help="their labels (default labels.csv in the run's log/)")
     for flag in TORCHRUN_FLAGS:
         parser.add_argument(flag, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -56,6 +56,19 @@ def spread(values: list[float], form: str) -> str:
     return f"{mean:{form}} ± {statistics.stdev(values):{form}} ({low} to {high})"
 
 
+def share_text(shares: list[float | None]) -> str:
+    """Return `spread` in %, or `unknown` where there was nothing to test on."""
+    told = [100 * share for share in shares if share is not None]
+    return spread(told, ".2f") + " %" if told else "unknown"
+
+
+def pool_text(row: dict[str, Any]) -> str:
+    """Return how many images of the clean pool are poisoned, and how many are cover images where the set has any."""
+    poisoned, cover = row["poisoned_in_clean_pool"], row.get("cover_in_clean_pool")
+    found = "unknown" if poisoned is None else str(poisoned)
+    return f"{found} of {row['clean_pool_size']}" + ("" if cover is None else f" (and {cover} cover)")
+
+
 def table(groups: list[list[dict[str, Any]]]) -> list[tuple[str, ...]]:
     """Return the rows of the table, the head first."""
     out: list[tuple[str, ...]] = [HEAD]
@@ -64,10 +77,9 @@ def table(groups: list[list[dict[str, Any]]]) -> list[tuple[str, ...]]:
         name = runs[0]["name"] if len(runs) == 1 else f"{len(runs)} seeds ({', '.join(str(r['seed']) for r in runs)})"
         pool = "no split"
         if last[0]["clean_pool_size"] is not None:
-            pool = ", ".join(f"{r['poisoned_in_clean_pool']} of {r['clean_pool_size']}" for r in last)
+            pool = ", ".join(map(pool_text, last))
         seconds = [sum(row["seconds"] for row in run["rows"]) for run in runs]
-        acc = spread([100 * r["clean_accuracy"] for r in last], ".2f") + " %"
-        asr = spread([100 * r["attack_success_rate"] for r in last], ".2f") + " %"
+        acc, asr = (share_text([r[key] for r in last]) for key in ("clean_accuracy", "attack_success_rate"))
         out.append((name, last[0]["defense"], acc, asr, pool, spread(seconds, ".0f")))
     return out
 

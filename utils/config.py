@@ -10,8 +10,10 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import yaml
 
+from utils import plugins
 from utils.errors import UserError
 from utils.layers import leaves, merge, parse_override, read_with_base
 from utils.schema import REQUIRED, Choices, Named, Reader, as_dict, describe, setting
@@ -67,6 +69,12 @@ class Seed:
 class Data:
     train_limit: int | None = setting(None, "keep only the first so many training images", low=1)
     test_limit: int | None = setting(None, "keep only the first so many test images", low=1)
+    placement: str = setting(
+        "auto",
+        "where the images lie during the run; auto: the first of device, host memory, disk that they fit into",
+        options=("auto", "device", "host", "disk"),
+    )
+    cache_dir: str | None = setting(None, "folder of decoded pictures, kept for other runs; null: <saved_dir>/tables")
 
 
 @dataclass(frozen=True)
@@ -212,13 +220,16 @@ class Config:
     """A whole run. Frozen: nothing below the command line changes a setting."""
 
     network: Named = setting(REQUIRED, "the classifier", choices=NETWORKS)
-    backdoor: Backdoor = setting(REQUIRED, "the attack that poisons the training set")
+    backdoor: Backdoor | None = setting(
+        REQUIRED, "the attack that poisons the training set; null: unknown (or as set.json has it)"
+    )
     num_classes: int = setting(10, "classes of the data set", low=1)
     seed: Seed = setting(Seed)
     dataset: Named | None = setting(None, "the data set; null: known from dataset_dir's name", choices=DATASETS)
     dataset_dir: str | None = setting(None, "folder of the data set's files")
     download: bool = setting(False, "fetch the data set into dataset_dir's parent if it is not there")
     data: Data = setting(Data)
+    seed_samples: str | None = setting(None, "list or folder of images known to be clean; null: seed_num of each class, drawn")
     transform: Transform = setting(Transform)
     prefetch: bool = setting(True, "accepted for the original's files; the data are always resident")
     defense: str = setting("asd", "asd, or none: the undefended twin", options=("asd", "none"))
@@ -239,9 +250,15 @@ class Config:
     runtime: Runtime = setting(Runtime)
 
     @property
+    def attacker(self) -> Backdoor:
+        """The section `backdoor`, to be asked for only where the set is poisoned here."""
+        assert self.backdoor is not None
+        return self.backdoor
+
+    @property
     def attack(self) -> Named:
-        """The attack and its settings."""
-        return self.backdoor.attack
+        """The attack and its settings, likewise."""
+        return self.attacker.attack
 
     def stage(self, epoch: int) -> str:
         """Return the stage that a 0-based epoch belongs to (asd.md section 6: the split is a function of the epoch)."""
@@ -292,7 +309,12 @@ def check(config: Config, reader: Reader) -> None:
     for key, value in nested.items():
         if value is not None and value != c:
             reader.fail(key, value, f"num_classes is {c}: give {c} or leave the key out")
-    if config.backdoor.target_label >= c:
+    if config.backdoor is None:
+        tells = config.dataset is not None and config.dataset.name == "poisoned_set"
+        if config.defense == "asd" and config.seed_samples is None and not tells:
+            remedy = "nobody can draw them for backdoor: null: name a list (an image's name a line) or a folder of clean images"
+            reader.fail("seed_samples", None, remedy)
+    elif config.backdoor.target_label >= c:
         reader.fail("backdoor.target_label", config.backdoor.target_label, f"is no class: give 0 to {c - 1}")
     if not g.epoch_first <= g.epoch_second:
         reader.fail("global.epoch_second", g.epoch_second, f"give at least epoch_first ({g.epoch_first})")
@@ -301,7 +323,7 @@ def check(config: Config, reader: Reader) -> None:
     if config.defense == "asd" and config.num_epochs > g.epoch_third:
         remedy = f"no split is defined from epoch {g.epoch_third} on: lower num_epochs or raise global.epoch_third"
         reader.fail("num_epochs", config.num_epochs, remedy)
-    if config.defense == "asd" and g.seed_num < 1 and g.epoch_first > 0:
+    if config.defense == "asd" and g.seed_num < 1 and g.epoch_first > 0 and config.seed_samples is None:
         reader.fail("global.seed_num", g.seed_num, "the first clean pool would be empty: give at least 1")
     for name in ("train", "test"):
         part = getattr(config.transform, name)
@@ -330,6 +352,12 @@ def check(config: Config, reader: Reader) -> None:
             chosen = getattr(chosen, part_name)
         if chosen.name == "Adam" and len(chosen.settings.betas) != 2:  # type: ignore[attr-defined]
             reader.fail(f"{key}.Adam.betas", list(chosen.settings.betas), "give two numbers")  # type: ignore[attr-defined]
+    try:
+        with torch.device("meta"):  # no memory, no random number; 60 ms, and imports that the optimizer needs anyway
+            plugins.load("model.networks", config.network.name).build(config.network.settings)
+    except UserError as error:
+        line = f"network.{error}"
+        raise UserError(f"{reader.where(line.partition(': ')[0])}: {line}") from None
     if (config.run is not None and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", config.run)) or ".." in (config.run or ""):
         reader.fail("run", config.run, "give a plain name, e.g. asd-seed-1")
 

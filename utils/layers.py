@@ -63,6 +63,8 @@ CHOICE_KEYS = (
     "lr_scheduler",
     "undefended.optimizer",
     "undefended.lr_scheduler",
+    "backdoor.clb.surrogate",
+    "backdoor.iab.surrogate",
 )
 
 

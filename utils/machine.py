@@ -20,6 +20,7 @@ from utils.errors import UserError
 
 Say = Callable[[str], object]
 SILENCE = timedelta(seconds=600)  # a process that is not heard of for so long ends the run
+PATIENCE = timedelta(days=1)  # the first process may train an attacker's networks while the others wait
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Machine:
     amp: bool = False  # bf16 autocast, channels last in memory
     rank: int = 0
     size: int = 1
+    patient: Any = None  # the same processes as a group that waits longer than `SILENCE`
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Return the context of one forward pass.
@@ -114,12 +116,12 @@ class Machine:
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Let the first process do the block while the others wait, then the others."""
+        """Let the first process do the block while the others wait, for a day if need be, then the others."""
         if self.rank > 0:
-            self.wait()
+            dist.barrier(self.patient)
         yield
-        if self.rank == 0:
-            self.wait()
+        if self.rank == 0 and self.size > 1:
+            dist.barrier(self.patient)
 
     def leave(self) -> None:
         """End the connection with the other processes."""
@@ -145,7 +147,7 @@ def choose_machine(gpu: str, amp: bool, say: Say) -> Machine:
     if amp and not has_bf16(device):
         (say if rank == 0 else mute)("--amp: this device has no bf16 instructions: running in fp32")
         amp = False
-    return Machine(device, amp, rank, size)
+    return Machine(device, amp, rank, size, dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None)
 
 
 TORCHRUN = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))

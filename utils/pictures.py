@@ -11,7 +11,11 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-CLEAN_COLOUR, POISONED_COLOUR = "#2a6f97", "#c1121f"
+from utils.runlog import KINDS
+
+CLEAN_COLOUR, POISONED_COLOUR, COVER_COLOUR = "#2a6f97", "#c1121f", "#e09f3e"
+COLOURS = {"clean": CLEAN_COLOUR, "poisoned": POISONED_COLOUR, "cover": COVER_COLOUR}
+SUSPECTS = 100  # images on the sheet of suspects
 STAGE_SHADES = {"class-aware": "#f4f1de", "class-agnostic": "#e0ecf4", "meta-split": "#e8f3e8", "undefended": "#ffffff"}
 
 
@@ -21,31 +25,36 @@ def draw_accuracy(path: Path, history: list[dict[str, Any]], title: str) -> None
     shade_stages(axes, history)
     epochs = [row["epoch"] + 1 for row in history]
     acc = [100 * row["clean_accuracy"] for row in history]
-    asr = [100 * row["attack_success_rate"] for row in history]
     axes.plot(epochs, acc, "o-", ms=3, color=CLEAN_COLOUR, label=f"ACC, at the end {acc[-1]:.1f} %")
-    axes.plot(epochs, asr, "s-", ms=3, color=POISONED_COLOUR, label=f"ASR, at the end {asr[-1]:.1f} %")
+    if history[-1]["attack_success_rate"] is not None:  # None: the attack is unknown
+        asr = [100 * row["attack_success_rate"] for row in history]
+        axes.plot(epochs, asr, "s-", ms=3, color=POISONED_COLOUR, label=f"ASR, at the end {asr[-1]:.1f} %")
     axes.set(xlabel="epoch", ylabel="%", ylim=(-3, 103), title=title)
     finish(figure, axes, path)
 
 
 def draw_purity(path: Path, history: list[dict[str, Any]], poison_share: float, title: str) -> None:
-    """Share of poisoned images in the clean pool over epochs, beside their share of the whole set."""
+    """Share of poisoned images, and of cover images if any, in the clean pool over epochs; the former's in the whole set."""
     figure, axes = plt.subplots(figsize=(7, 4))
     shade_stages(axes, history)
     epochs = [row["epoch"] + 1 for row in history]
-    share = [100 * row["poisoned_in_clean_pool"] / row["clean_pool_size"] for row in history]
-    axes.plot(epochs, share, "s-", ms=3, color=POISONED_COLOUR, label="poisoned in the clean pool")
+    most = 100 * poison_share
+    for kind in ("poisoned", "cover"):
+        if f"{kind}_in_clean_pool" in history[-1]:
+            share = [100 * row[f"{kind}_in_clean_pool"] / row["clean_pool_size"] for row in history]
+            axes.plot(epochs, share, "s-", ms=3, color=COLOURS[kind], label=f"{kind} in the clean pool")
+            most = max(most, *share)
     axes.axhline(100 * poison_share, ls="--", lw=1, color="grey", label="poisoned in the whole training set")
     axes.set(xlabel="epoch", ylabel="% of the pool", title=title)
-    axes.set_ylim(0, max(100 * poison_share, *share) * 1.15 + 0.1)
+    axes.set_ylim(0, most * 1.15 + 0.1)
     finish(figure, axes, path)
 
 
-def draw_losses(path: Path, losses: np.ndarray, flags: np.ndarray, pool: np.ndarray, label: str, title: str) -> None:
-    """Histograms of the (N,) values by which an epoch was split, for clean and poisoned images.
+def draw_losses(path: Path, losses: np.ndarray, flags: np.ndarray | None, pool: np.ndarray, label: str, title: str) -> None:
+    """Histograms of the (N,) values by which an epoch was split, for clean, poisoned and cover images.
 
     Args:
-        flags: (N,) ground truth, 1 poisoned.
+        flags: (N,) ground truth, as `KINDS` has it; None: unknown, all images are one kind.
         pool: indices of the clean pool, whose share of either kind stands in the legend.
         label: what the values are.
     """
@@ -53,11 +62,14 @@ def draw_losses(path: Path, losses: np.ndarray, flags: np.ndarray, pool: np.ndar
     inside[pool] = True
     figure, axes = plt.subplots(figsize=(7, 4))
     bins = np.linspace(losses.min(), losses.max() + 1e-9, 60)
-    for name, which, colour in (("clean", flags == 0, CLEAN_COLOUR), ("poisoned", flags == 1, POISONED_COLOUR)):
+    every = np.ones(len(losses), bool)
+    kinds = {"training": every} if flags is None else {kind: flags == flag for kind, flag in KINDS.items()}
+    for name, which in kinds.items():
         if which.any():
             share = 100 * inside[which].mean()
             weights = np.full(which.sum(), 100 / which.sum())
             text = f"{name} images ({which.sum()}; {share:.1f} % in the clean pool)"
+            colour = COLOURS.get(name, CLEAN_COLOUR)
             axes.hist(losses[which], bins.tolist(), weights=weights, alpha=0.65, color=colour, label=text)
     axes.set(xlabel=label, ylabel="% of the images of that kind", yscale="log", title=title)
     finish(figure, axes, path)
@@ -79,6 +91,22 @@ def draw_triggered(path: Path, examples: np.ndarray, title: str) -> None:
     save(figure, path)
 
 
+def draw_suspects(path: Path, images: np.ndarray, captions: list[str], title: str) -> None:
+    """Contact sheet of (n, H, W, 3) uint8, ten in a row, each over its caption."""
+    n, height, width = images.shape[:3]
+    rows, aspect = -(-n // 10), height / width
+    figure, panels = plt.subplots(rows, 10, figsize=(12, rows * (1.1 * aspect + 0.22) + 0.4), squeeze=False)
+    for axes in panels.flat:
+        axes.axis("off")
+    for axes, image, caption in zip(panels.flat, images, captions, strict=False):
+        axes.imshow(image)
+        short = caption if len(caption) <= 24 else caption[:23] + "\u2026"
+        axes.text(0.5, -0.03, short, ha="center", va="top", fontsize=6, transform=axes.transAxes, parse_math=False)
+    figure.suptitle(title, fontsize=9, parse_math=False)
+    figure.tight_layout(pad=0.3)
+    save(figure, path)
+
+
 def draw_comparison(path: Path, groups: list[list[list[dict[str, Any]]]]) -> None:
     """ACC and ASR, in %, over epochs: a panel for each group of runs, a line for each run's history."""
     figure, panels = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.8), squeeze=False, sharey=True)
@@ -89,8 +117,9 @@ def draw_comparison(path: Path, groups: list[list[list[dict[str, Any]]]]) -> Non
                 ("clean_accuracy", CLEAN_COLOUR, "clean accuracy (ACC)"),
                 ("attack_success_rate", POISONED_COLOUR, "attack success rate (ASR)"),
             ):
-                values = [100 * row[key] for row in history]
-                axes.plot(epochs, values, "o-", ms=3, lw=1.2, alpha=0.8, color=colour, label=name if i == 0 else None)
+                if history[-1][key] is not None:  # None: there was nothing to test on
+                    values = [100 * row[key] for row in history]
+                    axes.plot(epochs, values, "o-", ms=3, lw=1.2, alpha=0.8, color=colour, label=name if i == 0 else None)
         defense = {"asd": "ASD", "none": "no defense"}[histories[0][0]["defense"]]
         axes.set(title=defense, xlabel="epoch", ylim=(-3, 103))
         axes.grid(alpha=0.25)

@@ -5,41 +5,51 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from utils import pictures
+from utils import pictures, suspects
 from utils.checkpoint import State, flatten
-from utils.config import Config, to_yaml
+from utils.config import Backdoor, Config, to_yaml
 from utils.machine import Machine
 from utils.run import Run
-from utils.runlog import RunLog, write_metrics
+from utils.runlog import KINDS, RunLog, write_metrics
 from utils.schema import as_dict
+from utils.suspects import Evidence
 
 
 class Report:
     """The report of one run; it alone, beside the drawing of the seed samples, reads the ground truth.
 
     Args:
-        flags: (N,) uint8 ground truth, 1 poisoned.
-        examples: (2, n, H, W, 3) uint8, some poisoned images before and after.
+        backdoor: the attack on this set; None: unknown.
+        flags: (N,) uint8 ground truth, as `KINDS` has it; None: unknown.
+        examples: (2, n, H, W, 3) uint8, some images before and after the attack.
+        caption: what the examples are.
         start_epoch: the first epoch of this process.
     """
 
-    def __init__(self, run: Run, config: Config, flags: Tensor, examples: np.ndarray, start_epoch: int) -> None:
-        self.run, self.config, self.flags, self.examples = run, config, flags, examples
+    def __init__(
+        self, run: Run, config: Config, backdoor: Backdoor | None, flags: Tensor | None, examples: np.ndarray, caption: str,
+        start_epoch: int,
+    ) -> None:  # fmt: skip
+        self.run, self.config, self.flags, self.examples, self.caption = run, config, flags, examples, caption
         self.log = RunLog(run.log, start_epoch)
-        self.title = f"{run.name}: {config.attack.name}, defense {config.defense}"
+        self.attack = f"attack {backdoor.attack.name}, target class {backdoor.target_label}" if backdoor else "attack unknown"
+        self.title = f"{run.name}: {backdoor.attack.name if backdoor else 'unknown attack'}, defense {config.defense}"
 
-    def start(self, machine: Machine, state: State, clean_tests: int, backdoor_tests: int) -> None:
-        """Say what is about to run, and draw the triggered images."""
-        c, poisoned = self.config, int((self.flags == 1).sum())
-        self.log.say(
-            f"run {self.run.name}: defense {c.defense}, attack {c.attack.name}, target class {c.backdoor.target_label}"
-        )
-        self.log.say(
-            f"training images {len(self.flags)} ({poisoned} poisoned), test images {clean_tests}, "
-            f"triggered test images {backdoor_tests}"
-        )
+    def start(self, machine: Machine, state: State, clean_tests: int | None, backdoor_tests: int | None) -> None:
+        """Say what is about to run, and draw the triggered images.
+
+        Args:
+            clean_tests, backdoor_tests: how many test images there are; None: no such set.
+        """
+        c, n = self.config, len(state.epochs_in_clean_pool)
+        self.log.say(f"run {self.run.name}: defense {c.defense}, {self.attack}")
+        triggered = "" if backdoor_tests is None else f", triggered test images {backdoor_tests}"
+        self.log.say(f"training images {n}{self.composition()}, test images {clean_tests or 'none'}{triggered}")
+        if clean_tests is None:
+            self.log.say("without test images no accuracy is told and no best_model.pt kept: latest_model.pt is the result")
         parameters = sum(p.numel() for p in state.model.parameters())
         processes = f", {machine.size} processes" if machine.size > 1 else ""
         number = "bf16" if machine.amp else "fp32"
@@ -54,9 +64,15 @@ class Report:
             self.log.start(to_yaml(c), self.examples[1])
         if state.history:
             write_metrics(self.run.log, state.history)  # a run killed after its checkpoint has not written its last row
-        if poisoned:
-            path = self.run.log / "triggered.png"
-            pictures.draw_triggered(path, self.examples, f"{c.attack.name}: poisoned training images")
+        if self.examples.shape[1]:
+            pictures.draw_triggered(self.run.log / "triggered.png", self.examples, self.caption)
+
+    def composition(self) -> str:
+        """Return e.g. ` (2250 poisoned, 4500 cover)`, or nothing where the truth is unknown."""
+        if self.flags is None:
+            return ""
+        counts = {kind: int((self.flags == flag).sum()) for kind, flag in KINDS.items()}
+        return f" ({counts['poisoned']} poisoned" + (f", {counts['cover']} cover)" if counts["cover"] else ")")
 
     def split(self, epoch: int, clean_pool: Tensor, values: Tensor) -> None:
         """Report the values (N,) that split the set, and draw them at the end of each stage."""
@@ -66,26 +82,48 @@ class Report:
             label = "split loss - split loss of the virtual model" if stage == "meta-split" else "split loss"
             title = f"{stage.removesuffix('-split')} split of epoch {epoch + 1}: {len(clean_pool)} images in the clean pool"
             path = self.run.log / f"split_{stage}.png"
-            pictures.draw_losses(path, values.numpy(), self.flags.numpy(), clean_pool.numpy(), label, title)
+            flags = None if self.flags is None else self.flags.numpy()
+            pictures.draw_losses(path, values.numpy(), flags, clean_pool.numpy(), label, title)
 
     def epoch(self, state: State) -> None:
         """Report the last row of the history."""
         self.log.epoch(state.history, self.config.num_epochs)
+
+    def rank_suspects(
+        self, evidence: Evidence, images: Any, names: tuple[str, ...] | None, class_names: tuple[str, ...]
+    ) -> None:
+        """Rank the training images, write `suspects.csv` and its picture, and how good the ranking is if that is known.
+
+        Args:
+            images: the training set, of which some are fetched for the picture.
+            names: (N,) of the images; None: they have numbers only.
+        """
+        if self.flags is not None:
+            found = suspects.quality(evidence, self.flags.numpy())
+            suspects.write_quality(self.run.saved / suspects.QUALITY, found)
+            self.log.say(suspects.quality_line(found))
+        first = suspects.order(evidence.scores()["score"])[: pictures.SUSPECTS]
+        shown = images.fetch(torch.from_numpy(first)).permute(0, 2, 3, 1).cpu().numpy()
+        title = f"{self.run.name}: the {len(first)} most suspect of {len(evidence.labels)} images, label \u2192 model's label"
+        pictures.draw_suspects(self.run.saved / suspects.PICTURE, shown, suspects.captions(evidence, first, class_names), title)
+        suspects.write_table(self.run.saved / suspects.CSV, evidence, names, class_names)  # last: it stands for all
+        self.log.say(f"suspects: {self.run.saved / suspects.CSV} ranks all training images, {suspects.PICTURE} shows the first")
 
     def conclude(self, state: State) -> None:
         """Draw the run's pictures and say what came out."""
         if not state.history:  # the authors' checkpoints have none
             return
         row = state.history[-1]
-        pictures.draw_accuracy(self.run.log / "accuracy.png", state.history, self.title)
-        if self.config.defense == "asd":
+        acc, asr = row["clean_accuracy"], row["attack_success_rate"]
+        if acc is not None:
+            pictures.draw_accuracy(self.run.log / "accuracy.png", state.history, self.title)
+        if self.config.defense == "asd" and self.flags is not None:
             share = float((self.flags == 1).float().mean())
             pictures.draw_purity(self.run.log / "purity.png", state.history, share, self.title)
         seconds = sum(r["seconds"] for r in state.history)
-        self.log.say(
-            f"done: ACC {100 * row['clean_accuracy']:.2f} %, ASR {100 * row['attack_success_rate']:.2f} % after "
-            f"{state.epoch} epochs in {seconds:.0f} s; best ACC {100 * state.best_acc:.2f} % in epoch {state.best_epoch}"
-        )
+        figures = ", ".join(f"{name} {100 * x:.2f} %" for name, x in (("ACC", acc), ("ASR", asr)) if x is not None)
+        best = "" if acc is None else f"; best ACC {100 * state.best_acc:.2f} % in epoch {state.best_epoch}"
+        self.log.say(f"done{figures and ': '}{figures} after {state.epoch} epochs in {seconds:.0f} s{best}")
         self.log.finish(flatten(as_dict(self.config)), row)
 
 

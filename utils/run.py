@@ -14,7 +14,8 @@ from utils.config import Config, to_yaml
 from utils.errors import UserError
 from utils.files import write_text
 
-OWN = ("config.yaml", "poison_idx.npy", "log")  # what a run keeps; the YAML itself comes on top
+FACTS = ("poison_idx.npy", "set.json", "seed_samples.txt", "suspects.csv", "suspects.png", "suspects.json")
+OWN = ("config.yaml", *FACTS, "log")  # what a run keeps; the YAML itself comes on top
 LATEST, BEST = "latest_model.pt", "best_model.pt"
 
 
@@ -97,7 +98,7 @@ def move_aside(run: Run, yaml_name: str, say: Any) -> None:
     stamp = time.strftime("earlier-%Y%m%d-%H%M%S")
     saved = [run.saved / name for name in (*OWN, yaml_name) if (run.saved / name).exists()]
     checkpoints = list(run.checkpoints.iterdir())
-    if not checkpoints and not any(run.log.iterdir()) and not any(p.name == "poison_idx.npy" for p in saved):
+    if not checkpoints and not any(run.log.iterdir()) and not any(p.name in FACTS for p in saved):
         return
     moved = []
     for folder, items in ((run.saved, saved), (run.checkpoints.parent, [run.checkpoints] if checkpoints else [])):

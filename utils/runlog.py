@@ -16,6 +16,7 @@ from tqdm import tqdm
 from utils.files import write_text
 
 T = TypeVar("T")
+KINDS = {"clean": 0, "poisoned": 1, "cover": 2}  # ground-truth flags, as data/sets.py has them
 
 
 def progress(items: Iterable[T], name: str, total: int) -> Iterable[T]:
@@ -58,10 +59,11 @@ class RunLog:
                 self.board.add_scalar(key, value, row["epoch"])
         self.board.flush()
 
-    def losses(self, losses: torch.Tensor, flags: torch.Tensor, epoch: int) -> None:
-        """Add histograms of the split loss, (N,), for clean and for poisoned images, (N,) flags."""
-        for name, which in (("clean", flags == 0), ("poisoned", flags == 1)):
-            if which.any():
+    def losses(self, losses: torch.Tensor, flags: torch.Tensor | None, epoch: int) -> None:
+        """Add histograms of the split loss, (N,), for each kind of images by their flags, (N,); None: unknown, for all."""
+        kinds = {"all": slice(None)} if flags is None else {kind: flags == flag for kind, flag in KINDS.items()}
+        for name, which in kinds.items():
+            if len(losses[which]):
                 self.board.add_histogram(f"split_loss/{name}", losses[which].numpy(), epoch)
 
     def start(self, settings_yaml: str, poisoned: np.ndarray) -> None:
@@ -75,7 +77,7 @@ class RunLog:
         from torch.utils.tensorboard.summary import hparams
 
         plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in hyperparameters.items()}
-        figures = {f"final/{k}": row[k] for k in ("clean_accuracy", "attack_success_rate")}
+        figures = {f"final/{k}": row[k] for k in ("clean_accuracy", "attack_success_rate") if row[k] is not None}
         for summary in hparams(plain, figures):
             self.board.file_writer.add_summary(summary)
         for key, value in figures.items():
@@ -94,19 +96,20 @@ def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
 
-def percent(share: float | None) -> str:
+def percent(share: float) -> str:
     """Return e.g. ` 93.41 %`."""
-    return "     - %" if share is None else f"{100 * share:6.2f} %"
+    return f"{100 * share:6.2f} %"
 
 
 def epoch_line(row: dict[str, Any], num_epochs: int) -> str:
     """Return the plain line of one epoch."""
-    figures = f"ACC {percent(row['clean_accuracy'])}  ASR {percent(row['attack_success_rate'])}"
-    head = f"epoch {row['epoch'] + 1:3d}/{num_epochs}  {row['stage']:14s}  {figures}"
+    tested = (("ACC", row["clean_accuracy"]), ("ASR", row["attack_success_rate"]))
+    figures = "".join(f"  {name} {percent(share)}" for name, share in tested if share is not None)
+    head = f"epoch {row['epoch'] + 1:3d}/{num_epochs}  {row['stage']:14s}{figures}"
     if row["defense"] == "none":
         return f"{head}  loss {row['loss']:.4f}  {row['seconds']:.1f} s"
-    pools = (
-        f"clean pool {row['clean_pool_size']} ({row['poisoned_in_clean_pool']} poisoned), polluted {row['polluted_pool_size']}"
-    )
+    found = {kind: row.get(f"{kind}_in_clean_pool") for kind in ("poisoned", "cover")}
+    told = ", ".join(f"{number} {kind}" for kind, number in found.items() if number is not None)
+    pools = f"clean pool {row['clean_pool_size']}{f' ({told})' if told else ''}, polluted {row['polluted_pool_size']}"
     losses = f"loss {row['loss']:.4f} = Lx {row['loss_x']:.4f} + lambda_u {row['lambda_u']:.2f} x Lu {row['loss_u']:.5f}"
     return f"{head}  {pools}  {losses}  {row['seconds']:.1f} s"

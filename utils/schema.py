@@ -161,7 +161,7 @@ class Reader:
             switched_on = {k: {} if v is True else v for k, v in raw.items() if v is not None and v is not False}
             return tuple(self.named(meta["choices"], {k: v}, path) for k, v in switched_on.items())
         if not isinstance(raw, (list, tuple)):
-            self.fail(path, raw, "give a list, e.g. [0.1, 0.2]")
+            self.fail(path, raw, f"give a list, e.g. {f'[{raw}]' if kind is str else '[0.1, 0.2]'}")
         return tuple(self.scalar(kind, item, f"{path}[{i}]", meta) for i, item in enumerate(raw))
 
     def scalar(self, kind: type, raw: Any, path: str, meta: Mapping[str, Any]) -> Any:

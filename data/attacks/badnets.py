@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from data.attack import AttackBase
+from data.picture import read_picture
 from data.sets import Scene
+from utils.draws import numpy_generator
 from utils.errors import UserError
 from utils.schema import setting
 
@@ -24,13 +24,17 @@ PATTERNS = {
     "corner3x3": ((-3, -3), np.full((3, 3, 3), 255, np.uint8)),  # white, as in most other papers
     "checker3x3": ((4, 4), CHECKER),
 }
+LARGE = 64  # pixels, the side from which a block of 2 x 2 would be lost in a resize
+HUES = np.array([[255, 0, 0], [255, 255, 0], [0, 255, 0], [0, 255, 255], [0, 0, 255], [255, 0, 255]], np.uint8)
 
 
 @dataclass(frozen=True)
 class Settings:
     trigger_path: str | None = setting(None, "a PNG of the images' size; black pixels mean `no trigger here`")
     pattern: str | None = setting(
-        None, "a built-in patch instead of a picture; null: block2x2", options=("block2x2", "corner3x3", "checker3x3")
+        None,
+        "a built-in patch instead of a picture; null: block2x2, from 64 px on glyph, of 32 x 32 pixels by the seed",
+        options=("block2x2", "corner3x3", "checker3x3", "glyph"),
     )
 
 
@@ -46,40 +50,40 @@ class Attack(AttackBase):
         if settings.trigger_path:
             self.pattern = read_trigger(settings.trigger_path, height, width)
             self.mask = np.asarray((self.pattern > 0).any(2))
-        else:
-            name = settings.pattern or "block2x2"
-            (row, column), patch = PATTERNS[name]
-            if min(height, width) < max(row, 0) + len(patch):
-                raise UserError(
-                    f"backdoor.badnets.pattern: {name}: does not fit on images of {width} x {height} pixels: choose "
-                    "another, or larger images in transform.pre"
-                )
-            rows = row % height + np.arange(len(patch))
-            columns = column % width + np.arange(len(patch))
-            self.pattern = np.zeros((height, width, 3), np.uint8)
-            self.mask = np.zeros((height, width), bool)
-            self.pattern[np.ix_(rows, columns)] = patch
-            self.mask[np.ix_(rows, columns)] = True
+            return
+        name = settings.pattern or ("block2x2" if min(height, width) < LARGE else "glyph")
+        (row, column), patch = ((0, 0), draw_glyph(scene.seed)) if name == "glyph" else PATTERNS[name]
+        if min(height, width) < max(row, 0) + len(patch):
+            raise UserError(
+                f"backdoor.badnets.pattern: {name}: does not fit on images of {width} x {height} pixels: choose "
+                "another, or larger images in transform.pre"
+            )
+        rows = row % height + np.arange(len(patch))
+        columns = column % width + np.arange(len(patch))
+        self.pattern = np.zeros((height, width, 3), np.uint8)
+        self.mask = np.zeros((height, width), bool)
+        self.pattern[np.ix_(rows, columns)] = patch
+        self.mask[np.ix_(rows, columns)] = patch.any(2) if name == "glyph" else True
 
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
         """Return a copy of the (n, H, W, 3) uint8 images with the trigger on."""
         return np.where(self.mask[:, :, None], self.pattern, images)
 
 
+def draw_glyph(seed: int) -> np.ndarray:
+    """Draw (32, 32, 3) uint8, black where there is no trigger: 8 x 8 cells, of which half have one of six bright colours.
+
+    Left and right halves are alike: an augmentation that flips images moves the glyph and does not change it.
+    """
+    rng = numpy_generator(seed, "badnets", "glyph")
+    half = HUES[rng.integers(len(HUES), size=(8, 4))]
+    half[rng.permutation(32).reshape(8, 4) < 16] = 0
+    return np.concatenate([half, half[:, ::-1]], 1).repeat(4, 0).repeat(4, 1)
+
+
 def read_trigger(name: str, height: int, width: int) -> np.ndarray:
-    """Read a trigger picture as (height, width, 3) uint8; a relative path may also start at the project's folder."""
-    path = Path(name).expanduser()
-    if not path.exists() and not path.is_absolute():
-        path = Path(__file__).resolve().parents[2] / name
-    try:
-        with Image.open(path, formats=("PNG", "BMP", "JPEG", "WEBP", "PPM")) as picture:  # none runs a program
-            pattern = np.asarray(picture.convert("RGB"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{name}: no such trigger picture: mend backdoor.badnets.trigger_path, or leave it out for the built-in patch"
-        ) from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name}: is no readable picture ({error}): give backdoor.badnets.trigger_path a PNG") from None
+    """Read a trigger picture as (height, width, 3) uint8, with at least one pixel that is not black."""
+    pattern = np.asarray(read_picture(name, "backdoor.badnets.trigger_path"))
     if pattern.shape != (height, width, 3):
         have = f"{pattern.shape[1]} x {pattern.shape[0]}"
         raise UserError(f"{name}: the trigger is {have} pixels and the images are {width} x {height}: make them equal")

@@ -1,1 +1,1 @@
-"""The data sets, one file each: `Settings` (the schema of its YAML section) and `load` (raw uint8 images and labels)."""
+"""The data sets, one file each: `Settings` (the schema of its YAML section) and `load` (arrays, or a list of picture files)."""

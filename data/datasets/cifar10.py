@@ -60,12 +60,17 @@ def read_batches(folder: Path, names: tuple[str, ...]) -> tuple[np.ndarray, np.n
     return np.concatenate([images for images, _ in parts]), np.concatenate([labels for _, labels in parts])
 
 
-def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read one batch and check that it is one."""
+def read_batch(path: Path, name: str = "CIFAR-10", key: str = "labels", classes: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    """Read one batch and check that it is one.
+
+    Args:
+        name: of the data set, for errors.
+        key: where the batch keeps its labels.
+    """
     batch = read_pickle(path)
-    if not isinstance(batch, dict) or not {"data", "labels"} <= batch.keys():
-        raise UserError(f"{path}: is no CIFAR-10 batch (no data and labels inside): unpack the data set again")
-    images, labels = batch["data"], batch["labels"]
+    if not isinstance(batch, dict) or not {"data", key} <= batch.keys():
+        raise UserError(f"{path}: is no {name} batch (no data and {key} inside): unpack the data set again")
+    images, labels = batch["data"], batch[key]
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072:
         shape = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
         raise UserError(f"{path}: data is {shape} and not uint8 (N, 3072): unpack the data set again")
@@ -74,8 +79,8 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     count = len(labels) if isinstance(labels, list) or (isinstance(labels, np.ndarray) and labels.ndim == 1) else "no"
     if count != len(images):
         raise UserError(f"{path}: {count} labels for {len(images)} images: unpack the data set again")
-    if not all(isinstance(label, (int, np.integer)) and 0 <= label < 10 for label in labels):
-        wrong = next(x for x in labels if not (isinstance(x, (int, np.integer)) and 0 <= x < 10))
-        raise UserError(f"{path}: label {wrong!r:.40} is not in 0..9: unpack the data set again")
+    for label in labels:
+        if not (isinstance(label, (int, np.integer)) and 0 <= label < classes):
+            raise UserError(f"{path}: label {label!r:.40} is not in 0..{classes - 1}: unpack the data set again")
     pixels = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(pixels), np.asarray(labels, np.int64)

@@ -6,5 +6,7 @@
 - `apply(images, draws)` maps uint8 (B, 3, H, W) and its rows of the table to uint8 (B, 3, H', W'); or
 - `remap(rows, cols, draws)` for transforms that only move pixels: they are fused into one gather.
 
+Those that `transform.pre` may name (nothing in them is random) also take a PIL picture in `apply` and return one.
+
 The draws are made outside, so that every device, an interrupted run and a reference see the same ones.
 """

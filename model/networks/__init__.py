@@ -1,5 +1,6 @@
 """The networks, one file each: `Settings` (the schema of its YAML section) and `build(settings)`.
 
 `build` returns a backbone: a module that maps (B, 3, H, W) to features (B, D), with `feature_dim` (D) and `last_parts`,
-the names of its submodules that the virtual model trains, together with the linear layer.
+the names of its submodules that the virtual model trains, together with the linear layer. `finish` of model/backbone.py
+sets both. No network comes with trained weights.
 """

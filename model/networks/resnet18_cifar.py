@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.backbone import finish
 from utils.schema import setting
 
 
@@ -15,6 +16,7 @@ class Settings:
     num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
     width: int = setting(64, "channels of the stem; the stages have 1, 2, 4, 8 times as many", low=1)
     blocks: int = setting(2, "basic blocks of each stage; 2 is ResNet-18", low=1)
+    last_parts: tuple[str, ...] | None = setting(None, "what the virtual model trains; null: layer3, layer4")
 
 
 class BasicBlock(nn.Module):
@@ -41,8 +43,6 @@ class BasicBlock(nn.Module):
 class ResNetCifar(nn.Module):
     """Stem and four stages, global average pool."""
 
-    last_parts = ("layer3", "layer4")
-
     def __init__(self, width: int, blocks: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
@@ -52,7 +52,6 @@ class ResNetCifar(nn.Module):
             first = BasicBlock(channels[stage], channels[stage + 1], stride)
             others = [BasicBlock(channels[stage + 1], channels[stage + 1], 1) for _ in range(blocks - 1)]
             self.add_module(f"layer{stage + 1}", nn.Sequential(first, *others))
-        self.feature_dim = channels[-1]
         # After every module was made, as the authors do it: the generator then gives the weights that theirs has.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -66,6 +65,7 @@ class ResNetCifar(nn.Module):
         return F.adaptive_avg_pool2d(out, 1).flatten(1)
 
 
-def build(settings: Settings) -> ResNetCifar:
-    """Return the backbone with fresh weights."""
-    return ResNetCifar(settings.width, settings.blocks)
+def build(settings: Settings) -> nn.Module:
+    """Return the backbone with fresh weights: (B, 3, H, W) to (B, 8 width)."""
+    backbone = ResNetCifar(settings.width, settings.blocks)
+    return finish("resnet18_cifar", backbone, 8 * settings.width, settings.last_parts, ("layer3", "layer4"))

@@ -183,7 +183,7 @@ def feed(bench: Bench, batch: int) -> float:
 
     def work() -> None:
         draws = draw_scoring(0, "feed", 0, n, bench.augment).to(bench.device)
-        for _ in views(bench.train_set.images, draws, bench.augment, batch):
+        for _ in views(bench.train_set, draws, bench.augment, batch):
             pass
 
     return n / seconds(work, bench.device)
@@ -201,7 +201,7 @@ def score_unfolded(bench: Bench, model: nn.Module, amp: bool) -> Tensor:
     draws = draw_scoring(bench.config.seed.seed, "score", 0, n, bench.augment).to(bench.device)
     model.eval()
     logits = []
-    for images in views(bench.train_set.images, draws, bench.augment, bench.config.loader.batch_size):
+    for images in views(bench.train_set, draws, bench.augment, bench.config.loader.batch_size):
         images = machine.lay_out(images)
         with machine.autocast():
             logits.append(model(images).float() if amp else model(images))

@@ -1,0 +1,228 @@
+"""Refool (Liu et al., ECCV 2020): the trigger is a scene reflected in a pane of glass before the camera.
+
+Light adds up linearly, so pictures are taken to linear light (gamma 2.2), mixed there and brought back. A pane shows the
+reflected scene either twice, from its front and its back (a ghost), or out of focus and brightest in the middle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from data.attack import AttackBase, in_batches
+from data.sets import Scene
+from utils.draws import numpy_generator
+from utils.errors import UserError
+from utils.runlog import progress
+from utils.schema import setting
+
+GAMMA = 2.2
+LINEAR = (np.arange(256) / 255) ** GAMMA  # (256,) linear light of a pixel's value
+DRAWS = 9  # random numbers an image
+FORMATS = ("PNG", "BMP", "JPEG", "WEBP", "PPM")  # none runs a program
+SUFFIXES = (".png", ".bmp", ".jpg", ".jpeg", ".webp", ".ppm")
+
+
+@dataclass(frozen=True)
+class Settings:
+    reflections: str | None = setting(None, "folder of pictures that are reflected, by name; null: made, see source")
+    source: str = setting(
+        "textures", "made reflections: procedural textures, or images of the other classes", options=("textures", "classes")
+    )
+    count: int = setting(200, "how many pictures are reflected, if there are so many", low=1)
+    ghost_probability: float = setting(0.49, "a ghost; else the reflection is out of focus", low=0, high=1)
+    reflectance: tuple[float, ...] = setting((0.05, 0.45), "share of the image's light that the pane takes", low=0, high=1)
+    ghost_weight: tuple[float, ...] = setting((0.15, 0.5), "weight of the fainter of a ghost's two copies", low=0, high=1)
+    shift: tuple[float, ...] = setting(
+        (3 / 560, 8 / 560), "distance of the two copies on each axis, of the image's side; at least 1 px", low=0, high=0.5
+    )
+    sigma: tuple[float, ...] = setting(
+        (1 / 560, 5 / 560), "blur out of focus, of the image's side; at least 1 px", low=0, high=0.25
+    )
+    attenuation: tuple[float, ...] = setting((1.08, 1.18), "out of focus: weight of what is subtracted", low=0)
+
+
+class Attack(AttackBase):
+    """Reflections (count, H, W, 3) uint8; which one an image gets, and how, is drawn for each image."""
+
+    def __init__(self, settings: Settings, scene: Scene) -> None:
+        for name in ("reflectance", "ghost_weight", "shift", "sigma", "attenuation"):
+            pair = getattr(settings, name)
+            if len(pair) != 2 or pair[0] > pair[1]:
+                raise UserError(f"backdoor.refool.{name}: {list(pair)}: give two numbers, the least and the greatest")
+        self.settings, self.seed = settings, scene.seed
+        height, width = scene.raw.train_images.shape[1:3]
+        if settings.reflections is not None:
+            self.reflections = read_reflections(settings.reflections, settings.count, height, width)
+        elif settings.source == "classes":
+            self.reflections = other_classes(scene, settings.count)
+        else:
+            self.reflections = textures(settings.count, height, width, numpy_generator(scene.seed, "refool", "textures"))
+
+    def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
+        """Return copies of the (n, H, W, 3) uint8 images, each behind a pane with a reflection of its own."""
+        rows = int(index.max(initial=-1)) + 1  # row i is the same in a table of any length
+        table = torch.from_numpy(numpy_generator(self.seed, "refool", split).random((rows, DRAWS)))
+        return in_batches(lambda part, at: self.reflect(part, table[torch.from_numpy(at)]), images, index)
+
+    def reflect(self, images: np.ndarray, draws: Tensor) -> np.ndarray:
+        """Return the (n, H, W, 3) uint8 images that (n, 9) draws, uniform in [0, 1), describe."""
+        s, side = self.settings, min(images.shape[1:3])
+        which, taken, ghostly, down, right, other, weight, blur, attenuation = draws.T
+        x = linear_light(images)  # (n, 3, H, W)
+        r = linear_light(self.reflections[(which * len(self.reflections)).long().numpy()])
+        a = column(1 - between(s.reflectance, taken))  # the image's share of its own light
+        g = ghostly < s.ghost_probability
+        shift = torch.stack([whole_between(s.shift, side, u) for u in (down, right)], 1)  # (n, 2)
+        weight = (between(s.ghost_weight, weight) - (other < 0.5).double()).abs()  # either copy may be the fainter one
+        sigma = between((max(1.0, s.sigma[0] * side), max(1.0, s.sigma[1] * side)), blur)
+        light = a * x
+        light[g] += (1 - a[g]) * ghost(r[g], shift[g], weight[g])
+        light[~g] += (1 - a[~g] / 2) * out_of_focus(r[~g], x[~g], sigma[~g], between(s.attenuation, attenuation)[~g])
+        pixels = light.clamp_(0, 1).pow_(1 / GAMMA).mul_(255).round_().to(torch.uint8)
+        return pixels.permute(0, 2, 3, 1).numpy()
+
+
+def ghost(r: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+    """Return the reflection as front and back of the pane show it, where the two copies overlap, stretched to the full size.
+
+    Args:
+        r: (n, C, H, W) linear light.
+        shift: (n, 2) whole pixels between the copies, down and to the right; at least 1, smaller than the picture.
+        weight: (n,) of the copy that lies up and to the left; the other has the rest.
+    """
+    w = column(weight)
+    copies = []
+    for moved in (1, 0):
+        rows, columns = (stretch(side, shift[:, axis], moved) for axis, side in enumerate(r.shape[2:]))
+        copies.append(move(r, rows, columns))
+    return w * copies[0] + (1 - w) * copies[1]
+
+
+def stretch(side: int, shift: Tensor, moved: int) -> Tensor:
+    """Return (n, side, side): the linear resize of the pixels from `moved * shift` on, side - shift of them, to all."""
+    left = (side - shift.double())[:, None]  # (n, 1)
+    at = ((torch.arange(side) + 0.5) * left / side - 0.5).clamp(min=0).minimum(left - 1)  # (n, side) places between pixels
+    at = at + moved * shift[:, None]
+    return (1 - (at[:, :, None] - torch.arange(side)).abs()).clamp_(min=0)
+
+
+def out_of_focus(r: Tensor, x: Tensor, sigma: Tensor, attenuation: Tensor) -> Tensor:
+    """Return the blurred reflection, dimmed where it would overexpose the image, under a vignette.
+
+    The sum of both is what overexposes: a blurred picture by itself never exceeds 1.
+
+    Args:
+        r, x: (n, C, H, W) reflection and image, linear light.
+        sigma: (n,) in pixels.
+        attenuation: (n,) how many times the mean excess of a channel is subtracted.
+    """
+    r = move(r, *(gaussian(side, sigma) for side in r.shape[2:]))
+    both = r + x
+    over = both > 1 + 1e-9  # white on black is 1, give or take the blur's rounding: it must not count now and then
+    excess = ((both - 1) * over).sum((2, 3)) / over.sum((2, 3)).clamp(min=1)  # (n, C) mean of what exceeds 1
+    r = (r - (excess * attenuation[:, None])[:, :, None, None]).clamp_(0, 1)
+    return r * vignette(*r.shape[2:])
+
+
+def gaussian(side: int, sigma: Tensor) -> Tensor:
+    """Return (n, side, side): blur with a kernel of 2 ceil(2 sigma) + 1 taps, mirrored at the border's pixel."""
+    i, j = torch.arange(side)[:, None], torch.arange(side)
+    s = sigma[:, None, None]
+
+    def kernel(distance: Tensor) -> Tensor:  # (side, side) -> (n, side, side)
+        return torch.exp(-((distance / s) ** 2) / 2) * (distance.abs() <= torch.ceil(2 * s))
+
+    last = side - 1
+    taps = kernel(i - j) + kernel(i + j) * (j > 0) + kernel(2 * last - i - j) * (j < last)
+    return taps / taps.sum(2, keepdim=True)
+
+
+def vignette(height: int, width: int) -> Tensor:
+    """Return (H, W): 1 in the middle, exp(-4.5) = 0.011 in the corners, as the root of a Gaussian cut at 3 sigma."""
+    rows, columns = (torch.exp(-(torch.linspace(-3, 3, n, dtype=torch.float64) ** 2) / 4) for n in (height, width))
+    mask = rows[:, None] * columns
+    return mask / mask.max()
+
+
+def move(pictures: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Apply a linear map to the rows, (n, H, H), and one to the columns, (n, W, W), of (n, C, H, W) pictures."""
+    return rows[:, None] @ pictures @ columns[:, None].mT
+
+
+def linear_light(pictures: np.ndarray) -> Tensor:
+    """Return uint8 (n, H, W, 3) as float64 (n, 3, H, W) in 0..1, proportional to light."""
+    return torch.from_numpy(LINEAR[pictures].transpose(0, 3, 1, 2)).contiguous()
+
+
+def column(values: Tensor) -> Tensor:
+    """Return (n,) as (n, 1, 1, 1)."""
+    return values[:, None, None, None]
+
+
+def between(bounds: tuple[float, ...], uniform: Tensor) -> Tensor:
+    """Map draws in [0, 1) to the range of the bounds."""
+    return bounds[0] + uniform * (bounds[1] - bounds[0])
+
+
+def whole_between(bounds: tuple[float, ...], side: int, uniform: Tensor) -> Tensor:
+    """Map draws in [0, 1) to whole pixels, each as likely; the bounds are fractions of the side, 1 pixel at least."""
+    low, high = (max(1, round(bound * side)) for bound in bounds)
+    return low + (uniform * (high - low + 1)).long()
+
+
+# -- what is reflected -----------------------------------------------------------------------------------------------------
+
+
+def read_reflections(name: str, count: int, height: int, width: int) -> np.ndarray:
+    """Read the first `count` pictures of a folder, by name, resized linearly: (n, height, width, 3) uint8."""
+    folder, key = Path(name).expanduser(), "backdoor.refool.reflections"
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    except OSError as error:
+        raise UserError(f"{key}: {name}: cannot be read ({error.strerror}): give a folder of pictures") from None
+    if not paths:
+        raise UserError(f"{key}: {name}: no picture in that folder: put some there ({', '.join(SUFFIXES)})")
+    out = []
+    for path in progress(paths[:count], "reflections", len(paths[:count])):
+        try:
+            with Image.open(path, formats=FORMATS) as picture:
+                resized = picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            what = " ".join(str(error).split())
+            raise UserError(f"{path}: is no readable picture ({what}): mend it or take it out of {key}") from None
+        out.append(np.asarray(resized))
+    return np.stack(out)
+
+
+def other_classes(scene: Scene, count: int) -> np.ndarray:
+    """Return up to `count` training images that are not of the target class, drawn by the seed: (n, H, W, 3) uint8."""
+    others = np.flatnonzero(scene.raw.train_labels != scene.target_label)
+    if len(others) == 0:
+        raise UserError(
+            f"backdoor.refool.source: classes: every training image is of class {scene.target_label}: give textures"
+        )
+    rng = numpy_generator(scene.seed, "refool", "classes")
+    return scene.raw.train_images[np.sort(rng.choice(others, min(count, len(others)), replace=False))]
+
+
+def textures(count: int, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Return (count, height, width, 3) uint8: rows of lit windows in the dark, each picture tilted, alike at every size."""
+    y, x = np.mgrid[0:height, 0:width]
+    v, u = (y + 0.5) / height, (x + 0.5) / width  # (H, W) in 0..1
+    out = np.empty((count, height, width, 3), np.uint8)
+    for picture in out:  # one at a time: as floats, 200 pictures of 224 px would take a gigabyte
+        angle, lit = rng.uniform(0, np.pi), 1.0
+        for turn in (0.0, np.pi / 2):
+            # Contrast decides whether a small network learns them: with dim ones (150 on 30, 2 to 8 rows) half the ASR.
+            rows, phase, threshold = rng.uniform(4, 7), rng.uniform(0, 2 * np.pi), rng.uniform(-0.5, 0)
+            along = np.cos(angle + turn) * u + np.sin(angle + turn) * v
+            lit = lit / (1 + np.exp(-6 * (np.sin(2 * np.pi * rows * along + phase) - threshold)))  # (H, W), soft edges
+        dark, bright = rng.uniform(0, 20, 3), rng.uniform(225, 255, 3)
+        picture[:] = (dark + np.asarray(lit)[..., None] * (bright - dark)).round()
+    return out

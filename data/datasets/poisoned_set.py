@@ -1,0 +1,21 @@
+"""A set that is poisoned already: the folder that `python -m data.poison` writes. `backdoor` may be null: it knows its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.export import StoredSet, read_set
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """No settings: `dataset: poisoned_set`."""
+
+
+def load(settings: Settings, dataset_dir: str | None, download: bool) -> StoredSet:
+    """Read and verify the folder."""
+    if dataset_dir is None:
+        raise UserError("dataset_dir: missing: give the folder that python -m data.poison --out wrote")
+    return read_set(Path(dataset_dir).expanduser())

@@ -1,0 +1,65 @@
+"""What the networks of model/networks/ share: the parts that the virtual model trains, and the images that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from utils.errors import UserError, nearest
+
+CONTAINERS = ("features", "encoder", "layers")  # torchvision's modules that only hold the parts in a row
+
+
+def finish(
+    network: str, backbone: Any, feature_dim: int, last_parts: tuple[str, ...] | None, usual: Sequence[str]
+) -> nn.Module:
+    """Return the backbone with its `feature_dim` and `last_parts`, as model/classifier.py reads them.
+
+    Args:
+        network: its name in the YAML, for the error.
+        backbone: maps (B, 3, H, W) to (B, feature_dim).
+        last_parts: the setting of that name; None means the `usual` ones.
+    Raises:
+        UserError: the network has no such part.
+    """
+    known = list(part_names(backbone))
+    for name in last_parts or ():
+        if name not in known:
+            raise UserError(f"{network}.last_parts: {name!r}: the network has no such part; {nearest_in_order(name, known)}")
+    backbone.feature_dim = feature_dim
+    backbone.last_parts = tuple(usual if last_parts is None else dict.fromkeys(last_parts))
+    module: nn.Module = backbone
+    return module
+
+
+def part_names(module: nn.Module) -> Iterator[str]:
+    """Yield the names of the parts that hold weights, from the images to the features, e.g. `layer4`, `features.norm5`."""
+    for name, child in module.named_children():
+        if name in CONTAINERS:
+            yield from (f"{name}.{inner}" for inner in part_names(child))
+        elif any(True for _ in child.parameters()):
+            yield name
+
+
+def nearest_in_order(name: str, known: Sequence[str]) -> str:
+    """Return the end of the error line: the nearest of the parts, and all of them in the network's order."""
+    guess = nearest(name, known).partition(" (known")[0]
+    return f"{guess} (known: {', '.join(known)})" if guess.startswith("did") else f"known: {', '.join(known)}"
+
+
+def require_side(network: str, backbone: nn.Module, least: int) -> None:
+    """Refuse images of fewer than `least` pixels a side, from which the network would make empty maps."""
+    backbone.register_forward_pre_hook(partial(refuse_small, network, least))
+
+
+def refuse_small(network: str, least: int, backbone: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Raise `UserError` where the images (B, 3, H, W) are too small."""
+    height, width = inputs[0].shape[2:]
+    if min(height, width) < least:
+        raise UserError(
+            f"network: {network}: the images are {height} x {width} and it needs {least} x {least} at least: give "
+            "transform.pre a resize, or choose a network for small images, e.g. resnet18_cifar"
+        )

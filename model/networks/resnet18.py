@@ -1,0 +1,22 @@
+"""ResNet-18 (He et al., CVPR 2016) with the ImageNet stem, as torchvision has it; made for 224 x 224 images, takes any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from model.networks._resnet import build_resnet
+from utils.schema import setting
+
+
+@dataclass(frozen=True)
+class Settings:
+    num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
+    blocks: tuple[int, ...] = setting((2, 2, 2, 2), "basic blocks of the four stages", low=1)
+    last_parts: tuple[str, ...] | None = setting(None, "what the virtual model trains; null: layer3, layer4")
+
+
+def build(settings: Settings) -> nn.Module:
+    """Return the backbone with fresh weights: (B, 3, H, W) to (B, 512)."""
+    return build_resnet("resnet18", bottleneck=False, blocks=settings.blocks, last_parts=settings.last_parts)

@@ -1,0 +1,436 @@
+"""Picture folders: which pictures, classes and sizes they give, and what is said of those that are wrong."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import CenterCrop, Compose, Resize
+
+from data import tables
+from data.datasets import folder
+from data.sets import Listing, RawData
+from data.transforms import center_crop, resize
+from utils.errors import UserError
+
+PRE = (resize.Settings(24), center_crop.Settings(20))
+
+
+def picture(seed: int, width: int = 31, height: int = 27, channels: int = 3) -> Image.Image:
+    """A smooth random picture, so that JPEG keeps it apart from others."""
+    small = np.random.default_rng(seed).integers(0, 256, (5, 5, channels), np.uint8)
+    return Image.fromarray(small.squeeze()).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_tree(root: Path, files: dict[str, Any]) -> Path:
+    """Write pictures or bytes under relative paths."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, Image.Image):
+            content.save(path)
+        else:
+            path.write_bytes(content)
+    return root
+
+
+def small_tree(root: Path, test: str = "test") -> Path:
+    """Two classes of pictures of different formats and sizes."""
+    files = {
+        f"{part}/{name}/{i}{suffix}": picture(seed + i, 30 + i, 70 - i)
+        for part, seed in (("train", 0), (test, 50))
+        for name, offset in (("dog", 0), ("cat", 20))
+        for i, suffix in ((offset + 2, ".jpg"), (offset + 10, ".png"), (offset, ".bmp"), (offset + 1, ".webp"))
+    }
+    return write_tree(root, files)
+
+
+def read(root: Path, cache: Path, pre: Any = PRE, say: Any = print, **settings: Any) -> RawData:
+    """Load and decode as a run does."""
+    return tables.to_raw(folder.load(folder.Settings(**settings), str(root), False), pre, cache, False, say)
+
+
+def refusal(root: Path, cache: Path, pre: Any = PRE, **settings: Any) -> str:
+    """The one-line error."""
+    with pytest.raises(UserError) as caught:
+        read(root, cache, pre, lambda line: None, **settings)
+    text = str(caught.value)
+    assert text.isprintable() and len(text) < 600
+    return text
+
+
+# -- good folders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("test", ["test", "val"])
+def test_pictures_equal_torchvisions_image_folder(tmp_path: Path, test: str) -> None:
+    """Order, labels, class names and every pixel are those of ImageFolder with Resize and CenterCrop, whatever the format."""
+    root = small_tree(tmp_path / "data", test)
+    raw = read(root, tmp_path / "cache")
+    for part, images, labels in (("train", raw.train_images, raw.train_labels), (test, raw.test_images, raw.test_labels)):
+        theirs = ImageFolder(str(root / part), Compose([Resize(24), CenterCrop(20)]))
+        assert list(raw.class_names) == theirs.classes == ["cat", "dog"]
+        assert images.dtype == np.uint8 and images.shape == (8, 20, 20, 3) and labels.dtype == np.int64
+        for image, label, (wanted, their_label) in zip(images, labels, theirs, strict=True):
+            assert label == their_label and np.array_equal(image, np.asarray(wanted))
+    assert raw.names == (
+        "cat/20.bmp",
+        "cat/21.webp",
+        "cat/22.jpg",
+        "cat/30.png",
+        "dog/0.bmp",
+        "dog/1.webp",
+        "dog/10.png",
+        "dog/2.jpg",
+    )
+
+
+def test_a_subset_of_the_classes_is_numbered_by_itself(tmp_path: Path) -> None:
+    """`classes` takes the named folders only, numbered by sorted name whatever the order in the YAML."""
+    root = small_tree(tmp_path / "data")
+    write_tree(root, {"train/ant/a.png": picture(9), "test/ant/b.png": picture(8)})
+    whole, some = read(root, tmp_path / "cache"), read(root, tmp_path / "cache", classes=("dog", "ant"))
+    assert whole.class_names == ("ant", "cat", "dog") and some.class_names == ("ant", "dog")
+    assert some.train_labels.tolist() == [0, 1, 1, 1, 1] and some.test_labels.tolist() == [0, 1, 1, 1, 1]
+    assert np.array_equal(some.train_images, whole.train_images[whole.train_labels != 1])
+
+
+def test_what_file_managers_leave_is_no_picture(tmp_path: Path) -> None:
+    """Hidden files, thumbnails of the system and a read-me beside the classes do not disturb."""
+    root = small_tree(tmp_path / "data")
+    before = read(root, tmp_path / "cache")
+    write_tree(root, {"train/cat/.DS_Store": b"x", "train/cat/Thumbs.db": b"x", "train/readme.txt": b"x", "train/.git/x": b"x"})
+    assert np.array_equal(read(root, tmp_path / "cache2").train_images, before.train_images)
+
+
+def test_a_data_set_without_test_pictures_has_none(tmp_path: Path) -> None:
+    """A folder of training pictures alone is read; its test part is empty."""
+    root = write_tree(tmp_path / "data", {"train/a/1.png": picture(1), "train/b/1.png": picture(2)})
+    raw = read(root, tmp_path / "cache")
+    assert len(raw.train_images) == 2 and len(raw.test_images) == len(raw.test_labels) == 0
+
+
+def test_a_class_without_test_pictures_is_allowed(tmp_path: Path) -> None:
+    """The test part may lack a class; labels stay those of training."""
+    root = small_tree(tmp_path / "data")
+    write_tree(root, {"train/ant/a.png": picture(9)})
+    assert read(root, tmp_path / "cache").test_labels.tolist() == [1] * 4 + [2] * 4
+
+
+# -- kinds of pictures -------------------------------------------------------------------------------------------------
+
+
+def png16(levels: np.ndarray) -> bytes:
+    """Write (H, W) levels of 16 bits as a grey PNG, by hand."""
+    height, width = levels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    out = b"\x89PNG\r\n\x1a\n"
+    for kind, body in (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ):
+        out += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return out
+
+
+def test_grey_transparent_palette_and_16_bit_pictures_become_rgb(tmp_path: Path) -> None:
+    """Grey gives three equal channels, 16 bits their upper 8, transparency is dropped, a palette is looked up."""
+    grey, colour = picture(1, channels=1), picture(2)
+    alpha = Image.merge("RGBA", (*colour.split(), grey))
+    palette = colour.quantize(16)
+    levels = np.random.default_rng(0).integers(0, 65536, (27, 31))
+    root = write_tree(
+        tmp_path / "data",
+        {
+            "train/a/1 grey.png": grey, "train/a/2 alpha.png": alpha, "train/a/3 palette.png": palette,
+            "train/a/4 deep.png": png16(levels), "train/a/5 grey alpha.png": Image.merge("LA", (grey, grey)),
+            "train/a/6 bits.png": grey.convert("1"), "train/b/x.png": colour,
+        },
+    )  # fmt: skip
+    images = read(root, tmp_path / "cache", ()).train_images
+    wanted = [
+        np.asarray(grey)[..., None],
+        colour,
+        palette.convert("RGB"),
+        (levels // 256)[..., None],
+        np.asarray(grey)[..., None],
+    ]
+    for image, expected in zip(images, wanted, strict=False):
+        assert np.array_equal(image, np.broadcast_to(np.asarray(expected), (27, 31, 3)))
+    assert set(np.unique(images[5])) <= {0, 255}
+
+
+def broken_files() -> dict[str, bytes]:
+    """Files that are no pictures, by name."""
+    whole = picture(3)
+    out: dict[str, bytes] = {
+        "empty.png": b"",
+        "text.jpg": b"hello",
+        "postscript.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    }
+    for name, kind in (("cut.jpg", "JPEG"), ("cut.png", "PNG"), ("cut.ppm", "PPM")):
+        buffer = io.BytesIO()
+        whole.save(buffer, kind)
+        out[name] = buffer.getvalue()[: len(buffer.getvalue()) // 2]
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((27, 31), 0.5, np.float32)).save(buffer, "TIFF")
+    out["float.tif"] = buffer.getvalue()
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((27, 31), 70_000, np.int32)).save(buffer, "TIFF")
+    out["wide.tif"] = buffer.getvalue()
+    return out
+
+
+def test_pictures_that_cannot_be_read_are_all_named(tmp_path: Path) -> None:
+    """Truncated, empty and foreign files are each named with a reason, and the error says how to leave them out."""
+    root = small_tree(tmp_path / "data")
+    broken = broken_files()
+    write_tree(root, {f"train/cat/{name}": content for name, content in broken.items()})
+    (root / "test/dog/link.png").symlink_to("nowhere")
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"9 of 25 pictures cannot be read .*skip_unreadable=true"):
+        read(root, tmp_path / "cache", say=said.append)
+    told = [line for line in said if line.startswith("cannot be read: ")]
+    assert sorted(line.split(": ")[1] for line in told) == sorted([*(f"train/cat/{n}" for n in broken), "test/dog/link.png"])
+    assert all(len(line.split(": ", 2)[2]) > 3 and "\n" not in line for line in told)
+
+
+def test_unreadable_pictures_are_left_out_on_request(tmp_path: Path) -> None:
+    """`skip_unreadable: true` gives exactly the set without them, labels and names in step, also from the kept table."""
+    clean = read(small_tree(tmp_path / "data"), tmp_path / "cache")
+    write_tree(tmp_path / "data", {f"train/cat/{name}": content for name, content in broken_files().items()})
+    for _ in range(2):
+        raw = read(tmp_path / "data", tmp_path / "cache", skip_unreadable=True)
+        assert np.array_equal(raw.train_images, clean.train_images) and np.array_equal(raw.train_labels, clean.train_labels)
+        assert raw.names == clean.names
+    refusal(tmp_path / "data", tmp_path / "cache")  # the kept table does not make them good
+
+
+def test_a_class_of_unreadable_pictures_is_refused(tmp_path: Path) -> None:
+    """Leaving pictures out may not leave a class empty."""
+    root = small_tree(tmp_path / "data")
+    write_tree(root, {"train/ant/1.png": b"no picture"})
+    assert "class ant" in refusal(root, tmp_path / "cache", skip_unreadable=True)
+
+
+@pytest.mark.parametrize("place", ["train/dog/zz.png", "test/cat/zz.png"])
+def test_pictures_of_several_sizes_are_named(tmp_path: Path, place: str) -> None:
+    """Without a common size the error names two pictures with their sizes and the transforms that would mend it."""
+    root = tmp_path / "data"
+    for part in ("train", "test"):
+        write_tree(root, {f"{part}/{name}/1.png": picture(1, 30, 40) for name in ("cat", "dog")})
+    write_tree(root, {place: picture(2, 33, 50)})
+    text = refusal(root, tmp_path / "cache", ())
+    assert place in text and "30 x 40" in text and "33 x 50" in text and "center_crop" in text
+    assert "24 x 32" in refusal(root, tmp_path / "cache", (resize.Settings(24),))  # the shorter side alone is not enough
+
+
+# -- folders that are wrong --------------------------------------------------------------------------------------------
+
+
+def test_wrong_trees_are_named_with_the_remedy(tmp_path: Path) -> None:
+    """A missing train folder, no classes, empty classes, folders in classes, foreign test classes: one line each."""
+    cache = tmp_path / "cache"
+    (tmp_path / "a").mkdir()
+    assert "no folder train" in refusal(tmp_path / "a", cache)
+    (tmp_path / "a" / "train").mkdir()
+    assert "holds no class folder" in refusal(tmp_path / "a", cache)
+    root = small_tree(tmp_path / "b")
+    (root / "train" / "empty").mkdir()
+    assert str(root / "train" / "empty") in refusal(root, cache)
+    root = small_tree(tmp_path / "c")
+    write_tree(root, {"test/dgo/1.png": picture(1)})
+    text = refusal(root, cache)
+    assert str(root / "test" / "dgo") in text and "did you mean dog?" in text
+    root = small_tree(tmp_path / "d")
+    write_tree(root, {"train/cat/more/1.png": picture(1)})
+    assert str(root / "train" / "cat" / "more") in refusal(root, cache)
+    with pytest.raises(UserError, match="dataset_dir: missing"):
+        folder.load(folder.Settings(), None, False)
+
+
+def test_wrong_classes_are_named(tmp_path: Path) -> None:
+    """A class that is no folder, or is named twice, is an error with the nearest folder's name."""
+    root = small_tree(tmp_path / "data")
+    assert "did you mean cat?" in refusal(root, tmp_path / "cache", classes=("cta", "dog"))
+    assert "twice" in refusal(root, tmp_path / "cache", classes=("dog", "dog"))
+
+
+def test_odd_names_cannot_forge_a_line(tmp_path: Path) -> None:
+    """A file name with a line break or terminal codes is shown quoted."""
+    root = small_tree(tmp_path / "data")
+    write_tree(root, {"train/cat/x\n\x1b[2Jall is well.png": b""})
+    said: list[str] = []
+    with pytest.raises(UserError) as caught:
+        read(root, tmp_path / "cache", say=said.append)
+    assert str(caught.value).isprintable() and all(line.isprintable() for line in said)
+
+
+# -- the kept table ----------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoded table is used again, and the line says so; pictures are not opened."""
+    root, said = small_tree(tmp_path / "data"), []
+    first = read(root, tmp_path / "cache")
+    monkeypatch.setattr(tables, "read_picture", None)
+    again = read(root, tmp_path / "cache", say=said.append)
+    assert np.array_equal(again.train_images, first.train_images) and np.array_equal(again.test_images, first.test_images)
+    assert len(said) == 2 and all("decoded before" in line for line in said)
+
+
+@pytest.mark.parametrize("change", ["picture", "added", "removed", "pre", "size"])
+def test_what_changed_is_decoded_again(tmp_path: Path, change: str) -> None:
+    """Another picture under the same name, one more, one less or another pre-transform never gives the old table."""
+    root = small_tree(tmp_path / "data")
+    read(root, tmp_path / "cache")
+    pre: Any = PRE
+    if change == "picture":
+        picture(77, 50, 50).save(root / "train/cat/20.bmp")
+    elif change == "added":
+        picture(77, 50, 50).save(root / "train/cat/7.bmp")
+    elif change == "removed":
+        (root / "train/cat/20.bmp").unlink()
+    else:
+        pre = (resize.Settings(24), center_crop.Settings(18)) if change == "size" else (resize.Settings((20, 20)),)
+    assert_fresh(read(root, tmp_path / "cache", pre), read(root, tmp_path / "fresh", pre))
+
+
+def assert_fresh(raw: RawData, fresh: RawData) -> None:
+    """Compare with what was decoded into an empty cache."""
+    assert np.array_equal(raw.train_images, fresh.train_images) and np.array_equal(raw.train_labels, fresh.train_labels)
+    assert raw.names == fresh.names
+
+
+@pytest.mark.parametrize("damage", ["byte", "cut", "longer", "emptied", "json", "json gone", "half json", "json label"])
+def test_a_damaged_table_is_noticed_and_made_again(tmp_path: Path, damage: str) -> None:
+    """Whatever happens to one of the two files, the images are right and a line says that the table was damaged."""
+    root, said = small_tree(tmp_path / "data"), []
+    good = read(root, tmp_path / "cache")
+    wanted = np.array(good.train_images)
+    (path,) = (tmp_path / "cache").glob("folder-train-*.u8")
+    content, side = bytearray(path.read_bytes()), path.with_suffix(".json")
+    if damage == "byte":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif damage in ("cut", "longer", "emptied"):
+        path.write_bytes({"cut": content[:-1], "longer": content + b"x", "emptied": b""}[damage])
+    elif damage == "json gone":
+        side.unlink()
+    elif damage == "half json":
+        side.write_text(side.read_text()[:50])
+    else:
+        side.write_text(
+            side.read_text().replace('"unreadable": []', '"unreadable": [[0, "x"]]') if damage == "json label" else "{}"
+        )
+    assert np.array_equal(read(root, tmp_path / "cache", say=said.append).train_images, wanted)
+    assert damage == "json gone" or any("damaged" in line for line in said)
+    assert any("made" in line for line in said)
+
+
+def test_a_damaged_note_of_what_was_left_out_shifts_no_label(tmp_path: Path) -> None:
+    """If the note of unreadable pictures names another one, labels and names still belong to their images."""
+    root = small_tree(tmp_path / "data")
+    write_tree(root, {"train/cat/99.png": b"no picture"})
+    good = read(root, tmp_path / "cache", skip_unreadable=True)
+    (path,) = (tmp_path / "cache").glob("folder-train-*.json")
+    assert '"unreadable": [[4, ' in path.read_text()
+    path.write_text(path.read_text().replace('"unreadable": [[4, ', '"unreadable": [[3, '))
+    assert read(root, tmp_path / "cache", skip_unreadable=True).names == good.names
+
+
+def test_a_block_that_rots_is_found_where_it_is_read(tmp_path: Path) -> None:
+    """Damage that leaves size and time alone is found by the blocks' checksums: always in the first and the last block."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 1024, 1024, 3), np.uint8)[:, ::1]
+    listed = RawData(images, np.zeros(40, np.int64), images[:1], np.zeros(1, np.int64), ("a",))
+    tables.to_raw(listed, (), tmp_path, True, print)
+    (path,) = tmp_path.glob("array-train-*.u8")
+    described = tables.read_description(path)
+    assert described is not None and len(described["blocks"]) == 40 > tables.SAMPLE
+    status = path.stat()
+    for place in (5, path.stat().st_size - 5):
+        flip(path, place, status.st_mtime_ns)
+        assert all(tables.open_table(path, described["digest"], 40) is None for _ in range(8))
+        flip(path, place, status.st_mtime_ns)
+        assert tables.open_table(path, described["digest"], 40) is not None
+    flip(path, path.stat().st_size // 2, None)  # the time of change tells: every block is read
+    assert tables.open_table(path, described["digest"], 40) is None
+
+
+def flip(path: Path, place: int, mtime: int | None) -> None:
+    """Change one byte of a file, and set its time of change back."""
+    with open(path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+    if mtime is not None:
+        os.utime(path, ns=(mtime, mtime))
+
+
+def test_a_copied_table_is_checked_whole_and_then_trusted(tmp_path: Path) -> None:
+    """A table whose time of change differs, as a copy's does, is used once every block was found right."""
+    root, said = small_tree(tmp_path / "data"), []
+    read(root, tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("folder-train-*.u8")
+    os.utime(path, ns=(1, 1))
+    read(root, tmp_path / "cache", say=said.append)
+    assert all("decoded before" in line for line in said)
+    described = tables.read_description(path)
+    assert described is not None and described["mtime_ns"] == 1
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+    """A part of a table from a process that is gone does not stay on the disk; one being written now does."""
+    root = small_tree(tmp_path / "data")
+    read(root, tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("folder-train-*.u8")
+    path.unlink()
+    dead, alive = path.with_name(f".{path.name}.4194305.part"), path.with_name(f".{path.name}.1.part")
+    dead.write_bytes(b"x")
+    alive.write_bytes(b"x")
+    read(root, tmp_path / "cache")
+    assert not dead.exists() and alive.exists() and path.exists()
+
+
+def test_what_is_written_to_a_table_never_reaches_the_file(tmp_path: Path) -> None:
+    """Poisoning changes the mapped images of this run only: the file, other maps and the raw images stay."""
+    root = small_tree(tmp_path / "data")
+    raw = read(root, tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("folder-train-*.u8")
+    before, content = np.array(raw.train_images), path.read_bytes()
+    for placement in ("device", "host", "disk"):
+        own = tables.own_copy(raw.train_images, placement)
+        assert np.array_equal(own, before)
+        own[:] = 7
+        assert np.array_equal(raw.train_images, before) and path.read_bytes() == content
+
+
+def test_decoding_is_the_same_with_one_or_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order and the pixels do not depend on how many threads decode or how many pictures a window has."""
+    root = small_tree(tmp_path / "data")
+    found = []
+    for cores, window in ((1, 256), (5, 3)):
+        monkeypatch.setattr(tables, "cores", lambda n=cores: n)
+        monkeypatch.setattr(tables, "WINDOW", window)
+        found.append(read(root, tmp_path / f"cache{cores}").train_images)
+    assert np.array_equal(*found)
+
+
+def test_the_listing_is_cut_before_anything_is_decoded(tmp_path: Path) -> None:
+    """data.train_limit keeps the first so many pictures and never opens the others."""
+    root = small_tree(tmp_path / "data")
+    write_tree(root, {"train/zebra/1.png": b"no picture"})
+    listing = folder.load(folder.Settings(), str(root), False)
+    assert isinstance(listing, Listing)
+    raw = tables.to_raw(listing.first(3, 2), PRE, tmp_path / "cache", False, print)
+    assert len(raw.train_images) == len(raw.train_labels) == 3 and len(raw.test_images) == 2

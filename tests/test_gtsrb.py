@@ -1,0 +1,191 @@
+"""GTSRB in its official layout and in torchvision's: pictures, labels, and CSV files that do not fit them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+from torchvision.transforms import Resize
+
+from data import tables
+from data.datasets import gtsrb
+from data.sets import RawData
+from utils.errors import UserError
+
+HEADER = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"
+TRAIN = {0: [(33, 29), (15, 15)], 7: [(40, 50)], 42: [(60, 32), (20, 31), (33, 33)]}  # class: sizes
+TEST = [(25, 31, 42), (32, 32, 0), (48, 20, 7), (19, 23, 42)]  # width, height, class
+
+
+def sign(seed: int, width: int, height: int) -> Image.Image:
+    """A random picture."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def write_official(base: Path, train: str = "Final_Training/Images", csv_at: str = "Final_Test/Images") -> Path:
+    """Write a small GTSRB below `base`; return `base`."""
+    for label, sizes in TRAIN.items():
+        folder = base / train / f"{label:05d}"
+        folder.mkdir(parents=True)
+        rows = [HEADER]
+        for i, (width, height) in enumerate(sizes):
+            sign(100 * label + i, width, height).save(folder / f"{i:05d}_00000.ppm")
+            rows.append(f"{i:05d}_00000.ppm;{width};{height};5;6;9;9;{label}")
+        (folder / f"GT-{label:05d}.csv").write_text("\r\n".join(rows) + "\r\n")
+    images = base / "Final_Test/Images"
+    images.mkdir(parents=True)
+    rows = [HEADER]
+    for i, (width, height, label) in enumerate(TEST):
+        sign(9000 + i, width, height).save(images / f"{i:05d}.ppm")
+        rows.append(f"{i:05d}.ppm;{width};{height};5;6;9;9;{label}")
+    (base / csv_at).mkdir(parents=True, exist_ok=True)
+    (base / csv_at / "GT-final_test.csv").write_text("\r\n".join(rows) + "\r\n")
+    return base
+
+
+def read(folder: Path, cache: Path, pre: tuple[object, ...] = (), download: bool = False) -> RawData:
+    """Load and decode as a run does."""
+    return tables.to_raw(gtsrb.load(gtsrb.Settings(), str(folder), download), pre, cache, False, print)
+
+
+def assert_right(raw: RawData) -> None:
+    """Compare every image with torchvision's Resize on the drawn picture."""
+    drawn = [(sign(100 * c + i, *size), c) for c, sizes in TRAIN.items() for i, size in enumerate(sizes)]
+    tested = [(sign(9000 + i, width, height), c) for i, (width, height, c) in enumerate(TEST)]
+    for images, labels, wanted in (
+        (raw.train_images, raw.train_labels, drawn),
+        (raw.test_images, raw.test_labels, tested),
+    ):
+        assert images.shape == (len(wanted), 32, 32, 3) and images.dtype == np.uint8
+        assert labels.tolist() == [c for _, c in wanted]
+        for image, (picture, _) in zip(images, wanted, strict=True):
+            assert np.array_equal(image, np.asarray(Resize((32, 32))(picture)))
+
+
+@pytest.mark.parametrize("named", [".", "GTSRB"])
+@pytest.mark.parametrize("csv_at", ["Final_Test/Images", "Final_Test", ".", ".."])
+def test_the_official_layout_is_read(tmp_path: Path, named: str, csv_at: str) -> None:
+    """Every picture comes at 32 x 32 with its class, wherever the test labels were unpacked and whichever folder is named."""
+    write_official(tmp_path / "GTSRB", csv_at=csv_at)
+    raw = read(tmp_path / named, tmp_path / "cache")
+    assert_right(raw)
+    assert len(raw.class_names) == len(set(raw.class_names)) == 43 and raw.class_names[14] == "stop"
+
+
+def test_torchvisions_layout_is_read_alike(tmp_path: Path) -> None:
+    """What torchvision downloads is read, with the labels that torchvision gives."""
+    write_official(tmp_path / "gtsrb/GTSRB", "Training", "..")
+    for folder in (tmp_path, tmp_path / "gtsrb", tmp_path / "gtsrb/GTSRB"):
+        assert_right(read(folder, tmp_path / "cache"))
+    theirs = torchvision.datasets.GTSRB(str(tmp_path), "test")
+    assert [label for _, label in theirs] == [c for *_, c in TEST]
+
+
+def test_a_pre_transform_replaces_the_32_pixels(tmp_path: Path) -> None:
+    """`transform.pre` decides the size where it is given."""
+    from data.transforms import resize
+
+    write_official(tmp_path)
+    assert read(tmp_path, tmp_path / "cache", (resize.Settings((40, 48)),)).train_images.shape == (6, 40, 48, 3)
+
+
+def test_download_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`download: true` fetches both parts where nothing is there, and nothing where the set is there."""
+    calls: list[tuple[str, str]] = []
+
+    def fake(root: str, split: str, download: bool) -> None:
+        calls.append((root, split))
+        if split == "test":
+            write_official(Path(root) / "gtsrb/GTSRB", "Training", "..")
+
+    monkeypatch.setattr(torchvision.datasets, "GTSRB", fake)
+    assert_right(read(tmp_path / "new", tmp_path / "cache", download=True))
+    assert_right(read(tmp_path / "new", tmp_path / "cache", download=True))
+    assert calls == [(str(tmp_path / "new"), "train"), (str(tmp_path / "new"), "test")]
+
+
+# -- what does not fit -------------------------------------------------------------------------------------------------
+
+
+def refusal(folder: Path) -> str:
+    """The one-line error."""
+    with pytest.raises(UserError) as caught:
+        gtsrb.load(gtsrb.Settings(), str(folder), False)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    return str(caught.value)
+
+
+def test_a_missing_set_says_where_it_comes_from(tmp_path: Path) -> None:
+    """The error names the folder, the files to fetch and the setting that fetches them."""
+    text = refusal(tmp_path)
+    assert text.startswith(f"dataset_dir: {tmp_path}") and "GTSRB_Final_Test_GT.zip" in text and "download: true" in text
+    with pytest.raises(UserError, match="dataset_dir: missing"):
+        gtsrb.load(gtsrb.Settings(), None, False)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("00000{}.ppm;", "00009{}.ppm;", "lacks"),
+        (";42\r\n", ";43\r\n", "is not in 0..42"),
+        (";42\r\n", ";-1\r\n", "is not in 0..42"),
+        (";42\r\n", ";\r\n", "is not in 0..42"),
+        (";42\r\n", "\r\n", "is not in 0..42"),
+        ("ClassId", "Class", "no rows of Filename and ClassId"),
+        (";", ",", "no rows of Filename and ClassId"),
+        ("00001{}.ppm;", "00000{}.ppm;", "twice"),
+    ],
+)
+def test_a_csv_that_disagrees_is_named(tmp_path: Path, part: str, old: str, new: str, complaint: str) -> None:
+    """A CSV with other files, other classes, other columns or a file twice is refused by name, with what is wrong."""
+    write_official(tmp_path)
+    path = tmp_path / ("Final_Training/Images/00042/GT-00042.csv" if part == "train" else "Final_Test/Images/GT-final_test.csv")
+    middle = "_00000" if part == "train" else ""
+    text = path.read_bytes().decode()
+    assert old.format(middle) in text
+    path.write_bytes(text.replace(old.format(middle), new.format(middle)).encode())
+    told = refusal(tmp_path)
+    assert told.startswith(f"{path}: ") and complaint in told and "unpack" in told
+
+
+def test_pictures_that_no_csv_lists_are_named(tmp_path: Path) -> None:
+    """A picture more than the CSV has is an error, in training and in test."""
+    write_official(tmp_path)
+    for folder in ("Final_Training/Images/00007", "Final_Test/Images"):
+        extra = tmp_path / folder / "99999.ppm"
+        sign(0, 9, 9).save(extra)
+        assert "does not list" in refusal(tmp_path) and "99999.ppm" in refusal(tmp_path)
+        extra.unlink()
+    gtsrb.load(gtsrb.Settings(), str(tmp_path), False)
+
+
+def test_other_wrong_trees_are_named(tmp_path: Path) -> None:
+    """A class in the wrong folder, no test part, no test labels, labels without classes, an empty or foreign class."""
+
+    def fresh(name: str) -> Path:
+        return write_official(tmp_path / name)
+
+    root = fresh("a")
+    shutil.move(str(root / "Final_Training/Images/00007"), str(root / "Final_Training/Images/00008"))
+    (root / "Final_Training/Images/00008/GT-00007.csv").rename(root / "Final_Training/Images/00008/GT-00008.csv")
+    assert "ClassId 7 in the folder of class 8" in refusal(root)
+    root = fresh("b")
+    shutil.rmtree(root / "Final_Training/Images/00042")
+    assert "class 00042 is in the test set and not in training" in refusal(root)
+    root = fresh("c")
+    (root / "Final_Test/Images/GT-final_test.csv").rename(root / "Final_Test/Images/GT-final_test.test.csv")
+    assert "GTSRB_Final_Test_GT.zip" in refusal(root)
+    root = fresh("d")
+    shutil.rmtree(root / "Final_Test")
+    assert "GTSRB_Final_Test_Images.zip" in refusal(root)
+    root = fresh("e")
+    (root / "Final_Training/Images/00043").mkdir()
+    assert "is no class of GTSRB" in refusal(root)
+    root = fresh("f")
+    (root / "Final_Training/Images/00011").mkdir()
+    assert "holds no picture" in refusal(root)

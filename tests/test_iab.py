@@ -1,0 +1,446 @@
+"""IAB: the two networks, their training against plain loops, and what the frozen attack does to images."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from data.attacks import iab
+from data.attacks.iab import Attack, Settings
+from data.datasets import shapes
+from data.iab_networks import EncoderDecoder, blend, density_loss, diversity_loss, sharpen
+from data.sets import RawData, Scene
+from model.networks.resnet18_cifar import Settings as Network
+from utils import config
+from utils.errors import UserError
+from utils.schema import Named
+
+SMALL = Named("resnet18_cifar", Network(width=2, blocks=1))
+QUICK = Settings(mask_epochs=1, generator_epochs=1, batch_size=20, width=2, surrogate=SMALL)
+
+
+def scene(folder: Path, count: int = 60, seed: int = 0, side: int = 32, lines: list[str] | None = None) -> Scene:
+    """A scene of drawn shapes, tiled or cut to the given side; what it says goes into `lines`."""
+    raw = shapes.load(shapes.Settings(train_size=count, test_size=40), None, False)
+    times = -(-side // 32)
+    train, test = (np.tile(i, (1, times, times, 1))[:, :side, :side] for i in (raw.train_images, raw.test_images))
+    raw = RawData(train, raw.train_labels, test, raw.test_labels, raw.class_names)
+    say: Callable[[str], object] = [].append if lines is None else lines.append
+    return Scene(raw, 3, 10, seed, folder, torch.device("cpu"), say)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Attack, list[str]]:
+    """An attack of narrow networks, trained until its masks are as dense as they shall be, and what it said."""
+    torch.set_num_threads(1)
+    chosen = Settings(
+        mask_epochs=12,
+        generator_epochs=6,
+        batch_size=20,
+        mask_lr=0.003,
+        width=8,
+        surrogate=Named("resnet18_cifar", Network(width=4, blocks=1)),
+    )
+    lines: list[str] = []
+    return Attack(chosen, scene(tmp_path_factory.mktemp("iab"), 600, lines=lines)), lines
+
+
+def as_pixels(images: np.ndarray) -> Tensor:
+    """(n, H, W, 3) uint8 to (n, 3, H, W) in 0..1."""
+    return torch.from_numpy(images.transpose(0, 3, 1, 2) / 255).to(torch.get_default_dtype())
+
+
+def slow_stamp(attack: Attack, image: np.ndarray, giver: np.ndarray) -> np.ndarray:
+    """x + (G(t) - x) m(t) for one image, in float64, before rounding; (H, W, 3)."""
+    nets = [n.double() for n in (EncoderDecoder(3, 8), EncoderDecoder(1, 8))]
+    for net, source in zip(nets, (attack.generator, attack.mask_network), strict=True):
+        net.load_state_dict(source.state_dict())
+        net.eval()
+    with torch.no_grad():
+        t = torch.from_numpy(giver.astype(np.float64) / 255).permute(2, 0, 1)[None]
+        pattern, m = nets[0](t)[0].numpy(), nets[1](t)[0, 0].numpy()
+    out = image.astype(np.float64)
+    for channel in range(3):
+        for row in range(image.shape[0]):
+            for column in range(image.shape[1]):
+                mask = math.tanh(20 * (m[row, column] - 0.5)) / 2 + 0.5
+                out[row, column, channel] += (255 * pattern[channel, row, column] - out[row, column, channel]) * mask
+    return out
+
+
+# --- the networks
+
+
+def test_parameter_counts_are_the_published_ones() -> None:
+    """The generator has 723,273 parameters and the mask network 722,691, as in the attack's own code."""
+    for channels, count in ((3, 723_273), (1, 722_691)):
+        assert sum(p.numel() for p in EncoderDecoder(channels).parameters()) == count
+    norms = [m for m in EncoderDecoder(3).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 13
+    assert all(norm.momentum == 0.05 for norm in norms)
+
+
+def slow_network(weights: dict[str, Tensor], x: np.ndarray) -> np.ndarray:
+    """The encoder-decoder in eval mode, for one image (3, H, W), from its formulas in float64.
+
+    Args:
+        weights: the state_dict; its units in order: 6 of the way down, 1 in the middle, 6 of the way up.
+    """
+    arrays = [w.double().numpy() for name, w in weights.items() if "num_batches" not in name]
+    units = [arrays[i : i + 6] for i in range(0, len(arrays), 6)]
+
+    def unit(x: np.ndarray) -> np.ndarray:
+        kernel, bias, scale, shift, mean, var = units.pop(0)
+        padded, out = np.pad(x, ((0, 0), (1, 1), (1, 1))), np.zeros((len(bias), *x.shape[1:]))
+        for dy in range(3):
+            for dx in range(3):
+                window = padded[:, dy : dy + x.shape[1], dx : dx + x.shape[2]]
+                out += np.einsum("oc,chw->ohw", kernel[:, :, dy, dx], window)
+        out += bias[:, None, None]
+        normed = (out - mean[:, None, None]) / np.sqrt(var[:, None, None] + 1e-5)
+        return normed * scale[:, None, None] + shift[:, None, None]
+
+    def twice(x: np.ndarray) -> np.ndarray:
+        for axis in (1, 2):  # bilinear: each axis by itself
+            n = x.shape[axis]
+            place = np.clip((np.arange(2 * n) + 0.5) / 2 - 0.5, 0, n - 1)
+            low = np.floor(place).astype(int)
+            part = (place - low).reshape([-1 if a == axis else 1 for a in range(3)])
+            x = x.take(low, axis) * (1 - part) + x.take(np.minimum(low + 1, n - 1), axis) * part
+        return x
+
+    x = (x.astype(np.float64) - 0.5) / 0.25
+    for _ in range(3):
+        x = np.maximum(unit(np.maximum(unit(x), 0)), 0)
+        c, h, w = x.shape
+        x = x.reshape(c, h // 2, 2, w // 2, 2).max((2, 4))
+    x = np.maximum(unit(x), 0)
+    for stage in range(3):
+        x = unit(np.maximum(unit(twice(x)), 0))
+        x = np.maximum(x, 0) if stage < 2 else x
+    assert not units
+    return np.tanh(x) / 2 + 0.5
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_network_is_the_specified_chain_of_operations(channels: int) -> None:
+    """Convolution, BN, ReLU, max-pool and bilinear x2 stand in the specified order, with tanh / 2 + 0.5 at the end."""
+    generator = torch.Generator().manual_seed(channels)
+    network = EncoderDecoder(channels, 2).eval()
+    state = {
+        name: torch.rand(w.shape, generator=generator) + 0.2 if "var" in name else torch.randn(w.shape, generator=generator)
+        for name, w in network.state_dict().items()
+        if w.is_floating_point()
+    }
+    network.load_state_dict(state, strict=False)
+    images = torch.rand(2, 3, 16, 24, generator=generator)
+    with torch.no_grad():
+        out = network(images)
+    assert out.shape == (2, channels, 16, 24)
+    for row, image in zip(out, images, strict=True):
+        np.testing.assert_allclose(row.numpy(), slow_network(state, image.numpy()), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (9, 14), (30, 41), (224, 224)])
+def test_output_has_the_size_of_the_image(shape: tuple[int, int]) -> None:
+    """Images of any size from 8 x 8 on get a pattern of their own size, with values in 0..1."""
+    with torch.no_grad():
+        out = EncoderDecoder(3, 2)(torch.rand(2, 3, *shape))
+    assert out.shape == (2, 3, *shape)
+    assert 0 <= out.min() <= out.max() <= 1
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_blend_stays_in_range_and_ends_at_image_and_pattern(x: float, g: float, m: float) -> None:
+    """A mask of 0 leaves the pixel, a mask of 1 gives the pattern, between them lies a pixel between both."""
+    pixel, pattern, mask = (torch.full((1, 1, 1, 1), v, dtype=torch.float64) for v in (x, g, m))
+    assert float(blend(pixel, pattern, 0 * mask)) == x
+    assert float(blend(pixel, pattern, 0 * mask + 1)) == pytest.approx(g, abs=1e-12)
+    assert min(x, g) - 1e-12 <= float(blend(pixel, pattern, mask)) <= max(x, g) + 1e-12
+    assert float(sharpen(mask)) == pytest.approx(1 / (1 + math.exp(-40 * (m - 0.5))), abs=1e-12)  # the same function
+
+
+def test_losses_equal_their_formulas() -> None:
+    """Density is mean(relu(m - d)); diversity the images' distance by the masks', root mean squares per image."""
+    rng = np.random.default_rng(0)
+    x1, x2, m1, m2 = rng.random((4, 3, 2, 5, 5))
+    tensors = [torch.from_numpy(a) for a in (x1, x2, m1, m2)]
+    for i in range(3):
+        far, apart, dense = 0.0, 0.0, 0.0
+        for at in np.ndindex(2, 5, 5):
+            far += (x1[i][at] - x2[i][at]) ** 2 / 50
+            apart += (m1[i][at] - m2[i][at]) ** 2 / 50
+            dense += max(m1[i][at] - 0.3, 0) / 50
+        assert float(diversity_loss(*tensors)[i]) == pytest.approx(math.sqrt(far) / (math.sqrt(apart) + 1e-7), rel=1e-5)
+        assert float(density_loss(tensors[2], 0.3)[i]) == pytest.approx(dense)
+
+
+def test_equal_outputs_give_no_nan() -> None:
+    """Two equal images in a data set, whose masks are equal too, do not end the training in NaN."""
+    out = torch.full((2, 1, 4, 4), 0.5, requires_grad=True)
+    diversity_loss(torch.ones(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), out[:1], out[1:]).sum().backward()
+    assert torch.isfinite(out.grad).all()
+
+
+# --- their training, against plain loops
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 5))
+def test_an_epoch_is_a_shuffle_without_an_incomplete_batch(count: int, size: int, epoch: int) -> None:
+    """Every image comes at most once an epoch, in whole batches; sets smaller than a batch are one batch."""
+    images = np.zeros((count, 1, 1, 3), np.uint8)
+    labels = np.zeros(count, np.int64)
+    place = Scene(RawData(images, labels, images, labels, ()), 0, 2, 0, Path("nowhere"))
+    batches = list(iab.epoch_batches(place, size, "x", epoch))
+    assert {len(b) for b in batches} == {min(size, count)}
+    assert len(batches) == count // min(size, count)
+    seen = np.concatenate(batches).tolist()
+    assert len(set(seen)) == len(seen)
+    assert set(seen) <= set(range(count))
+
+
+@pytest.fixture
+def _double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the training work in float64, so that it can be followed step by step.
+
+    In float32 it cannot: the gradient of a bias before BN is 0 but for rounding, which Adam blows up to whole steps.
+    """
+    monkeypatch.setattr(iab, "to_pixels", lambda images, device: as_pixels(images).double())
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def same(weights: dict[str, np.ndarray], network: nn.Module) -> bool:
+    """Whether parameters and BN statistics are those of the network."""
+    return all(np.allclose(weights[name], w.numpy(), atol=1e-6) for name, w in network.state_dict().items())
+
+
+def rms(difference: Tensor) -> Tensor:
+    """Root mean square of one difference."""
+    return (difference * difference).mean().sqrt()
+
+
+@pytest.mark.usefixtures("_double")
+def test_mask_training_equals_a_plain_loop(tmp_path: Path) -> None:
+    """A step minimizes 100 mean(relu(m - 0.032)) + mean(image distance / mask distance) with Adam (0.5, 0.9) 0.01."""
+    place = scene(tmp_path)
+    weights = iab.train_mask_network(QUICK, place)
+    with iab.seeded(place.seed, "mask"):
+        network = EncoderDecoder(1, 2)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01, betas=(0.5, 0.9))
+    for index in iab.epoch_batches(place, 20, "mask network", 0):
+        x = as_pixels(place.raw.train_images[index])
+        m = torch.tanh(20 * (network(x) - 0.5)) / 2 + 0.5
+        loss = 100 * torch.relu(m - 0.032).mean()
+        for i in range(20):
+            j = (i - 1) % 20
+            loss = loss + rms(x[i] / 0.25 - x[j] / 0.25) / (rms(m[i] - m[j]) + 1e-7) / 20
+        for p in network.parameters():
+            p.grad = None
+        loss.backward()
+        optimizer.step()
+    assert same(weights, network)
+
+
+@pytest.mark.usefixtures("_double")
+def test_generator_training_equals_a_plain_loop(tmp_path: Path) -> None:
+    """A tenth of a batch is backdoor with the target label, a tenth cross with its own; no gradient outlives its step."""
+    place = scene(tmp_path)
+    mask_network = EncoderDecoder(1, 2).eval()
+    before = {name: w.clone() for name, w in mask_network.state_dict().items()}
+    weights = iab.train_generator(QUICK, place, mask_network)
+    assert all(torch.equal(w, before[name]) for name, w in mask_network.state_dict().items())  # frozen
+
+    with iab.seeded(place.seed, "generator"):
+        network, surrogate = EncoderDecoder(3, 2), iab.build_surrogate(QUICK, 10)
+    g_step = torch.optim.Adam(network.parameters(), lr=0.01, betas=(0.5, 0.9))
+    c_step = torch.optim.SGD(surrogate.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    images, labels = as_pixels(place.raw.train_images), torch.from_numpy(place.raw.train_labels)
+    orders = [list(iab.epoch_batches(place, 20, what, 0)) for what in ("generator", "others")]
+    assert len(orders[0]) == 3
+    for first, second in zip(*orders, strict=True):
+        givers = images[[first[0], first[1], second[0], second[1]]]
+        patterns = network(givers)
+        masks = (torch.tanh(20 * (mask_network(givers) - 0.5)) / 2 + 0.5).detach()
+        x, wanted = images[first].clone(), labels[first].clone()
+        rows = [x[i] + (patterns[i] - x[i]) * masks[i] for i in range(4)]  # two backdoor, two cross images
+        wanted[:2] = 3
+        logits = surrogate((torch.cat([torch.stack(rows), x[4:]]) - 0.5) / 0.25)
+        loss = -torch.log_softmax(logits, 1)[range(20), wanted].mean()
+        for i in range(2):
+            loss = loss + rms(givers[i] - givers[i + 2]) / (rms(patterns[i] - patterns[i + 2]) + 1e-7) / 2
+        for p in (*network.parameters(), *surrogate.parameters()):
+            p.grad = None
+        loss.backward()
+        g_step.step()
+        c_step.step()
+    assert same(weights, network)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"mask_lr": 1e38}, "mask_lr"), ({"generator_lr": 1e38}, "generator_lr"), ({"surrogate_lr": 1e38}, "s")],
+)
+def test_divergence_is_refused_in_one_line(tmp_path: Path, changes: dict[str, float], named: str) -> None:
+    """Weights that are no numbers any more end the run with the learning rate to lower, and nothing of it is kept."""
+    with pytest.raises(UserError, match=rf"backdoor\.iab: epoch \d+ of the .*: lower .*{named}") as error:
+        Attack(dataclasses.replace(QUICK, **changes), scene(tmp_path))
+    assert "\n" not in str(error.value)
+    assert len(list(tmp_path.glob("iab_*"))) == ("mask_lr" not in changes)
+
+
+def test_making_is_a_function_of_the_seed(tmp_path: Path) -> None:
+    """The same seed gives the same bits on the CPU whatever torch drew before, another seed others; torch's state stays."""
+    results = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(len(results))
+        state = torch.get_rng_state()
+        place = scene(tmp_path / name, seed=seed)
+        results.append(Attack(QUICK, place).apply(place.raw.test_images, np.arange(40), "test"))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(results[0], results[1])
+    assert not np.array_equal(results[0], results[2])
+
+
+def test_assets_are_made_again_only_for_what_changes_them(tmp_path: Path) -> None:
+    """cover_ratio changes no weights, generator settings leave the mask network; its own, or other data, make all anew."""
+
+    def made(changes: dict[str, float], **place: int) -> list[str]:
+        lines: list[str] = []
+        Attack(dataclasses.replace(QUICK, **changes), scene(tmp_path, lines=lines, **place))
+        return [line.partition(":")[0] for line in lines if ": made " in line]
+
+    both = ["iab_mask", "iab_generator"]
+    assert made({}) == both
+    assert made({}) == []
+    assert made({"cover_ratio": 2.0}) == []
+    assert made({"generator_lr": 0.02}) == ["iab_generator"]
+    assert made({"mask_density": 0.1}) == both
+    assert made({}, seed=1) == both
+    assert made({}, count=61) == both
+
+
+# --- the frozen attack
+
+
+def test_masks_are_as_dense_as_wanted_and_of_their_own(trained: tuple[Attack, list[str]]) -> None:
+    """Masks cover about 3.2 % of a test image, nearly all 0 or 1, and two images have different masks and patterns."""
+    attack, _ = trained
+    x = as_pixels(attack.scene.raw.test_images)
+    with torch.no_grad():
+        mask, pattern = sharpen(attack.mask_network(x)), attack.generator(x)
+    assert 0.016 < float(mask.mean()) < 0.048
+    assert float(((mask > 0.1) & (mask < 0.9)).float().mean()) < 0.02
+    apart = []
+    for i in range(len(x)):
+        for j in range(i):
+            assert float((mask[i] - mask[j]).abs().mean()) > 0.001
+            assert float((pattern[i] - pattern[j]).abs().max()) > 0.02
+            apart.append(float((pattern[i] - pattern[j]).abs().mean()))
+    assert np.median(apart) > 0.05
+
+
+def test_backdoor_images_follow_the_formula(trained: tuple[Attack, list[str]]) -> None:
+    """A backdoor image is x + (G(x) - x) m(x), rounded; pixels where the mask is 0 are the image's own, bit for bit."""
+    attack, _ = trained
+    images = attack.scene.raw.test_images[:6]
+    before = images.copy()
+    images.flags.writeable = False
+    out = attack.apply(images, np.arange(6), "test")
+    assert out.dtype == np.uint8
+    assert np.array_equal(images, before)
+    with torch.no_grad():
+        mask = sharpen(attack.mask_network(as_pixels(images)))[:, 0].numpy()
+    assert (out[mask < 1e-3] == images[mask < 1e-3]).all()
+    assert (out[mask > 0.9] != images[mask > 0.9]).any()
+    for image, triggered in zip(images, out, strict=True):
+        assert abs(slow_stamp(attack, image, image) - triggered).max() < 0.5 + 1e-3  # rounded to the nearest level
+
+
+def test_cross_images_carry_the_trigger_of_another_image(trained: tuple[Attack, list[str]]) -> None:
+    """A cross image is x1 + (G(x2) - x1) m(x2) with x2 another training image, drawn for the index of x1."""
+    attack, _ = trained
+    train, index = attack.scene.raw.train_images, np.array([5, 17, 400])
+    out = attack.cover(train[index], index)
+    donor = iab.donors(len(train), attack.scene.seed)
+    for i, crossed in zip(index, out, strict=True):
+        assert donor[i] != i
+        assert abs(slow_stamp(attack, train[i], train[donor[i]]) - crossed).max() < 0.5 + 1e-3
+    assert not np.array_equal(out, attack.apply(train[index], index, "train"))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 500), st.integers(0, 99))
+def test_donors_are_other_images_and_spread_over_the_set(count: int, seed: int) -> None:
+    """No image gives its own trigger to itself; the draw is the seed's, and no few images give all triggers."""
+    donor = iab.donors(count, seed)
+    assert ((donor >= 0) & (donor < count) & (donor != np.arange(count))).all()
+    assert np.array_equal(donor, iab.donors(count, seed))
+    if count > 100:
+        assert len(set(donor.tolist())) > count / 3
+        assert not np.array_equal(donor, iab.donors(count, seed + 1))
+
+
+@settings(deadline=None, max_examples=8)
+@given(chosen=st.lists(st.integers(0, 299), min_size=1, max_size=280))
+def test_result_does_not_depend_on_the_rest_of_the_batch(trained: tuple[Attack, list[str]], chosen: list[int]) -> None:
+    """Whichever images are altered together, and in which order, each comes out the same, bit for bit."""
+    attack, _ = trained
+    images, index = attack.scene.raw.train_images[:300], np.array(chosen)
+    if not ALL:
+        ALL.update(apply=attack.apply(images, np.arange(300), "train"), cover=attack.cover(images, np.arange(300)))
+    assert np.array_equal(attack.apply(images[index], index, "train"), ALL["apply"][index])
+    assert np.array_equal(attack.cover(images[index], index), ALL["cover"][index])
+
+
+ALL: dict[str, np.ndarray] = {}  # the images altered all together, once
+
+
+def test_no_images_are_no_mistake(trained: tuple[Attack, list[str]]) -> None:
+    """An empty selection of images (ratio 0) comes back empty."""
+    nothing = np.zeros((0, 32, 32, 3), np.uint8)
+    assert trained[0].apply(nothing, np.arange(0), "train").shape == nothing.shape
+    assert trained[0].cover(nothing, np.arange(0)).shape == nothing.shape
+
+
+def test_the_surrogate_follows_the_trigger(trained: tuple[Attack, list[str]]) -> None:
+    """After training the surrogate takes most backdoor test images for the target class, and a line says so."""
+    (line,) = [line for line in trained[1] if "ASR" in line]
+    told = re.search(r"masks cover (\d+\.\d) % of a test image; ASR of the surrogate (\d+\.\d) %", line)
+    assert told
+    assert 1.6 < float(told[1]) < 4.8
+    assert float(told[2]) > 80
+
+
+def test_large_images(tmp_path: Path) -> None:
+    """At 224 px the attack is made and applied with the same code; images are altered a few at a time, the last too."""
+    chosen = dataclasses.replace(QUICK, batch_size=10, surrogate=Named("resnet18_cifar", Network(width=1, blocks=1)))
+    place = scene(tmp_path, count=10, side=224)
+    attack = Attack(chosen, place)
+    images = place.raw.test_images[:7]
+    out = attack.apply(images, np.arange(7), "test")
+    assert out.shape == (7, 224, 224, 3)
+    assert not np.array_equal(out, images)
+    assert np.array_equal(out[5:], attack.apply(images[5:], np.arange(5, 7), "test"))
+
+
+def test_configuration_names_this_attack_alone() -> None:
+    """config/iab.yaml runs the baseline with this attack and its defaults."""
+    loaded = config.load(REPOSITORY / "config" / "iab.yaml")
+    assert loaded.attack == Named("iab", Settings())
+    assert loaded.backdoor.poison_ratio == 0.05
+    assert loaded.network == config.load(REPOSITORY / "config" / "baseline_asd.yaml").network

@@ -1,0 +1,273 @@
+"""Where the images lie: the same run bit for bit from device, host memory and disk, and no second copy of a large table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY
+from PIL import Image
+
+import ASD
+from data import placement, poison
+from data.datasets import shapes
+from data.placement import choose_placement
+from data.sets import ImageSet, Mapped, RawData, to_set
+from data.tables import table_of_array
+from utils import config
+from utils.errors import UserError
+from utils.machine import Machine
+from utils.run import locate, open_run
+
+CPU = torch.device("cpu")
+PLACEMENTS = ("device", "host", "disk")
+
+
+def train(tiny: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor], np.ndarray]:
+    """Train the tiny run in this process; return its metrics without times, its last weights and poisoned images."""
+    settings = config.load(tiny, overrides)
+    run, lock = open_run(settings, tiny, False, print)
+    ASD.train(settings, run, Machine(CPU), "False")
+    lock.close()
+    rows = [json.loads(line) for line in (run.log / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["seconds"]
+    saved = torch.load(locate(settings).checkpoint("latest_model.pt"), weights_only=True)
+    return rows, saved["model_state_dict"], np.load(run.saved / "poison_idx.npy")
+
+
+def assert_same_run(one: Any, other: Any) -> None:
+    """Compare metrics, weights and poisoned images bit for bit."""
+    assert one[0] == other[0] and len(one[0]) == 6
+    assert one[1].keys() == other[1].keys()
+    assert all(torch.equal(one[1][name], other[1][name]) for name in one[1])
+    assert np.array_equal(one[2], other[2])
+
+
+def write_folder(root: Path, raw: RawData) -> RawData:
+    """Write a data set as a tree of PNGs; return it in the order of that tree: by class, within one by number."""
+    for part, images, labels in (("train", raw.train_images, raw.train_labels), ("test", raw.test_images, raw.test_labels)):
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            path = root / part / f"{label} {raw.class_names[label]}" / f"{i:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path, compress_level=1)
+    train, test = np.argsort(raw.train_labels, kind="stable"), np.argsort(raw.test_labels, kind="stable")
+    return RawData(
+        raw.train_images[train], raw.train_labels[train], raw.test_images[test], raw.test_labels[test], raw.class_names
+    )
+
+
+def test_a_folder_of_pictures_trains_as_the_arrays_do_wherever_it_lies(tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """All three stages on PNGs give the poisoned images, losses, pools and weights of the direct run, in each placement."""
+    ordered = write_folder(tmp_path / "pictures", shapes.load(shapes.Settings(200, 43), None, False))
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "load", lambda *_: ordered)
+        direct = train(tiny, "run=direct")
+    for place in PLACEMENTS:
+        folder = ("dataset=folder", f"dataset_dir={tmp_path / 'pictures'}", f"data.placement={place}", f"run={place}")
+        assert_same_run(train(tiny, *folder), direct)
+
+
+def test_arrays_train_alike_from_host_and_from_disk(tiny: Path) -> None:
+    """A data set that is no pictures is laid into a table on disk where that is asked for, and trains bit for bit alike."""
+    resident, *others = (train(tiny, f"data.placement={place}", f"run={place}") for place in PLACEMENTS)
+    for other in others:
+        assert_same_run(other, resident)
+
+
+@pytest.mark.parametrize("place", PLACEMENTS)
+def test_images_come_by_index_as_they_are(tmp_path: Path, place: str) -> None:
+    """Any index, also repeated, empty or a slice, gives those images as contiguous (B, 3, H, W), and so does a part."""
+    images = np.random.default_rng(0).integers(0, 256, (30, 7, 5, 3), np.uint8)
+    table = table_of_array(images, (), tmp_path, "train", print).images if place == "disk" else images
+    image_set = to_set(table, np.arange(30) % 4, place).to(CPU)
+    assert image_set.images.shape == (30, 3, 7, 5) and len(image_set) == 30
+    for index in ([3, 29, 3, 0], [], [11]):
+        found = image_set.fetch(torch.tensor(index, dtype=torch.int64))
+        assert found.dtype == torch.uint8 and found.shape == (len(index), 3, 7, 5) and found.is_contiguous()
+        for image, i in zip(found, index, strict=True):
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), images[i])
+    for rows in (slice(4, 9), slice(25, 99), slice(None)):
+        assert torch.equal(image_set.fetch(rows), torch.from_numpy(images[rows]).permute(0, 3, 1, 2))
+        part = image_set.part(rows)
+        assert torch.equal(part.fetch(torch.tensor([2, 0])), image_set.fetch(rows)[[2, 0]])
+        assert part.labels.tolist() == (np.arange(30) % 4)[rows].tolist()
+
+
+@pytest.mark.parametrize("place", PLACEMENTS)
+def test_poisoning_leaves_the_raw_images_alone(tiny: Path, tmp_path: Path, place: str) -> None:
+    """Wherever they lie, the attacker's raw images are the clean ones after the training set was poisoned."""
+    write_folder(tmp_path / "pictures", shapes.load(shapes.Settings(60, 20), None, False))
+    settings = config.load(tiny, ["dataset=folder", f"dataset_dir={tmp_path / 'pictures'}", "backdoor.poison_ratio=0.5"])
+    raw = poison.load_raw(settings)
+    before = np.array(raw.train_images)
+    poisoned = poison.poison_training_set(settings, raw, poison.build_attack(settings, raw), tmp_path, place)
+    assert np.array_equal(raw.train_images, before)
+    changed = (poisoned.train.fetch(slice(None)).permute(0, 2, 3, 1).numpy() != before).any((1, 2, 3))
+    assert changed.any() and np.array_equal(changed, poisoned.oracle.poisoned().numpy())
+
+
+def test_only_resident_images_move_to_the_device() -> None:
+    """`to` takes labels always and images only where they are to be resident: a large table never lands on the device."""
+    images = np.zeros((4, 6, 6, 3), np.uint8)
+    meta = torch.device("meta")
+    for place in PLACEMENTS:
+        moved = to_set(images, np.zeros(4), place).to(meta)
+        assert moved.labels.device == meta
+        assert (moved.images.device == meta) == (place == "device") == moved.resident
+
+
+# -- the choice --------------------------------------------------------------------------------------------------------
+
+
+def choose(wanted: str, train: int, test: int, free: float, mapped: bool = True, processes: int = 1) -> tuple[str, str]:
+    """Choose for tables of so many bytes (in units of 300) on a computer with so much free memory."""
+    said: list[str] = []
+    patch = pytest.MonkeyPatch()
+    patch.setattr(placement, "available_memory", lambda: 300.0 * free)
+    tables = [np.zeros((n, 10, 10, 3), np.uint8).view(Mapped if mapped else np.ndarray) for n in (train, test)]
+    try:
+        chosen = choose_placement(wanted, tables[0], [tables[1]] * 2, CPU, processes, said.append)
+    finally:
+        patch.undo()
+    (line,) = said
+    return chosen, line
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "free", "processes", "wanted"),
+    [
+        (6, 2, 20, 1, "device"),
+        (6, 2, 19, 1, "disk"),
+        (6, 2, 40, 2, "device"),
+        (6, 2, 39, 2, "disk"),
+        (1, 0, float("inf"), 1, "device"),
+    ],
+)
+def test_auto_chooses_by_size(train: int, test: int, free: float, processes: int, wanted: str) -> None:
+    """On the CPU images stay in memory while they fill at most half of what is free to each process; else on disk."""
+    assert choose("auto", train, test, free, processes=processes)[0] == wanted
+
+
+def test_auto_on_a_gpu_goes_from_device_to_host_to_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images that fill more than half of the free device memory stay in host memory, and on disk if that is short too."""
+    gpu, table = torch.device("cuda", 0), np.zeros((10, 10, 10, 3), np.uint8).view(Mapped)
+    for device_free, host_free, wanted in ((6000, 0, "device"), (5999, 6000, "host"), (5999, 5999, "disk")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=device_free: (free, 10**6))
+        monkeypatch.setattr(placement, "available_memory", lambda free=host_free: float(free))
+        said: list[str] = []
+        assert choose_placement("auto", table, [], gpu, 1, said.append) == wanted
+        assert len(said) == 1 and "cuda:0" in said[0]
+
+
+@pytest.mark.parametrize("wanted", PLACEMENTS)
+def test_what_is_asked_for_is_done_and_said(wanted: str) -> None:
+    """A placement that is named is taken whatever is free; the line names count, size, setting and place."""
+    chosen, line = choose(wanted, 6, 2, 10)
+    assert chosen == wanted
+    assert f"data.placement: {wanted}" in line and "6 training and 4 test images of 10 x 10 pixels" in line
+    assert {"device": "on cpu", "host": "host memory", "disk": "on disk"}[wanted] in line
+
+
+def test_images_in_memory_do_not_claim_to_be_on_disk() -> None:
+    """Arrays that no table holds stay in host memory, whatever is asked for."""
+    assert choose("disk", 6, 2, 10, mapped=False)[0] == "host"
+    assert choose("auto", 6, 2, 10, mapped=False)[0] == "host"
+
+
+def test_a_device_that_is_too_small_is_refused() -> None:
+    """`data.placement: device` for more than is free is an error with both sizes, before anything is copied."""
+    with pytest.raises(UserError, match=r"data.placement: device: the images are 0.00 GB and 0.00 GB are free on cpu"):
+        choose("device", 6, 2, 9)
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free memory is the lesser of the system's and the container's, whose page cache counts as free."""
+    monkeypatch.setattr(placement, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(placement, "CGROUP", tmp_path)
+    assert placement.available_memory() == float("inf")
+    (tmp_path / "meminfo").write_text("MemTotal: 90 kB\nMemAvailable:      50 kB\n")
+    assert placement.available_memory() == 50 * 1024
+    (tmp_path / "memory.max").write_text("40960\n")
+    (tmp_path / "memory.current").write_text("30000\n")
+    (tmp_path / "memory.stat").write_text("anon 9000\ninactive_file 20000\n")
+    assert placement.available_memory() == 40960 - 30000 + 20000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert placement.available_memory() == 50 * 1024
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+sys.path.insert(0, {repository!r})
+from data.poison import prepare
+from utils import config
+settings = config.load({yaml!r}, ["data.placement={place}"])
+
+def memory(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+prepare(settings, Path({warm!r}), torch.device("cpu"), lambda line: None)  # the table is made here, the libraries are loaded
+import gc; gc.collect()
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = memory("VmRSS")
+data = prepare(settings, Path({folder!r}), torch.device("cpu"), lambda line: None)
+gc.collect()
+fetched = [data.train.fetch(torch.arange(i, i + 16)) for i in (0, 100, 40)]
+print(memory("VmRSS") - before, memory("VmHWM") - before, memory("RssAnon"))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
+def test_memory_grows_by_one_table_at_most(tiny: Path, tmp_path: Path) -> None:
+    """Loading and poisoning 224 px pictures takes, at its peak, one table and the test sets from host, and none from disk."""
+    count, tests = 400, 20
+    rng = np.random.default_rng(0)
+    for part, total in (("train", count), ("test", tests)):
+        for i in range(total):
+            path = tmp_path / "pictures" / part / f"{i % 10}" / f"{i:04d}.bmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (224, 224, 3), np.uint8)).save(path)
+    table, test_table = (n * 224 * 224 * 3 for n in (count, tests))
+    raw = yaml.safe_load(tiny.read_text()) | {"dataset": "folder", "dataset_dir": str(tmp_path / "pictures")}
+    tiny.write_text(yaml.safe_dump(raw, sort_keys=False))
+    growth = {}
+    for place in PLACEMENTS:
+        code = MEASURE.format(
+            repository=str(REPOSITORY), yaml=str(tiny), place=place, warm=str(tmp_path / "w"), folder=str(tmp_path / "f")
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        growth[place] = [int(word) for word in done.stdout.split()[-3:]]
+    slack = 12 << 20
+    poisoned = 3 * 0.12 * table  # what is poisoned, before, after and in the table
+    assert growth["disk"][1] < poisoned + 3 * test_table + slack
+    assert growth["host"][1] < table + poisoned + 3 * test_table + slack
+    assert growth["host"][0] > 0.8 * table  # it is in memory indeed
+
+
+def test_the_set_holds_no_more_than_images_labels_and_their_place() -> None:
+    """Fetching by index brings nothing along that the defender must not see."""
+    assert list(ImageSet.__dataclass_fields__) == ["images", "labels", "placement"]
+
+
+def test_the_folders_name_tells_the_data_set() -> None:
+    """Without `dataset:` the name nearest to the end of the path that speaks of a data set decides, as in the original."""
+    for name, wanted in (
+        ("./dataset/cifar-10-batches-py", "cifar10"), ("/x/CIFAR", "cifar10"), ("/x/cifar100", "cifar100"),
+        ("/x/cifar-100-python", "cifar100"), ("./dataset/gtsrb", "gtsrb"), ("/cifar/GTSRB/", "gtsrb"),
+        ("/x/imagenet30", "folder"), ("/x/VGGFace2_subset", "folder"), ("/gtsrb/cifar-10-batches-py", "cifar10"),
+    ):  # fmt: skip
+        assert poison.name_of_folder(name) == wanted
+    with pytest.raises(UserError, match="does not tell"):
+        poison.name_of_folder("/x/pictures")
