@@ -352,10 +352,9 @@ def weigh_images(config: Config, state: State, train_set: ImageSet, plain: Pipel
     n, sce = len(train_set), config.split.criterion.sce
     logits = machine.gather(plain_logits(config, "suspects", state.model, train_set, plain, machine), n)  # (N, C)
     losses = symmetric_cross_entropy(logits, train_set.labels, sce.alpha, sce.beta)
-    probabilities = logits.softmax(1)
-    confidence, guessed = probabilities.max(1)
-    own = probabilities.gather(1, train_set.labels[:, None]).squeeze(1)
-    columns = (train_set.labels, guessed, confidence, own, losses, state.epochs_in_clean_pool)  # (N,) each
+    carried, probabilities = train_set.labels[:, None], logits.double().softmax(1)  # of sure ones float32 gives ties
+    own, rival = probabilities.gather(1, carried).squeeze(1), probabilities.scatter(1, carried, -1).amax(1)
+    columns = (train_set.labels, logits.argmax(1), own, rival, losses, state.epochs_in_clean_pool)  # (N,) each
     return Evidence(*(column.cpu().numpy() for column in columns))
 
 

@@ -65,6 +65,8 @@ def read_seed_samples(
         seen[at] = place
     seeds = np.sort(np.fromiter(seen, np.int64))
     for label, count in enumerate(np.bincount(labels[seeds], minlength=num_classes)):
+        if not (labels == label).any():
+            raise UserError(f"num_classes: {num_classes}: the training set has no image of class {label}: lower it")
         if count == 0:
             raise UserError(
                 f"seed_samples: {source}: names no image of class {class_text(label, class_names)}: name at least one that "

@@ -110,7 +110,7 @@ def label_table(files: Sequence[str], logits: Tensor, class_names: Sequence[str]
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(HEAD)
-    shares, labels = logits.softmax(1).sort(1, descending=True, stable=True)
+    shares, labels = logits.softmax(1).sort(stable=True, dim=1, descending=True)
     for file, first, theirs in zip(files, labels[:, :3].tolist(), shares[:, :3].tolist(), strict=True):
         row = [file]
         for label, share in zip(first, theirs, strict=True):

@@ -184,7 +184,10 @@ LABELS = torch.arange(200) % 10
 
 def check(tiny: Path, *overrides: str, labels: Tensor = LABELS) -> None:
     """Check the tiny run's pools under some changed settings."""
-    check_pool_sizes(config.load(tiny, overrides), labels)
+    plan = config.load(tiny, overrides)
+    check_pool_sizes(
+        plan, labels, torch.cat([torch.nonzero(labels == c).squeeze(1)[: plan.global_.seed_num] for c in range(10)])
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,12 +246,20 @@ def test_a_plan_that_cannot_train_is_refused_at_the_start(
     assert "batch_size" in text and "200" in text and "\n" not in text
 
 
+def test_given_seed_samples_are_named_in_the_refusal(tiny: Path) -> None:
+    """Where the user gave the seed samples, a pool that is too small names that key and how many images were given."""
+    plan = config.load(tiny, ["seed_samples=list.txt", "global.n=0"])
+    with pytest.raises(UserError, match=r"seed_samples and global\.n/t: 7 images and 0/1: the clean pool .* 7 images"):
+        check_pool_sizes(plan, LABELS, torch.arange(7))
+
+
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_pool_sizes_are_foreseen_exactly(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A plan passes if and only if every pool of every epoch, split for real, holds a batch."""
     path = tmp_path_factory.getbasetemp() / "plan.yaml"
     seeds, n, t, first = (data.draw(st.integers(*r)) for r in ((1, 3), (0, 9), (1, 3), (0, 4)))
+    given_seeds = data.draw(st.none() | st.tuples(*(st.integers(1, 5) for _ in range(3))))
     epsilon, batch = data.draw(st.sampled_from([0.05, 0.3, 0.5, 0.8, 0.95])), data.draw(st.integers(2, 12))
     path.write_text(
         "backdoor: {badnets: {}, target_label: 0}\nnetwork: resnet18_cifar\ndataset: shapes\nnum_classes: 3\nnum_epochs: 6\n"
@@ -258,7 +269,9 @@ def test_pool_sizes_are_foreseen_exactly(data: st.DataObject, tmp_path_factory: 
         f"semi: {{loader: {{batch_size: {batch}}}}}\n"
     )
     labels = torch.tensor([0] * 5 + [1] * 9 + [2] * 21)
-    own = torch.cat([torch.nonzero(labels == c).squeeze(1)[:seeds] for c in range(3)])
+    if given_seeds:
+        path.write_text(path.read_text() + "seed_samples: list.txt\n")
+    own = torch.cat([torch.nonzero(labels == c).squeeze(1)[: (given_seeds or [seeds] * 3)[c]] for c in range(3)])
     losses = torch.arange(35.0)
     fits = True
     for epoch in range(6):
@@ -269,7 +282,7 @@ def test_pool_sizes_are_foreseen_exactly(data: st.DataObject, tmp_path_factory: 
         fits = fits and batch <= len(pool) <= 35 - batch
     plan = config.load(path)
     if fits:
-        check_pool_sizes(plan, labels)
+        check_pool_sizes(plan, labels, own)
     else:
         with pytest.raises(UserError):
-            check_pool_sizes(plan, labels)
+            check_pool_sizes(plan, labels, own)

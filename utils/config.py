@@ -210,7 +210,9 @@ class Runtime:
         "a MixMatch step as one CUDA graph, or eager; auto: on one CUDA device the graph, if its trial equals the eager step",
         options=("auto", "graph", "eager"),
     )
-    merged: bool = setting(False, "the 2 and the 3 forward passes of a step as one each, BN by groups of rows; same numbers")
+    merged: bool = setting(
+        False, "the 2 and the 3 forward passes of a step as one each, BN by groups of rows; equal but for dropped units"
+    )
     compile: bool = setting(False, "torch.compile the losses of a MixMatch step: one process, minutes at the start")
     amp: bool = setting(False, "bf16 for the convolutions (also --amp); weights, BN and losses stay fp32")
 

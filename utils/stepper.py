@@ -90,9 +90,11 @@ class Stepper:
     def record(self) -> None:
         """Warm up, capture, try the graph against an eager step, and put every changed tensor back in place."""
         before = {id(t): t.clone() for t in self.tensors()}
+        draws = random_states()
 
         def start() -> None:
             put_back(self.tensors(), before)
+            set_random_states(draws)
             self.rewind()
 
         graph: Replayable | None = None
@@ -117,6 +119,18 @@ class Stepper:
             raise UserError(f"runtime.mode: graph: the step cannot run as a CUDA graph ({trouble}): set runtime.mode=eager")
         else:
             self.say(f"the step does not run as a CUDA graph here ({trouble}): it runs eagerly, with the same numbers")
+
+
+def random_states() -> list[Tensor]:
+    """Return the states of torch's global generators, from which networks that drop units draw."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+
+
+def set_random_states(states: list[Tensor]) -> None:
+    """Set them back."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1])
 
 
 def warm_up(work: Callable[[], object]) -> None:

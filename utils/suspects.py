@@ -1,7 +1,7 @@
 """Which training images are suspect: what a finished ASD run knows of each, as one score, a ranked table and its quality.
 
-ASD does not say which images are poisoned: it needs a pool that is clean enough. But what it knows at the end tells them
-apart: the model never learnt the labels of poisoned images, and the splits kept them out of the clean pool.
+ASD does not say which images are poisoned: it needs a pool that is clean enough. But its last model has not learnt the
+labels of poisoned images: it is sure of another one.
 """
 
 from __future__ import annotations
@@ -29,32 +29,33 @@ class Evidence:
 
     labels: np.ndarray  # (N,) int64, the labels that the images carry
     model_labels: np.ndarray  # (N,) int64, the model's
-    confidence: np.ndarray  # (N,) in 0..1, the model's in its own label
-    own_probability: np.ndarray  # (N,) in 0..1, of the label that the image carries
+    own_probability: np.ndarray  # (N,) in 0..1, the model's for the label that the image carries
+    rival_probability: np.ndarray  # (N,) in 0..1, the model's for the likeliest of the other labels
     losses: np.ndarray  # (N,) split loss without augmentation
     epochs: np.ndarray  # (N,) epochs in the clean pool
 
+    @property
+    def confidence(self) -> np.ndarray:
+        """The probability (N,) of the model's own label."""
+        return np.maximum(self.own_probability, self.rival_probability)
+
     def scores(self) -> dict[str, np.ndarray]:
-        """Return the score (N,) in 0..1 and the alternatives that it is measured against; high is suspect."""
+        """Return the score (N,) in 0..1 and the alternatives that it is measured against; high is suspect.
+
+        The score is the margin by which the model believes in another label, mapped to 0..1: a poisoned image is one that
+        it is sure of, under another label. The split loss knows the image's own label only, so what the model cannot
+        decide on scores as high; the clean half that stages 2 and 3 leave out of the pool blurs the epochs. On scaled
+        CIFAR-10 runs of 54 and 65 % accuracy AUROC was 0.78 and 0.89 by margin, 0.70 and 0.84 by loss, 0.52 and 0.65 by
+        epochs, and every mean with the epochs fell below the margin alone.
+        """
+        absence = -self.epochs.astype(np.float64)
         return {
-            "score": suspicion(self.losses, self.epochs),
+            "score": (1 + self.rival_probability - self.own_probability) / 2,
             "split_loss": self.losses,
-            "epochs_outside_clean_pool": -self.epochs.astype(np.float64),
+            "epochs_outside_clean_pool": absence,
             "one_minus_own_probability": 1 - self.own_probability,
+            "mean_rank_of_loss_and_epochs": (midranks(self.losses) + midranks(absence)) / 2,
         }
-
-
-def suspicion(losses: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-    """Return how suspect each image is, (N,) in 0..1: its rank by split loss, of equal ones by absence from the clean pool.
-
-    The mean of both ranks, weights up to 9 to 1 included, found fewer poisoned images in every run that was measured: half
-    of the clean images stay out of the pool in stages 2 and 3 too.
-
-    Args:
-        losses: (N,) split losses of the finished model.
-        epochs: (N,) epochs that the images spent in the clean pool.
-    """
-    return relative_ranks(midranks(losses) + relative_ranks(-epochs.astype(np.float64)) / 2)  # midranks are 1 apart or more
 
 
 def midranks(values: np.ndarray) -> np.ndarray:
@@ -63,11 +64,6 @@ def midranks(values: np.ndarray) -> np.ndarray:
     last = np.cumsum(counts)
     ranks: np.ndarray = (last - (counts - 1) / 2)[group]
     return ranks
-
-
-def relative_ranks(values: np.ndarray) -> np.ndarray:
-    """Return the midranks as shares in 0..1: what part of the other images lies below, ties as half."""
-    return (midranks(values) - 1) / max(1, len(values) - 1)
 
 
 def order(scores: np.ndarray) -> np.ndarray:

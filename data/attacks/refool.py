@@ -39,10 +39,10 @@ class Settings:
     reflectance: tuple[float, ...] = setting((0.05, 0.45), "share of the image's light that the pane takes", low=0, high=1)
     ghost_weight: tuple[float, ...] = setting((0.15, 0.5), "weight of the fainter of a ghost's two copies", low=0, high=1)
     shift: tuple[float, ...] = setting(
-        (3 / 560, 8 / 560), "distance of the two copies on each axis, of the image's side; at least 1 px", low=0, high=0.5
+        (0.0054, 0.0143), "distance of the copies on each axis, of the side (3 to 8 of 560 px); at least 1 px", low=0, high=0.5
     )
     sigma: tuple[float, ...] = setting(
-        (1 / 560, 5 / 560), "blur out of focus, of the image's side; at least 1 px", low=0, high=0.25
+        (0.0018, 0.0089), "blur out of focus, of the side (1 to 5 of 560 px); at least 1 px", low=0, high=0.25
     )
     attenuation: tuple[float, ...] = setting((1.08, 1.18), "out of focus: weight of what is subtracted", low=0)
 

@@ -1,0 +1,455 @@
+"""`backdoor: null`: data of unknown origin, with seed samples that the user gives, from the folder to the suspects."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, TINY, run_script
+from PIL import Image
+
+import ASD
+from data import poison, seeds, sets
+from data.datasets import shapes
+from utils import compare, config
+from utils.errors import UserError
+from utils.machine import Machine
+from utils.run import locate, open_run
+
+CLASSES, EACH, SEEDS = ("disc", "ring", "square"), 20, 3
+SMALL: dict[str, Any] = {
+    "num_classes": 3,
+    "backdoor": None,
+    "num_epochs": 3,
+    "semi": TINY["semi"] | {"mixmatch": {"train_iteration": 2}},  # type: ignore[operator]
+    "global": {"epoch_first": 1, "epoch_second": 2, "epoch_third": 3, "t": 1, "n": 1},
+}
+
+
+def write_tree(root: Path, test: bool) -> None:
+    """Write drawn shapes as pictures, `train/<class>/0007.png`, and a test folder if wanted."""
+    images, labels = shapes.draw(600, 10.0, np.random.default_rng(0))
+    for part, first in (("train", 0), *((("test", EACH),) if test else ())):
+        for label, name in enumerate(CLASSES):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i, at in enumerate(np.flatnonzero(labels == label)[first : first + EACH]):
+                Image.fromarray(images[at]).save(folder / f"{i:04d}.png")
+
+
+def plan(folder: Path, **changes: Any) -> Path:
+    """Write the YAML of a tiny run on the tree in `folder`, with a list of seed samples."""
+    (folder / "seeds.txt").write_text(
+        "# known to be clean\n\n" + "".join(f"{name}/{i:04d}.png\n" for name in CLASSES for i in range(SEEDS))
+    )
+    raw = TINY | SMALL | {
+        "dataset": "folder", "dataset_dir": str(folder / "tree"), "seed_samples": str(folder / "seeds.txt"),
+        "saved_dir": str(folder / "saved"), "storage_dir": str(folder / "storage"),
+    } | changes  # fmt: skip
+    path = folder / "own.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return path
+
+
+def train(path: Path, resume: str = "") -> Path:
+    """Run ASD in this process; return the run's folder."""
+    plan = config.load(path)
+    _, lock = open_run(plan, path, resume == "False", print)
+    ASD.train(plan, locate(plan), Machine(torch.device("cpu")), resume)
+    lock.close()
+    return locate(plan).saved
+
+
+def run_test_py(*arguments: object) -> str:
+    """Run test.py's main function in this process, on the CPU; return what it printed."""
+    spec = importlib.util.spec_from_file_location("repository_test", REPOSITORY / "test.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(sys, "argv", ["test.py", "--gpu", "cpu", *map(str, arguments)])
+        module.main()
+    return said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on a tree with a test folder, by the command; the tests only read it."""
+    folder = tmp_path_factory.mktemp("own")
+    write_tree(folder / "tree", test=True)
+    result = run_script("ASD.py", "--config", plan(folder), "--gpu", "cpu")
+    assert result.returncode == 0, result.stderr
+    (folder / "said.txt").write_text(result.stdout)
+    return folder
+
+
+# -- A whole run -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_on_own_pictures_tells_nothing_that_nobody_knows(own: Path) -> None:
+    """Log, metrics and pictures tell accuracy and losses, and neither success rate, poisoned counts nor purity."""
+    said = (own / "said.txt").read_text()
+    lines = [line for line in said.splitlines() if re.match(r"epoch +\d/3 ", line)]
+    assert len(lines) == 3 and all("ACC" in line and "clean pool" in line for line in lines)
+    for word in ("ASR", "poisoned", "triggered", "AUROC", "None", "nan"):
+        assert word not in said, word
+    log = own / "saved" / "own" / "log"
+    rows = [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["attack_success_rate"] is None and row["poisoned_in_clean_pool"] is None
+        assert row["clean_accuracy"] * EACH * 3 == pytest.approx(round(row["clean_accuracy"] * EACH * 3))
+    assert not {"purity.png", "triggered.png"} & {path.name for path in log.iterdir()}
+    assert {"accuracy.png", "split_class-aware.png", "split_meta-split.png"} <= {path.name for path in log.iterdir()}
+    assert {"poison_idx.npy", "suspects.json"}.isdisjoint(path.name for path in log.parent.iterdir())
+
+
+def test_tensorboard_of_such_a_run_has_no_truth(own: Path) -> None:
+    """TensorBoard shows one histogram of all losses and no figure of the attack."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(own / "saved" / "own" / "log" / "tensorboard")).Reload()  # type: ignore[no-untyped-call]
+    tags = board.Tags()
+    assert tags["histograms"] == ["split_loss/all"]
+    assert "clean_accuracy" in tags["scalars"] and not [tag for tag in tags["scalars"] if "attack" in tag or "poison" in tag]
+    assert not [tag for tag in tags["images"] if "poisoned" in tag]
+
+
+def test_suspects_are_every_picture_by_its_name(own: Path) -> None:
+    """suspects.csv has every training picture once, under the folder's class, ranked by a score in 0..1, with figures that
+    agree with the checkpoint: the model's own label on that picture and the epochs in the clean pool."""
+    with open(own / "saved" / "own" / "suspects.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["name"] for row in rows) == [f"{name}/{i:04d}.png" for name in CLASSES for i in range(EACH)]
+    assert all(row["label"] == row["name"].partition("/")[0] and row["model_label"] in CLASSES for row in rows)
+    scores = [float(row["score"]) for row in rows]
+    assert scores == sorted(scores, reverse=True) and scores[0] <= 1 and scores[-1] >= 0
+    for row in rows:
+        assert (float(row["score"]) >= 0.5) == (row["label"] != row["model_label"]), row
+    saved = torch.load(own / "storage" / "own" / "checkpoint" / "latest_model.pt", weights_only=True)
+    epochs = {f"{CLASSES[i // EACH]}/{i % EACH:04d}.png": n for i, n in enumerate(saved["epochs_in_clean_pool"].tolist())}
+    assert {row["name"]: int(row["epochs_in_clean_pool"]) for row in rows} == epochs
+    run_test_py("--config", own / "own.yaml", "--images", own / "tree" / "train")
+    with open(own / "saved" / "own" / "log" / "labels.csv", newline="") as file:
+        labelled = {row["path"]: (row["label"], row["confidence"]) for row in csv.DictReader(file)}
+    assert {row["name"]: (row["model_label"], row["confidence"]) for row in rows} == labelled
+
+
+def test_the_sheet_of_suspects_opens(own: Path) -> None:
+    """suspects.png is a picture with something on it."""
+    with Image.open(own / "saved" / "own" / "suspects.png") as picture:
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 50
+
+
+def test_test_py_tells_accuracy_alone(own: Path) -> None:
+    """test.py prints and keeps ACC of the user's test folder, and no success rate."""
+    said = run_test_py("--config", own / "own.yaml")
+    assert "ACC" in said and "ASR" not in said
+    kept = json.loads((own / "saved" / "own" / "log" / "test.json").read_text())
+    assert kept["clean_total"] == 3 * EACH and kept["attack_success_rate"] is None and kept["backdoor_total"] is None
+
+
+def test_runs_of_unknown_truth_can_be_compared(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The comparison says `unknown` for what nobody knows, in the table, and draws the rest."""
+    monkeypatch.setattr(sys, "argv", ["compare", str(own / "saved" / "own"), "--picture", str(tmp_path / "c.png")])
+    compare.main()
+    row = capsys.readouterr().out.splitlines()[2]
+    assert re.search(r"own +asd +\d+\.\d\d % +unknown +unknown of 30", row), row
+    assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+def test_without_a_test_folder_the_last_model_is_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tree without test/ trains: no accuracy anywhere, no best_model.pt, and one line says so; test.py then says what it
+    needs; given back the same command, a finished run makes its suspects again where they are gone, and only then."""
+    write_tree(tmp_path / "tree", test=False)
+    path = plan(tmp_path)
+    saved = train(path)
+    said = capsys.readouterr().out
+    assert "no accuracy is told and no best_model.pt kept" in said and "ACC" not in said and "None" not in said
+    assert [p.name for p in (tmp_path / "storage" / "own" / "checkpoint").iterdir()] == ["latest_model.pt"]
+    assert not (saved / "log" / "accuracy.png").exists()
+    with pytest.raises(UserError, match=r"no test images.*--images"):
+        run_test_py("--config", path)
+
+    first = (saved / "suspects.csv").read_bytes()
+    (saved / "suspects.csv").unlink()
+    train(path)
+    assert (saved / "suspects.csv").read_bytes() == first
+    (saved / "suspects.csv").write_text("mine\n")
+    train(path)
+    assert (saved / "suspects.csv").read_text() == "mine\n"
+
+
+def test_an_attack_needs_test_images(tmp_path: Path) -> None:
+    """An attack on a tree without test/ is refused in a line that names both remedies."""
+    write_tree(tmp_path / "tree", test=False)
+    path = plan(tmp_path, backdoor={"badnets": {}, "target_label": 1})
+    with pytest.raises(UserError, match=r"no test images.*backdoor: null"):
+        train(path)
+
+
+def test_no_ground_truth_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a run of unknown truth no Oracle is ever made, no image drawn to be poisoned, no attack built: the run does not
+    depend on any of them."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("ground truth")
+
+    write_tree(tmp_path / "tree", test=True)
+    monkeypatch.setattr(sets.Oracle, "__init__", refuse)
+    for name in ("draw_poisoned", "poison_index", "build_attack"):
+        monkeypatch.setattr(poison, name, refuse)
+    monkeypatch.setattr(seeds, "draw_seed_samples", refuse)
+    saved = train(plan(tmp_path))
+    assert (saved / "suspects.csv").exists()
+
+
+def test_an_undefended_run_of_unknown_truth(tmp_path: Path) -> None:
+    """`defense: none` needs no seed samples and ranks nothing."""
+    write_tree(tmp_path / "tree", test=True)
+    saved = train(plan(tmp_path, defense="none", seed_samples=None, num_epochs=1))
+    assert (saved / "log" / "metrics.jsonl").exists() and not (saved / "suspects.csv").exists()
+
+
+def test_known_truth_judges_the_ranking_and_takes_given_seeds(tmp_path: Path) -> None:
+    """With a known attack the given seed samples replace the drawn ones, and suspects.json has counts and four figures of
+    each score, which fit poison_idx.npy."""
+    write_tree(tmp_path / "tree", test=True)
+    path = plan(tmp_path, backdoor={"badnets": {}, "target_label": 1, "poison_ratio": 0.2})
+    saved = train(path)
+    index = np.load(saved / "poison_idx.npy")
+    found = json.loads((saved / "suspects.json").read_text())
+    assert found["counts"] == {"images": 60, "poisoned": int(index.sum()), "cover": 0}
+    names = {"auroc", "precision_at_true_count", "recall_at_true_count", "average_precision"}
+    for measures in found["measures"].values():
+        assert set(measures) == names and all(0 <= value <= 1 for value in measures.values())
+    with open(saved / "suspects.csv", newline="") as file:
+        scores = {row["name"]: float(row["score"]) for row in csv.DictReader(file)}
+    poisoned = {f"{CLASSES[i // EACH]}/{i % EACH:04d}.png" for i in np.flatnonzero(index)}
+    pairs = [(scores[a] > scores[b]) + 0.5 * (scores[a] == scores[b]) for a in poisoned for b in scores.keys() - poisoned]
+    assert found["measures"]["score"]["auroc"] == pytest.approx(sum(pairs) / len(pairs), abs=0.002)  # the CSV is rounded
+    assert (saved / "seed_samples.txt").read_text().splitlines() == [f"{n}/{i:04d}.png" for n in CLASSES for i in range(SEEDS)]
+
+
+# -- Seed samples ------------------------------------------------------------------------------------------------------
+
+NAMES = ("cat/a.png", "cat/b.png", "dog/a.png", "dog/c d.png", "\u00e9l\u00e9phant/\u00fc.png")
+LABELS = np.array([0, 0, 1, 1, 2])
+KNOWN = ("cat", "dog", "\u00e9l\u00e9phant")
+
+
+def listed(path: Path, text: str, names: tuple[str, ...] = NAMES) -> list[int]:
+    """Return what a list of that text names."""
+    path.write_text(text, encoding="utf-8")
+    return seeds.read_seed_samples(path, names, LABELS, KNOWN, 3).tolist()
+
+
+def test_a_list_names_an_image_a_line(tmp_path: Path) -> None:
+    """Blank lines, comments, spaces at the ends, a byte-order mark, `./` and Windows' backslashes do not matter."""
+    text = "\ufeff# mine\n\n  dog/c d.png \n./cat/b.png\r\n\t# more\n\u00e9l\u00e9phant\\\u00fc.png\n"
+    assert listed(tmp_path / "s.txt", text) == [1, 3, 4]
+
+
+def test_images_without_names_are_told_by_number(tmp_path: Path) -> None:
+    """Where the data set has no file names, a line is the image's number."""
+    assert listed(tmp_path / "s.txt", "4\n0\n2\n", ("0", "1", "2", "3", "4")) == [0, 2, 4]
+
+
+def put(folder: Path, *names: str) -> Path:
+    """Make empty files of these names."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_a_folder_has_a_sub_folder_a_class(tmp_path: Path) -> None:
+    """Files of class folders mean the training images of that name, or of that number; hidden files are passed over."""
+    folder = put(tmp_path / "named", "cat/b.png", "dog/a.png", "\u00e9l\u00e9phant/\u00fc.png", "cat/.DS_Store", ".git/x")
+    assert seeds.read_seed_samples(folder, NAMES, LABELS, KNOWN, 3).tolist() == [1, 2, 4]
+    folder = put(tmp_path / "numbered", "cat/1.png", "1/3.jpg", "\u00e9l\u00e9phant/4.png")
+    assert seeds.read_seed_samples(folder, tuple("01234"), LABELS, KNOWN, 3).tolist() == [1, 3, 4]
+
+
+REST = "dog/a.png\n\u00e9l\u00e9phant/\u00fc.png\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("cat/a.pgn\n" + REST, ("s.txt: line 1: cat/a.pgn", "did you mean cat/a.png?")),
+        ("b.png\n" + REST, ("line 1: b.png", "did you mean cat/b.png?")),
+        ("# x\ntrain/cat/b.png\n" + REST, ("line 2: train/cat/b.png", "did you mean cat/b.png?")),
+        ("\x1b[31mzzzz\n", ("\\x1b", "names are like cat/a.png")),
+        ("cat/a.png\ncat/a.png\n" + REST, ("line 2: cat/a.png: is named twice", "line 1", "keep one")),
+        ("cat/a.png\n" + REST.splitlines()[0], ("no image of class 2 (\u00e9l\u00e9phant)", "at least one")),
+        ("", ("no image of class 0 (cat)",)),
+    ],
+)
+def test_a_wrong_list_is_one_line(tmp_path: Path, text: str, told: tuple[str, ...]) -> None:
+    """An unknown name (the nearest is told), one named twice, a class without any: one line with file, line and remedy."""
+    with pytest.raises(UserError) as caught:
+        listed(tmp_path / "s.txt", text)
+    line = str(caught.value)
+    assert "\n" not in line and "\x1b" not in line
+    for part in told:
+        assert part in line
+
+
+def test_an_unknown_number_is_told_the_range(tmp_path: Path) -> None:
+    """A number beyond the set, or a name where there are only numbers, is told which numbers there are."""
+    for entry in ("5", "-1", "cat/a.png"):
+        with pytest.raises(UserError, match=r"line 1: .*0 to 4"):
+            listed(tmp_path / "s.txt", f"{entry}\n", tuple("01234"))
+
+
+@pytest.mark.parametrize(
+    ("files", "numbered", "told"),
+    [
+        (("a.png",), False, "lies in no class folder"),
+        (("cat/zz.png",), False, "cat/zz.png: the training set has no image of that name"),
+        (("dog/0.png",), True, "image 0 is of class 0 (cat)"),
+        (("cat/1.png", "cat/1.jpg"), True, "is named twice"),
+        (("cat/a.png", "dog/a.png"), False, "names no image of class 2"),
+    ],
+)
+def test_a_wrong_folder_is_one_line(tmp_path: Path, files: tuple[str, ...], numbered: bool, told: str) -> None:
+    """A file outside a class folder, an unknown one, one in another class' folder, a class without any: named."""
+    with pytest.raises(UserError) as caught:
+        seeds.read_seed_samples(put(tmp_path / "s", *files), tuple("01234") if numbered else NAMES, LABELS, KNOWN, 3)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_list_is_named(tmp_path: Path) -> None:
+    """A list that is not there is one line with its path and what to give."""
+    with pytest.raises(UserError, match=r"seed_samples: .*none\.txt: cannot be read \(No such file"):
+        seeds.read_seed_samples(tmp_path / "none.txt", NAMES, LABELS, KNOWN, 3)
+
+
+def test_a_class_that_the_data_lack_is_told_so(tmp_path: Path) -> None:
+    """Where num_classes is larger than the data have classes, the line says that instead of asking for a seed sample."""
+    (tmp_path / "s.txt").write_text("cat/a.png\n" + REST)
+    with pytest.raises(UserError, match="num_classes: 5: the training set has no image of class 3"):
+        seeds.read_seed_samples(tmp_path / "s.txt", NAMES, LABELS, KNOWN, 5)
+
+
+def test_a_run_goes_on_with_its_own_seed_samples(tmp_path: Path) -> None:
+    """A list that was changed since the run began is refused; the same images in another order are the same."""
+    path = tmp_path / "run" / "seed_samples.txt"
+    seeds.keep_with_run(path, ["cat/a.png", "dog/a.png"])
+    seeds.keep_with_run(path, ["cat/a.png", "dog/a.png"])
+    with pytest.raises(UserError, match=r"begun with other seed samples.*--resume False"):
+        seeds.keep_with_run(path, ["cat/b.png", "dog/a.png"])
+
+
+def test_seed_samples_are_demanded_where_nobody_can_draw_them(tiny: Path) -> None:
+    """backdoor: null with ASD and without seed_samples is refused before any data are read; seed_num may then be 0."""
+    with pytest.raises(UserError, match=r"seed_samples: None: .*backdoor: null"):
+        config.load(tiny, ["backdoor=null"])
+    assert config.load(tiny, ["backdoor=null", "seed_samples=s.txt", "global.seed_num=0"]).seed_samples == "s.txt"
+    assert config.load(tiny, ["backdoor=null", "defense=none"]).backdoor is None
+
+
+# -- Labels for pictures -----------------------------------------------------------------------------------------------
+
+
+def label(own: Path, folder: Path, *arguments: object) -> tuple[str, list[list[str]]]:
+    """Label a folder with the finished run; return what was said and the rows of the CSV."""
+    out = folder.parent / "labels.csv"
+    said = run_test_py("--config", own / "own.yaml", "--images", folder, "--out", out, *arguments)
+    with open(out, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return said, list(csv.reader(file))
+
+
+def test_any_pictures_are_labelled(own: Path, tmp_path: Path) -> None:
+    """Every picture below a folder, of any format, mode and size, gets a row with its label and the three likeliest ones;
+    what is no picture is named and not fatal; the run's files and the data set are not needed."""
+    source = own / "tree" / "test" / "ring" / "0003.png"
+    pile = tmp_path / "pile"
+    (pile / "deep" / "er").mkdir(parents=True)
+    with Image.open(source) as picture:
+        picture.save(pile / "same.png")
+        picture.save(pile / "deep" / "same.bmp")
+        picture.convert("L").resize((50, 20)).save(pile / "deep" / "er" / "grey.jpg")
+        picture.convert("RGBA").resize((64, 64)).save(pile / "A rgba.png")
+    (pile / "notes.txt").write_text("no picture")
+    (pile / "broken.png").write_bytes(source.read_bytes()[:60])
+    (pile / ".hidden.png").write_bytes(b"")
+    said, rows = label(own, pile, "--set", f"dataset_dir={tmp_path}/nowhere")
+    assert rows[0] == ["path", "label", "confidence", "label_2", "confidence_2", "label_3", "confidence_3"]
+    assert [row[0] for row in rows[1:]] == ["A rgba.png", "deep/er/grey.jpg", "deep/same.bmp", "same.png"]
+    assert rows[3][1:] == rows[4][1:]
+    for row in rows[1:]:
+        shares = [float(share) for share in row[2::2]]
+        assert set(row[1::2]) == set(CLASSES) and shares == sorted(shares, reverse=True)
+        assert sum(shares) == pytest.approx(1, abs=2e-4)
+    assert "cannot be read: notes.txt" in said and "cannot be read: broken.png" in said
+    assert "2 of 4 pictures were not 32 x 32 pixels" in said and "4 pictures labelled, 2 cannot be read" in said
+
+
+def test_old_checkpoints_give_numbers(own: Path, tmp_path: Path) -> None:
+    """A checkpoint that tells neither class names nor image size labels by number, at the size of the training views."""
+    saved = torch.load(own / "storage" / "own" / "checkpoint" / "latest_model.pt", weights_only=True)
+    del saved["about"]
+    torch.save(saved, tmp_path / "old.pt")
+    pile = tmp_path / "pile"
+    pile.mkdir()
+    Image.new("RGB", (40, 40), "red").save(pile / "x.png")
+    said, rows = label(own, pile, "--resume", tmp_path / "old.pt")
+    assert set(rows[1][1::2]) == {"0", "1", "2"} and "1 of 1 pictures were not 32 x 32 pixels" in said
+
+
+@pytest.mark.parametrize("about", [None, 3, {"class_names": [1], "image_size": [32]}, {"image_size": [0, 10**9]}])
+def test_a_strange_checkpoint_tells_nothing(about: object) -> None:
+    """What a checkpoint says of the data is checked: anything but names and a size counts as nothing."""
+    from utils import checkpoint
+
+    assert checkpoint.about({"about": about}) == ((), None)
+    told = {"about": {"class_names": ["a", "b"], "image_size": [24, 32]}}
+    assert checkpoint.about(told) == (("a", "b"), (24, 32))
+
+
+def no_folder(tmp_path: Path) -> Path:
+    """A path where nothing is."""
+    return tmp_path / "none"
+
+
+def empty_folder(tmp_path: Path) -> Path:
+    """A folder with nothing but a hidden file."""
+    return put(tmp_path / "empty", ".x")
+
+
+def no_pictures(tmp_path: Path) -> Path:
+    """A folder of texts."""
+    return put(tmp_path / "texts", "a.txt", "b.txt")
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [(no_folder, "is no folder"), (empty_folder, "holds no file"), (no_pictures, "none of 2 files is a picture (a.txt")],
+)
+def test_a_folder_without_pictures_is_one_line(own: Path, tmp_path: Path, make: Callable[[Path], Path], told: str) -> None:
+    """--images with nothing to label is told in one line, and no CSV is written."""
+    out = tmp_path / "labels.csv"
+    with pytest.raises(UserError) as caught:
+        run_test_py("--config", own / "own.yaml", "--images", make(tmp_path), "--out", out)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert not out.exists()
+
+
+def test_out_without_images_is_refused(own: Path) -> None:
+    """--out belongs to --images."""
+    with pytest.raises(UserError, match=r"--out x\.csv: .*--images"):
+        run_test_py("--config", own / "own.yaml", "--out", "x.csv")
