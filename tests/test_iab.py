@@ -410,6 +410,19 @@ def test_result_does_not_depend_on_the_rest_of_the_batch(trained: tuple[Attack, 
 ALL: dict[str, np.ndarray] = {}  # the images altered all together, once
 
 
+def test_networks_always_see_batches_of_one_shape(trained: tuple[Attack, list[str]]) -> None:
+    """However many images are altered, the networks get as many at a time: where kernels depend on it, results do not."""
+    attack, _ = trained
+    shapes_seen: set[tuple[int, ...]] = set()
+    networks = (attack.generator, attack.mask_network)
+    hooks = [n.register_forward_pre_hook(lambda _, given: shapes_seen.add(tuple(given[0].shape))) for n in networks]
+    for count in (1, 256, 300):
+        attack.apply(attack.scene.raw.train_images[:count], np.arange(count), "train")
+    for hook in hooks:
+        hook.remove()
+    assert shapes_seen == {(256, 3, 32, 32)}
+
+
 def test_no_images_are_no_mistake(trained: tuple[Attack, list[str]]) -> None:
     """An empty selection of images (ratio 0) comes back empty."""
     nothing = np.zeros((0, 32, 32, 3), np.uint8)

@@ -208,3 +208,4 @@ def test_the_sheet_shows_every_image(tmp_path: Path, count: int, shape: tuple[in
     bands = 1 + sum(b - a > 1 for a, b in itertools.pairwise(rows))
     assert bands == -(-count // 10)
     assert starts[rows[20]].sum() == min(count, 10)  # below the blurred edge
+    assert set(starts[rows[2] : rows[20]].sum(1)) == {min(count, 10)}, "the title lies on the images"

@@ -95,15 +95,16 @@ def draw_suspects(path: Path, images: np.ndarray, captions: list[str], title: st
     """Contact sheet of (n, H, W, 3) uint8, ten in a row, each over its caption."""
     n, height, width = images.shape[:3]
     rows, aspect = -(-n // 10), height / width
-    figure, panels = plt.subplots(rows, 10, figsize=(12, rows * (1.1 * aspect + 0.22) + 0.4), squeeze=False)
+    tall = rows * (1.1 * aspect + 0.22) + 0.4  # inches
+    figure, panels = plt.subplots(rows, 10, figsize=(12, tall), squeeze=False)
     for axes in panels.flat:
         axes.axis("off")
     for axes, image, caption in zip(panels.flat, images, captions, strict=False):
         axes.imshow(image)
         short = caption if len(caption) <= 24 else caption[:23] + "\u2026"
         axes.text(0.5, -0.03, short, ha="center", va="top", fontsize=6, transform=axes.transAxes, parse_math=False)
-    figure.suptitle(title, fontsize=9, parse_math=False)
-    figure.tight_layout(pad=0.3)
+    figure.suptitle(title, y=1 - 0.1 / tall, va="top", fontsize=9, parse_math=False)
+    figure.tight_layout(pad=0.3, rect=(0, 0, 1, 1 - 0.3 / tall))
     save(figure, path)
 
 

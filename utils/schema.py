@@ -229,7 +229,7 @@ def as_dict(value: Any) -> Any:
     return value
 
 
-def describe(schema: type, path: str = "", told: set[int] | None = None) -> Iterator[tuple[str, str, str, str]]:
+def describe(schema: type, path: str = "", told: set[int | str] | None = None) -> Iterator[tuple[str, str, str, str]]:
     """Yield (key, type, default, help) of every key below `schema`: the README's table.
 
     The settings of a set of choices (the optimizers, the transforms) are told once, at its first place.
@@ -246,8 +246,9 @@ def describe(schema: type, path: str = "", told: set[int] | None = None) -> Iter
         elif meta.get("choices") is not None:
             if not meta.get("inline"):
                 yield at, "one of" if inner is Named else "any of", default_text(f), meta["help"]
-            if id(meta["choices"]) not in told:
-                told.add(id(meta["choices"]))
+            of_choices = meta["choices"].package or id(meta["choices"])
+            if of_choices not in told:
+                told.add(of_choices)
                 for name in meta["choices"].names():
                     yield from describe(meta["choices"].schema(name), f"{at}.{name}", told)
         else:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from data.attack import AttackBase, in_batches
+from data.attack import CACHED, AttackBase, in_batches
 from data.sets import Scene
 from utils.draws import numpy_generator
 from utils.errors import UserError
@@ -68,7 +68,7 @@ class Attack(AttackBase):
         """Return copies of the (n, H, W, 3) uint8 images, each behind a pane with a reflection of its own."""
         rows = int(index.max(initial=-1)) + 1  # row i is the same in a table of any length
         table = torch.from_numpy(numpy_generator(self.seed, "refool", split).random((rows, DRAWS)))
-        return in_batches(lambda part, at: self.reflect(part, table[torch.from_numpy(at)]), images, index)
+        return in_batches(lambda part, at: self.reflect(part, table[torch.from_numpy(at)]), images, index, CACHED)
 
     def reflect(self, images: np.ndarray, draws: Tensor) -> np.ndarray:
         """Return the (n, H, W, 3) uint8 images that (n, 9) draws, uniform in [0, 1), describe."""
