@@ -433,7 +433,7 @@ def test_no_images_are_no_mistake(trained: tuple[Attack, list[str]]) -> None:
 def test_the_surrogate_follows_the_trigger(trained: tuple[Attack, list[str]]) -> None:
     """After training the surrogate takes most backdoor test images for the target class, and a line says so."""
     (line,) = [line for line in trained[1] if "ASR" in line]
-    told = re.search(r"masks cover (\d+\.\d) % of a test image; ASR of the surrogate (\d+\.\d) %", line)
+    told = re.search(r"masks cover (\d+\.\d) % of a test image; the surrogate, .*, has ASR (\d+\.\d) %", line)
     assert told
     assert 1.6 < float(told[1]) < 4.8
     assert float(told[2]) > 80

@@ -70,7 +70,7 @@ def identity(height: int, width: int) -> Tensor:
 def fetch(images: np.ndarray, grid: Tensor) -> np.ndarray:
     """Return (n, H, W, 3) uint8 images fetched bilinearly from where (n, H, W, 2) says.
 
-    In float64: float32 rounds about one pixel value in 50,000 to another level, and to another one on another machine.
+    In float64: float32 rounds about one pixel value in 20,000 to another level, and to another one on another machine.
     """
     pixels = torch.from_numpy(images.astype(np.float64)).permute(0, 3, 1, 2)  # (n, 3, H, W)
     fetched = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
