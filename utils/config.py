@@ -107,7 +107,7 @@ class Backdoor:
 @dataclass(frozen=True)
 class Loader:
     batch_size: int = setting(128, "images a batch in scoring, testing and the virtual model's training", low=1)
-    num_workers: int = setting(0, "accepted for the original's files; the data are resident, no worker is started", low=0)
+    num_workers: int = setting(0, "accepted for the original's files; no worker is started", low=0)
     pin_memory: bool = setting(True, "accepted for the original's files; not needed")
 
 
@@ -233,7 +233,7 @@ class Config:
     data: Data = setting(Data)
     seed_samples: str | None = setting(None, "list or folder of images known to be clean; null: seed_num of each class, drawn")
     transform: Transform = setting(Transform)
-    prefetch: bool = setting(True, "accepted for the original's files; the data are always resident")
+    prefetch: bool = setting(True, "accepted for the original's files; see data.placement")
     defense: str = setting("asd", "asd, or none: the undefended twin", options=("asd", "none"))
     num_epochs: int = setting(120, "epochs of the run", low=1)
     optimizer: Named = setting(Named("Adam", Adam()), "one for the whole run", choices=OPTIMIZERS)
