@@ -212,7 +212,7 @@ def mixmatch_steps(config: Config, state: State, train_set: ImageSet, augment: P
     if graph and config.runtime.mode == "graph" and not train_set.resident:
         raise UserError("runtime.mode: graph: needs the images on the device: set data.placement=device, or runtime.mode=auto")
     capture = graph and train_set.resident  # to fetch images from elsewhere the step waits for the host
-    return Stepper(step, state.tensors, width=3, capture=capture, strict=config.runtime.mode)
+    return Stepper(step, state.tensors, width=3, capture=capture, insist=config.runtime.mode == "graph")
 
 
 def mixmatch_step(

@@ -266,7 +266,7 @@ def test_generator_training_equals_a_plain_loop(tmp_path: Path) -> None:
     assert all(torch.equal(w, before[name]) for name, w in mask_network.state_dict().items())  # frozen
 
     with iab.seeded(place.seed, "generator"):
-        network, surrogate = EncoderDecoder(3, 2), iab.build_surrogate(QUICK, 10)
+        network, surrogate = EncoderDecoder(3, 2), iab.build_surrogate(QUICK.surrogate, 10)
     g_step = torch.optim.Adam(network.parameters(), lr=0.01, betas=(0.5, 0.9))
     c_step = torch.optim.SGD(surrogate.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     images, labels = as_pixels(place.raw.train_images), torch.from_numpy(place.raw.train_labels)

@@ -36,7 +36,7 @@ class Stepper:
             warm-up and of the trial are taken back in place.
         width: k.
         capture: record a CUDA graph; else run eagerly.
-        strict: the `runtime.mode`; under `graph` a capture that fails ends the run instead.
+        insist: a capture that fails ends the run instead (`runtime.mode: graph`).
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class Stepper:
         tensors: Callable[[], list[Tensor]],
         width: int,
         capture: bool,
-        strict: str = "auto",
+        insist: bool = False,
         say: Callable[[str], object] = print,
     ) -> None:
-        self.step, self.tensors, self.width, self.capture, self.strict, self.say = step, tensors, width, capture, strict, say
+        self.step, self.tensors, self.width, self.capture, self.insist, self.say = step, tensors, width, capture, insist, say
         self.tables: Any = None
         self.graph: Replayable | None = None
 
@@ -115,7 +115,7 @@ class Stepper:
         start()
         if not trouble:
             self.graph = graph
-        elif self.strict == "graph":
+        elif self.insist:
             raise UserError(f"runtime.mode: graph: the step cannot run as a CUDA graph ({trouble}): set runtime.mode=eager")
         else:
             self.say(f"the step does not run as a CUDA graph here ({trouble}): it runs eagerly, with the same numbers")

@@ -8,7 +8,6 @@ nothing to another network.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.attack import Arrays, AttackBase, fingerprint, keep_asset
+from data.attack import Arrays, AttackBase, build_surrogate, fingerprint, keep_asset, weights_of
 from data.attacks.badnets import BLOCK
 from data.augment import Pipeline
 from data.batches import endless_order
@@ -205,12 +204,6 @@ def losses(network: nn.Module, images: np.ndarray, labels: Tensor) -> Tensor:
     return F.cross_entropy(network(x), labels, reduction="none")
 
 
-def build_surrogate(network: Named, num_classes: int) -> nn.Module:
-    """Return a classifier of images in [0, 1]: a backbone and a linear layer, from torch's global generator."""
-    backbone = plugins.load("model.networks", network.name).build(network.settings)
-    return nn.Sequential(OrderedDict(backbone=backbone, linear=nn.Linear(backbone.feature_dim, num_classes)))
-
-
 def train_surrogate(settings: Settings, scene: Scene) -> Arrays:
     """Train the surrogate on the clean training set against the adversary that `training` names; return its weights.
 
@@ -250,7 +243,7 @@ def train_surrogate(settings: Settings, scene: Scene) -> Arrays:
             optimizer.step()
             triangle.step()
             right += (logits.detach().argmax(1) == labels).sum()
-    weights = {name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()}
+    weights = weights_of(network)
     if not all(np.isfinite(array).all() for array in weights.values()):
         raise UserError(f"backdoor.clb.learning_rate: {s.learning_rate}: the surrogate's weights are not finite: lower it")
     seen = "adversarial views" if steps else "views"

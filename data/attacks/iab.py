@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.attack import Arrays, AttackBase, fingerprint, in_batches, keep_asset
+from data.attack import Arrays, AttackBase, build_surrogate, fingerprint, in_batches, keep_asset, weights_of
 from data.iab_networks import EncoderDecoder, blend, density_loss, diversity_loss, sharpen, standardize
 from data.sets import Scene
 from utils import plugins
@@ -132,7 +132,7 @@ def train_generator(settings: Settings, scene: Scene, mask_network: nn.Module) -
     """
     with seeded(scene.seed, "generator"):
         network = EncoderDecoder(3, settings.width).to(scene.device).train()
-        surrogate = build_surrogate(settings, scene.num_classes).to(scene.device).train()
+        surrogate = build_surrogate(settings.surrogate, scene.num_classes).to(scene.device).train()
         optimizers = (
             torch.optim.Adam(network.parameters(), settings.generator_lr, (0.5, 0.9)),
             torch.optim.SGD(surrogate.parameters(), settings.surrogate_lr, momentum=0.9, weight_decay=5e-4),
@@ -200,13 +200,6 @@ def tell_success(scene: Scene, network: nn.Module, mask_network: nn.Module, surr
     )
 
 
-def build_surrogate(settings: Settings, num_classes: int) -> nn.Module:
-    """Return a classifier of the configured network, from standardized images (B, 3, H, W) to logits (B, C)."""
-    named = settings.surrogate
-    backbone = plugins.load("model.networks", named.name).build(named.settings)
-    return nn.Sequential(backbone, nn.Linear(int(backbone.feature_dim), num_classes))
-
-
 def epoch_batches(scene: Scene, size: int, what: str, epoch: int, epochs: int = 0) -> Iterator[np.ndarray]:
     """Yield one epoch's batches of indices (B,), shuffled, without a last incomplete one; with a bar if `epochs` is given."""
     count = len(scene.raw.train_images)
@@ -241,11 +234,6 @@ def refuse_divergence(network: nn.Module, name: str, epoch: int, remedy: str) ->
     """Raise UserError if a weight or a statistic is no number any more."""
     if not all(bool(torch.isfinite(tensor).all()) for tensor in network.state_dict().values()):
         raise UserError(f"backdoor.iab: epoch {epoch} of {name}: weights are not finite: lower {remedy}")
-
-
-def weights_of(network: nn.Module) -> Arrays:
-    """Return the network's parameters and BN statistics as arrays."""
-    return {name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()}
 
 
 def frozen(channels_out: int, width: int, weights: Arrays, device: torch.device) -> EncoderDecoder:

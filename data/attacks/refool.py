@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from data.attack import CACHED, AttackBase, in_batches
+from data.picture import FORMATS
 from data.sets import Scene
 from utils.draws import numpy_generator
 from utils.errors import UserError
@@ -24,7 +25,6 @@ from utils.schema import setting
 GAMMA = 2.2
 LINEAR = (np.arange(256) / 255) ** GAMMA  # (256,) linear light of a pixel's value
 DRAWS = 9  # random numbers an image
-FORMATS = ("PNG", "BMP", "JPEG", "WEBP", "PPM")  # none runs a program
 SUFFIXES = (".png", ".bmp", ".jpg", ".jpeg", ".webp", ".ppm")
 
 

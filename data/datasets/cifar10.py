@@ -26,32 +26,37 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> RawData
     """Read the six batches, in order, whatever their lengths."""
     if dataset_dir is None:
         raise UserError("dataset_dir: missing: give the folder of cifar-10-batches-py")
-    folder = find_folder(Path(dataset_dir).expanduser(), download)
+    folder = find_folder(Path(dataset_dir).expanduser(), download, "CIFAR-10", FOLDER, (TRAIN[0], TEST[0]))
     train_images, train_labels = read_batches(folder, TRAIN)
     test_images, test_labels = read_batches(folder, TEST)
     return RawData(train_images, train_labels, test_images, test_labels, CLASSES)
 
 
-def find_folder(folder: Path, download: bool) -> Path:
-    """Return the folder of the batches: the one named or the one inside it; fetch it where that is allowed."""
-    inside = folder / FOLDER
-    for candidate in (folder, inside):
-        if (candidate / TRAIN[0]).exists() or (candidate / TEST[0]).exists():
+def find_folder(folder: Path, download: bool, title: str, inside: str, files: tuple[str, ...]) -> Path:
+    """Return the folder of a CIFAR set's files: the one named or the one inside it; fetch it where that is allowed.
+
+    Args:
+        title: `CIFAR-10` or `CIFAR-100`.
+        inside: the name of the folder that its authors pack.
+        files: any of them tells that the set is there.
+    """
+    for candidate in (folder, folder / inside):
+        if any((candidate / name).is_file() for name in files):
             return candidate
     if not download:
         raise UserError(
-            f"dataset_dir: {folder}: CIFAR-10 is not there: get cifar-10-python.tar.gz from "
+            f"dataset_dir: {folder}: {title} is not there: get {title.lower()}-python.tar.gz from "
             "https://www.cs.toronto.edu/~kriz/cifar.html and unpack it there, or set download: true (--set download=true)"
         )
-    from torchvision.datasets import CIFAR10  # only here: it brings in all of torchvision
+    import torchvision.datasets  # only here: it brings in all of torchvision
 
-    parent = folder.parent if folder.name == FOLDER else folder
+    parent = folder.parent if folder.name == inside else folder
     try:
-        CIFAR10(str(parent), download=True)
+        getattr(torchvision.datasets, title.replace("-", ""))(str(parent), download=True)
     except Exception as error:  # the downloader raises whatever its network stack does
         what = " ".join(str(error).split())
-        raise UserError(f"dataset_dir: {folder}: the download failed ({what}): fetch CIFAR-10 by hand") from None
-    return parent / FOLDER
+        raise UserError(f"dataset_dir: {folder}: the download failed ({what}): fetch {title} by hand") from None
+    return parent / inside
 
 
 def read_batches(folder: Path, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
