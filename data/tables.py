@@ -11,14 +11,11 @@ Where the file's time of change is not the one that was noted, every block is re
 
 from __future__ import annotations
 
-import functools
 import json
 import mmap
 import os
 import random
 import re
-import struct
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,10 +25,10 @@ from typing import IO, Any
 
 import numpy as np
 import PIL
-import torch
 import torchvision
 from PIL import Image
 
+from data.picture import prepared, read_prepared
 from data.sets import Listing, Mapped, RawData
 from utils.errors import UserError
 from utils.files import write_atomically, write_text
@@ -45,9 +42,6 @@ BLOCK = 4 << 20  # bytes under one checksum
 SAMPLE = 16  # blocks that are read when a table is opened: 64 MiB, 0.1 s
 WINDOW = 256  # pictures that are decoded ahead of the writing: 40 MB at 224 px
 LISTED = 100  # unreadable pictures that are said by name; the table's .json has all of them
-RUNS_PROGRAMS = ("EPS", "WMF")  # formats that Pillow hands to another program
-BROKEN = (OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError,
-          struct.error, zlib.error, EOFError, Image.DecompressionBombError)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,58 +127,6 @@ def digest_of(pre: Sequence[Any], kind: str) -> Any:
     """Return a SHA-256 that has taken in all that pixels depend on beside the pictures themselves."""
     steps = [f"{type(step).__module__} {step!r}" for step in pre]
     return sha256(f"{FORMAT} {kind} {steps} {PIL.__version__} {torchvision.__version__}\n".encode())
-
-
-# -- Pictures ----------------------------------------------------------------------------------------------------------
-
-
-def read_picture(path: Path) -> Image.Image:
-    """Return a picture file as 8-bit RGB; the first one of a file of several.
-
-    Grey becomes three equal channels, 16 bits their upper 8; transparency is dropped, as torchvision's ImageFolder does.
-
-    Raises:
-        one of BROKEN: it cannot be read as that.
-    """
-    with Image.open(path, formats=safe_formats()) as picture:
-        return to_rgb(picture)
-
-
-def read_prepared(path: Path, pre: Sequence[Any]) -> np.ndarray | str:
-    """Return a picture file after the pre-transforms, (H, W, 3) uint8, or why it cannot be read."""
-    try:
-        picture = read_picture(path)
-    except BROKEN as error:
-        return " ".join(str(error).replace(str(path), "it").split()) or type(error).__name__
-    return prepared(picture, pre)
-
-
-@functools.cache
-def safe_formats() -> tuple[str, ...]:
-    """Return the formats that are decoded without another program."""
-    Image.init()
-    return tuple(name for name in Image.ID if name not in RUNS_PROGRAMS)
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Return the picture as 8-bit RGB; Pillow's own conversion would clip 16-bit grey to white."""
-    if picture.mode.startswith("I"):
-        levels = np.asarray(picture)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(f"its grey levels are {levels.min()} to {levels.max()}: save it with 8 or 16 bits")
-        return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
-    if picture.mode == "F":
-        raise ValueError("its grey levels are floating-point numbers: save it with 8 or 16 bits")
-    if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-    return picture.convert("RGB")
-
-
-def prepared(picture: Image.Image, pre: Sequence[Any]) -> np.ndarray:
-    """Return an RGB picture after the pre-transforms, (H, W, 3) uint8: the pixels of torchvision on PIL images."""
-    for step in pre:
-        picture = step.apply(picture, torch.zeros(1, 0))
-    return np.asarray(picture)
 
 
 # -- Tables ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from data.datasets.folder import visible
-from data.tables import LISTED, decoded, read_prepared, shown
+from data.picture import read_prepared
+from data.tables import LISTED, decoded, shown
 from utils.errors import UserError
 from utils.suspects import class_name
 

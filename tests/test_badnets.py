@@ -175,7 +175,7 @@ def test_trigger_path_is_found_from_any_working_directory(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (None, "no such trigger picture"),
+        (None, "no such picture"),
         (b"", "no readable picture"),
         (b"this is text", "no readable picture"),
         ("cut", "no readable picture"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.attack import AttackBase
-from data.picture import read_picture
+from data.picture import read_named
 from data.sets import Scene
 from utils.draws import numpy_generator
 from utils.errors import UserError
@@ -83,7 +83,7 @@ def draw_glyph(seed: int) -> np.ndarray:
 
 def read_trigger(name: str, height: int, width: int) -> np.ndarray:
     """Read a trigger picture as (height, width, 3) uint8, with at least one pixel that is not black."""
-    pattern = np.asarray(read_picture(name, "backdoor.badnets.trigger_path"))
+    pattern = np.asarray(read_named(name, "backdoor.badnets.trigger_path"))
     if pattern.shape != (height, width, 3):
         have = f"{pattern.shape[1]} x {pattern.shape[0]}"
         raise UserError(f"{name}: the trigger is {have} pixels and the images are {width} x {height}: make them equal")

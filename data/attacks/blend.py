@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from data.attack import CACHED, AttackBase, in_batches
-from data.picture import read_picture
+from data.picture import read_named
 from data.sets import Scene
 from utils.draws import numpy_generator
 from utils.schema import setting
@@ -27,7 +27,7 @@ class Attack(AttackBase):
         height, width = scene.raw.train_images.shape[1:3]
         self.alpha = settings.alpha
         if settings.trigger_path:
-            picture = read_picture(settings.trigger_path, "backdoor.blend.trigger_path")
+            picture = read_named(settings.trigger_path, "backdoor.blend.trigger_path")
             self.pattern = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
         else:
             rng = numpy_generator(scene.seed, "blend")

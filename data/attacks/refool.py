@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from data.attack import CACHED, AttackBase, in_batches
-from data.picture import FORMATS
+from data.picture import read_named
 from data.sets import Scene
 from utils.draws import numpy_generator
 from utils.errors import UserError
@@ -188,16 +188,8 @@ def read_reflections(name: str, count: int, height: int, width: int) -> np.ndarr
         raise UserError(f"{key}: {name}: cannot be read ({error.strerror}): give a folder of pictures") from None
     if not paths:
         raise UserError(f"{key}: {name}: no picture in that folder: put some there ({', '.join(SUFFIXES)})")
-    out = []
-    for path in progress(paths[:count], "reflections", len(paths[:count])):
-        try:
-            with Image.open(path, formats=FORMATS) as picture:
-                resized = picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            what = " ".join(str(error).split())
-            raise UserError(f"{path}: is no readable picture ({what}): mend it or take it out of {key}") from None
-        out.append(np.asarray(resized))
-    return np.stack(out)
+    pictures = progress((read_named(str(path), key) for path in paths[:count]), "reflections", len(paths[:count]))
+    return np.stack([np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR)) for picture in pictures])
 
 
 def other_classes(scene: Scene, count: int) -> np.ndarray:
