@@ -152,7 +152,7 @@ def load_data(config: Config, say: Say = print) -> RawData | StoredSet:
         parts, limits = data.parts, config.data
         tests = (part.first(limits.test_limit) for part in (parts.clean_test, parts.backdoor_test))
         return replace(data, parts=PoisonedSet(parts.train.first(limits.train_limit), *tests))
-    data = data.first(config.data.train_limit, config.data.test_limit)
+    data = data.cut(config.data.train_limit, config.data.test_limit)
     for part, labels in (("train", data.train_labels), ("test", data.test_labels)):
         if len(labels) and labels.max() >= config.num_classes:
             raise UserError(f"num_classes: {config.num_classes}: the {part} set has the label {labels.max()}: raise it")

@@ -25,7 +25,7 @@ class RawData:
     class_names: tuple[str, ...]
     names: tuple[str, ...] | None = None  # N, of the training images, e.g. `cat/0001.png`; None: they have numbers only
 
-    def first(self, train: int | None, test: int | None) -> RawData:
+    def cut(self, train: int | None, test: int | None) -> RawData:
         """Return the first so many images (None: all) of both parts; nothing is copied."""
         return replace(
             self,
@@ -55,13 +55,20 @@ class Listing:
     pre: tuple[Any, ...] = ()  # settings of the transforms that are applied where `transform.pre` names none
     skip_unreadable: bool = False
 
-    def first(self, train: int | None, test: int | None) -> Listing:
-        """Return the listing of the first so many pictures (None: of all)."""
+    def cut(self, train: int | None, test: int | None) -> Listing:
+        """Return a listing of so many pictures (None: all) of both parts, spread evenly: pictures are listed by class."""
+        a, b = (spread(len(files), limit) for files, limit in ((self.train_files, train), (self.test_files, test)))
         return replace(
             self,
-            train_files=self.train_files[:train], train_labels=self.train_labels[:train],
-            test_files=self.test_files[:test], test_labels=self.test_labels[:test],
+            train_files=tuple(self.train_files[i] for i in a), train_labels=self.train_labels[a],
+            test_files=tuple(self.test_files[i] for i in b), test_labels=self.test_labels[b],
         )  # fmt: skip
+
+
+def spread(count: int, limit: int | None) -> np.ndarray:
+    """Return `limit` (None: all) of `count` numbers, ascending, spread evenly: int64."""
+    kept = count if limit is None else min(limit, count)
+    return np.arange(kept) * count // max(kept, 1)
 
 
 @dataclass(frozen=True)

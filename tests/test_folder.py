@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, Resize
 
+from data import picture as picture_files
 from data import tables
 from data.datasets import folder
 from data.sets import Listing, RawData
@@ -282,7 +283,7 @@ def test_a_second_run_decodes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     """The decoded table is used again, and the line says so; pictures are not opened."""
     root, said = small_tree(tmp_path / "data"), []
     first = read(root, tmp_path / "cache")
-    monkeypatch.setattr(tables, "read_picture", None)
+    monkeypatch.setattr(picture_files, "read_picture", None)
     again = read(root, tmp_path / "cache", say=said.append)
     assert np.array_equal(again.train_images, first.train_images) and np.array_equal(again.test_images, first.test_images)
     assert len(said) == 2 and all("decoded before" in line for line in said)
@@ -427,10 +428,18 @@ def test_decoding_is_the_same_with_one_or_many_threads(tmp_path: Path, monkeypat
 
 
 def test_the_listing_is_cut_before_anything_is_decoded(tmp_path: Path) -> None:
-    """data.train_limit keeps the first so many pictures and never opens the others."""
+    """data.train_limit takes pictures spread evenly over the list, so that every class has its share, and opens no other."""
     root = small_tree(tmp_path / "data")
-    write_tree(root, {"train/zebra/1.png": b"no picture"})
     listing = folder.load(folder.Settings(), str(root), False)
     assert isinstance(listing, Listing)
-    raw = tables.to_raw(listing.first(3, 2), PRE, tmp_path / "cache", False, print)
-    assert len(raw.train_images) == len(raw.train_labels) == 3 and len(raw.test_images) == 2
+    count, step = len(listing.train_files), 2  # two classes of four pictures
+    for i, file in enumerate(listing.train_files):
+        if i % step:
+            (root / file).write_bytes(b"no picture")
+    cut = listing.cut(-(-count // step), 2)
+    assert cut.train_files == listing.train_files[::step] and len(cut.test_files) == 2
+    raw = tables.to_raw(cut, PRE, tmp_path / "cache", False, print)
+    assert raw.train_labels.tolist() == listing.train_labels[::step].tolist() and len(raw.test_images) == 2
+    assert set(raw.train_labels.tolist()) == set(listing.train_labels.tolist())
+    for limit in (None, count, 9 * count):
+        assert listing.cut(limit, limit).train_files == listing.train_files

@@ -67,8 +67,10 @@ class Seed:
 
 @dataclass(frozen=True)
 class Data:
-    train_limit: int | None = setting(None, "keep only the first so many training images", low=1)
-    test_limit: int | None = setting(None, "keep only the first so many test images", low=1)
+    train_limit: int | None = setting(
+        None, "keep so many training images: the first; of picture files some of every class", low=1
+    )
+    test_limit: int | None = setting(None, "keep so many test images: the first; of picture files some of every class", low=1)
     placement: str = setting(
         "auto",
         "where the images lie during the run; auto: the first of device, host memory, disk that they fit into",
