@@ -415,6 +415,20 @@ def test_set_overrides_one_setting(tiny: Path, override: str, key: str, value: A
     assert all(getattr(c, f.name) == getattr(plain, f.name) for f in dataclasses.fields(Config) if f.name != top)
 
 
+@pytest.mark.parametrize(("given", "other"), [("pattern=corner3x3", "trigger_path"), ("trigger_path=a.png", "pattern")])
+def test_of_two_keys_that_exclude_each_other_the_upper_one_counts(tmp_path: Path, given: str, other: str) -> None:
+    """A pattern laid over a base with a trigger_path takes its place, and the other way round; the rest stays."""
+    below = {"trigger_path": "b.png"} if other == "trigger_path" else {"pattern": "checker3x3"}
+    backdoor = {"backdoor": {"poison_ratio": 0.25, "badnets": below}}
+    base = write(tmp_path / "base.yaml", yaml.safe_dump({**TINY, **backdoor}, sort_keys=False))
+    key, _, value = given.partition("=")
+    over = write(tmp_path / "over.yaml", yaml.safe_dump({"base": "base.yaml", "backdoor": {"badnets": {key: value}}}))
+    for c in (config.load(base, [f"backdoor.badnets.{given}"]), config.load(over)):
+        assert getattr(c.attack.settings, key) == value
+        assert getattr(c.attack.settings, other) is None
+        assert c.attacker.poison_ratio == 0.25
+
+
 def test_the_last_override_wins(tiny: Path) -> None:
     """Of two `--set` of one key the later one counts."""
     assert config.load(tiny, ["num_epochs=3", "num_epochs=5"]).num_epochs == 5

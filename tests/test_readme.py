@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY, run_script
 
+from data.sets import RawData
 from utils.config import Config
 from utils.schema import describe
 
@@ -53,14 +56,18 @@ def test_every_command_exists() -> None:
 
 
 def test_the_yaml_example_loads(tmp_path: Path) -> None:
-    """The README's example of another attack is a configuration that loads."""
+    """The README's example of another attack is a configuration that loads, and its trigger can be made."""
+    from data.poison import build_attack
     from utils.config import load
 
     example = re.findall(r"```yaml\n(.*?)```", README, re.S)[0]
     assert "base: baseline_asd.yaml" in example
     path = tmp_path / "mine.yaml"
     path.write_text(example.replace("base: ", f"base: {REPOSITORY / 'config'}/"))
-    assert load(path).attack.name == "badnets"
+    c = load(path)
+    images, labels = np.zeros((10, 32, 32, 3), np.uint8), np.arange(10)
+    attack: Any = build_attack(c, RawData(images, labels, images, labels, tuple("abcdefghij")))
+    assert attack.mask.sum() == 9 and attack.mask[-3:, -3:].all()
 
 
 def test_nothing_of_the_repository_speaks_of_a_machine() -> None:

@@ -66,15 +66,19 @@ CHOICE_KEYS = (
     "backdoor.clb.surrogate",
     "backdoor.iab.surrogate",
 )
+EITHER_OR = {"backdoor.badnets": {"trigger_path", "pattern"}}  # of these keys of a section one is given
 
 
 def merge(base: dict[str, Any], over: dict[str, Any], path: str = "") -> dict[str, Any]:
     """Return `base` with `over` on top, section by section.
 
     Where a section chooses one of several names (optimizer, network, the attack ...) another name replaces the base's
-    choice instead of standing beside it. The order of transforms is the upper file's.
+    choice instead of standing beside it, and so does the other one of two keys that exclude each other. The order of
+    transforms is the upper file's.
     """
     out = dict(base)
+    if path in EITHER_OR and EITHER_OR[path] & set(over):
+        out = {k: v for k, v in base.items() if k not in EITHER_OR[path]}
     if path in CHOICE_KEYS and set(over) - set(base):
         return over
     if path == "backdoor":
