@@ -1,0 +1,149 @@
+"""Every shipped YAML's data set and network, through all three stages on a small tree in the layout of its authors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_script
+from PIL import Image
+
+HEADER = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"
+# Three epochs of few steps, one of each stage.
+SHORT = (
+    "num_epochs=3", "global.epoch_first=1", "global.epoch_second=2", "global.epoch_third=3", "global.seed_num=1",
+    "global.t=1", "global.n=1", "loader.batch_size=16", "semi.mixmatch.train_iteration=1", "backdoor.poison_ratio=0.1",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a YAML reads, and how it is made small."""
+
+    write: Callable[[Path], int]  # writes the data set and returns how many training images it has
+    overrides: tuple[str, ...]
+    named: bool  # images have file names
+
+
+def picture(label: int, i: int, width: int, height: int) -> Image.Image:
+    """A grey level for each class, with noise."""
+    rng = np.random.default_rng(1000 * label + i)
+    return Image.fromarray((5 * label + rng.integers(0, 40, (height, width, 3))).astype(np.uint8))
+
+
+def write_gtsrb(folder: Path) -> int:
+    """43 classes of 3 to 5 signs of several sizes in the official layout."""
+    count = 0
+    for label in range(43):
+        place, rows = folder / f"GTSRB/Final_Training/Images/{label:05d}", [HEADER]
+        place.mkdir(parents=True)
+        for i in range(3 + label % 3):
+            width, height = 20 + label, 60 - label
+            picture(label, i, width, height).save(place / f"00000_{i:05d}.ppm")
+            rows.append(f"00000_{i:05d}.ppm;{width};{height};5;6;15;16;{label}")
+            count += 1
+        (place / f"GT-{label:05d}.csv").write_text("\r\n".join(rows) + "\r\n")
+    place, rows = folder / "GTSRB/Final_Test/Images", [HEADER]
+    place.mkdir(parents=True)
+    for label in range(43):
+        picture(label, 9, 31, 33).save(place / f"{label:05d}.ppm")
+        rows.append(f"{label:05d}.ppm;31;33;5;6;15;16;{label}")
+    (place / "GT-final_test.csv").write_text("\r\n".join(rows) + "\r\n")
+    return count
+
+
+def write_cifar(folder: Path, classes: int, key: str, parts: dict[str, int]) -> None:
+    """Pickles of so many images of each class."""
+    folder.mkdir(parents=True)
+    for part, each in parts.items():
+        labels = [label for label in range(classes) for _ in range(each)]
+        rows = [np.asarray(picture(label, i, 32, 32)).transpose(2, 0, 1).reshape(-1) for i, label in enumerate(labels)]
+        (folder / part).write_bytes(pickle.dumps({"data": np.stack(rows), key: labels}, protocol=2))
+
+
+def write_cifar10(folder: Path) -> int:
+    """The five batches and the test batch."""
+    write_cifar(folder / "cifar-10-batches-py", 10, "labels", {f"data_batch_{i}": 2 for i in range(1, 6)} | {"test_batch": 2})
+    return 100
+
+
+def write_cifar100(folder: Path) -> int:
+    """`train`, `test` and `meta`."""
+    write_cifar(folder / "cifar-100-python", 100, "fine_labels", {"train": 4, "test": 1})
+    meta = {"fine_label_names": [f"class {i}" for i in range(100)]}
+    (folder / "cifar-100-python/meta").write_bytes(pickle.dumps(meta, protocol=2))
+    return 400
+
+
+def write_pictures(folder: Path) -> int:
+    """Five classes of eight training and two test pictures, large and small, lying and standing."""
+    for part, each in (("train", 8), ("val", 2)):
+        for label in range(5):
+            place = folder / part / f"n{label:08d}"
+            place.mkdir(parents=True)
+            for i in range(each):
+                picture(label, i, 300 - 40 * (i % 3), 230 + 30 * (i % 2)).save(place / f"{i}.{('jpg', 'png')[i % 2]}")
+    return 40
+
+
+def write_own(folder: Path) -> int:
+    """The same with a list of clean images."""
+    count = write_pictures(folder)
+    (folder / "clean.txt").write_text("".join(f"n{label:08d}/{i}.{('jpg', 'png')[i]}\n" for label in range(5) for i in (0, 1)))
+    return count
+
+
+FIVE = ("num_classes=5", "split.criterion.sce.num_classes=5", "semi.mixmatch.num_classes=5", "semi.loader.batch_size=4")
+NARROW = ("network.resnet18_cifar.width=2", "network.resnet18_cifar.blocks=1", "semi.loader.batch_size=8")
+CASES = {
+    "baseline_asd": Case(write_cifar10, NARROW, False),
+    "wanet_cover": Case(write_cifar10, NARROW, False),
+    "gtsrb": Case(write_gtsrb, (*NARROW, "semi.loader.batch_size=16"), True),
+    "cifar100": Case(write_cifar100, NARROW, False),
+    "imagenet30": Case(write_pictures, (*FIVE, "network.resnet18.blocks=[1, 1, 1, 1]"), True),
+    "vggface2_30": Case(write_pictures, (*FIVE, "network.densenet121={blocks: [1, 1, 1, 1], growth: 4}"), True),
+    "own_data": Case(write_own, (*FIVE, *NARROW[:2]), True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_three_stages_run_as_the_yaml_says(name: str, tmp_path: Path) -> None:
+    """The run ends with finite figures of each stage, all images ranked by name, and a checkpoint that test.py reads."""
+    case = CASES[name]
+    data = tmp_path / "cifar-like" if name in ("baseline_asd", "wanet_cover") else tmp_path / "data"
+    count = case.write(data)
+    overrides = [f"saved_dir={tmp_path / 'saved'}", f"storage_dir={tmp_path / 'storage'}", f"dataset_dir={data}"]
+    overrides += [
+        o for o in (*SHORT, *case.overrides) if not (name == "own_data" and o.startswith(("backdoor", "global.seed")))
+    ]
+    if name == "own_data":
+        overrides += [f"seed_samples={data / 'clean.txt'}"]
+    arguments = ["--config", f"config/{name}.yaml", "--gpu", "cpu", *(x for o in overrides for x in ("--set", o))]
+    result = run_script("ASD.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    saved = tmp_path / "saved" / name
+    rows = [json.loads(line) for line in (saved / "log/metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["class-aware", "class-agnostic", "meta-split"]
+    assert all(math.isfinite(row[key]) for row in rows for key in ("loss", "loss_x", "loss_u", "clean_accuracy"))
+    assert [row["clean_pool_size"] for row in rows[1:]] == [count // 2] * 2
+    known = name != "own_data"  # nothing is told there that nobody knows
+    assert all((row[key] is not None) == known for row in rows for key in ("attack_success_rate", "poisoned_in_clean_pool"))
+    with open(saved / "suspects.csv", newline="") as file:
+        ranked = list(csv.DictReader(file))
+    assert len(ranked) == count
+    if case.named:
+        assert all((found := [*data.rglob(row["name"])]) and found[0].is_file() for row in ranked[:5])
+    checkpoint = torch.load(tmp_path / "storage" / name / "checkpoint/latest_model.pt", weights_only=True)
+    assert checkpoint["epoch"] == 2
+    tested = run_script("test.py", *arguments)
+    assert tested.returncode == 0, tested.stderr
+    last = json.loads((saved / "log/test.json").read_text())
+    assert last["clean_accuracy"] == rows[-1]["clean_accuracy"]
