@@ -447,4 +447,4 @@ def save(config: Config, run: Run, state: State) -> None:
 
 
 if __name__ == "__main__":
-    command("ASD.py", main)
+    command("ASD.py", main, kept="Every finished epoch is kept: the same command without --resume False goes on.")

@@ -1,4 +1,4 @@
-"""The attacker: which training images are poisoned, and the three image sets that follow (asd.md sections 1 and 2).
+"""The attacker: the poisoned training set, the clean and the backdoor test set (`data/choice.py`: which images).
 
     python -m data.poison --config config/wanet.yaml --out DIR [--set K=V] [--gpu N|cpu]
 
@@ -7,46 +7,40 @@ writes the poisoned set by itself, for any other defense; `dataset: poisoned_set
 
 from __future__ import annotations
 
-import random
-import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data.attack import BATCH, AttackBase
+from data.choice import draw_cover, draw_poisoned, poison_index
 from data.contact_sheet import Group, columns, draw_contact_sheet
 from data.export import (
-    DESCRIPTION,
     StoredSet,
     class_text,
     count,
     examples_of,
     holds_same_set,
     keep_with_run,
-    refuse_disagreement,
     settings_of_set,
     write_set,
 )
+from data.loading import dataset_of, load_data, load_raw
 from data.placement import choose_placement
-from data.sets import CLEAN, COVER, POISONED, ImageSet, Listing, Oracle, Part, PoisonedSet, RawData, Scene, to_set
-from data.tables import own_copy, read_table, to_raw
+from data.sets import CLEAN, COVER, POISONED, ImageSet, Oracle, Part, PoisonedSet, RawData, Scene, to_set
+from data.tables import own_copy, read_table
 from utils import plugins
 from utils.cli import DEFAULT_CONFIG, Parser, command
 from utils.config import Backdoor, Config
 from utils.config import load as load_config
-from utils.draws import numpy_generator
 from utils.errors import UserError
-from utils.files import write_atomically
 from utils.machine import choose_device, set_determinism
-from utils.schema import Named
 
 Say = Callable[[str], object]
 EXAMPLES = 16  # poisoned images kept for the pictures
-NAMES_IN_FOLDERS = {"cifar-?100": "cifar100", "cifar": "cifar10", "gtsrb": "gtsrb", "imagenet|vggface2?": "folder"}
 
 
 @dataclass(frozen=True)
@@ -138,28 +132,6 @@ def place(config: Config, data: RawData | StoredSet, device: torch.device | None
     return choose_placement(config.data.placement, train, tests, device or torch.device("cpu"), processes, say)
 
 
-def load_data(config: Config, say: Say = print) -> RawData | StoredSet:
-    """Load the configured data set; cut it to `data.train_limit` and `data.test_limit`, check that the YAML fits it.
-
-    `transform.pre` is applied to raw data; a set that is poisoned already went through it. Picture files are decoded, and
-    kept so in `data.cache_dir`.
-    """
-    dataset = dataset_of(config)
-    module = plugins.load("data.datasets", dataset.name)
-    data: RawData | Listing | StoredSet = module.load(dataset.settings, config.dataset_dir, config.download)
-    if isinstance(data, StoredSet):
-        refuse_disagreement(config, data)
-        parts, limits = data.parts, config.data
-        tests = (part.first(limits.test_limit) for part in (parts.clean_test, parts.backdoor_test))
-        return replace(data, parts=PoisonedSet(parts.train.first(limits.train_limit), *tests))
-    data = data.cut(config.data.train_limit, config.data.test_limit)
-    for part, labels in (("train", data.train_labels), ("test", data.test_labels)):
-        if len(labels) and labels.max() >= config.num_classes:
-            raise UserError(f"num_classes: {config.num_classes}: the {part} set has the label {labels.max()}: raise it")
-    folder = Path(config.data.cache_dir or Path(config.saved_dir) / "tables").expanduser()
-    return to_raw(data, [step.settings for step in config.transform.pre], folder, config.data.placement == "disk", say)
-
-
 def test_sets(parts: PoisonedSet, placement: str) -> TestSets:
     """Return both test sets of a poisoned set."""
     return TestSets(parts.clean_test.to_set(placement), parts.backdoor_test.to_set(placement))
@@ -171,115 +143,6 @@ def training_caption(backdoor: Backdoor, attack: AttackBase, class_names: tuple[
     if attack.clean_label:
         return f"poisoned training images of class {label}, their labels unchanged"
     return f"poisoned training images, labelled {label}"
-
-
-def load_raw(config: Config) -> RawData:
-    """Return `load_data` where it must be raw: a set that is poisoned already is refused."""
-    data = load_data(config)
-    if isinstance(data, StoredSet):
-        raise UserError("dataset: poisoned_set: is poisoned already: give the YAML of the data set that it was made of")
-    return data
-
-
-def dataset_of(config: Config) -> Named:
-    """Return the data set and its settings; where the YAML does not say, the folder's name does."""
-    if config.dataset is not None:
-        return config.dataset
-    name = name_of_folder(str(config.dataset_dir))
-    return Named(name, plugins.settings("data.datasets", name)())
-
-
-def name_of_folder(folder: str) -> str:
-    """Return the data set that a folder's name, or one above it, speaks of, as in the original ("cifar" -> cifar10)."""
-    if (Path(folder).expanduser() / DESCRIPTION).is_file():
-        raise UserError(f"dataset_dir: {folder}: looks like a set that is poisoned already: add `dataset: poisoned_set`")
-    for part in reversed(Path(folder).parts):
-        for pattern, name in NAMES_IN_FOLDERS.items():
-            if re.search(pattern, part.lower()):
-                return name
-    last = Path(folder).name.lower()
-    raise UserError(f"dataset_dir: {last}: does not tell which data set it is: add `dataset: cifar10` or another")
-
-
-def draw_poisoned(labels: np.ndarray, target: int, ratio: float, seed: int, mode: str, clean_label: bool = False) -> np.ndarray:
-    """Draw which images are poisoned; the same seed gives the same images as the authors' code in mode `bernoulli`.
-
-    Args:
-        labels: (N,) int64.
-        mode: `bernoulli`: one draw for every image, poisoned if under the ratio and not of the target class;
-            `exact`: `int(ratio * N)` images of the other classes.
-        clean_label: the images are those of the target class instead, and the ratio is a share of that class.
-    Returns:
-        (N,) float64 of 0 and 1, the format of `poison_idx.npy`.
-    """
-    rng = random.Random(seed)
-    index = np.zeros(len(labels))
-    allowed = (labels == target) == clean_label
-    if mode == "bernoulli":
-        drawn = np.array([rng.random() < ratio for _ in labels], bool)
-        index[drawn & allowed] = 1
-        return index
-    candidates = np.flatnonzero(allowed).tolist()
-    count = int(ratio * (len(candidates) if clean_label else len(labels)))
-    if count > len(candidates):
-        raise UserError(
-            f"backdoor.poison_ratio: {ratio}: {count} images to poison and {len(candidates)} are of other classes: lower it"
-        )
-    index[rng.sample(candidates, count)] = 1
-    return index
-
-
-def draw_cover(poisoned: np.ndarray, ratio: float, seed: int) -> np.ndarray:
-    """Draw the cover images among those that are not poisoned: `int(ratio * poisoned)` of them.
-
-    Args:
-        poisoned: (N,) of 0 and 1.
-    Returns:
-        (n,) int64, sorted.
-    """
-    others, count = np.flatnonzero(poisoned == 0), int(ratio * poisoned.sum())
-    if count > len(others):
-        raise UserError(
-            f"backdoor: cover_ratio: {ratio}: {count} cover images and {len(others)} images are not poisoned: lower it"
-        )
-    return np.sort(numpy_generator(seed, "cover").choice(others, count, replace=False))
-
-
-def poison_index(path: Path, labels: np.ndarray, config: Config, clean_label: bool = False) -> np.ndarray:
-    """Return the run's `poison_idx.npy`, checked against the settings; draw and store it if it is not there."""
-    b = config.attacker
-    if not path.exists():
-        index = draw_poisoned(labels, b.target_label, b.poison_ratio, config.seed.seed, b.poison_mode, clean_label)
-        write_atomically(path, lambda file: np.save(file, index, allow_pickle=False))
-        return index
-    remedy = "move the file away to draw anew, or start over with --resume False"
-    try:
-        index = np.load(path, allow_pickle=False)
-    except Exception as error:  # numpy raises whatever its readers of headers and archives do
-        what = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: is no array of numbers ({what}): {remedy}") from None
-    if not isinstance(index, np.ndarray) or index.shape != labels.shape:
-        shape = getattr(index, "shape", "no array")
-        raise UserError(f"{path}: shape {shape}: the training set has {len(labels)} images: {remedy}")
-    if index.dtype.kind not in "fiub" or not np.isin(index, (0, 1)).all():
-        raise UserError(f"{path}: holds values other than 0 and 1: {remedy}")
-    poisoned = index == 1
-    allowed = (labels == b.target_label) == clean_label
-    if (poisoned & ~allowed).any():
-        which = "other classes than" if clean_label else "the target class"
-        raise UserError(f"{path}: poisons images of {which} {b.target_label}: {remedy}")
-    candidates = int(allowed.sum())
-    if b.poison_mode == "exact":
-        expected, slack = float(int(b.poison_ratio * (candidates if clean_label else len(labels)))), 0.0
-    else:
-        expected = b.poison_ratio * candidates
-        slack = 5 * (expected * (1 - b.poison_ratio)) ** 0.5 + 1  # five deviations of a binomial count
-    if abs(poisoned.sum() - expected) > slack:
-        raise UserError(
-            f"{path}: {int(poisoned.sum())} poisoned images, and backdoor.poison_ratio {b.poison_ratio} means about "
-            f"{expected:.0f}: {remedy}"
-        )
-    return index.astype(np.float64)
 
 
 def build_attack(config: Config, raw: RawData, device: torch.device | None = None, say: Say = print) -> AttackBase:
@@ -434,4 +297,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command("data.poison", main)
+    command("data.poison", main, kept="What an attack has finished making is kept: the same command uses it.")

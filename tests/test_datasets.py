@@ -16,7 +16,7 @@ import torchvision
 from PIL import Image
 
 from data.datasets import cifar10, cifar100, shapes
-from data.poison import load_raw
+from data.loading import load_raw
 from data.sets import RawData
 from utils import config
 from utils.errors import UserError

@@ -188,7 +188,7 @@ def raising(error: BaseException) -> Callable[[], None]:
         (OSError(errno.ENOSPC, "No space left on device", "log/asd.log"), 2, "log/asd.log"),
         (OSError(errno.EFBIG, "File too large"), 2, "disk is full"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "batch_size"),
-        (KeyboardInterrupt(), 130, "without --resume False goes on"),
+        (KeyboardInterrupt(), 130, "x.py: stopped."),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(

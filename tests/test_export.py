@@ -24,7 +24,7 @@ from PIL import Image
 
 import ASD
 import data.attacks
-from data import contact_sheet, poison
+from data import contact_sheet, loading, poison
 from data.datasets import shapes
 from data.export import read_set
 from data.poison import prepare, prepare_tests
@@ -632,7 +632,7 @@ def test_the_same_pre_transform_is_not_applied_again(tiny: Path, tmp_path: Path)
 
 def test_where_the_attack_must_be_named(tiny: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A set that is poisoned already is neither poisoned again nor guessed at; without an attack nothing is written."""
-    refused(lambda: poison.load_raw(stored(tiny, good)), "poisoned already")
+    refused(lambda: loading.load_raw(stored(tiny, good)), "poisoned already")
     refused(lambda: write(tmp_path / "on_set.yaml", tmp_path / "new", "backdoor={badnets: {}, poison_ratio: 0.1}"), "already")
     refused(lambda: prepare(stored(tiny, good, "dataset_dir=null"), tmp_path), "dataset_dir", "missing")
     refused(lambda: prepare(stored(tiny, tmp_path / "nowhere"), tmp_path), "nowhere", "set.json", "no such file")

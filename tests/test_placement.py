@@ -16,7 +16,7 @@ from conftest import REPOSITORY
 from PIL import Image
 
 import ASD
-from data import placement, poison
+from data import loading, placement, poison
 from data.datasets import shapes
 from data.placement import choose_placement
 from data.sets import ImageSet, Mapped, RawData, to_set
@@ -106,7 +106,7 @@ def test_poisoning_leaves_the_raw_images_alone(tiny: Path, tmp_path: Path, place
     """Wherever they lie, the attacker's raw images are the clean ones after the training set was poisoned."""
     write_folder(tmp_path / "pictures", shapes.load(shapes.Settings(60, 20), None, False))
     settings = config.load(tiny, ["dataset=folder", f"dataset_dir={tmp_path / 'pictures'}", "backdoor.poison_ratio=0.5"])
-    raw = poison.load_raw(settings)
+    raw = loading.load_raw(settings)
     before = np.array(raw.train_images)
     poisoned = poison.poison_training_set(settings, raw, poison.build_attack(settings, raw), tmp_path, place)
     assert np.array_equal(raw.train_images, before)
@@ -268,6 +268,6 @@ def test_the_folders_name_tells_the_data_set() -> None:
         ("/x/cifar-100-python", "cifar100"), ("./dataset/gtsrb", "gtsrb"), ("/cifar/GTSRB/", "gtsrb"),
         ("/x/imagenet30", "folder"), ("/x/VGGFace2_subset", "folder"), ("/gtsrb/cifar-10-batches-py", "cifar10"),
     ):  # fmt: skip
-        assert poison.name_of_folder(name) == wanted
+        assert loading.name_of_folder(name) == wanted
     with pytest.raises(UserError, match="does not tell"):
-        poison.name_of_folder("/x/pictures")
+        loading.name_of_folder("/x/pictures")

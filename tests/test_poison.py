@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.poison import build_attack, build_test_sets, draw_poisoned, poison_index, poison_training_set
+from data.choice import draw_poisoned, poison_index
+from data.poison import build_attack, build_test_sets, poison_training_set
 from data.pools import draw_seed_samples
 from data.sets import CLEAN, POISONED, RawData
 from utils import config

@@ -50,11 +50,14 @@ def parse_arguments(description: str, argv: Sequence[str] | None, training: bool
     return args
 
 
-def command(name: str, main: Callable[[], None]) -> NoReturn:
+def command(name: str, main: Callable[[], None], kept: str = "") -> NoReturn:
     """Run a script's main function and leave with its exit code.
 
     0: done. 2: a mistake that the user can mend, told in one line. 130: Ctrl-C. Anything else is a defect of this
     project and keeps its traceback.
+
+    Args:
+        kept: what is said after Ctrl-C of what is there.
     """
     try:
         main()
@@ -63,7 +66,7 @@ def command(name: str, main: Callable[[], None]) -> NoReturn:
             time.sleep(3)  # a mistake that all processes meet is told by the first; torchrun then ends this one
         fail(f"{name}: error: {who()}{error}", 2)
     except KeyboardInterrupt:
-        fail(f"\n{name}: stopped. Every finished epoch is kept: the same command without --resume False goes on.", 130)
+        fail(f"\n{name}: stopped. {kept}".rstrip(), 130)
     except torch.OutOfMemoryError:
         fail(f"{name}: error: the device's memory is full: lower loader.batch_size or semi.loader.batch_size", 2)
     except BrokenPipeError:

@@ -1,0 +1,94 @@
+"""Which training images the attacker alters: poisoned ones, kept as the run's `poison_idx.npy`, and cover images."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+
+from utils.config import Config
+from utils.draws import numpy_generator
+from utils.errors import UserError
+from utils.files import write_atomically
+
+
+def draw_poisoned(labels: np.ndarray, target: int, ratio: float, seed: int, mode: str, clean_label: bool = False) -> np.ndarray:
+    """Draw which images are poisoned; the same seed gives the same images as the authors' code in mode `bernoulli`.
+
+    Args:
+        labels: (N,) int64.
+        mode: `bernoulli`: one draw for every image, poisoned if under the ratio and not of the target class;
+            `exact`: `int(ratio * N)` images of the other classes.
+        clean_label: the images are those of the target class instead, and the ratio is a share of that class.
+    Returns:
+        (N,) float64 of 0 and 1, the format of `poison_idx.npy`.
+    """
+    rng = random.Random(seed)
+    index = np.zeros(len(labels))
+    allowed = (labels == target) == clean_label
+    if mode == "bernoulli":
+        drawn = np.array([rng.random() < ratio for _ in labels], bool)
+        index[drawn & allowed] = 1
+        return index
+    candidates = np.flatnonzero(allowed).tolist()
+    count = int(ratio * (len(candidates) if clean_label else len(labels)))
+    if count > len(candidates):
+        raise UserError(
+            f"backdoor.poison_ratio: {ratio}: {count} images to poison and {len(candidates)} are of other classes: lower it"
+        )
+    index[rng.sample(candidates, count)] = 1
+    return index
+
+
+def draw_cover(poisoned: np.ndarray, ratio: float, seed: int) -> np.ndarray:
+    """Draw the cover images among those that are not poisoned: `int(ratio * poisoned)` of them.
+
+    Args:
+        poisoned: (N,) of 0 and 1.
+    Returns:
+        (n,) int64, sorted.
+    """
+    others, count = np.flatnonzero(poisoned == 0), int(ratio * poisoned.sum())
+    if count > len(others):
+        raise UserError(
+            f"backdoor: cover_ratio: {ratio}: {count} cover images and {len(others)} images are not poisoned: lower it"
+        )
+    return np.sort(numpy_generator(seed, "cover").choice(others, count, replace=False))
+
+
+def poison_index(path: Path, labels: np.ndarray, config: Config, clean_label: bool = False) -> np.ndarray:
+    """Return the run's `poison_idx.npy`, checked against the settings; draw and store it if it is not there."""
+    b = config.attacker
+    if not path.exists():
+        index = draw_poisoned(labels, b.target_label, b.poison_ratio, config.seed.seed, b.poison_mode, clean_label)
+        write_atomically(path, lambda file: np.save(file, index, allow_pickle=False))
+        return index
+    remedy = "move the file away to draw anew, or start over with --resume False"
+    try:
+        index = np.load(path, allow_pickle=False)
+    except Exception as error:  # numpy raises whatever its readers of headers and archives do
+        what = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: is no array of numbers ({what}): {remedy}") from None
+    if not isinstance(index, np.ndarray) or index.shape != labels.shape:
+        shape = getattr(index, "shape", "no array")
+        raise UserError(f"{path}: shape {shape}: the training set has {len(labels)} images: {remedy}")
+    if index.dtype.kind not in "fiub" or not np.isin(index, (0, 1)).all():
+        raise UserError(f"{path}: holds values other than 0 and 1: {remedy}")
+    poisoned = index == 1
+    allowed = (labels == b.target_label) == clean_label
+    if (poisoned & ~allowed).any():
+        which = "other classes than" if clean_label else "the target class"
+        raise UserError(f"{path}: poisons images of {which} {b.target_label}: {remedy}")
+    candidates = int(allowed.sum())
+    if b.poison_mode == "exact":
+        expected, slack = float(int(b.poison_ratio * (candidates if clean_label else len(labels)))), 0.0
+    else:
+        expected = b.poison_ratio * candidates
+        slack = 5 * (expected * (1 - b.poison_ratio)) ** 0.5 + 1  # five deviations of a binomial count
+    if abs(poisoned.sum() - expected) > slack:
+        raise UserError(
+            f"{path}: {int(poisoned.sum())} poisoned images, and backdoor.poison_ratio {b.poison_ratio} means about "
+            f"{expected:.0f}: {remedy}"
+        )
+    return index.astype(np.float64)

@@ -1,0 +1,69 @@
+"""The configured data set as it lies on disk: found, loaded, cut, decoded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from data.export import DESCRIPTION, StoredSet, refuse_disagreement
+from data.sets import Listing, PoisonedSet, RawData
+from data.tables import to_raw
+from utils import plugins
+from utils.config import Config
+from utils.errors import UserError
+from utils.schema import Named
+
+Say = Callable[[str], object]
+NAMES_IN_FOLDERS = {"cifar-?100": "cifar100", "cifar": "cifar10", "gtsrb": "gtsrb", "imagenet|vggface2?": "folder"}
+
+
+def load_data(config: Config, say: Say = print) -> RawData | StoredSet:
+    """Load the configured data set; cut it to `data.train_limit` and `data.test_limit`, check that the YAML fits it.
+
+    `transform.pre` is applied to raw data; a set that is poisoned already went through it. Picture files are decoded, and
+    kept so in `data.cache_dir`.
+    """
+    dataset = dataset_of(config)
+    module = plugins.load("data.datasets", dataset.name)
+    data: RawData | Listing | StoredSet = module.load(dataset.settings, config.dataset_dir, config.download)
+    if isinstance(data, StoredSet):
+        refuse_disagreement(config, data)
+        parts, limits = data.parts, config.data
+        tests = (part.first(limits.test_limit) for part in (parts.clean_test, parts.backdoor_test))
+        return replace(data, parts=PoisonedSet(parts.train.first(limits.train_limit), *tests))
+    data = data.cut(config.data.train_limit, config.data.test_limit)
+    for part, labels in (("train", data.train_labels), ("test", data.test_labels)):
+        if len(labels) and labels.max() >= config.num_classes:
+            raise UserError(f"num_classes: {config.num_classes}: the {part} set has the label {labels.max()}: raise it")
+    folder = Path(config.data.cache_dir or Path(config.saved_dir) / "tables").expanduser()
+    return to_raw(data, [step.settings for step in config.transform.pre], folder, config.data.placement == "disk", say)
+
+
+def load_raw(config: Config) -> RawData:
+    """Return `load_data` where it must be raw: a set that is poisoned already is refused."""
+    data = load_data(config)
+    if isinstance(data, StoredSet):
+        raise UserError("dataset: poisoned_set: is poisoned already: give the YAML of the data set that it was made of")
+    return data
+
+
+def dataset_of(config: Config) -> Named:
+    """Return the data set and its settings; where the YAML does not say, the folder's name does."""
+    if config.dataset is not None:
+        return config.dataset
+    name = name_of_folder(str(config.dataset_dir))
+    return Named(name, plugins.settings("data.datasets", name)())
+
+
+def name_of_folder(folder: str) -> str:
+    """Return the data set that a folder's name, or one above it, speaks of, as in the original ("cifar" -> cifar10)."""
+    if (Path(folder).expanduser() / DESCRIPTION).is_file():
+        raise UserError(f"dataset_dir: {folder}: looks like a set that is poisoned already: add `dataset: poisoned_set`")
+    for part in reversed(Path(folder).parts):
+        for pattern, name in NAMES_IN_FOLDERS.items():
+            if re.search(pattern, part.lower()):
+                return name
+    last = Path(folder).name.lower()
+    raise UserError(f"dataset_dir: {last}: does not tell which data set it is: add `dataset: cifar10` or another")
