@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.augment import Pipeline
-from data.batches import MixMatchDraws, SupervisedDraws, draw_mixmatch, draw_scoring, draw_supervised, views
+from data.batches import MixMatchDraws, SupervisedDraws, batch_slices, draw_mixmatch, draw_scoring, draw_supervised, views
 from data.poison import prepare
 from data.pools import check_pool_sizes, class_agnostic_split, class_aware_split, meta_split, per_class, rest
 from data.seeds import choose_seed_samples
@@ -305,20 +305,20 @@ def train_supervised(
     batch: int,
     machine: Machine,
 ) -> float:
-    """Train one pass over all images with cross-entropy, the last batch kept; return the mean loss."""
+    """Train one pass over all images with cross-entropy; return the mean loss."""
     draws = draws.to(machine.device)
     total = torch.zeros((), device=machine.device)
     model.train()
-    starts = range(0, len(train_set), batch)
-    for start in progress(starts, name, len(starts)):
-        index, view = draws.order[start : start + batch], draws.views[start : start + batch]
+    slices = batch_slices(len(train_set), batch, least=2 * machine.size)
+    for part in progress(slices, name, len(slices)):
+        index, view = draws.order[part], draws.views[part]
         count = len(index)
-        mine = machine.share(count) if count >= machine.size else slice(None)  # a tiny last batch is done by all alike
+        mine = machine.share(count)
         inputs = machine.lay_out(augment(train_set.fetch(index[mine]), view[mine]))  # (B, 3, H, W), its share
         with machine.autocast():
             logits = model(inputs)  # (B, C)
         losses = cross_entropy(logits, train_set.labels[index[mine]])  # (B,)
-        mean = losses.sum() / count * (machine.size if count >= machine.size else 1)
+        mean = losses.sum() / count * machine.size
         optimizer.zero_grad(set_to_none=True)
         mean.backward()  # the mean over the shares is the mean over the batch
         optimizer.step()

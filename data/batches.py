@@ -82,6 +82,17 @@ def draw_supervised(seed: int, purpose: str, epoch: int, count: int, augment: Pi
     return SupervisedDraws(torch.randperm(count, generator=rng), augment.draw(count, rng))
 
 
+def batch_slices(count: int, batch: int, least: int) -> list[slice]:
+    """Return the slices of one pass over `count` images, `batch` in each; the last batch is what is left.
+
+    A rest of fewer than `least` images joins the batch before: batch normalization cannot train on a single value.
+    """
+    starts = list(range(0, count, batch))
+    if len(starts) > 1 and 0 < count % batch < least:
+        starts.pop()
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], count], strict=True)]
+
+
 def draw_scoring(seed: int, purpose: str, epoch: int, count: int, augment: Pipeline) -> Tensor:
     """Draw one view of every image, (N, k), in the order of the set."""
     return augment.draw(count, generator(seed, purpose, epoch))

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torchvision import models
 
 import ASD
+from data.augment import Pipeline
+from data.batches import draw_supervised
+from data.sets import ImageSet
 from model.backbone import part_names
 from model.classifier import Classifier, build_classifier, virtual_copy
 from model.folding import fold
@@ -514,6 +517,18 @@ def test_dropout_follows_the_global_seed(name: str) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder for the runs."""
     yield tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_a_single_image_left_over_is_trained_on(name: str) -> None:
+    """33 images in batches of 32: a network whose last map is 1 x 1 cannot normalize one image alone."""
+    model = build_classifier(Named(name, plugins.settings("model.networks", name)(**SMALL[name])), 10, 0)
+    train_set = ImageSet(torch.randint(0, 256, (33, 3, 32, 32), dtype=torch.uint8), torch.arange(33) % 10)
+    to_tensor = Named("to_tensor", plugins.settings("data.transforms", "to_tensor")())
+    augment = Pipeline((), (to_tensor,), 32, 32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    draws = draw_supervised(0, "test", 0, 33, augment)
+    assert math.isfinite(ASD.train_supervised("test", model, optimizer, train_set, draws, augment, 32, FP32))
 
 
 @every_network
