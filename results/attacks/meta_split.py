@@ -1,0 +1,73 @@
+"""How well one meta-split parts poisoned from clean images, for one model and the attack of the configuration.
+
+    python results/attacks/meta_split.py --config config/attack_study.yaml --resume BASE.pt --set "backdoor={blend: {}}"
+
+The model may come from a run against another attack: at the end of stage 2 it knows no trigger. Prints, after each of
+`--epochs` epochs of the virtual model: by how much the split loss of clean and of poisoned images fell, the poisoned images
+in the clean pool, and ACC and ASR of the virtual model.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import ASD
+from data.batches import draw_supervised
+from data.poison import prepare
+from data.pools import class_agnostic_split, meta_split
+from model.classifier import Classifier, virtual_copy
+from model.optimizer import build_optimizer
+from utils import config
+from utils.cli import Parser, command
+from utils.machine import choose_machine
+from utils.runlog import progress
+
+
+def main() -> None:
+    """Read the command line, score, train the virtual model, split."""
+    parser = Parser(description="One meta-split, told.")
+    parser.add_argument("--config", default="config/attack_study.yaml")
+    parser.add_argument("--resume", required=True, help="a checkpoint's path")
+    parser.add_argument("--gpu", default="0")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--set", action="append", default=[])
+    args = parser.parse_args()
+    c = config.load(args.config, args.set)
+    machine = choose_machine(args.gpu, c.runtime.amp, print)
+    with tempfile.TemporaryDirectory() as folder:
+        data = prepare(c, Path(folder), machine.device)
+    assert data.oracle is not None
+    train_set, tests, poisoned = data.train.to(machine.device), data.tests.to(machine.device), data.oracle.poisoned()
+    augment, plain = ASD.build_pipelines(c, train_set)
+    state = ASD.build_state(c, machine, len(train_set))
+    assert isinstance(state.model, Classifier)
+    weights = torch.load(args.resume, map_location=machine.device, weights_only=True)["model_state_dict"]
+    state.model.load_state_dict(weights)
+
+    def told(what: str, pool: torch.Tensor, values: torch.Tensor) -> None:
+        clean, bad = float(values[~poisoned].mean()), float(values[poisoned].mean())
+        count = f"{int(poisoned[pool].sum())} of {int(poisoned.sum())} poisoned in a clean pool of {len(pool)}"
+        print(f"{what}: mean of clean images {clean:.2f}, of poisoned {bad:.2f}; {count}", flush=True)
+
+    epoch, epsilon = c.global_.epoch_second, c.global_.epsilon
+    losses = ASD.split_losses(c, epoch, "score", state.model, train_set, augment, machine)
+    told("split loss", class_agnostic_split(losses, epsilon), losses)
+    virtual, last = virtual_copy(state.model)
+    optimizer = build_optimizer(c.meta.optimizer, last)
+    for i in progress(range(args.epochs), "virtual epochs", args.epochs):
+        draws = draw_supervised(c.seed.seed, f"virtual {i}", epoch, len(train_set), augment)
+        ASD.train_supervised("virtual model", virtual, optimizer, train_set, draws, augment, c.loader.batch_size, machine)
+        scored = ASD.split_losses(c, epoch, "score virtual", virtual, train_set, augment, machine)
+        told(f"fall after {i + 1} virtual epochs", meta_split(losses, scored, epsilon), losses - scored)
+        acc, asr = (ASD.accuracy(c, virtual, tested, plain, machine) for tested in (tests.clean, tests.backdoor))
+        print(f"virtual model: ACC {100 * (acc or 0):.1f} %, ASR {100 * (asr or 0):.1f} %", flush=True)
+
+
+if __name__ == "__main__":
+    command("meta_split.py", main)
