@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ASD import accuracy, build_pipelines
+from ASD import accuracy, build_pipelines, plain_logits
 from data.augment import Pipeline
 from data.poison import prepare_tests
 from data.unlabelled import Pictures, label_table
@@ -54,21 +54,35 @@ def main() -> None:
 
 
 def test(settings: Config, model: nn.Module, run: Run, result: dict[str, object], machine: Machine) -> None:
-    """Test the model on the sets that there are; print and keep the figures beside those of `result`."""
+    """Test the model on the sets that there are; print and keep the figures beside those of `result`.
+
+    A model that is not perfect takes some images for the target class without any trigger. What the ASR is to be compared
+    with is that share of the clean test images of other classes: `clean_as_target`.
+    """
     tests = prepare_tests(settings, machine.device).to(machine.device)
-    if tests.clean is None:
+    clean, backdoor = tests.clean, tests.backdoor
+    if clean is None:
         raise UserError(f"dataset_dir: {settings.dataset_dir}: no test images: add some, or label pictures with --images DIR")
-    _, plain = build_pipelines(settings, tests.clean)
-    for kind, name, part, what in (
-        ("clean", "clean_accuracy", tests.clean, "ACC {:.2f} % of {} clean test images"),
-        ("backdoor", "attack_success_rate", tests.backdoor, "ASR {:.2f} % of {} triggered test images of other classes"),
-    ):
-        share = accuracy(settings, model, part, plain, machine)
-        result |= {name: share, f"{kind}_total": None if part is None else len(part)}
-        if part is not None and share is not None:
-            print(what.format(100 * share, len(part)))
+    _, plain = build_pipelines(settings, clean)
+    guessed = machine.gather(plain_logits(settings, "test", model, clean, plain, machine), len(clean)).argmax(1)  # (M,)
+    acc = share_of(guessed == clean.labels)
+    result |= {"clean_accuracy": acc, "clean_total": len(clean)}
+    result |= {"attack_success_rate": None, "backdoor_total": None, "clean_as_target": None}
+    print(f"ACC {100 * acc:.2f} % of {len(clean)} clean test images")
+    if backdoor is not None:
+        asr = accuracy(settings, model, backdoor, plain, machine) or 0.0
+        target = int(backdoor.labels[0])
+        already = share_of(guessed[clean.labels != target] == target)
+        result |= {"attack_success_rate": asr, "backdoor_total": len(backdoor), "clean_as_target": already}
+        print(f"ASR {100 * asr:.2f} % of {len(backdoor)} triggered test images of other classes")
+        print(f"without the trigger {100 * already:.2f} % of them are taken for the target class")
     write_text(run.log / "test.json", json.dumps(result, indent=2) + "\n")
     print(f"written to {run.log / 'test.json'}")
+
+
+def share_of(hits: Tensor) -> float:
+    """Return how many of the flags (n,) are set, over n."""
+    return int(hits.sum()) / len(hits)
 
 
 def label(

@@ -266,9 +266,21 @@ def test_test_py_gives_the_figures_of_the_run(finished: Place, tmp_path: Path, w
     assert (kept["clean_total"], kept["backdoor_total"]) == (TEST, 39)  # of 43 images in ten classes 4 are of class 3
     assert f"ACC {100 * row['clean_accuracy']:.2f} %" in result.stdout
     assert f"ASR {100 * row['attack_success_rate']:.2f} %" in result.stdout
+    assert f"without the trigger {100 * kept['clean_as_target']:.2f} %" in result.stdout
     after = place.hashes()
     assert after.pop("saved_data/tiny/log/test.json")
     assert after == before
+
+
+def test_without_a_trigger_the_success_rate_is_that_of_clean_images(finished: Place, tmp_path: Path) -> None:
+    """Where the trigger changes nothing (a picture blended in with weight 0), ASR is just `clean_as_target`."""
+    place = finished.copy(tmp_path / "copy")
+    result = place.test("--set", "backdoor={target_label: 3, blend: {alpha: 0.0}}")
+    assert result.returncode == 0, result.stderr
+    none = json.loads((place.log / "test.json").read_text())
+    assert none["attack_success_rate"] == none["clean_as_target"]
+    place.test()
+    assert json.loads((place.log / "test.json").read_text())["clean_as_target"] == none["clean_as_target"]
 
 
 def test_a_finished_run_has_nothing_to_do(finished: Place, tmp_path: Path) -> None:

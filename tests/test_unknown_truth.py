@@ -158,7 +158,7 @@ def test_test_py_tells_accuracy_alone(own: Path) -> None:
     said = run_test_py("--config", own / "own.yaml")
     assert "ACC" in said and "ASR" not in said
     kept = json.loads((own / "saved" / "own" / "log" / "test.json").read_text())
-    assert kept["clean_total"] == 3 * EACH and kept["attack_success_rate"] is None and kept["backdoor_total"] is None
+    assert kept["clean_total"] == 3 * EACH and kept["attack_success_rate"] is None and kept["clean_as_target"] is None
 
 
 def test_runs_of_unknown_truth_can_be_compared(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
