@@ -1,6 +1,6 @@
 """How well one meta-split parts poisoned from clean images, for one model and the attack of the configuration.
 
-    python results/attacks/meta_split.py --config config/attack_study.yaml --resume BASE.pt --set "backdoor={blend: {}}"
+    python -m results.attacks.meta_split --config config/attack_study.yaml --resume BASE.pt --set "backdoor={blend: {}}"
 
 The model may come from a run against another attack: at the end of stage 2 it knows no trigger. Prints, after each of
 `--epochs` epochs of the virtual model: by how much the split loss of clean and of poisoned images fell, the poisoned images
@@ -9,13 +9,10 @@ in the clean pool, and ACC and ASR of the virtual model.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import ASD
 from data.batches import draw_supervised
