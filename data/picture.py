@@ -90,4 +90,5 @@ def prepared(picture: Image.Image, pre: Sequence[Any]) -> np.ndarray:
 
 def reason(error: BaseException, path: Path) -> str:
     """Return in one line why the picture cannot be read."""
-    return " ".join(str(error).replace(str(path), "it").split()) or type(error).__name__
+    text = str(error).replace(f" {str(path)!r}", "").replace(str(path), "it")
+    return " ".join(text.split()) or type(error).__name__

@@ -128,7 +128,7 @@ def place(config: Config, data: RawData | StoredSet, device: torch.device | None
     if isinstance(data, StoredSet):
         train, tests = data.parts.train.images, [data.parts.clean_test.images, data.parts.backdoor_test.images]
     else:
-        train, tests = data.train_images, [data.test_images, data.test_images]
+        train, tests = data.train_images, [data.test_images] * (1 if config.backdoor is None else 2)
     return choose_placement(config.data.placement, train, tests, device or torch.device("cpu"), processes, say)
 
 
