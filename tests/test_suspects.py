@@ -53,17 +53,16 @@ def test_equal_values_share_the_mean_of_their_ranks(values: list[float]) -> None
     assert suspects.midranks(np.array(values)).tolist() == pytest.approx(expected)
 
 
-def test_the_score_is_the_margin_by_which_the_model_believes_in_another_label() -> None:
-    """The score is 1 for an image that the model is sure is something else, 0 for one that it is sure carries its label, 0.5
-    where two labels are even; the alternatives are the loss, the epochs outside the pool, 1 - p, and a mean of ranks."""
+def test_the_score_is_the_margin_times_the_share_of_epochs_outside() -> None:
+    """The margin is 1 for an image that the model is sure is something else, 0 for one that it is sure carries its label, 0.5
+    where two labels are even; it counts by the share of epochs outside the clean pool, of one more than the most inside."""
     own, rival = np.array([0.0, 1.0, 0.5, 0.1, 0.2]), np.array([1.0, 0.0, 0.5, 0.6, 0.3])
     e = evidence([9.0, 0.0, 3.0, 7.0, 6.0], [0, 9, 4, 1, 1], own_probability=own, rival_probability=rival)
     scores = e.scores()
-    assert scores["score"].tolist() == pytest.approx([1, 0, 0.5, 0.75, 0.55])
+    assert scores["score"].tolist() == pytest.approx([1, 0, 0.5 * 0.6, 0.75 * 0.9, 0.55 * 0.9])
+    assert scores["margin"].tolist() == pytest.approx([1, 0, 0.5, 0.75, 0.55])
     assert scores["split_loss"].tolist() == [9, 0, 3, 7, 6]
     assert scores["epochs_outside_clean_pool"].tolist() == [0, -9, -4, -1, -1]
-    assert scores["one_minus_own_probability"].tolist() == pytest.approx([1, 0, 0.5, 0.9, 0.8])
-    assert scores["mean_rank_of_loss_and_epochs"].tolist() == pytest.approx([5, 1, 2, (4 + 3.5) / 2, (3 + 3.5) / 2])
     assert e.confidence.tolist() == [1, 1, 0.5, 0.6, 0.3]
 
 
@@ -132,7 +131,7 @@ def test_quality_of_a_perfect_and_of_a_reversed_ranking() -> None:
     flags = np.array([0, 1, 2, 0, 1, 0], np.uint8)
     found = suspects.quality(evidence([0.1, 5, 0.2, 0.3, 4, 0.4], [1, 9, 1, 1, 8, 1]), flags)
     assert found["counts"] == {"images": 6, "poisoned": 2, "cover": 1}
-    for name in ("score", "split_loss", "one_minus_own_probability"):
+    for name in ("margin", "split_loss"):
         assert set(found["measures"][name].values()) == {1.0}, name
     outside = found["measures"]["epochs_outside_clean_pool"]
     assert outside["auroc"] == 0.0 and outside["precision_at_true_count"] == 0.0 == outside["recall_at_true_count"]
@@ -170,7 +169,8 @@ def test_the_table_has_every_image_with_its_own_facts() -> None:
     rows = read(suspects.table(e, names, ("cat", "dog")))
     assert [row["name"] for row in rows] == [names[i] for i in (1, 3, 0, 2)]
     assert [row["rank"] for row in rows] == ["1", "2", "3", "4"]
-    assert [float(row["score"]) for row in rows] == pytest.approx([1 - math.exp(-x) for x in (7.25, 3.0, 0.5, 0.001)], abs=1e-6)
+    expected = [(1 - math.exp(-x)) * (1 - inside / 10) for x, inside in ((7.25, 0), (3.0, 1), (0.5, 4), (0.001, 9))]
+    assert [float(row["score"]) for row in rows] == pytest.approx(expected, abs=1e-6)
     for row, i in zip(rows, (1, 3, 0, 2), strict=True):
         assert row["label"] == ["cat", "dog", "2", "cat"][i] and row["model_label"] == ["dog", "2", "cat", "dog"][i]
         assert float(row["split_loss"]) == pytest.approx(e.losses[i], rel=1e-5)

@@ -1,7 +1,7 @@
 """Which training images are suspect: what a finished ASD run knows of each, as one score, a ranked table and its quality.
 
 ASD does not say which images are poisoned: it needs a pool that is clean enough. But its last model has not learnt the
-labels of poisoned images: it is sure of another one.
+labels of poisoned images: it is sure of another one; and its splits have kept most of them out of the clean pool.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ class Evidence:
         return np.maximum(self.own_probability, self.rival_probability)
 
     def scores(self) -> dict[str, np.ndarray]:
-        """Return the score (N,) in 0..1 and the alternatives that it is measured against; high is suspect.
+        """Return the score (N,) in 0..1 and what it is measured against; high is suspect.
 
-        The score is the margin by which the model believes in another label, mapped to 0..1: a poisoned image is one that
-        it is sure of, under another label. The split loss knows the image's own label only, so what the model cannot
-        decide on scores as high; the clean half that stages 2 and 3 leave out of the pool blurs the epochs. On scaled
-        CIFAR-10 runs of 54 and 65 % accuracy AUROC was 0.78 and 0.89 by margin, 0.70 and 0.84 by loss, 0.52 and 0.65 by
-        epochs, and every mean with the epochs fell below the margin alone.
+        The score is a product of two witnesses: the margin by which the final model believes in another label, mapped to
+        0..1, and the share of the epochs that the image spent outside the clean pool. A poisoned image is one that the model
+        is sure of, under another label, and that the splits kept out; hard images fail the first test, the clean half that
+        stages 2 and 3 leave out fails the second. Measured for each attack in results/attacks: as good as the margin alone
+        where that is perfect, better where the splits work, worse where the meta-split fails.
         """
-        absence = -self.epochs.astype(np.float64)
+        margin = (1 + self.rival_probability - self.own_probability) / 2
+        outside = 1 - self.epochs / (self.epochs.max(initial=0) + 1.0)
         return {
-            "score": (1 + self.rival_probability - self.own_probability) / 2,
+            "score": margin * outside,
+            "margin": margin,
             "split_loss": self.losses,
-            "epochs_outside_clean_pool": absence,
-            "one_minus_own_probability": 1 - self.own_probability,
-            "mean_rank_of_loss_and_epochs": (midranks(self.losses) + midranks(absence)) / 2,
+            "epochs_outside_clean_pool": -self.epochs.astype(np.float64),
         }
 
 
