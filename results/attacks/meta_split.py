@@ -10,20 +10,17 @@ in the clean pool, and ACC and ASR of the virtual model.
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import ASD
-from data.batches import draw_supervised
 from data.poison import prepare
 from data.pools import class_agnostic_split, meta_split
-from model.classifier import Classifier, virtual_copy
-from model.optimizer import build_optimizer
-from utils import config
+from utils import checkpoint, config
 from utils.cli import Parser, command
 from utils.machine import choose_machine
-from utils.runlog import progress
 
 
 def main() -> None:
@@ -43,9 +40,8 @@ def main() -> None:
     train_set, tests, poisoned = data.train.to(machine.device), data.tests.to(machine.device), data.oracle.poisoned()
     augment, plain = ASD.build_pipelines(c, train_set)
     state = ASD.build_state(c, machine, len(train_set))
-    assert isinstance(state.model, Classifier)
-    weights = torch.load(args.resume, map_location=machine.device, weights_only=True)["model_state_dict"]
-    state.model.load_state_dict(weights)
+    path = Path(args.resume)
+    checkpoint.load_weights(state.model, checkpoint.read(path), path)
 
     def told(what: str, pool: torch.Tensor, values: torch.Tensor) -> None:
         clean, bad = float(values[~poisoned].mean()), float(values[poisoned].mean())
@@ -55,13 +51,11 @@ def main() -> None:
     epoch, epsilon = c.global_.epoch_second, c.global_.epsilon
     losses = ASD.split_losses(c, epoch, "score", state.model, train_set, augment, machine)
     told("split loss", class_agnostic_split(losses, epsilon), losses)
-    virtual, last = virtual_copy(state.model)
-    optimizer = build_optimizer(c.meta.optimizer, last)
-    for i in progress(range(args.epochs), "virtual epochs", args.epochs):
-        draws = draw_supervised(c.seed.seed, f"virtual {i}", epoch, len(train_set), augment)
-        ASD.train_supervised("virtual model", virtual, optimizer, train_set, draws, augment, c.loader.batch_size, machine)
+    for epochs in range(1, args.epochs + 1):  # each from the model anew, by the method's own function: same draws, same numbers
+        longer = replace(c, meta=replace(c.meta, epoch=epochs))
+        virtual = ASD.train_virtual_model(longer, epoch, state.model, train_set, augment, machine)
         scored = ASD.split_losses(c, epoch, "score virtual", virtual, train_set, augment, machine)
-        told(f"fall after {i + 1} virtual epochs", meta_split(losses, scored, epsilon), losses - scored)
+        told(f"fall after {epochs} virtual epochs", meta_split(losses, scored, epsilon), losses - scored)
         acc, asr = (ASD.accuracy(c, virtual, tested, plain, machine) for tested in (tests.clean, tests.backdoor))
         print(f"virtual model: ACC {100 * (acc or 0):.1f} %, ASR {100 * (asr or 0):.1f} %", flush=True)
 
