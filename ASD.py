@@ -368,9 +368,8 @@ def build_pipelines(config: Config, images: ImageSet) -> tuple[Pipeline, Pipelin
 
 def build_state(config: Config, machine: Machine, count: int) -> State:
     """Return a run's state before its first epoch: fresh weights, optimizer, schedule."""
-    model: nn.Module = build_classifier(config.network, config.num_classes, config.seed.seed).to(machine.device)
-    if machine.amp:
-        model = model.to(memory_format=torch.channels_last)
+    model: nn.Module = build_classifier(config.network, config.num_classes, config.seed.seed)
+    model = model.to(machine.device).to(memory_format=machine.memory_format)
     if config.sync_bn and machine.size > 1:
         model = synchronize(model, machine.device)
     if config.runtime.merged:

@@ -44,7 +44,7 @@ def main() -> None:
     saved = checkpoint.read(path)
     model = build_classifier(settings.network, settings.num_classes, settings.seed.seed)
     checkpoint.load_weights(model, saved, path)
-    model.to(machine.device)
+    model.to(machine.device).to(memory_format=machine.memory_format)
     print(f"{path}")
     if args.images:
         out = Path(args.out).expanduser() if args.out else run.log / "labels.csv"
