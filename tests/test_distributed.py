@@ -63,7 +63,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     both = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert both.returncode == 0, both.stderr
     assert "2 processes" in both.stdout and both.stdout.count("done: ACC") == 1, both.stdout
+    (folder / "stderr.txt").write_text(both.stderr)
     return folder
+
+
+def test_several_processes_run_without_warnings(runs: Path) -> None:
+    """No process warns of a function that torch is going to remove."""
+    lines = (runs / "stderr.txt").read_text().splitlines()
+    assert [line for line in lines if "deprecat" in line.lower() or "FutureWarning" in line] == []
 
 
 def test_two_processes_split_as_one_does(runs: Path) -> None:

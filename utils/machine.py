@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import subprocess
 import sys
@@ -21,6 +22,11 @@ from utils.errors import UserError
 Say = Callable[[str], object]
 SILENCE = timedelta(seconds=600)  # a process that is not heard of for so long ends the run
 PATIENCE = timedelta(days=1)  # the first process may train an attacker's networks while the others wait
+
+# DistributedDataParallel's option to copy the first process' buffers to the others in every forward pass: torch 2.13 gave it
+# a new name and warns of the old one.
+NAMES = ("forward_sync_buffers", "broadcast_buffers")
+BROADCAST = next(name for name in NAMES if name in inspect.signature(DistributedDataParallel).parameters)
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,8 @@ class Machine:
         """
         if self.size == 1:
             return model
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        options: dict[str, Any] = {BROADCAST: False, "device_ids": [self.device.index] if self.device.type == "cuda" else None}
+        return DistributedDataParallel(model, **options)
 
     @torch.no_grad()
     def average_buffers(self, model: nn.Module) -> None:
