@@ -110,14 +110,10 @@ class Machine:
 
         `auto` is a graph on one CUDA device; `utils/stepper.py` tries it against the eager step before it is used.
         """
-        if mode == "graph" and self.size > 1:
-            raise UserError("runtime.mode: graph: is for one process: set runtime.mode=auto or eager")
         return mode != "eager" and self.device.type == "cuda" and self.size == 1
 
     def compiled(self, function: Any) -> Any:
-        """Return the function compiled by torch, whole and for fixed shapes."""
-        if self.size > 1:
-            raise UserError("runtime.compile: true: is for one process: leave it out")
+        """Return the function compiled by torch, whole and for fixed shapes, when it is first called; on a CPU too."""
         return torch.compile(function, fullgraph=True, dynamic=False)
 
     @contextlib.contextmanager
@@ -159,12 +155,17 @@ def choose_machine(gpu: str, amp: bool, say: Say) -> Machine:
 TORCHRUN = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
 
 
-def start_processes(gpu: str) -> None:
-    """Where `--gpu` names several devices, start one process for each with torchrun and end with its exit code."""
+def start_processes(gpu: str, check: Callable[[int], object]) -> None:
+    """Where `--gpu` names several devices, start one process for each with torchrun and end with its exit code.
+
+    Args:
+        check: is given the number of processes before they are started; what it refuses, none of them has to.
+    """
     numbers = device_numbers(gpu)
     if len(numbers) < 2 or "WORLD_SIZE" in os.environ or not torch.cuda.is_available():
         return
-    choose_device(gpu, 0, print)  # refuses numbers that are not there before anything is started
+    choose_device(gpu, 0, print)  # refuses numbers that are not there
+    check(len(numbers))
     engine = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(numbers)}"]
     sys.exit(subprocess.call([*engine, *sys.argv]))
 
