@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from model.sync_norm import synchronize
 from utils import checkpoint, config
 from utils.checkpoint import State
 from utils.cli import command, parse_arguments
-from utils.config import Config, check_batches
+from utils.config import Config, check_processes
 from utils.draws import key_seed
 from utils.errors import UserError
 from utils.machine import Machine, choose_machine, mute, set_determinism, start_processes
@@ -50,10 +51,10 @@ def main() -> None:
     """Read the command line, open the run, train; several devices mean one process for each."""
     args = parse_arguments("Train with ASD on a poisoned data set.", None, training=True)
     settings = config.load(args.config, args.set)
-    start_processes(args.gpu)
+    start_processes(args.gpu, partial(check_processes, settings))
     machine = choose_machine(args.gpu, settings.runtime.amp, print)
     set_determinism(settings.seed.deterministic, settings.seed.benchmark)
-    check_batches(settings, machine.size)
+    check_processes(settings, machine.size)
     if machine.rank == 0:
         _run, _lock = open_run(settings, Path(args.config), args.resume == "False", print)
     machine.wait()

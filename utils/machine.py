@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import subprocess
 import sys
@@ -21,6 +22,11 @@ from utils.errors import UserError
 Say = Callable[[str], object]
 SILENCE = timedelta(seconds=600)  # a process that is not heard of for so long ends the run
 PATIENCE = timedelta(days=1)  # the first process may train an attacker's networks while the others wait
+
+# DistributedDataParallel's option to copy the first process' buffers to the others in every forward pass: torch 2.13 gave it
+# a new name and warns of the old one.
+NAMES = ("forward_sync_buffers", "broadcast_buffers")
+BROADCAST = next(name for name in NAMES if name in inspect.signature(DistributedDataParallel).parameters)
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,8 @@ class Machine:
         """
         if self.size == 1:
             return model
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        options: dict[str, Any] = {BROADCAST: False, "device_ids": [self.device.index] if self.device.type == "cuda" else None}
+        return DistributedDataParallel(model, **options)
 
     @torch.no_grad()
     def average_buffers(self, model: nn.Module) -> None:
@@ -113,14 +119,10 @@ class Machine:
 
         `auto` is a graph on one CUDA device; `utils/stepper.py` tries it against the eager step before it is used.
         """
-        if mode == "graph" and self.size > 1:
-            raise UserError("runtime.mode: graph: is for one process: set runtime.mode=auto or eager")
         return mode != "eager" and self.device.type == "cuda" and self.size == 1
 
     def compiled(self, function: Any) -> Any:
-        """Return the function compiled by torch, whole and for fixed shapes."""
-        if self.size > 1:
-            raise UserError("runtime.compile: true: is for one process: leave it out")
+        """Return the function compiled by torch, whole and for fixed shapes, when it is first called; on a CPU too."""
         return torch.compile(function, fullgraph=True, dynamic=False)
 
     @contextlib.contextmanager
@@ -162,12 +164,17 @@ def choose_machine(gpu: str, amp: bool, say: Say) -> Machine:
 TORCHRUN = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
 
 
-def start_processes(gpu: str) -> None:
-    """Where `--gpu` names several devices, start one process for each with torchrun and end with its exit code."""
+def start_processes(gpu: str, check: Callable[[int], object]) -> None:
+    """Where `--gpu` names several devices, start one process for each with torchrun and end with its exit code.
+
+    Args:
+        check: is given the number of processes before they are started; what it refuses, none of them has to.
+    """
     numbers = device_numbers(gpu)
     if len(numbers) < 2 or "WORLD_SIZE" in os.environ or not torch.cuda.is_available():
         return
-    choose_device(gpu, 0, print)  # refuses numbers that are not there before anything is started
+    choose_device(gpu, 0, print)  # refuses numbers that are not there
+    check(len(numbers))
     engine = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(numbers)}"]
     sys.exit(subprocess.call([*engine, *sys.argv]))
 
