@@ -97,8 +97,6 @@ def train(config: Config, run: Run, machine: Machine, resume: str) -> None:
         else:
             losses = train_undefended(config, epoch, state, train_set, augment, machine)
         machine.average_buffers(state.model)
-        if state.scheduler is not None:
-            state.scheduler.step()
         acc = accuracy(config, state.model, tests.clean, plain, machine)
         asr = accuracy(config, state.model, tests.backdoor, plain, machine)
         finish_epoch(config, state, data.oracle, losses, (acc, asr), time.monotonic() - started)
@@ -392,7 +390,7 @@ def finish_epoch(
     tested: tuple[float | None, float | None],
     seconds: float,
 ) -> None:
-    """Add the epoch's row to the history and move on to the next epoch.
+    """Add the epoch's row to the history and move on to the next epoch: its number and its learning rate.
 
     Args:
         losses: the epoch's means.
@@ -421,6 +419,8 @@ def finish_epoch(
         "learning_rate": float(state.optimizer.param_groups[0]["lr"]),
         "seconds": round(seconds, 3),
     })  # fmt: skip
+    if state.scheduler is not None:
+        state.scheduler.step()  # only now: the row has the rate that the epoch was trained with
     state.epoch += 1
 
 
