@@ -39,7 +39,7 @@ from utils.draws import key_seed
 from utils.errors import UserError
 from utils.machine import Machine, choose_machine, mute, set_determinism, start_processes
 from utils.report import Report, Silence
-from utils.run import BEST, LATEST, Run, locate, open_run
+from utils.run import BEST, LATEST, Run, begin, locate, open_run
 from utils.runlog import progress
 from utils.schema import as_dict
 from utils.stepper import Stepper
@@ -58,12 +58,15 @@ def main() -> None:
     if machine.rank == 0:
         _run, _lock = open_run(settings, Path(args.config), args.resume == "False", print)
     machine.wait()
-    train(settings, locate(settings), machine, args.resume)
+    with checkpoint.Writer() as writer:  # however the run ends, the checkpoint that is being written is finished
+        train(settings, locate(settings, Path(args.config)), machine, args.resume, writer)
     machine.leave()
 
 
-def train(config: Config, run: Run, machine: Machine, resume: str) -> None:
+def train(config: Config, run: Run, machine: Machine, resume: str, writer: checkpoint.Writer | None = None) -> None:
     """Run all epochs that are still to do, from the checkpoint that `resume` names or from scratch."""
+    writer = writer or checkpoint.Writer()
+    latest = run.checkpoints / LATEST if resume in ("", "False") else run.checkpoint(resume)
     with machine.first_alone():  # it makes what is kept with the run, the others read it
         data = prepare(config, run.saved, machine.device, print if machine.rank == 0 else mute, machine.size)
         seeds = choose_seed_samples(config, data, run.saved)
@@ -74,9 +77,10 @@ def train(config: Config, run: Run, machine: Machine, resume: str) -> None:
 
     state = build_state(config, machine, len(train_set))
     state.about = {"class_names": list(data.class_names), "image_size": list(train_set.images.shape[2:])}
-    latest = run.checkpoint(LATEST if resume in ("", "False") else resume)
     if resume not in ("", "False") or (resume == "" and latest.exists()):
         checkpoint.load(latest, state, as_dict(config))
+    if not begin(run, config, latest, state, print if machine.rank == 0 else None):
+        return
     report: Any = Silence()
     if machine.rank == 0:
         flags = data.oracle.flags if data.oracle else None
@@ -101,8 +105,8 @@ def train(config: Config, run: Run, machine: Machine, resume: str) -> None:
         asr = accuracy(config, state.model, tests.backdoor, plain, machine)
         finish_epoch(config, state, data.oracle, losses, (acc, asr), time.monotonic() - started)
         if machine.rank == 0:
-            save(config, run, state)
-        report.epoch(state)
+            save(config, run, state, writer, report)
+    writer.wait()
     if config.defense == "asd" and (trains or not (run.saved / SUSPECTS).exists()):
         report.rank_suspects(weigh_images(config, state, train_set, plain, machine), train_set, data.names, data.class_names)
     report.conclude(state)
@@ -434,16 +438,16 @@ def truth_of_pool(oracle: Oracle | None, clean_pool: Tensor | None) -> dict[str,
     return {key: int((oracle.flags[clean_pool] == flag).sum()) for key, flag in kinds.items()}
 
 
-def save(config: Config, run: Run, state: State) -> None:
-    """Write the checkpoints; the epoch counts as finished once `latest_model.pt` is there.
+def save(config: Config, run: Run, state: State, writer: checkpoint.Writer, report: Report) -> None:
+    """Begin to write the checkpoint; the epoch counts as finished, and is reported, once `latest_model.pt` is there.
 
     Without test images nothing tells which epoch is the best: there is no `best_model.pt`.
     """
-    acc = state.history[-1]["clean_accuracy"]
+    acc, best = state.history[-1]["clean_accuracy"], []
     if acc is not None and acc > state.best_acc:
-        state.best_acc, state.best_epoch = acc, state.epoch
-        checkpoint.save(run.checkpoints / BEST, state, as_dict(config))
-    checkpoint.save(run.checkpoints / LATEST, state, as_dict(config))
+        state.best_acc, state.best_epoch, best = acc, state.epoch, [run.checkpoints / BEST]
+    history = list(state.history)
+    writer.save(run.checkpoints / LATEST, state, as_dict(config), best, lambda: report.epoch(history))
 
 
 if __name__ == "__main__":

@@ -32,10 +32,12 @@ from utils.run import LATEST, Run, locate
 def main() -> None:
     """Load the checkpoint, then test it or label pictures with it."""
     args = parse_arguments("Test a checkpoint on clean and on triggered images.", None, training=False)
-    if args.resume == "False":
-        raise UserError("--resume False: there is nothing to test without a checkpoint: leave it out or name one")
+    if args.resume.lower() == "false":
+        raise UserError(f"--resume {args.resume}: there is nothing to test without a checkpoint: leave it out or name one")
     if args.out and not args.images:
         raise UserError(f"--out {args.out}: is for the labels of --images DIR: give that too, or leave it out")
+    if args.out and Path(args.out).expanduser().is_dir():
+        raise UserError(f"--out {args.out}: is a folder: give the name of a file, e.g. --out {Path(args.out) / 'labels.csv'}")
     settings = config.load(args.config, args.set)
     machine = choose_machine(args.gpu, settings.runtime.amp, print)
     set_determinism(settings.seed.deterministic, settings.seed.benchmark)

@@ -15,7 +15,6 @@ import json
 import mmap
 import os
 import random
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from PIL import Image
 from data.picture import prepared, read_prepared
 from data.sets import Listing, Mapped, RawData
 from utils.errors import UserError
-from utils.files import write_atomically, write_text
+from utils.files import remove_leftovers, write_atomically, write_text
 from utils.runlog import progress
 
 Say = Callable[[str], object]
@@ -158,7 +157,7 @@ def keep_table(root: Path, folder: Path, name: str, digest: str, names: Sequence
 
 def make_table(root: Path, path: Path, digest: str, name: str, names: Sequence[str], decode: Decode) -> None:
     """Decode all pictures and write the table's two files."""
-    remove_parts(path)
+    remove_leftovers(path.parent)
     unreadable: list[tuple[int, str]] = []
     blocks: list[str] = []
     shape: list[int] = []  # height, width, 3
@@ -297,25 +296,6 @@ def read_table(images: np.ndarray) -> np.ndarray:
     if not isinstance(images, Mapped) or images.path is None:
         return images
     return np.fromfile(images.path, np.uint8).reshape(images.shape)
-
-
-def remove_parts(path: Path) -> None:
-    """Remove what processes that are gone left when they were killed in the middle of writing this table."""
-    for part in path.parent.glob(f".{path.name}.*.part"):
-        number = re.fullmatch(r".*\.(\d+)\.part", part.name)
-        if number and not is_running(int(number[1])):
-            part.unlink(missing_ok=True)
-
-
-def is_running(pid: int) -> bool:
-    """Return whether there is a process of that number."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
 
 
 # -- What is said ------------------------------------------------------------------------------------------------------

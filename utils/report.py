@@ -85,9 +85,9 @@ class Report:
             flags = None if self.flags is None else self.flags.numpy()
             pictures.draw_losses(path, values.numpy(), flags, clean_pool.numpy(), label, title)
 
-    def epoch(self, state: State) -> None:
-        """Report the last row of the history."""
-        self.log.epoch(state.history, self.config.num_epochs)
+    def epoch(self, history: list[dict[str, Any]]) -> None:
+        """Report the last row of the history, in the thread that has just written its checkpoint."""
+        self.log.epoch(history, self.config.num_epochs)
 
     def rank_suspects(
         self, evidence: Evidence, images: Any, names: tuple[str, ...] | None, class_names: tuple[str, ...]
