@@ -26,6 +26,7 @@ from utils.config import Config
 from utils.errors import UserError
 from utils.files import write_atomically, write_text
 from utils.machine import Machine, choose_machine, set_determinism
+from utils.paths import user_path
 from utils.run import LATEST, Run, locate
 
 
@@ -47,8 +48,8 @@ def main() -> None:
     model.to(machine.device)
     print(f"{path}")
     if args.images:
-        out = Path(args.out).expanduser() if args.out else run.log / "labels.csv"
-        label(settings, model, *checkpoint.about(saved), Path(args.images).expanduser(), out, machine)
+        out = user_path(args.out) if args.out else run.log / "labels.csv"
+        label(settings, model, *checkpoint.about(saved), user_path(args.images), out, machine)
     else:
         test(settings, model, run, {"checkpoint": str(path), "epoch": saved.get("epoch")}, machine)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.files import write_atomically
+from utils.paths import is_dir, is_file
 
 # Settings that may differ between the run that wrote a checkpoint and the one that goes on from it.
 FREE = (
@@ -89,8 +90,8 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         UserError: missing, truncated, no checkpoint, or one that asks for more than tensors and plain values.
     """
-    if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
+    if not is_file(path, "--resume"):
+        there = sorted(p.name for p in path.parent.glob("*.pt")) if is_dir(path.parent, "--resume") else []
         listed = f"there are {', '.join(there)}" if there else "there is none: train first with ASD.py"
         raise UserError(f"--resume {path}: no such checkpoint: {listed}")
     try:

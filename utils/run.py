@@ -13,6 +13,7 @@ from typing import IO, Any
 from utils.config import Config, to_yaml
 from utils.errors import UserError
 from utils.files import write_text
+from utils.paths import is_file, user_path
 
 FACTS = ("poison_idx.npy", "set.json", "seed_samples.txt", "suspects.csv", "suspects.png", "suspects.json")
 OWN = ("config.yaml", *FACTS, "log")  # what a run keeps; the YAML itself comes on top
@@ -34,14 +35,14 @@ class Run:
 
     def checkpoint(self, name: str) -> Path:
         """Return the file that `--resume NAME` means: a path that exists, or a name in the run's folder."""
-        given = Path(name).expanduser()
-        return given if given.is_file() and len(given.parts) > 1 else self.checkpoints / name
+        given = user_path(name)
+        return given if is_file(given, "--resume") and len(given.parts) > 1 else self.checkpoints / name
 
 
 def locate(config: Config) -> Run:
     """Return the run's folders; creates nothing."""
     name = str(config.run)
-    return Run(name, Path(config.saved_dir).expanduser() / name, Path(config.storage_dir).expanduser() / name / "checkpoint")
+    return Run(name, user_path(config.saved_dir) / name, user_path(config.storage_dir) / name / "checkpoint")
 
 
 def open_run(config: Config, yaml_path: Path, fresh: bool, say: Any) -> tuple[Run, IO[str]]:
