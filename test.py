@@ -48,8 +48,8 @@ def main() -> None:
     model.to(machine.device)
     print(f"{path}")
     if args.images:
-        out = user_path(args.out) if args.out else run.log / "labels.csv"
-        label(settings, model, *checkpoint.about(saved), user_path(args.images), out, machine)
+        out = user_path(args.out, "--out") if args.out else run.log / "labels.csv"
+        label(settings, model, *checkpoint.about(saved), user_path(args.images, "--images"), out, machine)
     else:
         test(settings, model, run, {"checkpoint": str(path), "epoch": saved.get("epoch")}, machine)
 

@@ -40,7 +40,8 @@ def load_data(config: Config, say: Say = print) -> RawData | StoredSet:
         if len(labels) and labels.max() >= config.num_classes:
             label = class_text(int(labels.max()), data.class_names)
             raise UserError(f"num_classes: {config.num_classes}: the {part} set has the label {label}: raise it")
-    folder = user_path(config.data.cache_dir or Path(config.saved_dir) / "tables")
+    cache = config.data.cache_dir
+    folder = user_path(cache, "data.cache_dir") if cache else user_path(config.saved_dir, "saved_dir") / "tables"
     return to_raw(data, [step.settings for step in config.transform.pre], folder, config.data.placement == "disk", say)
 
 
@@ -62,7 +63,7 @@ def dataset_of(config: Config) -> Named:
 
 def name_of_folder(folder: str) -> str:
     """Return the data set that a folder's name, or one above it, speaks of, as in the original ("cifar" -> cifar10)."""
-    if is_file(user_path(folder) / DESCRIPTION, "dataset_dir"):
+    if is_file(user_path(folder, "dataset_dir") / DESCRIPTION, "dataset_dir"):
         raise UserError(f"dataset_dir: {folder}: looks like a set that is poisoned already: add `dataset: poisoned_set`")
     for part in reversed(Path(folder).parts):
         for pattern, name in NAMES_IN_FOLDERS.items():

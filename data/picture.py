@@ -47,7 +47,7 @@ def read_named(name: str, key: str) -> Image.Image:
     Raises:
         UserError: there is no such file, or it is no picture.
     """
-    path = user_path(name)
+    path = user_path(name, key)
     if not exists(path, key) and not path.is_absolute():
         path = Path(__file__).resolve().parents[1] / name
     if not exists(path, key):

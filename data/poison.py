@@ -154,7 +154,7 @@ def build_attack(config: Config, raw: RawData, device: torch.device | None = Non
         say: is told, in a line, what is made and what is used again.
     """
     module = plugins.load("data.attacks", config.attack.name)
-    folder = user_path(config.saved_dir) / "assets"
+    folder = user_path(config.saved_dir, "saved_dir") / "assets"
     device = device or torch.device("cpu")
     scene = Scene(raw, config.attacker.target_label, config.num_classes, config.seed.seed, folder, device, say)
     attack: AttackBase = module.Attack(config.attack.settings, scene)
@@ -286,7 +286,7 @@ def main() -> None:
     """Read the command line and write the set."""
     parser = Parser(prog="data.poison", description="Write a poisoned data set by itself.", allow_abbrev=False)
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="YAML", help=f"settings (default {DEFAULT_CONFIG})")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the set; absent or empty")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the set; absent or empty")
     parser.add_argument("--gpu", default="0", help="number of the CUDA device on which assets are made, or cpu")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the YAML")
     args = parser.parse_args()
@@ -295,7 +295,7 @@ def main() -> None:
     set_determinism(config.seed.deterministic, config.seed.benchmark)
     if config.backdoor is None:
         raise UserError("backdoor: null: there is no attack to poison with: name one, e.g. badnets: {}")
-    export(config, user_path(args.out).resolve(), device, print)
+    export(config, user_path(args.out, "--out").resolve(), device, print)
 
 
 if __name__ == "__main__":

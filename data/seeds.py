@@ -40,7 +40,7 @@ def choose_seed_samples(config: Config, data: PoisonedData, folder: Path) -> Ten
     if config.seed_samples is None:
         assert data.oracle is not None  # where nobody knows the truth, utils/config.py demands the key
         return draw_seed_samples(labels, data.oracle, config.num_classes, config.global_.seed_num, config.seed.seed)
-    source = user_path(config.seed_samples)
+    source = user_path(config.seed_samples, "seed_samples")
     names = data.names or tuple(map(str, range(len(labels))))
     seeds = read_seed_samples(source, names, labels.cpu().numpy(), data.class_names, config.num_classes)
     keep_with_run(folder / KEPT, [names[i] for i in seeds])

@@ -16,15 +16,27 @@ KINDS = {
 }  # fmt: skip
 
 
-def user_path(name: str | Path) -> Path:
-    """Return the path that a user means: a leading `~` or `~user` is that user's home folder.
+def user_path(name: str | Path, key: str) -> Path:
+    """Return the path that a user names; a leading `~` or `~user` is that user's home folder.
 
-    Where there is no such user, the `~` is the first letter of a name.
+    A file or folder that is there under the very name is meant as well, though nobody is called so.
+
+    Args:
+        key: the setting or option that names the path, for the error.
+    Raises:
+        UserError: whose home folder that is, is not known.
     """
+    path = Path(name)
+    if not str(name).startswith("~"):  # not pathlib's parts: they do not have the ./ of ./~name
+        return path
     try:
-        return Path(name).expanduser()
+        return path.expanduser()
     except RuntimeError:
-        return Path(name)
+        if os.path.lexists(path.parts[0]):
+            return path
+        raise UserError(
+            f"{key}: {name}: the home folder {path.parts[0]} is not known: give the whole path, or ./{name} if that is its name"
+        ) from None
 
 
 def look(path: Path, key: str) -> os.stat_result | None:

@@ -35,14 +35,15 @@ class Run:
 
     def checkpoint(self, name: str) -> Path:
         """Return the file that `--resume NAME` means: a path that exists, or a name in the run's folder."""
-        given = user_path(name)
+        given = user_path(name, "--resume")
         return given if is_file(given, "--resume") and len(given.parts) > 1 else self.checkpoints / name
 
 
 def locate(config: Config) -> Run:
     """Return the run's folders; creates nothing."""
     name = str(config.run)
-    return Run(name, user_path(config.saved_dir) / name, user_path(config.storage_dir) / name / "checkpoint")
+    saved, storage = user_path(config.saved_dir, "saved_dir"), user_path(config.storage_dir, "storage_dir")
+    return Run(name, saved / name, storage / name / "checkpoint")
 
 
 def open_run(config: Config, yaml_path: Path, fresh: bool, say: Any) -> tuple[Run, IO[str]]:

@@ -182,7 +182,8 @@ def whole_between(bounds: tuple[float, ...], side: int, uniform: Tensor) -> Tens
 
 def read_reflections(name: str, count: int, height: int, width: int) -> np.ndarray:
     """Read the first `count` pictures of a folder, by name, resized linearly: (n, height, width, 3) uint8."""
-    folder, key = user_path(name), "backdoor.refool.reflections"
+    key = "backdoor.refool.reflections"
+    folder = user_path(name, key)
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     except OSError as error:

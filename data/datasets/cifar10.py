@@ -27,7 +27,7 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> RawData
     """Read the six batches, in order, whatever their lengths."""
     if dataset_dir is None:
         raise UserError("dataset_dir: missing: give the folder of cifar-10-batches-py")
-    folder = find_folder(user_path(dataset_dir), download, "CIFAR-10", FOLDER, (TRAIN[0], TEST[0]))
+    folder = find_folder(user_path(dataset_dir, "dataset_dir"), download, "CIFAR-10", FOLDER, (TRAIN[0], TEST[0]))
     train_images, train_labels = read_batches(folder, TRAIN)
     test_images, test_labels = read_batches(folder, TEST)
     return RawData(train_images, train_labels, test_images, test_labels, CLASSES)

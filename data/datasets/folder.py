@@ -37,7 +37,7 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> Listing
     """List the pictures of both parts; a data set without a test folder has none there."""
     if dataset_dir is None:
         raise UserError("dataset_dir: missing: give the folder that holds train/<class>/* and test/<class>/*")
-    root = user_path(dataset_dir)
+    root = user_path(dataset_dir, "dataset_dir")
     train, test = root / "train", root / ("test" if is_dir(root / "test", "dataset_dir") else "val")
     if not is_dir(train, "dataset_dir"):
         raise UserError(

@@ -43,7 +43,7 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> Listing
     """List the pictures of both parts and check them against the CSV files."""
     if dataset_dir is None:
         raise UserError("dataset_dir: missing: give the folder that holds GTSRB/Final_Training and GTSRB/Final_Test")
-    root, train = find_folder(user_path(dataset_dir), download)
+    root, train = find_folder(user_path(dataset_dir, "dataset_dir"), download)
     train_files, train_labels = read_train(root, train)
     test_files, test_labels = read_test(root)
     lacking = sorted(set(test_labels.tolist()) - set(train_labels.tolist()))

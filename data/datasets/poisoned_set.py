@@ -18,4 +18,4 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> StoredS
     """Read and verify the folder."""
     if dataset_dir is None:
         raise UserError("dataset_dir: missing: give the folder that python -m data.poison --out wrote")
-    return read_set(user_path(dataset_dir))
+    return read_set(user_path(dataset_dir, "dataset_dir"))
