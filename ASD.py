@@ -38,6 +38,7 @@ from utils.config import Config, check_processes
 from utils.draws import key_seed
 from utils.errors import UserError
 from utils.machine import Machine, choose_machine, mute, set_determinism, start_processes
+from utils.paths import exists
 from utils.report import Report, Silence
 from utils.run import BEST, LATEST, Run, begin, locate, open_run
 from utils.runlog import progress
@@ -77,14 +78,14 @@ def train(config: Config, run: Run, machine: Machine, resume: str, writer: check
 
     state = build_state(config, machine, len(train_set))
     state.about = {"class_names": list(data.class_names), "image_size": list(train_set.images.shape[2:])}
-    if resume not in ("", "False") or (resume == "" and latest.exists()):
+    if resume not in ("", "False") or (resume == "" and exists(latest, "--resume")):
         checkpoint.load(latest, state, as_dict(config))
     if not begin(run, config, latest, state, print if machine.rank == 0 else None):
         return
     report: Any = Silence()
     if machine.rank == 0:
         flags = data.oracle.flags if data.oracle else None
-        report = Report(run, config, data.backdoor, flags, data.examples, data.caption, state.epoch)
+        report = Report(run, config, data.backdoor, data.class_names, flags, data.examples, data.caption, state.epoch)
     report.start(machine, state, *(len(part) if part else None for part in (tests.clean, tests.backdoor)))
     steps = mixmatch_steps(config, state, train_set, augment, machine)
 

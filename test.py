@@ -26,6 +26,7 @@ from utils.config import Config
 from utils.errors import UserError
 from utils.files import write_atomically, write_text
 from utils.machine import Machine, choose_machine, set_determinism
+from utils.paths import is_dir, user_path
 from utils.run import LATEST, Run, locate
 
 
@@ -36,7 +37,7 @@ def main() -> None:
         raise UserError(f"--resume {args.resume}: there is nothing to test without a checkpoint: leave it out or name one")
     if args.out and not args.images:
         raise UserError(f"--out {args.out}: is for the labels of --images DIR: give that too, or leave it out")
-    if args.out and Path(args.out).expanduser().is_dir():
+    if args.out and is_dir(user_path(args.out, "--out"), "--out"):
         raise UserError(f"--out {args.out}: is a folder: give the name of a file, e.g. --out {Path(args.out) / 'labels.csv'}")
     settings = config.load(args.config, args.set)
     machine = choose_machine(args.gpu, settings.runtime.amp, print)
@@ -49,8 +50,8 @@ def main() -> None:
     model.to(machine.device).to(memory_format=machine.memory_format)
     print(f"{path}")
     if args.images:
-        out = Path(args.out).expanduser() if args.out else run.log / "labels.csv"
-        label(settings, model, *checkpoint.about(saved), Path(args.images).expanduser(), out, machine)
+        out = user_path(args.out, "--out") if args.out else run.log / "labels.csv"
+        label(settings, model, *checkpoint.about(saved), user_path(args.images, "--images"), out, machine)
     else:
         test(settings, model, run, {"checkpoint": str(path), "epoch": saved.get("epoch")}, machine)
 

@@ -24,6 +24,8 @@ from data.sets import CLEAN, COVER, POISONED, Part, PoisonedSet
 from utils.config import Backdoor, Config
 from utils.errors import UserError
 from utils.files import cannot_write, new_folder, write_atomically, write_durably, write_text
+from utils.names import class_text
+from utils.paths import require_file
 from utils.schema import Named, as_dict
 
 FORMAT, VERSION = "poisoned set", 1
@@ -113,6 +115,7 @@ def read_description(folder: Path) -> tuple[str, dict[str, Any]]:
     """Return the text of `set.json` and what it says, every key of its type."""
     path = folder / DESCRIPTION
     try:
+        require_file(path)
         text = path.read_text(encoding="utf-8")
         described = json.loads(text)
     except FileNotFoundError:
@@ -132,6 +135,7 @@ def read_description(folder: Path) -> tuple[str, dict[str, Any]]:
 def read_part(path: Path, described: object) -> Part:
     """Read one file of arrays and check each against type, shape and SHA-256 in `set.json`."""
     try:
+        require_file(path)
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
@@ -248,11 +252,6 @@ def examples_of(stored: StoredSet, most: int) -> tuple[np.ndarray, str]:
     label = class_text(stored.backdoor.target_label, stored.class_names)
     caption = f"{stored.backdoor.attack.name}: triggered test images, labelled {label}"
     return np.stack([before, backdoor.images[: len(some)]]), caption
-
-
-def class_text(label: int, class_names: tuple[str, ...]) -> str:
-    """Return e.g. `3 (cat)`."""
-    return f"{label} ({class_names[label]})" if label < len(class_names) else str(label)
 
 
 def settings_of_set(config: Config, dataset: Named) -> dict[str, Any]:

@@ -191,9 +191,8 @@ def slow_virtual_model(
         draws = draw_supervised(config.seed.seed, f"virtual {i}", epoch, len(train_set), augment)
         for start in range(0, len(train_set), config.loader.batch_size):
             stop = min(start + config.loader.batch_size, len(train_set))
-            inputs = torch.cat(
-                [augment(train_set.images[draws.order[k]][None], draws.views[k : k + 1]) for k in range(start, stop)]
-            )
+            views = [augment(train_set.images[draws.order[k]][None], draws.views[k : k + 1]) for k in range(start, stop)]
+            inputs = FP32.lay_out(torch.cat(views))  # another layout sums in another order
             labels = torch.stack([train_set.labels[draws.order[k]] for k in range(start, stop)])
             optimizer.zero_grad()
             nn.functional.cross_entropy(virtual(inputs), labels).backward()

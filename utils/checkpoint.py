@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.files import write_atomically
+from utils.paths import is_dir, is_file
 
 # Settings that may differ between the run that wrote a checkpoint and the one that goes on from it.
 FREE = (
@@ -166,8 +167,9 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         UserError: missing, unreadable, truncated, no checkpoint, or one that asks for more than tensors and plain values.
     """
-    there = sorted(p.name for p in path.parent.glob("*.pt") if p != path) if path.parent.is_dir() else []
-    if not path.is_file():
+    listing = is_dir(path.parent, "--resume")
+    there = sorted(p.name for p in path.parent.glob("*.pt") if p != path) if listing else []
+    if not is_file(path, "--resume"):
         listed = f"there are {', '.join(there)}" if there else "there is none: train first with ASD.py"
         raise UserError(f"--resume {path}: no such checkpoint: {listed}")
     other = f"use another one: {', '.join(there)}" if there else "train again with ASD.py --resume False"

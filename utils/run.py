@@ -18,6 +18,7 @@ from utils.checkpoint import State
 from utils.config import Config, to_yaml
 from utils.errors import UserError
 from utils.files import cannot_write, link, remove_leftovers, try_lock, write_atomically, write_text
+from utils.paths import is_file, user_path
 
 SUSPECTS = ("suspects.csv", "suspects.png", "suspects.json")
 FACTS = ("poison_idx.npy", "set.json", "seed_samples.txt", *SUSPECTS)
@@ -49,9 +50,9 @@ class Run:
         Raises:
             UserError: there is none.
         """
-        given, own = Path(name).expanduser(), self.checkpoints / name
+        given, own = user_path(name, "--resume"), self.checkpoints / name
         for path in (given, own) if Path(name).name != name else (own, given):
-            if path.is_file():
+            if is_file(path, "--resume"):
                 return path
         if name.lower() == "false":
             raise UserError(f"--resume {name}: no such checkpoint: did you mean False, with a capital letter?")
@@ -63,7 +64,7 @@ class Run:
 def locate(config: Config, yaml: Path | None = None) -> Run:
     """Return the run's folders; creates nothing."""
     name = str(config.run)
-    saved, storage = Path(config.saved_dir).expanduser(), Path(config.storage_dir).expanduser()
+    saved, storage = user_path(config.saved_dir, "saved_dir"), user_path(config.storage_dir, "storage_dir")
     return Run(name, saved / name, storage / name / "checkpoint", yaml)
 
 
