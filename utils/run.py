@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from utils import checkpoint
+from utils import checkpoint, suspects
 from utils.checkpoint import State
 from utils.config import Config, to_yaml
 from utils.errors import UserError
 from utils.files import cannot_write, link, remove_leftovers, try_lock, write_atomically, write_text
 from utils.paths import is_file, user_path
 
-SUSPECTS = ("suspects.csv", "suspects.png", "suspects.json")
+SUSPECTS = (suspects.CSV, suspects.PICTURE, suspects.QUALITY)
 FACTS = ("poison_idx.npy", "set.json", "seed_samples.txt", *SUSPECTS)
 OWN = ("config.yaml", *FACTS, "log")  # what a run keeps; the YAML itself comes on top
 LATEST, BEST = "latest_model.pt", "best_model.pt"

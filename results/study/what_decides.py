@@ -10,7 +10,6 @@ splits, for each attack in turn. Appends one JSON row for each (name, attack, se
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ import torch
 from torch import nn
 
 import ASD
-from data.poison import prepare
 from data.pools import meta_split
-from utils import checkpoint, config
+from results.attacks.meta_split import build
+from utils import config
 from utils.cli import Parser, command
 from utils.config import Config
 from utils.machine import choose_machine
@@ -52,20 +51,14 @@ def main() -> None:
 def measure(c: Config, base: Path, gpu: str) -> dict[str, Any]:
     """Return one row: the settings of the virtual model, and what its split does."""
     machine = choose_machine(gpu, c.runtime.amp, print)
-    with tempfile.TemporaryDirectory() as folder:
-        data = prepare(c, Path(folder), machine.device)
-    assert data.oracle is not None
-    train_set, tests, poisoned = data.train.to(machine.device), data.tests.to(machine.device), data.oracle.poisoned()
-    augment, plain = ASD.build_pipelines(c, train_set)
-    state = ASD.build_state(c, machine, len(train_set))
-    checkpoint.load_weights(state.model, checkpoint.read(base), base)
+    model, train_set, tests, poisoned, augment, plain = build(c, base, machine)
 
-    def tested(model: nn.Module, kind: str) -> float | None:
-        return ASD.accuracy(c, model, getattr(tests, kind), plain, machine)
+    def tested(network: nn.Module, kind: str) -> float | None:
+        return ASD.accuracy(c, network, getattr(tests, kind), plain, machine)
 
     started, epoch = time.monotonic(), c.global_.epoch_second
-    losses = ASD.split_losses(c, epoch, "score", state.model, train_set, augment, machine)
-    virtual = ASD.train_virtual_model(c, epoch, state.model, train_set, augment, machine)
+    losses = ASD.split_losses(c, epoch, "score", model, train_set, augment, machine)
+    virtual = ASD.train_virtual_model(c, epoch, model, train_set, augment, machine)
     virtual_losses = ASD.split_losses(c, epoch, "score virtual", virtual, train_set, augment, machine)
     pool, fall = meta_split(losses, virtual_losses, c.global_.epsilon), losses - virtual_losses
     return {
@@ -75,7 +68,7 @@ def measure(c: Config, base: Path, gpu: str) -> dict[str, Any]:
         "by_chance": round(len(pool) * float(poisoned.float().mean())),
         "fall_of_clean": float(fall[~poisoned].mean()),
         "fall_of_poisoned": float(fall[poisoned].mean()),
-        "base": {"clean_accuracy": tested(state.model, "clean"), "attack_success_rate": tested(state.model, "backdoor")},
+        "base": {"clean_accuracy": tested(model, "clean"), "attack_success_rate": tested(model, "backdoor")},
         "virtual": {"clean_accuracy": tested(virtual, "clean"), "attack_success_rate": tested(virtual, "backdoor")},
         "network": {c.network.name: {k: getattr(c.network.settings, k) for k in ("width", "blocks", "last_parts")}},
         "meta": {"lr": c.meta.optimizer.settings.lr, "epoch": c.meta.epoch},
