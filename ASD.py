@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data.augment import Pipeline
 from data.batches import MixMatchDraws, SupervisedDraws, batch_slices, draw_mixmatch, draw_scoring, draw_supervised, views
-from data.poison import prepare
+from data.poison import TestSets, prepare
 from data.pools import check_pool_sizes, class_agnostic_split, class_aware_split, meta_split, per_class, rest
 from data.seeds import choose_seed_samples
 from data.sets import COVER, POISONED, ImageSet, Oracle
@@ -102,9 +102,8 @@ def train(config: Config, run: Run, machine: Machine, resume: str, writer: check
         else:
             losses = train_undefended(config, epoch, state, train_set, augment, machine)
         machine.average_buffers(state.model)
-        acc = accuracy(config, state.model, tests.clean, plain, machine)
-        asr = accuracy(config, state.model, tests.backdoor, plain, machine)
-        finish_epoch(config, state, data.oracle, losses, (acc, asr), time.monotonic() - started)
+        figures = evaluate(config, state.model, tests, plain, machine)
+        finish_epoch(config, state, data.oracle, losses, figures, time.monotonic() - started)
         if machine.rank == 0:
             save(config, run, state, writer, report)
     writer.wait()
@@ -330,16 +329,29 @@ def train_supervised(
     return float(machine.sum(total)) / len(train_set)
 
 
-def accuracy(config: Config, model: nn.Module, test_set: ImageSet | None, plain: Pipeline, machine: Machine) -> float | None:
-    """Return the share of images that get their label: a count over the whole set divided by its size.
+def evaluate(config: Config, model: nn.Module, tests: TestSets, plain: Pipeline, machine: Machine) -> dict[str, float | None]:
+    """Return the shares of the test images that count; None where the test set is missing.
 
-    On the clean test set that is ACC, on the backdoor test set ASR; without such a set there is nothing to tell.
+    Returns:
+        `clean_accuracy`: ACC, clean images that get their label. Of the triggered images: `attack_success_rate`, ASR, those
+        that get the label the attacker wants; `robust_accuracy`, RA, those that get the label of the image they were made
+        from; `clean_as_target`, those that get the attacker's label without the trigger, which an ASR is to be compared with.
     """
-    if test_set is None:
-        return None
-    n = len(test_set)
-    guessed = plain_logits(config, "test", model, test_set, plain, machine).argmax(1)  # (N,), its share
-    return int(machine.sum((guessed == test_set.labels[machine.share(n)]).sum())) / n
+    figures = dict.fromkeys(("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target"))
+
+    def guess(images: ImageSet) -> Tensor:
+        return machine.gather(plain_logits(config, "test", model, images, plain, machine), len(images)).argmax(1)
+
+    if tests.clean is None:
+        return figures
+    guessed = guess(tests.clean)  # (M,)
+    hits = {"clean_accuracy": guessed == tests.clean.labels}
+    if tests.backdoor is not None and tests.origin is not None:
+        triggered, wanted = guess(tests.backdoor), tests.backdoor.labels  # (M',) each
+        hits["attack_success_rate"] = triggered == wanted
+        hits["robust_accuracy"] = triggered == tests.clean.labels[tests.origin]
+        hits["clean_as_target"] = guessed[tests.origin] == wanted
+    return figures | {name: int(hit.sum()) / len(hit) for name, hit in hits.items()}
 
 
 def plain_logits(config: Config, purpose: str, model: nn.Module, images: ImageSet, plain: Pipeline, machine: Machine) -> Tensor:
@@ -392,14 +404,14 @@ def finish_epoch(
     state: State,
     oracle: Oracle | None,
     losses: dict[str, float],
-    tested: tuple[float | None, float | None],
+    figures: dict[str, float | None],
     seconds: float,
 ) -> None:
     """Add the epoch's row to the history and move on to the next epoch: its number and its learning rate.
 
     Args:
         losses: the epoch's means.
-        tested: ACC and ASR, None where there is no such test set.
+        figures: of the tests, as `evaluate` returns them.
     """
     asd, n = config.defense == "asd", len(state.epochs_in_clean_pool)
     if not torch.isfinite(torch.tensor(list(losses.values()))).all():
@@ -412,8 +424,7 @@ def finish_epoch(
         "epoch": state.epoch,
         "defense": config.defense,
         "stage": config.stage(state.epoch),
-        "clean_accuracy": tested[0],
-        "attack_success_rate": tested[1],
+        **figures,
         "clean_pool_size": len(state.clean_pool) if asd else None,
         "polluted_pool_size": n - len(state.clean_pool) if asd else None,
         **truth_of_pool(oracle, state.clean_pool if asd else None),

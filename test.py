@@ -1,4 +1,4 @@
-"""Test a checkpoint: clean accuracy (ACC) and attack success rate (ASR). Changes nothing of a run but `log/test.json`.
+"""Test a checkpoint: clean accuracy (ACC), attack success rate (ASR), robust accuracy (RA). Writes nothing but `log/test.json`.
 
     python test.py --config config/baseline_asd.yaml --resume latest_model.pt --gpu 0
     python test.py --config config/baseline_asd.yaml --images DIR [--out FILE.csv]
@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ASD import accuracy, build_pipelines, plain_logits
+from ASD import build_pipelines, evaluate
 from data.augment import Pipeline
 from data.poison import prepare_tests
 from data.unlabelled import Pictures, label_table
@@ -67,25 +67,16 @@ def test(settings: Config, model: nn.Module, run: Run, result: dict[str, object]
     if clean is None:
         raise UserError(f"dataset_dir: {settings.dataset_dir}: no test images: add some, or label pictures with --images DIR")
     _, plain = build_pipelines(settings, clean)
-    guessed = machine.gather(plain_logits(settings, "test", model, clean, plain, machine), len(clean)).argmax(1)  # (M,)
-    acc = share_of(guessed == clean.labels)
-    result |= {"clean_accuracy": acc, "clean_total": len(clean)}
-    result |= {"attack_success_rate": None, "backdoor_total": None, "clean_as_target": None}
-    print(f"ACC {100 * acc:.2f} % of {len(clean)} clean test images")
+    figures = evaluate(settings, model, tests, plain, machine)
+    result |= figures | {"clean_total": len(clean), "backdoor_total": None if backdoor is None else len(backdoor)}
+    shares = {name: f"{100 * share:.2f} %" for name, share in figures.items() if share is not None}
+    print(f"ACC {shares['clean_accuracy']} of {len(clean)} clean test images")
     if backdoor is not None:
-        asr = accuracy(settings, model, backdoor, plain, machine) or 0.0
-        target = int(backdoor.labels[0])
-        already = share_of(guessed[clean.labels != target] == target)
-        result |= {"attack_success_rate": asr, "backdoor_total": len(backdoor), "clean_as_target": already}
-        print(f"ASR {100 * asr:.2f} % of {len(backdoor)} triggered test images of other classes")
-        print(f"without the trigger {100 * already:.2f} % of them are taken for the target class")
+        print(f"ASR {shares['attack_success_rate']} of {len(backdoor)} triggered test images of other classes")
+        print(f"RA  {shares['robust_accuracy']} of them get their true label in spite of the trigger")
+        print(f"without the trigger {shares['clean_as_target']} of them are taken for the target class")
     write_text(run.log / "test.json", json.dumps(result, indent=2) + "\n")
     print(f"written to {run.log / 'test.json'}")
-
-
-def share_of(hits: Tensor) -> float:
-    """Return how many of the flags (n,) are set, over n."""
-    return int(hits.sum()) / len(hits)
 
 
 def label(

@@ -59,10 +59,15 @@ class TestSets:
 
     clean: ImageSet | None  # None: there is no test image, and the attack is unknown
     backdoor: ImageSet | None  # test images of other classes, triggered, labelled as the target; None: attack unknown
+    origin: torch.Tensor | None = None  # (M',) int64: which clean test image each triggered one was made from
 
     def to(self, device: torch.device) -> TestSets:
         """Return both sets on a device."""
-        return TestSets(self.clean.to(device) if self.clean else None, self.backdoor.to(device) if self.backdoor else None)
+        return TestSets(
+            self.clean.to(device) if self.clean else None,
+            self.backdoor.to(device) if self.backdoor else None,
+            self.origin if self.origin is None else self.origin.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,13 @@ def place(config: Config, data: RawData | StoredSet, device: torch.device | None
 
 def test_sets(parts: PoisonedSet, placement: str) -> TestSets:
     """Return both test sets of a poisoned set."""
-    return TestSets(parts.clean_test.to_set(placement), parts.backdoor_test.to_set(placement))
+    return join(parts.clean_test, parts.backdoor_test, placement)
+
+
+def join(clean: Part, backdoor: Part, placement: str) -> TestSets:
+    """Return both test sets, and where the images of the second are in the first."""
+    origin = torch.from_numpy(np.searchsorted(clean.indices, backdoor.indices))
+    return TestSets(clean.to_set(placement), backdoor.to_set(placement), origin)
 
 
 def training_caption(backdoor: Backdoor, attack: AttackBase, class_names: tuple[str, ...]) -> str:
@@ -207,8 +218,7 @@ def build_test_sets(config: Config, raw: RawData, attack: AttackBase, placement:
     """
     if len(raw.test_labels) == 0:
         raise UserError(f"dataset_dir: {config.dataset_dir}: no test images: add some, or train with backdoor: null")
-    clean, backdoor = clean_images(raw, placement), trigger_images(config, raw, attack)
-    return TestSets(clean.to_set(placement), backdoor.to_set(placement))
+    return join(clean_images(raw, placement), trigger_images(config, raw, attack), placement)
 
 
 def clean_images(raw: RawData, placement: str = "device") -> Part:

@@ -76,8 +76,9 @@ def main() -> None:
         virtual = ASD.train_virtual_model(longer, epoch, model, train_set, augment, machine)
         scored = ASD.split_losses(c, epoch, "score virtual", virtual, train_set, augment, machine)
         told(f"fall after {epochs} virtual epochs", meta_split(losses, scored, epsilon), losses - scored)
-        acc, asr = (ASD.accuracy(c, virtual, tested, plain, machine) for tested in (tests.clean, tests.backdoor))
-        print(f"virtual model: ACC {100 * (acc or 0):.1f} %, ASR {100 * (asr or 0):.1f} %", flush=True)
+        figures = ASD.evaluate(c, virtual, tests, plain, machine)
+        acc, asr = figures["clean_accuracy"] or 0, figures["attack_success_rate"] or 0
+        print(f"virtual model: ACC {100 * acc:.1f} %, ASR {100 * asr:.1f} %", flush=True)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def measure(c: Config, base: Path, gpu: str) -> dict[str, Any]:
     machine = choose_machine(gpu, c.runtime.amp, print)
     model, train_set, tests, poisoned, augment, plain = build(c, base, machine)
 
-    def tested(network: nn.Module, kind: str) -> float | None:
-        return ASD.accuracy(c, network, getattr(tests, kind), plain, machine)
+    def tested(network: nn.Module) -> dict[str, float | None]:
+        return ASD.evaluate(c, network, tests, plain, machine)
 
     started, epoch = time.monotonic(), c.global_.epoch_second
     losses = ASD.split_losses(c, epoch, "score", model, train_set, augment, machine)
@@ -68,8 +68,8 @@ def measure(c: Config, base: Path, gpu: str) -> dict[str, Any]:
         "by_chance": round(len(pool) * float(poisoned.float().mean())),
         "fall_of_clean": float(fall[~poisoned].mean()),
         "fall_of_poisoned": float(fall[poisoned].mean()),
-        "base": {"clean_accuracy": tested(model, "clean"), "attack_success_rate": tested(model, "backdoor")},
-        "virtual": {"clean_accuracy": tested(virtual, "clean"), "attack_success_rate": tested(virtual, "backdoor")},
+        "base": tested(model),
+        "virtual": tested(virtual),
         "network": {c.network.name: {k: getattr(c.network.settings, k) for k in ("width", "blocks", "last_parts")}},
         "meta": {"lr": c.meta.optimizer.settings.lr, "epoch": c.meta.epoch},
         "seconds": round(time.monotonic() - started),
