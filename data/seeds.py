@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from data.datasets.folder import visible
+from data.digests import short
 from data.export import class_text
 from data.poison import PoisonedData
 from data.pools import draw_seed_samples
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import write_atomically
+from utils.manifest import with_input
 
 KEPT = "seed_samples.txt"  # in the run's folder: the given ones
 
@@ -38,6 +40,17 @@ def choose_seed_samples(config: Config, data: PoisonedData, folder: Path) -> Ten
     seeds = read_seed_samples(source, names, labels.cpu().numpy(), data.class_names, config.num_classes)
     keep_with_run(folder / KEPT, [names[i] for i in seeds])
     return torch.from_numpy(seeds)
+
+
+def complete_manifest(config: Config, data: PoisonedData, seeds: Tensor) -> str:
+    """Return the manifest of all that a run is given: its data, and the seed samples where the user has chosen them.
+
+    Args:
+        seeds: (S,) int64, what `choose_seed_samples` returned.
+    """
+    if config.seed_samples is None or config.defense != "asd":
+        return data.manifest
+    return with_input(data.manifest, "seed_samples", short(seeds.numpy().tobytes()))
 
 
 def read_seed_samples(

@@ -14,7 +14,7 @@ from utils.config import Config, to_yaml
 from utils.errors import UserError
 from utils.files import write_text
 
-FACTS = ("poison_idx.npy", "set.json", "seed_samples.txt", "suspects.csv", "suspects.png", "suspects.json")
+FACTS = ("data.csv", "poison_idx.npy", "set.json", "seed_samples.txt", "suspects.csv", "suspects.png", "suspects.json")
 OWN = ("config.yaml", *FACTS, "log")  # what a run keeps; the YAML itself comes on top
 LATEST, BEST = "latest_model.pt", "best_model.pt"
 
