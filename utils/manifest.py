@@ -38,7 +38,7 @@ class Row(NamedTuple):
 def to_text(rows: Iterable[Row]) -> str:
     """Return the manifest's text."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text)  # lines end as RFC 4180 has it, so that a line break of either kind in a name is quoted
     writer.writerow(HEAD)
     writer.writerows(rows)
     return text.getvalue()
