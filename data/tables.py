@@ -49,7 +49,7 @@ T = TypeVar("T")
 Say = Callable[[str], object]
 Decode = Callable[[int], "np.ndarray | str"]  # a picture's number -> (H, W, 3) uint8, or why it cannot be read
 
-FORMAT = 2
+FORMAT = 3
 BLOCK = 4 << 20  # bytes of the images that are checked together
 SAMPLE = 16  # blocks that are read when a table is opened: 64 MiB, 0.1 s; and as many of the pictures' own files
 WINDOW = 256  # pictures that are decoded ahead of the writing: 40 MB at 224 px
@@ -189,20 +189,17 @@ class KeptTable:
     Attributes:
         described: the `.json`.
         images: (n, H, W, 3) uint8.
+        trust: the same mark means the same contents; false once a picture has shown otherwise.
     """
 
     def __init__(self, described: dict[str, Any], images: np.ndarray) -> None:
-        self.described, self.images = described, images
+        self.described, self.images, self.trust = described, images, True
         left_out = {i for i, _ in described["unreadable"]}
         rows = [i for i in range(len(described["files"])) if i not in left_out]
         self.rows = {described["files"][i]: (row, i) for row, i in enumerate(rows)}  # row and number of each picture in it
 
-    def row(self, pictures: Pictures, i: int, trust: bool = True) -> int | None:
-        """Return the row of picture `i`; None where it is not in the table or has changed.
-
-        Args:
-            trust: the same mark means the same contents.
-        """
+    def row(self, pictures: Pictures, i: int, trust: bool) -> int | None:
+        """Return the row of picture `i`; None where it is not in the table or has changed."""
         row, at = self.rows.get(pictures.names[i], (None, 0))
         now, then = pictures.marks[i], self.described["marks"][at]
         if row is None or now is None or then is None:
@@ -220,15 +217,13 @@ class KeptTable:
         """Return whether every picture is the one that was decoded, or was and is unreadable."""
         if self.described["files"] != list(pictures.names):
             return False
-        readable = [at for _, at in self.rows.values()]
-        marks = self.described["marks"]
-        sample = random.Random().sample(readable, min(SAMPLE, len(readable)))
+        readable, marks = [at for _, at in self.rows.values()], self.described["marks"]
+        same = [i for i in readable if marks[i] == pictures.marks[i]]
+        sample = random.Random().sample(same, min(SAMPLE, len(same)))
+        self.trust = all(self.row(pictures, i, trust=False) is not None for i in sample)
         unsure = [i for i in readable if marks[i] != pictures.marks[i]]
-        if any(pictures.marks[i] is None for i in unsure):
-            return False
-        if any(self.row(pictures, i, trust=False) is None for i in sample):
-            return False
-        return all(row is not None for row in in_threads(unsure, lambda i: self.row(pictures, i), "comparing pictures"))
+        compared = in_threads(unsure, lambda i: self.row(pictures, i, trust=False), "comparing pictures")
+        return self.trust and all(row is not None for row in compared)
 
     def unreadable(self, pictures: Pictures) -> list[tuple[int, str]] | None:
         """Try the unreadable pictures again; return them with the reasons, or None where one can be read now."""
@@ -307,7 +302,7 @@ def make_table(root: Path, path: Path, name: str, recipe: str, pictures: Picture
     first = 0
 
     def produce(i: int) -> tuple[np.ndarray | str, str | None]:
-        row = earlier.row(pictures, i) if earlier else None
+        row = earlier.row(pictures, i, earlier.trust) if earlier else None
         pixels: np.ndarray | str | None = earlier.pixels(row) if earlier and row is not None else None
         if pixels is not None and earlier is not None:
             return pixels, earlier.described["sources"][earlier.rows[names[i]][1]]
