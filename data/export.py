@@ -230,8 +230,8 @@ def keep_with_run(folder: Path, stored: StoredSet) -> None:
     begun = path.read_text(encoding="utf-8") if path.exists() else None
     if not same_arrays(begun, stored.description) and (path.exists() or index.exists()):
         raise UserError(
-            f"dataset_dir: {stored.folder}: the run in {folder} was begun with other data: give those, another name with "
-            "--set run=NAME, or --resume False to start over"
+            f"dataset_dir: {stored.folder}: the run in {folder} was begun with other data: give those, or begin a new run: "
+            "with --set run=NAME and without --resume, or with --resume False"
         )
     if begun is None:
         write_text(path, stored.description)  # the first of the two: an index alone is that of a run on raw data

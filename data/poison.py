@@ -110,9 +110,9 @@ def prepare(
         train, none = given_images(data, placement), data.train_images[None, :0].repeat(2, 0)
         return PoisonedData(train, given_tests(data, placement), None, None, none, "", data.class_names, data.names, known)
     attack = build_attack(config, data, device, say)
+    tests = build_test_sets(config, data, attack, placement)  # refused before anything is kept with the run
     poisoned = poison_training_set(config, data, attack, folder, placement)
     caption = f"{config.attack.name}: {training_caption(config.attacker, attack, data.class_names)}"
-    tests = build_test_sets(config, data, attack, placement)
     known = manifest.with_input(known, *poisoned_input(poisoned.oracle.poisoned().numpy()))
     return PoisonedData(
         poisoned.train, tests, poisoned.oracle, config.attacker, poisoned.examples, caption, data.class_names, data.names, known
@@ -229,7 +229,10 @@ def trigger_images(config: Config, raw: RawData, attack: AttackBase) -> Part:
     target = config.attacker.target_label
     others = np.flatnonzero(raw.test_labels != target)
     if len(others) == 0:
-        raise UserError(f"backdoor.target_label: {target}: every test image is of that class: no success rate can be told")
+        raise UserError(
+            f"backdoor.target_label: {target}: every test image is of that class, so there is no success rate: give another "
+            "class, or add test images of others"
+        )
     n = len(others)
     images = np.empty((n, *raw.test_images.shape[1:]), np.uint8)
     for start in range(0, n, BATCH):  # not all at once: at 224 px that would be a copy of the whole test set

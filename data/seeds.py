@@ -143,6 +143,6 @@ def keep_with_run(path: Path, names: Sequence[str]) -> None:
         write_atomically(path, lambda file: file.write(text))
     elif path.read_bytes() != text:
         raise UserError(
-            f"seed_samples: the run in {path.parent} was begun with other seed samples ({path.name}): give those, another name "
-            "with --set run=NAME, or --resume False to start over"
+            f"seed_samples: the run in {path.parent} was begun with other seed samples ({path.name}): give those, or begin a "
+            "new run: with --set run=NAME and without --resume, or with --resume False"
         )

@@ -353,3 +353,53 @@ def test_a_picture_that_broke_names_remedies_that_work(place: Path) -> None:
     assert run(place / "own.yaml", skip, "run=rest", "num_epochs=1")["epoch"] == 0
     picture.write_bytes(good)
     assert run(place / "own.yaml", skip)["epoch"] == EPOCHS - 1
+
+
+def test_other_seed_samples_name_remedies_that_work(place: Path) -> None:
+    """Another list of seed samples is refused; the earlier one, another name and starting over each work. A list that names
+    the same images in other words is the same."""
+    given = place / "set/clean.txt"
+    before = given.read_text()
+    given.write_text("# sorted by me\n" + "".join(f"./{line}\n" for line in reversed(before.splitlines())))
+    assert run(place / "own.yaml")["epoch"] == EPOCHS - 1
+    given.write_text(before.replace("cat/001.png", "cat/002.png"))
+    line = refusal(place / "own.yaml")
+    assert "--set run=NAME" in line and "--resume False" in line
+    assert run(place / "own.yaml", "run=second", "num_epochs=1")["epoch"] == 0
+    path = place / "storage/own/checkpoint/latest_model.pt"
+    assert "seed_samples has other contents" in refusal(place / "own.yaml", "run=third", resume=str(path))
+    given.write_text(before)
+    assert run(place / "own.yaml")["epoch"] == EPOCHS - 1
+
+
+def prepared(path: Path, *overrides: str) -> poison.PoisonedData:
+    """Return the data of a YAML, without a run."""
+    return poison.prepare(config.load(path, overrides), path.parent / "facts", say=lambda line: None)
+
+
+def test_remedies_for_settings_of_the_data_work(tmp_path: Path) -> None:
+    """Too few classes, an unknown kind of data set, no test images for an attack, only test images of the target class: what
+    each line asks for makes the data load."""
+    path = plan(tmp_path, draw_set(tmp_path / "set"))
+
+    def line(*overrides: str) -> str:
+        with pytest.raises(UserError) as caught:
+            prepared(path, *overrides)
+        return str(caught.value)
+
+    assert "raise it" in line("num_classes=2")
+    assert len(prepared(path, "num_classes=3").train) == 3 * TRAIN
+    assert "add `dataset: cifar10` or another" in line("dataset=null")
+    assert len(prepared(path, "dataset=folder").train) == 3 * TRAIN
+
+    attack = "backdoor={badnets: {pattern: corner3x3}, target_label: 1, poison_ratio: 0.5}"
+    for name in ("ant", "cat"):
+        shutil.rmtree(tmp_path / "set/test" / name)
+    assert "give another class" in line(attack)
+    assert prepared(path, attack, "backdoor.target_label=0").tests.backdoor is not None
+    shutil.rmtree(tmp_path / "facts")
+    (tmp_path / "set/test").rename(tmp_path / "aside")
+    assert "backdoor: null" in line(attack)
+    assert prepared(path, "backdoor=null").tests.clean is None
+    (tmp_path / "aside").rename(tmp_path / "set/test")
+    assert prepared(path, attack, "backdoor.target_label=0").tests.clean is not None

@@ -61,7 +61,7 @@ def rows_of(text: str) -> list[Row]:
 
 def with_input(text: str, name: str, digest: str) -> str:
     """Return the manifest with one more input."""
-    return to_text([*rows_of(text), Row(INPUT, name, "", digest)])
+    return text + to_text([Row(INPUT, name, "", digest)]).removeprefix(to_text([]))
 
 
 # -- Kept with the run -------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def check(folder: Path, text: str) -> None:
         return
     except OSError as error:
         raise UserError(f"{folder / FILE}: cannot be read ({error.strerror}): make it readable") from None
-    changed = differences(kept, text, whole=False)
+    changed = [] if kept.startswith(text) else differences(kept, text, whole=False)  # inputs that come later are at the end
     if changed:
         raise other_data(str(folder), "the run was begun", changed)
 
