@@ -456,9 +456,9 @@ def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     opened: list[str] = []
     decode = picture_files.read_picture
 
-    def counted(path: Path) -> Image.Image:
+    def counted(path: Path, *rest: Any) -> Image.Image:
         opened.append(str(path))
-        return decode(path)
+        return decode(path, *rest)
 
     monkeypatch.setattr(picture_files, "read_picture", counted)
     return opened
@@ -577,10 +577,10 @@ def failing_reads(patch: pytest.MonkeyPatch, name: str) -> None:
     """Let files of that name fail to be read, as from a network disk that is away or without permission."""
     decode = picture_files.read_picture
 
-    def fail(path: Path) -> Image.Image:
+    def fail(path: Path, *rest: Any) -> Image.Image:
         if path.name == name:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return decode(path)
+        return decode(path, *rest)
 
     patch.setattr(picture_files, "read_picture", fail)
 
