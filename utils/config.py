@@ -231,11 +231,15 @@ class Config:
     )
     num_classes: int = setting(10, "classes of the data set", low=1)
     seed: Seed = setting(Seed)
-    dataset: Named | None = setting(None, "the data set; null: known from dataset_dir's name", choices=DATASETS)
-    dataset_dir: str | None = setting(None, "folder of the data set's files")
+    dataset: Named | None = setting(
+        None, "the data set; null: known from dataset_dir's name", choices=DATASETS, stands_for="images"
+    )
+    dataset_dir: str | None = setting(None, "folder of the data set's files", stands_for="images")
     download: bool = setting(False, "fetch the data set into dataset_dir's parent if it is not there")
     data: Data = setting(Data)
-    seed_samples: str | None = setting(None, "list or folder of images known to be clean; null: seed_num of each class, drawn")
+    seed_samples: str | None = setting(
+        None, "list or folder of images known to be clean; null: seed_num of each class, drawn", stands_for="images"
+    )
     transform: Transform = setting(Transform)
     prefetch: bool = setting(True, "accepted for the original's files; see data.placement")
     defense: str = setting("asd", "asd, or none: the undefended twin", options=("asd", "none"))

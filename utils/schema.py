@@ -59,6 +59,7 @@ def setting(
     choices: Choices | None = None,
     inline: bool = False,
     key: str | None = None,
+    stands_for: str | None = None,
 ) -> Any:
     """Declare one key of the YAML.
 
@@ -70,9 +71,11 @@ def setting(
         choices: the legal names of a `Named` field.
         inline: the `Named` key stands among the other keys of its section, as the attack does under `backdoor`.
         key: the name in the YAML where Python does not allow it (`global`).
+        stands_for: a run depends on what the value names, and goes on under another value if that is the same: `images`,
+            which the manifest has (`utils/manifest.py`), or `files`, a file or folder whose bytes count.
     """
     meta: dict[str, Any] = dict(help=help, low=low, high=high, above=above, below=below)
-    meta |= dict(options=options, choices=choices, inline=inline, key=key)
+    meta |= dict(options=options, choices=choices, inline=inline, key=key, stands_for=stands_for)
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
@@ -227,6 +230,21 @@ def as_dict(value: Any) -> Any:
                 out[yaml_key(f)] = item
         return out
     return value
+
+
+def stand_ins(settings: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield (key, what it stands for, value) of every setting, and section, that was declared with `stands_for`."""
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        at = path if f.metadata.get("inline") else (f"{path}.{yaml_key(f)}" if path else yaml_key(f))
+        if f.metadata.get("stands_for"):
+            yield at, f.metadata["stands_for"], value
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Named):
+                yield from stand_ins(item.settings, f"{at}.{item.name}")
+            elif dataclasses.is_dataclass(item):
+                yield from stand_ins(item, at)
 
 
 def describe(schema: type, path: str = "", told: set[int | str] | None = None) -> Iterator[tuple[str, str, str, str]]:
