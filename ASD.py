@@ -8,6 +8,11 @@ the epoch loop, the split into a clean and a polluted pool, the virtual model, a
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds: Ctrl-C and SIGTERM end in one line from here on
+    from utils.startup import begin
+
+    begin("ASD.py")
+
 import time
 from collections.abc import Callable
 from pathlib import Path
