@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -175,18 +174,22 @@ def join(device: torch.device, size: int) -> None:
 
 
 def start_processes(gpu: str) -> None:
-    """Where `--gpu` names several devices, start one process for each with torchrun and end with its exit code."""
+    """Where `--gpu` names several devices, start one process for each with torchrun and end with their exit code."""
     numbers = device_numbers(gpu)
     if len(numbers) < 2 or launched() or not torch.cuda.is_available():
         return
     choose_device(gpu, 0, print)  # refuses numbers that are not there before anything is started
-    engine = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(numbers)}"]
-    with subprocess.Popen([*engine, *sys.argv]) as agent:
-        try:
-            sys.exit(agent.wait())
-        except KeyboardInterrupt:  # Ctrl-C or SIGTERM: the agent ends its processes; killed, it would leave them behind
-            agent.terminate()
-            raise
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(["--standalone", f"--nproc_per_node={len(numbers)}", *sys.argv])
+    except ChildFailedError as error:  # the process that failed has said why
+        sys.exit(max(1, error.get_first_failure()[1].exitcode))
+    except SignalException as stop:  # Ctrl-C or SIGTERM: torchrun has stopped its processes, and the first has said so
+        sys.exit(128 + stop.sigval)
+    sys.exit(0)
 
 
 def mute(line: str) -> None:

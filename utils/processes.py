@@ -53,7 +53,7 @@ def leftovers() -> list[str]:
     if launched():
         return []
     alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
-    return [f"{name}={os.environ[name]}" for name in COUNTS if os.environ.get(name, alone[name]) != alone[name]]
+    return [f"{name}={os.environ[name]}" for name in COUNTS if (os.environ.get(name) or alone[name]) != alone[name]]
 
 
 def rank() -> int:
