@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import warnings
 
 import pytest
@@ -56,3 +58,18 @@ def test_warnings_are_one_line(said: list[str], capsys: pytest.CaptureFixture[st
         assert BestEffort(said.append).attempt("log/a.png", warn)
     assert len(said) == 1 and said[0].startswith("warning: log/a.png: ") and "6 more" in said[0]
     assert capsys.readouterr().err == ""
+
+
+def test_threads_do_not_lose_warnings(said: list[str]) -> None:
+    """Two threads that overlap leave the warnings of everybody else as they were."""
+    best_effort = BestEffort(said.append)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        threads = [threading.Thread(target=best_effort.attempt, args=(str(t), time.sleep, t)) for t in (0.1, 0.2)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.03)
+        for thread in threads:
+            thread.join()
+        warnings.warn("afterwards", stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["afterwards"] and said == []

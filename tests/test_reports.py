@@ -308,6 +308,13 @@ def test_pictures_are_the_same_for_every_user(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "odd.png").read_bytes()
 
 
+@pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.b", b"\x89PNG"), ("a", b"\x89PNG")])
+def test_the_ending_of_a_picture_is_its_format(tmp_path: Path, name: str, start: bytes) -> None:
+    """`--picture FILE.pdf` is a PDF; what has no ending that says a format is a PNG."""
+    pictures.draw_comparison(tmp_path / name, [[rows(2)], [rows(3, "none")]])
+    assert (tmp_path / name).read_bytes().startswith(start)
+
+
 @pytest.mark.parametrize("name", ["$", "$x\\foo$", "b\udce9e", "a_1^2", "%&#{"])
 def test_a_name_in_a_picture_is_drawn_as_it_is(tmp_path: Path, name: str) -> None:
     """No name is read as a formula or ends in an error; two names give two pictures."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 
 class BestEffort:
-    """Calls functions that a run can do without.
+    """Calls functions that a run can do without; several threads may ask for it.
 
     Args:
         say: prints a line.
@@ -17,6 +18,7 @@ class BestEffort:
     def __init__(self, say: Callable[[str], object]) -> None:
         self.say = say
         self.failed: set[str] = set()
+        self.lock = threading.RLock()  # warnings are caught for the whole process: one function at a time
 
     def attempt(self, what: str, function: Callable[..., object], *args: Any) -> bool:
         """Call `function(*args)` and return whether it worked; the first failure is said in a line.
@@ -26,7 +28,7 @@ class BestEffort:
         """
         if what in self.failed:
             return False
-        with warnings.catch_warnings(record=True) as caught:
+        with self.lock, warnings.catch_warnings(record=True) as caught:
             try:
                 function(*args)
             except Exception as error:  # whatever libraries raise, missing ones included

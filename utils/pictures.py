@@ -165,7 +165,9 @@ def finish(axes: Any) -> None:
 def drawing(
     path: Path, size: tuple[float, float], rows: int = 1, columns: int = 1, **options: Any
 ) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yield a figure of `size` inches and its axes (rows, columns); write it as PNG at the end of the block.
+    """Yield a figure of `size` inches and its axes (rows, columns); write it at the end of the block.
+
+    The file's ending is its format: PNG, PDF, SVG and others; PNG where it is none of them.
 
     What a user has set for pictures of their own (`MPLBACKEND`, a `matplotlibrc` with LaTeX) plays no part, and every
     text is drawn as it is: class names may hold a `$` or bytes that are no letters.
@@ -188,7 +190,9 @@ def drawing(
         yield figure, figure.subplots(rows, columns, squeeze=False, **options)
         for text in figure.findobj(Text):
             text.set_text(escape(text.get_text()))
-        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+        form = path.suffix[1:].lower()
+        form = form if form in figure.canvas.get_supported_filetypes() else "png"
+        write_atomically(path, lambda file: figure.savefig(file, format=form, dpi=110))
 
 
 def escape(text: str) -> str:
