@@ -8,6 +8,11 @@ the epoch loop, the split into a clean and a polluted pool, the virtual model, a
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds: Ctrl-C and SIGTERM end in one line from here on
+    from utils.startup import begin
+
+    begin("ASD.py")
+
 import time
 from collections.abc import Callable
 from functools import partial
@@ -40,7 +45,7 @@ from utils.errors import UserError
 from utils.machine import Machine, choose_machine, mute, set_determinism, start_processes
 from utils.paths import exists
 from utils.report import Report, Silence
-from utils.run import BEST, LATEST, Run, begin, locate, open_run
+from utils.run import BEST, LATEST, Run, locate, make_ready, open_run
 from utils.runlog import progress
 from utils.schema import as_dict, stand_ins
 from utils.stepper import Stepper
@@ -86,7 +91,7 @@ def train(config: Config, run: Run, machine: Machine, resume: str, writer: check
     state.data = complete_manifest(config, data, seeds)
     if saved is not None:
         checkpoint.load(latest, state, as_dict(config), saved)
-    if not begin(run, config, latest, state, print if machine.rank == 0 else None):
+    if not make_ready(run, config, latest, state, print if machine.rank == 0 else None):
         return
     report: Any = Silence()
     if machine.rank == 0:

@@ -7,6 +7,11 @@ writes the poisoned set by itself, for any other defense; `dataset: poisoned_set
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from utils.startup import begin
+
+    begin("data.poison")
+
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +38,7 @@ from data.placement import choose_placement
 from data.sets import CLEAN, COVER, POISONED, ImageSet, Oracle, Part, PoisonedSet, RawData, Scene, to_set
 from data.tables import own_copy, read_table
 from utils import manifest, plugins
+from utils.best_effort import BestEffort
 from utils.cli import DEFAULT_CONFIG, Parser, command
 from utils.config import Backdoor, Config
 from utils.config import load as load_config
@@ -272,7 +278,11 @@ def export(config: Config, out: Path, device: torch.device, say: Say) -> None:
     parts = PoisonedSet(poison_images(config, raw, attack, index), clean_images(raw), trigger_images(config, raw, attack))
     groups = sheet_groups(config, raw, attack, parts)
     class_names = {"class_names": list(raw.class_names)}
-    write_set(out, parts, settings | class_names, lambda path: draw_contact_sheet(path, groups))
+
+    def draw_sheet(path: Path) -> None:
+        BestEffort(say).attempt(path.name, draw_contact_sheet, path, groups)
+
+    write_set(out, parts, settings | class_names, draw_sheet)
     counts = count(parts.train)
     say(
         f"{out}: {counts['clean']} clean, {counts['poisoned']} poisoned and {counts['cover']} cover training images, "

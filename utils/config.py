@@ -15,7 +15,7 @@ import yaml
 
 from utils import plugins
 from utils.errors import UserError
-from utils.layers import leaves, merge, parse_override, read_with_base
+from utils.layers import parse_override, read_with_base
 from utils.schema import REQUIRED, Choices, Named, Reader, as_dict, describe, setting
 
 ATTACKS = Choices(package="data.attacks")
@@ -289,19 +289,17 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
         UserError: one line with file, key, value and remedy.
     """
     path = Path(path)
-    raw, origin = read_with_base(path)
+    layers = read_with_base(path)
     for text in overrides:
-        over = parse_override(text)
-        raw = merge(raw, over)
-        origin |= dict.fromkeys(leaves(over), f"--set {text.partition('=')[0]}")
+        layers = layers.under(parse_override(text))
 
     def where(key: str) -> str:
-        while key and key not in origin:
+        while key and key not in layers.origin:
             key = key.rpartition(".")[0]
-        return origin.get(key, str(path))
+        return layers.origin.get(key, str(path))
 
-    reader = Reader(where)
-    config: Config = reader.section(Config, raw)
+    reader = Reader(where, layers.written)
+    config: Config = reader.section(Config, layers.tree)
     check(config, reader)
     return replace(config, run=config.run or run_name(path))
 

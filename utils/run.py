@@ -96,7 +96,7 @@ def open_run(config: Config, yaml_path: Path, fresh: bool, say: Say) -> tuple[Ru
     return run, lock
 
 
-def begin(run: Run, config: Config, loaded: Path, state: State, say: Say | None) -> bool:
+def make_ready(run: Run, config: Config, loaded: Path, state: State, say: Say | None) -> bool:
     """Make the run's files ready for the epochs after those of the checkpoint `loaded`, which has been accepted.
 
     Args:
