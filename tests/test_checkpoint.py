@@ -559,6 +559,12 @@ def test_the_authors_checkpoints_load(tmp_path: Path, prefix: str, zipped: bool)
     train(state, 2)
     train(fresh, 2)
     assert same(dict(fresh.model.state_dict()), dict(state.model.state_dict()))
+    fresh.history.append({"epoch": fresh.epoch})  # what a run adds to it is a checkpoint to go on from, too
+    fresh.epoch += 1
+    checkpoint.save(tmp_path / "next.pt", fresh, settings)
+    again, _ = make_state(tmp_path, PLANS[0])
+    checkpoint.load(tmp_path / "next.pt", again, settings)
+    assert again.epoch == 9 and [row["epoch"] for row in again.history] == [8]
 
 
 def test_another_network_is_refused(tmp_path: Path) -> None:

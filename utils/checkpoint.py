@@ -289,8 +289,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
 
 def check_state(state: State, count: int) -> None:
     """Raise ValueError where a loaded state does not fit the run; a training set has `count` images."""
-    if state.epoch < 1 or [row["epoch"] for row in state.history] not in ([], list(range(state.epoch))):
-        raise ValueError(f"epoch {state.epoch - 1} with a history of {len(state.history)} epochs")
+    rows = [row["epoch"] for row in state.history]  # a run that goes on from an authors' checkpoint has none of its epochs
+    if state.epoch < 1 or rows != list(range(state.epoch - len(rows), state.epoch)) or len(rows) > state.epoch:
+        raise ValueError(f"epoch {state.epoch - 1} with a history of the epochs {rows[:1]} to {rows[-1:]}")
     pool, epochs = state.clean_pool, state.epochs_in_clean_pool
     if pool.dtype != torch.int64 or pool.ndim != 1 or (len(pool) and not 0 <= int(pool.min()) <= int(pool.max()) < count):
         raise ValueError("clean_pool holds no indices of the training set")
