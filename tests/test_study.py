@@ -28,6 +28,7 @@ from utils.errors import UserError
 STUDY = REPOSITORY / "results" / "study"
 CIFAR10 = Path(os.environ.get("CIFAR10", REPOSITORY / "dataset" / "cifar-10-batches-py"))
 WORDS = ("page.md", "run.sh", "authors_run.json", "what_decides.jsonl")
+RUNS = ("badnets/asd", "badnets/undefended", "no_attack/asd")  # trained and tested in seconds
 FACTS = {"commit": "0123456789abcdef", "processor": "an abacus"}
 NAMED_BY_THE_ISSUE = {
     "attack", "defense", "dataset", "network", "config", "seed", "commit", "clean_accuracy", "attack_success_rate",
@@ -40,12 +41,14 @@ NAMED_BY_THE_ISSUE = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `saved` and `storage` of a finished and tested run of each kind, badnets/asd and badnets/undefended."""
+    """A folder with `saved` and `storage` of a finished and tested run of each kind."""
     folder = tmp_path_factory.mktemp("study")
     places = {"saved_dir": str(folder / "saved"), "storage_dir": str(folder / "storage")}
-    for defense in ("asd", "undefended"):
-        raw = TINY | places | {"run": f"badnets/{defense}", "defense": "asd" if defense == "asd" else "none"}
-        path = folder / f"tiny_{defense}.yaml"
+    for run in RUNS:
+        raw = TINY | places | {"run": run, "defense": "none" if run == "badnets/undefended" else "asd"}
+        if run == "no_attack/asd":
+            raw["backdoor"] = {"poison_ratio": 0, "badnets": {}}
+        path = folder / f"{run.replace('/', '_')}.yaml"
         path.write_text(yaml.safe_dump(raw, sort_keys=False))
         call(ASD, "--config", path, "--gpu", "cpu")
         call(load_tester(), "--config", path, "--gpu", "cpu")
@@ -69,7 +72,7 @@ def load_tester() -> ModuleType:
 
 
 def keep(trained: Path, run: str, out: Path) -> Path:
-    """Keep one of the two runs in a study's folder; return its card."""
+    """Keep one of the runs in a study's folder; return its card."""
     return collect.collect(run, trained / "saved" / run, trained / "storage" / run / "checkpoint/latest_model.pt", FACTS, out)
 
 
@@ -95,25 +98,25 @@ def test_every_kept_card_fits_its_files(trained: Path, tmp_path: Path) -> None:
     """Hash, figures, seed and defense of a card are those of the weights, of test.json, metrics.jsonl and config.yaml: of all
     that are committed, and of two that are kept now. Weights that were changed later are found."""
     fit_their_files(STUDY)
-    for defense in ("asd", "undefended"):
-        keep(trained, f"badnets/{defense}", tmp_path)
-    assert fit_their_files(tmp_path) == 2
+    for run in RUNS:
+        keep(trained, run, tmp_path)
+    assert fit_their_files(tmp_path) == 3
     with open(tmp_path / "badnets/asd.pt", "ab") as weights:
         weights.write(b"x")
     with pytest.raises(AssertionError):
         fit_their_files(tmp_path)
 
 
-@pytest.mark.parametrize(("defense", "steps"), [("asd", 18), ("undefended", 12)])
-def test_kept_weights_give_the_figures_of_the_card(trained: Path, tmp_path: Path, defense: str, steps: int) -> None:
+@pytest.mark.parametrize(("run", "attack", "steps"), [*zip(RUNS, ("badnets", "badnets", "none"), (18, 12, 18), strict=True)])
+def test_kept_weights_give_the_figures_of_the_card(trained: Path, tmp_path: Path, run: str, attack: str, steps: int) -> None:
     """test.py with the kept config.yaml and the kept weights counts what it counted after the training. The card has the
     optimizer's steps; nothing that is kept names a folder of the machine that trained."""
-    run = f"badnets/{defense}"
     card = json.loads(keep(trained, run, tmp_path).read_text())
-    assert (card["attack"], card["dataset"], card["steps"]) == ("badnets", "shapes", steps)
-    assert {key: card[key] for key in FACTS} == FACTS and card["config"] == f"config/tiny_{defense}.yaml"
+    assert (card["attack"], card["dataset"], card["steps"]) == (attack, "shapes", steps)
+    assert {key: card[key] for key in FACTS} == FACTS and card["config"] == f"config/{run.replace('/', '_')}.yaml"
     kept = [path for path in tmp_path.rglob("*") if path.suffix in (".json", ".jsonl", ".yaml")]
-    assert len(kept) == (5 if defense == "asd" else 4) and not any(str(trained) in path.read_text() for path in kept)
+    assert len(kept) == (5 if card["defense"] == "asd" else 4)
+    assert not any(str(trained) in path.read_text() for path in kept)
     there = ("--set", f"saved_dir={tmp_path / 'saved'}", "--set", f"storage_dir={tmp_path / 'storage'}")
     call(load_tester(), "--config", tmp_path / run / "config.yaml", "--resume", tmp_path / f"{run}.pt", "--gpu", "cpu", *there)
     tested = json.loads((tmp_path / "saved" / run / "log/test.json").read_text())
@@ -225,6 +228,32 @@ def test_page_picture_and_status_are_the_generated_ones(tmp_path: Path) -> None:
     assert described(STUDY / report.PICTURE) == described(tmp_path / "now.png"), "run python -m results.study.report"
 
 
+def test_real_runs_make_a_page(trained: Path, tmp_path: Path) -> None:
+    """What collect.py keeps is what report.py reads: figures of runs with a defense, without, and without any attack, whose
+    ranking cannot be judged."""
+    folder = make_study(tmp_path / "study")
+    cards = {run: json.loads(keep(trained, run, folder).read_text()) for run in RUNS}
+    runs = report.Runs(folder)
+    page = report.page(folder, runs)
+    acc, asr = (100 * cards["badnets/undefended"][key] for key in collect.FIGURES[:2])
+    assert f"| BadNets | {acc:.2f} | {asr:.2f} |" in page and "3 of 20 runs" in page
+    assert "| `no_attack/asd` | 0 | - | - | - |" in page and "| no attack | not run | - |" in page
+    report.draw(folder / report.PICTURE, report.curves(folder, runs))
+    assert list(report.curves(folder, runs)) == ["authors' code, full size", "BadNets", "no attack"]
+
+
+def test_meta_splits_that_differ_in_their_seed_are_one_row(tmp_path: Path) -> None:
+    """The table of `what_decides.py`'s rows has a row for each setting with the values of its draws, by the base's ACC."""
+    row = {"name": "narrow", "attack": "wanet", "seed": 1, "poisoned_in_pool": 7, "by_chance": 50,
+           "base": {"clean_accuracy": 0.8}, "network": {"resnet18_cifar": {"width": 16, "last_parts": None}}, "meta": {"lr": 0.015}}  # fmt: skip
+    rows = [row, row | {"base": {"clean_accuracy": 0.7}}, row | {"seed": 2, "poisoned_in_pool": 9, "by_chance": 51}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert report.what_decides(tmp_path / "rows.jsonl").splitlines()[2:] == [
+        "| 70.00 | WaNet | narrow: width 16, lr 0.015 | 1 | 7 | 50 |",
+        "| 80.00 | WaNet | narrow: width 16, lr 0.015 | 1, 2 | 7, 9 | 50, 51 |",
+    ]
+
+
 def test_without_runs_every_planned_one_is_not_run(tmp_path: Path) -> None:
     """The page of a study without runs lists all planned runs as not run, the status claims none, the picture has one curve."""
     folder = make_study(tmp_path / "study")
@@ -290,7 +319,7 @@ def test_the_last_five_epochs_count_too(tmp_path: Path) -> None:
     """A run whose last epoch alone keeps a bound misses the target; without its twin nothing is judged."""
     folder = make_study(tmp_path / "study")
     make_run(folder, "blend/asd", 0.85)
-    assert report.verdict(report.Runs(folder)["blend/asd"], report.Runs(folder)) == "not run"
+    assert report.verdict(report.Runs(folder)["blend/asd"], report.Runs(folder)) == "twin not run"
     make_run(folder, "blend/undefended", 0.88, 1.0)
     path = folder / "blend/asd/metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import textwrap
@@ -134,7 +135,9 @@ def verdict(run: Run | None, runs: Runs) -> str:
     """Return whether all targets of a run are met."""
     found = judge(run, runs) if run else []
     missed = [target.name for target, values in found if not target.holds(values)]
-    return f"missed: {', '.join(missed)}" if missed else "met" if found else NOT_RUN
+    if not found:
+        return "twin not run" if run else NOT_RUN
+    return f"missed: {', '.join(missed)}" if missed else "met"
 
 
 # -- Tables ------------------------------------------------------------------------------------------------------------
@@ -148,13 +151,13 @@ def cells(row: Row, keys: Iterable[str] = KEYS) -> Cells:
 def per_run(head: Cells, names: list[str], runs: Runs, rows: Callable[[Run], Sequence[Cells]]) -> str:
     """Return a table with some rows for each run; the first column, which `rows` leaves out, has its name."""
     absent = [(NOT_RUN, *[NONE] * (len(head) - 1))]
-    table = [(f"`{name}`", *row) for name in names for row in (rows(runs[name]) if name in runs else absent)]
+    table = [(f"`{name}`", *row) for name in names for row in (rows(runs[name]) if name in runs else []) or absent]
     return render([("run", *head), *table], markdown=True)
 
 
 def overview(runs: Runs) -> str:
     """Return the results: for each attack the last epoch of the runs of the first seed."""
-    table: list[Cells] = [("attack", "undefended ACC", "ASR", "ASD: ACC", "ASR", "without trigger", "targets")]
+    table: list[Cells] = [("attack", "undefended: ACC, %", "ASR", "ASD: ACC, %", "ASR", "without trigger", "targets")]
     for attack, title in TITLES.items():
         twin, own = runs.of(attack)
         left = cells(twin.ends[0], KEYS[:2]) if twin else (NOT_RUN, NONE)
@@ -233,7 +236,7 @@ def page(folder: Path, runs: Runs) -> str:
     """Return the study's page: `page.md` with the tables in place of `{{name}}`."""
     pieces = {
         "progress": f"{len(runs)} of {len(runs.names)} runs are there.",
-        "authors": "{setting}: {source}".format_map(read(folder / "authors_run.json")),
+        "authors": "{setting} ({source})".format_map(read(folder / "authors_run.json")),
         "overview": overview(runs),
         "targets": per_run(("target", "last epoch", f"mean of the last {LAST}", ""), runs.defended, runs,
                            lambda run: target_rows(run, runs)),
@@ -293,6 +296,8 @@ def curves(folder: Path, runs: Runs) -> dict[str, list[list[float]]]:
 def course(rows: list[Row], ends: list[int], share: float) -> list[list[float]]:
     """Return four rows: stages done, 0 to 3; ACC and ASR in %; the clean pool's poisoned share as a multiple of the set's.
 
+    Where nothing is poisoned that multiple is NaN, which is not drawn.
+
     Args:
         ends: how many epochs there are up to the end of each stage.
         share: poisoned share of the training set.
@@ -301,7 +306,7 @@ def course(rows: list[Row], ends: list[int], share: float) -> list[list[float]]:
     for row in rows:
         stage = sum(row["epoch"] >= end for end in ends)
         done = (row["epoch"] + 1 - [0, *ends][stage]) / (ends[stage] - [0, *ends][stage])
-        ratio = row["poisoned_in_clean_pool"] / row["clean_pool_size"] / (share or 1)
+        ratio = row["poisoned_in_clean_pool"] / row["clean_pool_size"] / share if share else math.nan
         points.append((stage + done, 100 * row["clean_accuracy"], 100 * row["attack_success_rate"], ratio))
     return [list(column) for column in zip(*points, strict=True)]
 
