@@ -244,8 +244,10 @@ def test_real_runs_make_a_page(trained: Path, tmp_path: Path) -> None:
 
 def test_meta_splits_that_differ_in_their_seed_are_one_row(tmp_path: Path) -> None:
     """The table of `what_decides.py`'s rows has a row for each setting with the values of its draws, by the base's ACC."""
-    row = {"name": "narrow", "attack": "wanet", "seed": 1, "poisoned_in_pool": 7, "by_chance": 50,
-           "base": {"clean_accuracy": 0.8}, "network": {"resnet18_cifar": {"width": 16, "last_parts": None}}, "meta": {"lr": 0.015}}  # fmt: skip
+    row = {
+        "name": "narrow", "attack": "wanet", "seed": 1, "poisoned_in_pool": 7, "by_chance": 50, "meta": {"lr": 0.015},
+        "base": {"clean_accuracy": 0.8}, "network": {"resnet18_cifar": {"width": 16, "last_parts": None}},
+    }  # fmt: skip
     rows = [row, row | {"base": {"clean_accuracy": 0.7}}, row | {"seed": 2, "poisoned_in_pool": 9, "by_chance": 51}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert report.what_decides(tmp_path / "rows.jsonl").splitlines()[2:] == [
