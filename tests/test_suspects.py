@@ -132,11 +132,21 @@ def test_quality_of_a_perfect_and_of_a_reversed_ranking() -> None:
     found = suspects.quality(evidence([0.1, 5, 0.2, 0.3, 4, 0.4], [1, 9, 1, 1, 8, 1]), flags)
     assert found["counts"] == {"images": 6, "poisoned": 2, "cover": 1}
     for name in ("margin", "split_loss"):
+        assert found["measures"][name].pop("precision_of_first_100") == pytest.approx(2 / 6)  # there are six images
         assert set(found["measures"][name].values()) == {1.0}, name
     outside = found["measures"]["epochs_outside_clean_pool"]
     assert outside["auroc"] == 0.0 and outside["precision_at_true_count"] == 0.0 == outside["recall_at_true_count"]
     assert outside["average_precision"] == pytest.approx((1 / 5 + 2 / 6) / 2)
     assert json.loads(json.dumps(found)) == found
+
+
+def test_the_first_hundred_are_those_that_score_highest() -> None:
+    """Of 200 images, the 100 of the highest score hold 30 of the 50 poisoned ones."""
+    flags = np.zeros(200, np.uint8)
+    flags[:30], flags[150:170] = 1, 1
+    losses = np.linspace(9, 1, 200).tolist()
+    found = suspects.quality(evidence(losses, [1] * 200), flags)["measures"]["split_loss"]
+    assert found["precision_of_first_100"] == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("flag", [0, 1])

@@ -226,7 +226,7 @@ def test_an_undefended_run_of_unknown_truth(tmp_path: Path) -> None:
 
 
 def test_known_truth_judges_the_ranking_and_takes_given_seeds(tmp_path: Path) -> None:
-    """With a known attack the given seed samples replace the drawn ones, and suspects.json has counts and four figures of
+    """With a known attack the given seed samples replace the drawn ones, and suspects.json has counts and five figures of
     each score, which fit poison_idx.npy."""
     write_tree(tmp_path / "tree", test=True)
     path = plan(tmp_path, backdoor={"badnets": {}, "target_label": 1, "poison_ratio": 0.2})
@@ -234,7 +234,7 @@ def test_known_truth_judges_the_ranking_and_takes_given_seeds(tmp_path: Path) ->
     index = np.load(saved / "poison_idx.npy")
     found = json.loads((saved / "suspects.json").read_text())
     assert found["counts"] == {"images": 60, "poisoned": int(index.sum()), "cover": 0}
-    names = {"auroc", "precision_at_true_count", "recall_at_true_count", "average_precision"}
+    names = {"auroc", "precision_at_true_count", "recall_at_true_count", "precision_of_first_100", "average_precision"}
     for measures in found["measures"].values():
         assert set(measures) == names and all(0 <= value <= 1 for value in measures.values())
     with open(saved / "suspects.csv", newline="") as file:

@@ -19,7 +19,6 @@ from utils.runlog import KINDS
 
 CLEAN_COLOUR, POISONED_COLOUR, COVER_COLOUR = "#2a6f97", "#c1121f", "#e09f3e"
 COLOURS = {"clean": CLEAN_COLOUR, "poisoned": POISONED_COLOUR, "cover": COVER_COLOUR}
-SUSPECTS = 100  # images on the sheet of suspects
 STAGE_SHADES = {"class-aware": "#f4f1de", "class-agnostic": "#e0ecf4", "meta-split": "#e8f3e8", "undefended": "#ffffff"}
 
 

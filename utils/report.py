@@ -114,7 +114,7 @@ class Report:
 
     def draw_suspects(self, evidence: Evidence, images: Any, class_names: tuple[str, ...]) -> None:
         """Draw the most suspect images, each with its label and the model's."""
-        first = suspects.order(evidence.scores()["score"])[: pictures.SUSPECTS]
+        first = suspects.order(evidence.scores()["score"])[: suspects.FIRST]
         shown = images.fetch(torch.from_numpy(first)).permute(0, 2, 3, 1).cpu().numpy()
         title = f"{self.run.name}: the {len(first)} most suspect of {len(evidence.labels)} images, label \u2192 model's label"
         pictures.draw_suspects(self.run.saved / suspects.PICTURE, shown, suspects.captions(evidence, first, class_names), title)

@@ -20,6 +20,7 @@ from utils.files import write_atomically, write_text
 from utils.runlog import KINDS
 
 CSV, PICTURE, QUALITY = "suspects.csv", "suspects.png", "suspects.json"
+FIRST = 100  # images at the head of the ranking: those on the sheet, and those whose precision is reported
 HEAD = ("rank", "name", "label", "model_label", "confidence", "split_loss", "epochs_in_clean_pool", "score")
 
 
@@ -124,11 +125,13 @@ def quality(evidence: Evidence, flags: np.ndarray) -> dict[str, Any]:
     count = int(poisoned.sum())
     measures = {}
     for name, scores in evidence.scores().items():
+        first = precision_recall_at(scores, poisoned, min(FIRST, len(flags)))
         precision, recall = precision_recall_at(scores, poisoned, count) or (None, None)
         measures[name] = {
             "auroc": auroc(scores, poisoned),
             "precision_at_true_count": precision,
             "recall_at_true_count": recall,
+            f"precision_of_first_{FIRST}": first[0] if first else None,
             "average_precision": average_precision(scores, poisoned),
         }
     counts = {"images": len(flags), "poisoned": count, "cover": int((flags == KINDS["cover"]).sum())}

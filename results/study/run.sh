@@ -1,0 +1,60 @@
+#!/bin/sh
+# All runs of the study, from the repository root: sh results/study/run.sh [RUN ...]
+#
+# Without names, all of them in the order below; with names, those alone, so that several shells can share the work. A run that
+# was interrupted goes on where it stopped, and one that is kept already is skipped. The commit that a run was begun with is the
+# one that its card has. Places may be changed by these variables:
+#   PYTHON, DEVICE (cpu, or the number of a CUDA device), CIFAR10, GTSRB (data sets), SAVED, STORAGE (logs, checkpoints)
+set -eu
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+python="${PYTHON:-python}" device="${DEVICE:-cpu}" saved="${SAVED:-saved_data/study}" storage="${STORAGE:-storage/study}"
+cifar10="${CIFAR10:-dataset/cifar-10-batches-py}" gtsrb="${GTSRB:-dataset/GTSRB}"
+chosen=" $* "
+
+# run NAME CONFIG SETTING ...: train, test, keep
+run() {
+  name="$1" config="config/$2.yaml" data="$cifar10"
+  shift 2
+  case "$chosen" in "  " | *" $name "*) ;; *) return 0 ;; esac
+  if [ -f "results/study/$name.json" ]; then return 0; fi
+  case "$name" in gtsrb_*) data="$gtsrb" ;; esac
+  for setting in "$@"; do shift; set -- "$@" --set "$setting"; done
+  set -- --config "$config" --gpu "$device" "$@" --set "run=$name" --set "dataset_dir=$data"
+  set -- "$@" --set "saved_dir=$saved" --set "storage_dir=$storage"
+  mkdir -p "$(dirname "$saved/$name")"
+  [ -s "$saved/$name.commit" ] || git rev-parse HEAD > "$saved/$name.commit"
+  "$python" ASD.py "$@"
+  "$python" test.py "$@"
+  commit="$(cat "$saved/$name.commit")"
+  "$python" -m results.study.collect --saved "$saved" --storage "$storage" --run "$name" --commit "$commit"
+}
+
+# The attacks. IAB's generator and CLB's surrogate are made from the same data first, scaled down with the rest.
+badnets="backdoor={badnets: {}}"
+wanet="backdoor={wanet: {}}"
+clb="backdoor={poison_ratio: 0.25, poison_mode: exact, clb: {training: fast, epochs: 15, surrogate: {resnet18_cifar: {width: 16}}}}"
+blend="backdoor={blend: {}}"
+refool="backdoor={refool: {}}"
+iab="backdoor={iab: {width: 16, batch_size: 64, mask_epochs: 1, mask_lr: 0.003, generator_epochs: 1, \
+surrogate: {resnet18_cifar: {width: 16, blocks: 1}}}}"
+
+run badnets/undefended cifar10_study_undefended "$badnets"
+run badnets/asd cifar10_study "$badnets"
+run wanet/undefended cifar10_study_undefended "$wanet"
+run wanet/asd cifar10_study "$wanet"
+run clb/undefended cifar10_study_undefended "$clb"
+run clb/asd cifar10_study "$clb"
+run blend/undefended cifar10_study_undefended "$blend"
+run blend/asd cifar10_study "$blend"
+run refool/undefended cifar10_study_undefended "$refool"
+run refool/asd cifar10_study "$refool"
+run iab/undefended cifar10_study_undefended "$iab"
+run iab/asd cifar10_study "$iab"
+run no_attack/undefended cifar10_study_undefended "backdoor={poison_ratio: 0}"
+run no_attack/asd cifar10_study "backdoor={poison_ratio: 0}"
+run badnets/asd-101 cifar10_study "$badnets" seed.seed=101
+run badnets/asd-102 cifar10_study "$badnets" seed.seed=102
+run wanet/asd-101 cifar10_study "$wanet" seed.seed=101
+run wanet/asd-102 cifar10_study "$wanet" seed.seed=102
+run gtsrb_badnets/undefended gtsrb_study defense=none num_epochs=20
+run gtsrb_badnets/asd gtsrb_study

@@ -1,0 +1,400 @@
+"""The study: what is kept of a run, the page and the picture made of that, and the commands of all runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from conftest import REPOSITORY, TINY, run_script
+from PIL import Image
+
+import ASD
+from results.study import collect, report
+from utils import config
+from utils.errors import UserError
+
+STUDY = REPOSITORY / "results" / "study"
+CIFAR10 = Path(os.environ.get("CIFAR10", REPOSITORY / "dataset" / "cifar-10-batches-py"))
+WORDS = ("page.md", "run.sh", "authors_run.json", "what_decides.jsonl")
+RUNS = ("badnets/asd", "badnets/undefended", "no_attack/asd")  # trained and tested in seconds
+FACTS = {"commit": "0123456789abcdef", "processor": "an abacus"}
+NAMED_BY_THE_ISSUE = {
+    "attack", "defense", "dataset", "network", "config", "seed", "commit", "clean_accuracy", "attack_success_rate",
+    "clean_as_target", "sha256",
+}  # fmt: skip
+
+
+# -- A real run, small -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `saved` and `storage` of a finished and tested run of each kind."""
+    folder = tmp_path_factory.mktemp("study")
+    places = {"saved_dir": str(folder / "saved"), "storage_dir": str(folder / "storage")}
+    for run in RUNS:
+        raw = TINY | places | {"run": run, "defense": "none" if run == "badnets/undefended" else "asd"}
+        if run == "no_attack/asd":
+            raw["backdoor"] = {"poison_ratio": 0, "badnets": {}}
+        path = folder / f"{run.replace('/', '_')}.yaml"
+        path.write_text(yaml.safe_dump(raw, sort_keys=False))
+        call(ASD, "--config", path, "--gpu", "cpu")
+        call(load_tester(), "--config", path, "--gpu", "cpu")
+    return folder
+
+
+def call(script: ModuleType, *arguments: object) -> None:
+    """Run a script's main function in this process, which saves seconds of imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(script.__file__), *map(str, arguments)])
+        script.main()
+
+
+def load_tester() -> ModuleType:
+    """Return the repository's test.py, by its path: the standard library has a module of that name."""
+    spec = importlib.util.spec_from_file_location("repository_test", REPOSITORY / "test.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def keep(trained: Path, run: str, out: Path) -> Path:
+    """Keep one of the runs in a study's folder; return its card."""
+    return collect.collect(run, trained / "saved" / run, trained / "storage" / run / "checkpoint/latest_model.pt", FACTS, out)
+
+
+def fit_their_files(folder: Path) -> int:
+    """Assert that every card of a study fits the files beside it; return how many there are."""
+    cards = sorted(folder.glob("*/*.json"))
+    for path in cards:
+        card, kept = json.loads(path.read_text()), path.with_suffix("")
+        assert set(card) >= NAMED_BY_THE_ISSUE, path
+        assert card["sha256"] == sha256(path.with_suffix(".pt").read_bytes()).hexdigest(), path
+        tested = json.loads((kept / "test.json").read_text())
+        last = json.loads((kept / "metrics.jsonl").read_text().splitlines()[-1])
+        assert {key: tested[key] for key in collect.FIGURES} == {key: card[key] for key in collect.FIGURES}, path
+        assert all(math.isclose(last[key], card[key], abs_tol=collect.ROUNDING) for key in collect.FIGURES), path
+        settings = yaml.safe_load((kept / "config.yaml").read_text())
+        assert (settings["defense"], settings["seed"]["seed"]) == (card["defense"], card["seed"]), path
+        assert settings["run"] == path.relative_to(folder).with_suffix("").as_posix(), path
+        assert (kept / "suspects.json").exists() == (card["defense"] == "asd"), path
+    return len(cards)
+
+
+def test_every_kept_card_fits_its_files(trained: Path, tmp_path: Path) -> None:
+    """Hash, figures, seed and defense of a card are those of the weights, of test.json, metrics.jsonl and config.yaml: of all
+    that are committed, and of two that are kept now. Weights that were changed later are found."""
+    fit_their_files(STUDY)
+    for run in RUNS:
+        keep(trained, run, tmp_path)
+    assert fit_their_files(tmp_path) == 3
+    with open(tmp_path / "badnets/asd.pt", "ab") as weights:
+        weights.write(b"x")
+    with pytest.raises(AssertionError):
+        fit_their_files(tmp_path)
+
+
+@pytest.mark.parametrize(("run", "attack", "steps"), [*zip(RUNS, ("badnets", "badnets", "none"), (18, 12, 18), strict=True)])
+def test_kept_weights_give_the_figures_of_the_card(trained: Path, tmp_path: Path, run: str, attack: str, steps: int) -> None:
+    """test.py with the kept config.yaml and the kept weights counts what it counted after the training. The card has the
+    optimizer's steps; nothing that is kept names a folder of the machine that trained."""
+    card = json.loads(keep(trained, run, tmp_path).read_text())
+    assert (card["attack"], card["dataset"], card["steps"]) == (attack, "shapes", steps)
+    assert {key: card[key] for key in FACTS} == FACTS and card["config"] == f"config/{run.replace('/', '_')}.yaml"
+    kept = [path for path in tmp_path.rglob("*") if path.suffix in (".json", ".jsonl", ".yaml")]
+    assert len(kept) == (5 if card["defense"] == "asd" else 4)
+    assert not any(str(trained) in path.read_text() for path in kept)
+    there = ("--set", f"saved_dir={tmp_path / 'saved'}", "--set", f"storage_dir={tmp_path / 'storage'}")
+    call(load_tester(), "--config", tmp_path / run / "config.yaml", "--resume", tmp_path / f"{run}.pt", "--gpu", "cpu", *there)
+    tested = json.loads((tmp_path / "saved" / run / "log/test.json").read_text())
+    assert {key: tested[key] for key in collect.FIGURES} == {key: card[key] for key in collect.FIGURES}
+
+
+def damage(folder: Path, kind: str) -> None:
+    """Make a finished run one that must not be kept."""
+    source, log = folder / "saved/badnets/asd", folder / "saved/badnets/asd/log"
+    rows = (log / "metrics.jsonl").read_text().splitlines(keepends=True)
+    if kind == "unfinished":
+        (log / "metrics.jsonl").write_text("".join(rows[:-1]))
+    elif kind == "of another run":
+        (log / "metrics.jsonl").write_text("".join(rows).replace('"loss": ', '"loss": 1'))
+    elif kind == "tested earlier":
+        tested = json.loads((log / "test.json").read_text())
+        (log / "test.json").write_text(json.dumps(tested | {"clean_accuracy": tested["clean_accuracy"] + 0.02}))
+    elif kind == "ranked earlier":
+        quality = json.loads((source / "suspects.json").read_text())
+        del quality["measures"]["score"]["precision_of_first_100"]
+        (source / "suspects.json").write_text(json.dumps(quality))
+    else:
+        (source / kind).unlink()
+
+
+KINDS = ("unfinished", "of another run", "tested earlier", "ranked earlier", "config.yaml", "log/test.json", "suspects.json")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finished_is_refused(trained: Path, tmp_path: Path, kind: str) -> None:
+    """A run that is not finished, not tested or not of one piece is one line, and nothing of it is kept."""
+    shutil.copytree(trained, tmp_path / "copy")
+    damage(tmp_path / "copy", kind)
+    with pytest.raises(UserError, match=str(tmp_path / "copy")) as error:
+        keep(tmp_path / "copy", "badnets/asd", tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_the_commit_must_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of a branch is no commit: it means something else tomorrow."""
+    monkeypatch.setattr(sys, "argv", ["collect", "--saved=a", "--storage=b", "--run=badnets/asd", "--commit=main"])
+    with pytest.raises(UserError, match="--commit main"):
+        collect.main()
+
+
+def test_a_committed_model_gives_the_figures_of_its_card(tmp_path: Path) -> None:
+    """test.py on the real images with the model that ASD trained on a set poisoned by BadNets gives ACC and ASR of the page."""
+    card = STUDY / "badnets/asd.json"
+    if not card.exists() or not CIFAR10.is_dir():
+        pytest.skip("needs a kept run badnets/asd, and CIFAR-10 in ./dataset or where the variable CIFAR10 says")
+    known = json.loads(card.read_text())
+    places = (f"dataset_dir={CIFAR10}", f"saved_dir={tmp_path / 'saved'}", f"storage_dir={tmp_path / 'storage'}", "run=again")
+    sets = [word for place in places for word in ("--set", place)]
+    done = run_script("test.py", "--config", known["config"], "--resume", STUDY / "badnets/asd.pt", "--gpu", "cpu", *sets)
+    assert done.returncode == 0, done.stderr
+    tested = json.loads((tmp_path / "saved/again/log/test.json").read_text())
+    for key in collect.FIGURES:
+        assert tested[key] == pytest.approx(known[key], abs=collect.ROUNDING), key
+
+
+# -- The page ----------------------------------------------------------------------------------------------------------
+
+
+def make_study(folder: Path) -> Path:
+    """A study without runs: its words and the list of planned runs."""
+    folder.mkdir(exist_ok=True)
+    for name in WORDS:
+        shutil.copy(STUDY / name, folder)
+    return folder
+
+
+def make_run(folder: Path, name: str, acc: float, asr: float = 0.03, seed: int = 100) -> None:
+    """A kept run without weights, as long as the study's, that ends with five equal rows; shares in 0..1."""
+    asd = not name.endswith("undefended")
+    kept = folder / name
+    kept.mkdir(parents=True)
+    rows: list[dict[str, Any]] = []
+    for epoch in range(21 if asd else 20):
+        stage = "class-aware" if epoch < 4 else "class-agnostic" if epoch < 9 else "meta-split"
+        rows.append({
+            "epoch": epoch, "stage": stage if asd else "undefended", "clean_accuracy": acc * min(1, (epoch + 8) / 23),
+            "attack_success_rate": asr, "robust_accuracy": 0.8, "clean_as_target": 0.02,
+            "clean_pool_size": 25000 if asd else None, "poisoned_in_clean_pool": 30 * epoch + seed if asd else None,
+        })  # fmt: skip
+        if epoch > 15:
+            rows[-1]["clean_accuracy"] = acc
+    (kept / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    card = {"seed": seed, "steps": 21000, "minutes": 360, "processor": "an abacus", "commit": "0123456789abcdef"}
+    Path(f"{kept}.json").write_text(json.dumps(card))
+    if asd:
+        score = {"auroc": 0.98765, "precision_at_true_count": 0.75, "precision_of_first_100": 0.99}
+        quality = {"counts": {"images": 50000, "poisoned": 2262, "cover": 0}, "measures": {"score": score}}
+        (kept / "suspects.json").write_text(json.dumps(quality))
+
+
+def described(path: Path) -> str:
+    """Return what a picture says of itself."""
+    with Image.open(path) as picture:
+        return str(picture.info["Description"])
+
+
+def test_page_picture_and_status_are_the_generated_ones(tmp_path: Path) -> None:
+    """What `python -m results.study.report` would write now is what is committed; the picture shows the files' figures."""
+    runs = report.Runs(STUDY)
+    assert (STUDY / "README.md").read_text() == report.page(STUDY, runs), "run python -m results.study.report"
+    readme = (REPOSITORY / "README.md").read_text()
+    assert readme == report.insert(readme, report.status(runs)), "run python -m results.study.report"
+    report.draw(tmp_path / "now.png", report.curves(STUDY, runs))
+    assert described(STUDY / report.PICTURE) == described(tmp_path / "now.png"), "run python -m results.study.report"
+
+
+def test_real_runs_make_a_page(trained: Path, tmp_path: Path) -> None:
+    """What collect.py keeps is what report.py reads: figures of runs with a defense, without, and without any attack, whose
+    ranking cannot be judged."""
+    folder = make_study(tmp_path / "study")
+    cards = {run: json.loads(keep(trained, run, folder).read_text()) for run in RUNS}
+    runs = report.Runs(folder)
+    page = report.page(folder, runs)
+    acc, asr = (100 * cards["badnets/undefended"][key] for key in collect.FIGURES[:2])
+    assert f"| BadNets | {acc:.2f} | {asr:.2f} |" in page and "3 of 20 runs" in page
+    assert "| `no_attack/asd` | 0 | - | - | - |" in page and "| no attack | not run | - |" in page
+    report.draw(folder / report.PICTURE, report.curves(folder, runs))
+    assert list(report.curves(folder, runs)) == ["authors' code, full size", "BadNets", "no attack"]
+
+
+def test_meta_splits_that_differ_in_their_seed_are_one_row(tmp_path: Path) -> None:
+    """The table of `what_decides.py`'s rows has a row for each setting with the values of its draws, by the base's ACC."""
+    row = {
+        "name": "narrow", "attack": "wanet", "seed": 1, "poisoned_in_pool": 7, "by_chance": 50, "meta": {"lr": 0.015},
+        "base": {"clean_accuracy": 0.8}, "network": {"resnet18_cifar": {"width": 16, "last_parts": None}},
+    }  # fmt: skip
+    rows = [row, row | {"base": {"clean_accuracy": 0.7}}, row | {"seed": 2, "poisoned_in_pool": 9, "by_chance": 51}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert report.what_decides(tmp_path / "rows.jsonl").splitlines()[2:] == [
+        "| 70.00 | WaNet | narrow: width 16, lr 0.015 | 1 | 7 | 50 |",
+        "| 80.00 | WaNet | narrow: width 16, lr 0.015 | 1, 2 | 7, 9 | 50, 51 |",
+    ]
+
+
+def test_without_runs_every_planned_one_is_not_run(tmp_path: Path) -> None:
+    """The page of a study without runs lists all planned runs as not run, the status claims none, the picture has one curve."""
+    folder = make_study(tmp_path / "study")
+    runs = report.Runs(folder)
+    page = report.page(folder, runs)
+    assert len(runs.names) == 20 and "0 of 20 runs" in page and "{{" not in page
+    assert all(f"| `{name}` | not run |" in page for name in runs.names)
+    assert "has run 0 of" in " ".join(report.status(runs).split())
+    assert list(report.curves(folder, runs)) == ["authors' code, full size"]
+
+
+def test_figures_of_the_files_stand_on_the_page(tmp_path: Path) -> None:
+    """Each table has the files' figures: last epoch, stages with the range of the pool, mean of the last five, seeds,
+    suspects, cost; a run that was not planned is shown as well."""
+    folder = make_study(tmp_path / "study")
+    make_run(folder, "badnets/undefended", 0.88, 0.9999)
+    for name, acc, seed in (("asd", 0.85, 100), ("asd-101", 0.86, 101), ("asd-7", 0.84, 7)):
+        make_run(folder, f"badnets/{name}", acc, seed=seed)
+    rows = (folder / "badnets/asd/metrics.jsonl").read_text().splitlines()
+    last = json.dumps(json.loads(rows[-1]) | {"clean_accuracy": 0.90, "attack_success_rate": 0.01})
+    (folder / "badnets/asd/metrics.jsonl").write_text("\n".join([*rows[:-1], last]) + "\n")
+    page = report.page(folder, report.Runs(folder))
+    for line in (
+        "| BadNets | 88.00 | 99.99 | 90.00 | 1.00 | 2.00 | met |",
+        "| `badnets/asd` | ACC >= 83 | 90.00 | 86.00 | met |",
+        "| `badnets/asd` | ASR above the share <= 3 | -1.00 | 0.60 | met |",
+        "| `badnets/asd` | end of class-aware, epoch 4 | 40.65 | 3.00 | 2.00 | 80.00 | 190 of 25000 |",
+        "| `badnets/asd` | end of meta-split, epoch 21 | 90.00 | 1.00 | 2.00 | 80.00 | 700 of 25000 (stage: 370 to 700) |",
+        "| `badnets/asd` | mean of the last 5 | 86.00 | 2.60 | 2.00 | 80.00 | - |",
+        "| `badnets/undefended` | end of undefended, epoch 20 | 88.00 | 99.99 | 2.00 | 80.00 | - |",
+        "| `badnets/asd-7` | 2262 | 0.9877 | 0.7500 | 0.9900 |",
+        "| `badnets/asd-102` | not run | - | - | - | - | - |",
+    ):
+        assert line in page, line
+    assert "| `badnets/asd-101` | 101 | 21,000 | 360 | an abacus | 012345678 |" in page
+    assert "| BadNets | 100, 101, 7 | 86.67 ± 3.06 (84.00 to 90.00) |" in page
+
+
+@pytest.mark.parametrize(
+    ("attack", "twin", "own", "expected"),
+    [
+        ("blend", (0.88, 0.95), (0.83, 0.05), "met"),  # every bound just kept: 3 points above the share of 2
+        ("blend", (0.88, 0.95), (0.8299, 0.05), "missed: ACC below the twin's, ACC"),
+        ("blend", (0.88, 0.9499), (0.83, 0.0501), "missed: undefended ASR, ASR above the share"),
+        ("wanet", (0.85, 0.90), (0.84, 0.02), "met"),
+        ("no_attack", (0.80, 0.02), (0.75, 0.99), "met"),
+        ("gtsrb_badnets", (0.99, 1.0), (0.93, 0.03), "met"),
+        ("gtsrb_badnets", (0.99, 1.0), (0.9299, 0.0301), "missed: ACC, ASR"),
+    ],
+)
+def test_targets(tmp_path: Path, attack: str, twin: tuple[float, float], own: tuple[float, float], expected: str) -> None:
+    """A target is met up to its bound and not beyond; each attack has its own."""
+    folder = make_study(tmp_path / "study")
+    make_run(folder, f"{attack}/undefended", *twin)
+    make_run(folder, f"{attack}/asd", *own)
+    runs = report.Runs(folder)
+    assert report.verdict(runs[f"{attack}/asd"], runs) == expected
+    assert expected in report.overview(runs)
+    assert ("**missed**" in report.page(folder, runs)) == expected.startswith("missed")
+
+
+def test_the_last_five_epochs_count_too(tmp_path: Path) -> None:
+    """A run whose last epoch alone keeps a bound misses the target; without its twin nothing is judged."""
+    folder = make_study(tmp_path / "study")
+    make_run(folder, "blend/asd", 0.85)
+    assert report.verdict(report.Runs(folder)["blend/asd"], report.Runs(folder)) == "twin not run"
+    make_run(folder, "blend/undefended", 0.88, 1.0)
+    path = folder / "blend/asd/metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[-3]["attack_success_rate"] = 0.5
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = report.Runs(folder)
+    assert report.verdict(runs["blend/asd"], runs) == "missed: ASR above the share"
+    status = " ".join(report.status(runs).split())
+    assert "met against: none" in status and "missed against: Blend" in status and "has run 1 of" in status
+
+
+def test_the_picture_puts_stages_side_by_side(tmp_path: Path) -> None:
+    """Whatever the number of epochs, each stage is one unit wide, and chance is 1; another figure makes another picture."""
+    folder = make_study(tmp_path / "study")
+    make_run(folder, "badnets/asd", 0.85)
+    drawn = report.curves(folder, report.Runs(folder))
+    authors, own = drawn["authors' code, full size"], drawn["BadNets"]
+    assert authors[0][0] == pytest.approx(1 / 60) and authors[0][-1] == 3.0 and own[0][-1] == 3.0
+    assert own[0][3] == 1.0 and own[0][8] == 2.0 and len(own[0]) == 21
+    assert authors[3][10] == pytest.approx(790 / 25000 / 0.09)
+    assert own[3][-1] == pytest.approx(700 / 25000 / (2262 / 50000))
+    report.draw(tmp_path / "a.png", drawn)
+    own[1][4] += 1
+    report.draw(tmp_path / "b.png", drawn)
+    assert described(tmp_path / "a.png") != described(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("text", ["no markers", f"{report.END} {report.BEGIN} {report.BEGIN}"])
+def test_a_readme_without_a_place_is_refused(text: str) -> None:
+    """Where the README has no single place for the status, nothing is written over."""
+    with pytest.raises(UserError, match=r"README\.md"):
+        report.insert(text, "status")
+    assert report.insert(f"a\n{report.BEGIN}\nold\n{report.END}\nb", "new") == f"a\n{report.BEGIN}\nnew\n{report.END}\nb"
+
+
+# -- The commands ------------------------------------------------------------------------------------------------------
+
+
+def planned_commands(tmp_path: Path, *runs: str) -> list[list[str]]:
+    """Return the commands of run.sh, with a stand-in for Python that writes down what it is given."""
+    python, written = tmp_path / "python", tmp_path / "commands"
+    python.write_text(f"#!/bin/sh\nfor word; do printf '%s\\n' \"$word\"; done >> '{written}'\necho >> '{written}'\n")
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "SAVED": str(tmp_path / "saved")}
+    done = subprocess.run(["sh", STUDY / "run.sh", *runs], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [part.splitlines() for part in written.read_text().split("\n\n") if part] if written.exists() else []
+
+
+def test_run_sh_makes_every_run_with_settings_that_load(tmp_path: Path) -> None:
+    """Each planned run is trained, tested and kept under its name; its settings are legal, and those of the attack are the
+    same for a run and its twin."""
+    commands = [command for command in planned_commands(tmp_path) if command[0] == "ASD.py"]
+    kept = {path.relative_to(STUDY).with_suffix("").as_posix() for path in STUDY.glob("*/*.json")}
+    attacks: dict[str, list[Any]] = {}
+    for command in commands:
+        sets = [word for before, word in pairwise(command) if before == "--set"]
+        c = config.load(REPOSITORY / command[command.index("--config") + 1], sets)
+        attack, _, run = str(c.run).partition("/")
+        assert attack in report.TITLES and (c.defense == "none") == (run == "undefended")
+        attacks.setdefault(attack, []).append(c.backdoor)
+    assert {str(name) for name in attacks} | {name.partition("/")[0] for name in kept} == set(report.TITLES)
+    assert all(backdoor == found[0] for found in attacks.values() for backdoor in found)
+    assert len(commands) + len(kept) >= 20
+
+
+def test_run_sh_makes_the_named_runs_alone(tmp_path: Path) -> None:
+    """With names, those runs alone are trained, tested with the same settings, and kept with the commit they began with."""
+    names = ["badnets/asd", "gtsrb_badnets/undefended"]
+    if any((STUDY / f"{name}.json").exists() for name in names):
+        pytest.skip("a kept run is not made again")
+    commands = planned_commands(tmp_path, *names)
+    assert [command[0] for command in commands] == ["ASD.py", "test.py", "-m"] * 2
+    assert commands[0][1:] == commands[1][1:] and "run=badnets/asd" in commands[0]
+    commit = (tmp_path / "saved/badnets/asd.commit").read_text().strip()
+    assert commands[2][-4:] == ["--run", "badnets/asd", "--commit", commit]
