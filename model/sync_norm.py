@@ -5,10 +5,30 @@ torch.nn.SyncBatchNorm serves CUDA alone; on a CPU the two sums travel by a diff
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_functional
 from torch import Tensor, nn
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """Sum a tensor over all processes; the gradient is the sum of theirs.
+
+    Torch has one too, but deprecated it in favour of a private module.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        """Return the sum, a new tensor."""
+        total = local.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        """Every process' value went into the sum of every process."""
+        return SumOverProcesses.forward(ctx, gradient)
 
 
 class CpuSyncBatchNorm2d(nn.BatchNorm2d):
@@ -24,7 +44,7 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
         values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         count = values.new_full((1,), values.numel() / values.shape[1])
         local = torch.cat([values.sum((0, 2, 3)), (values * values).sum((0, 2, 3)), count])  # (2C + 1,)
-        total = dist_functional.all_reduce(local) if x.requires_grad or torch.is_grad_enabled() else reduced(local)
+        total = SumOverProcesses.apply(local)
         n = total[-1]
         mean, square = (total[:-1] / n).chunk(2)  # (C,), (C,)
         variance = (square - mean * mean).clamp(min=0)
@@ -36,13 +56,6 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
         scale = self.weight * (variance + self.eps).rsqrt()
         out = values * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
         return out.to(x.dtype)
-
-
-def reduced(local: Tensor) -> Tensor:
-    """Return the sum over the processes, without gradient."""
-    total = local.clone()
-    dist.all_reduce(total)
-    return total
 
 
 def synchronize(model: nn.Module, device: torch.device) -> nn.Module:

@@ -232,6 +232,7 @@ def test_a_random_defense_plan_has_its_stages_by_epoch(tiny: Path) -> None:
 
 # key, value, what the line must hold beside file, key and value
 MISTAKES: list[tuple[str, Any, list[str]]] = [
+    ("runtime.merged", True, ["runtime.compile"]),
     ("num_epoch", 120, ["unknown key", "num_epochs"]),
     ("global.epoch_frist", 60, ["unknown key", "did you mean epoch_first?"]),
     ("semi.mixmatch.temprature", 0.5, ["unknown key", "did you mean temperature?"]),

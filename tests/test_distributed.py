@@ -17,9 +17,9 @@ import yaml
 from conftest import REPOSITORY, TINY, run_script
 from torch import nn
 
-from utils.config import check_batches, load
+from utils.config import check_processes, load
 from utils.errors import UserError
-from utils.machine import Machine, device_numbers
+from utils.machine import Machine, device_numbers, start_processes
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -63,7 +63,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     both = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert both.returncode == 0, both.stderr
     assert "2 processes" in both.stdout and both.stdout.count("done: ACC") == 1, both.stdout
+    (folder / "stderr.txt").write_text(both.stderr)
     return folder
+
+
+def test_several_processes_run_without_warnings(runs: Path) -> None:
+    """No process warns of a function that torch is going to remove."""
+    lines = (runs / "stderr.txt").read_text().splitlines()
+    assert [line for line in lines if "deprecat" in line.lower() or "FutureWarning" in line] == []
 
 
 def test_two_processes_split_as_one_does(runs: Path) -> None:
@@ -184,9 +191,37 @@ def test_shares_cover_every_row_once(count: int, size: int) -> None:
 def test_a_batch_that_cannot_be_shared_is_refused(tiny: Path) -> None:
     """A batch size is that of all processes together and must be a multiple of their number."""
     settings = load(tiny)
-    check_batches(settings, 2)
+    check_processes(settings, 2)
     with pytest.raises(UserError, match=r"semi\.loader\.batch_size: 9: 2 processes"):
-        check_batches(load(tiny, ["semi.loader.batch_size=9"]), 2)
+        check_processes(load(tiny, ["semi.loader.batch_size=9"]), 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        ("runtime.mode", ["runtime.mode=graph"]),
+        ("runtime.compile", ["runtime.compile=true"]),
+        ("runtime.merged", ["runtime.merged=true", "runtime.compile=true"]),
+    ],
+)
+@pytest.mark.parametrize("sync_bn", ["true", "false"])
+def test_a_step_of_one_process_is_refused_before_several_start(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, key: str, settings: list[str], sync_bn: str
+) -> None:
+    """A captured, compiled or merged step is for one process: with several one line names the key, and none is started."""
+    config = load(tiny, [*settings, f"sync_bn={sync_bn}"])
+    check_processes(config, 1)
+    started: list[Any] = []
+    for name, fact in {"is_available": True, "device_count": 2, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, fact=fact: fact)
+    monkeypatch.setattr("subprocess.call", lambda command: started.append(command) or 0)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UserError) as caught:
+        start_processes("0,1", lambda count: check_processes(config, count))
+    assert str(caught.value).startswith(f"{key}: ") and "\n" not in str(caught.value) and started == []
+    with pytest.raises(SystemExit):
+        start_processes("0,1", lambda count: check_processes(load(tiny), count))
+    assert len(started) == 1 and "--nproc_per_node=2" in started[0]
 
 
 def test_the_same_device_twice_is_refused() -> None:
@@ -196,12 +231,8 @@ def test_the_same_device_twice_is_refused() -> None:
         device_numbers("0,0")
 
 
-def test_a_graph_is_for_one_process() -> None:
-    """`runtime.mode: graph` with several processes is refused; auto means eager."""
-    machine = Machine(torch.device("cpu"), size=2)
-    assert not machine.uses_graph("auto") and not machine.uses_graph("eager")
-    with pytest.raises(UserError, match=r"runtime\.mode"):
-        machine.uses_graph("graph")
-    one = Machine(torch.device("cuda", 0))
+def test_a_graph_is_for_one_cuda_device() -> None:
+    """`auto` and `graph` mean a captured step on one CUDA device; on a CPU, and with several processes, there is none."""
+    one, several, cpu = Machine(torch.device("cuda", 0)), Machine(torch.device("cuda", 0), size=2), Machine(torch.device("cpu"))
     assert one.uses_graph("graph") and one.uses_graph("auto") and not one.uses_graph("eager")
-    assert not any(Machine(torch.device("cpu")).uses_graph(mode) for mode in ("auto", "graph", "eager"))
+    assert not any(machine.uses_graph(mode) for machine in (several, cpu) for mode in ("auto", "graph", "eager"))

@@ -213,7 +213,9 @@ class Runtime:
         options=("auto", "graph", "eager"),
     )
     merged: bool = setting(
-        False, "the 2 and the 3 forward passes of a step as one each, BN by groups of rows; equal but for dropped units"
+        False,
+        "with runtime.compile: the 2 and the 3 forward passes of a step as one each, BN by groups of rows; equal but for "
+        "dropped units",
     )
     compile: bool = setting(False, "torch.compile the losses of a MixMatch step: one process, minutes at the start")
     amp: bool = setting(False, "bf16 for the convolutions (also --amp); weights, BN and losses stay fp32")
@@ -348,6 +350,8 @@ def check(config: Config, reader: Reader) -> None:
             if isinstance(pair, tuple) and (len(pair) != 2 or (key != "size" and pair[0] > pair[1])):
                 wanted = "height and width" if key == "size" else "the least and the greatest"
                 reader.fail(f"transform: {item.name}.{key}", list(pair), f"give two numbers, {wanted}")
+    if config.runtime.merged and not config.runtime.compile:
+        reader.fail("runtime.merged", True, "is slower without runtime.compile: set that to true too, or leave this out")
     if config.dataset is None and config.dataset_dir is None:
         reader.fail("dataset_dir", None, "missing; name the data set's folder, or `dataset: shapes` for the built-in one")
     for key in ("optimizer", "meta.optimizer", "undefended.optimizer"):
@@ -366,8 +370,11 @@ def check(config: Config, reader: Reader) -> None:
         reader.fail("run", config.run, "give a plain name, e.g. asd-seed-1")
 
 
-def check_batches(config: Config, processes: int) -> None:
-    """Refuse batch sizes that the processes cannot share evenly; a `batch_size` is that of all processes together."""
+def check_processes(config: Config, processes: int) -> None:
+    """Refuse what several processes cannot do: odd batch sizes, and a step that is captured, compiled or merged.
+
+    A `batch_size` is that of all processes together.
+    """
     sizes = {
         "loader.batch_size": config.loader.batch_size,
         "semi.loader.batch_size": config.semi.loader.batch_size,
@@ -376,6 +383,11 @@ def check_batches(config: Config, processes: int) -> None:
     for key, size in sizes.items():
         if size % processes:
             raise UserError(f"{key}: {size}: {processes} processes cannot share it evenly: give a multiple of {processes}")
+    if processes > 1 and config.runtime.mode == "graph":
+        raise UserError(f"runtime.mode: graph: is for one process, and there are {processes}: set runtime.mode=auto or eager")
+    for key, on in (("runtime.merged", config.runtime.merged), ("runtime.compile", config.runtime.compile)):
+        if processes > 1 and on:
+            raise UserError(f"{key}: true: is for one process, and there are {processes}: leave it out")
 
 
 def run_name(path: Path) -> str:
