@@ -1,18 +1,16 @@
-"""A pretended CUDA device for a computer without one: the programs run on it, and it minds what a real one would mind.
+"""A simulated CUDA device for a computer without one. Programs run on it, and it enforces what a real device enforces.
 
     with pretended_cuda() as device:
-        ...                      # torch.cuda.is_available() is true, and tensors on cuda:0 can be made and used
-    assert not device.reads      # where the host waited for the device
+        ...                      # torch.cuda.is_available() is true, tensors on cuda:0 can be made and used
+    assert not device.reads      # places where the host waited for the device
 
-How it works. `CudaTensor` is a tensor that Python sees on cuda:0, while C++ takes it for one on torch's meta device: so
-autograd works without a driver. (torch's own FakeTensor on cuda has a forward pass, but no backward pass without one.) Below
-autograd every operator comes to `Device.run`, which computes on ordinary CPU tensors inside, or only follows shapes, types
-and layouts by torch's FakeTensor rules, so that a step of full size takes seconds.
+How it works: `CudaTensor` is a tensor that Python sees on cuda:0 while C++ sees torch's meta device, so autograd needs no
+driver. (torch's own FakeTensor on cuda has a forward pass without a driver, but no backward pass.) Below autograd every
+operator arrives at `Device.run`, which computes it on a CPU tensor inside.
 
-What it notices: tensors of two devices in one operator; reads by the host and uploads from its memory, counted, and refused
-while a graph is captured; fused optimizers over tensors of different layout; what a graph freezes (`Graph`).
-
-What it cannot show: kernels, streams, NCCL, cuDNN's choice of algorithms, memory, time.
+What it notices: operators over tensors of two devices; reads by the host and uploads from host memory, counted, and refused
+during a capture; fused optimizers over tensors of different memory layouts; Python numbers that a graph freezes (`Graph`).
+What it cannot show: kernels, the order of streams, NCCL, cuDNN's choice of algorithms, memory, time.
 """
 
 from __future__ import annotations
@@ -32,11 +30,8 @@ import torch._dynamo  # imports what it needs before anything is patched
 import torchvision  # noqa: F401 - this too
 from conftest import REPOSITORY
 from torch import Tensor, nn
-from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
@@ -46,13 +41,12 @@ READS = {  # operators whose result the host must have before it can go on
     aten.masked_select.default, aten._unique2.default, aten.unique_dim.default, aten.repeat_interleave.Tensor,
 }  # fmt: skip
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-PRODUCTS = {"aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm", "aten::bmm"}
-# Operators that move running statistics without saying so in their schema: the places of these arguments.
+# Operators that update running statistics without declaring it in their schema: the positions of these arguments.
 HIDDEN_WRITES = {aten.native_batch_norm.default: (3, 4), aten.cudnn_batch_norm.default: (3, 4)}
 
 
 class CudaTensor(torch.Tensor):
-    """A tensor on the pretended device; its values are those of `inner`, a CPU tensor or (without values) a FakeTensor."""
+    """A tensor on the simulated device; its values are those of `inner`, a CPU tensor."""
 
     inner: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -66,7 +60,7 @@ class CudaTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert Device.now is not None, "a tensor of the pretended device is used after the device was closed"
+        assert Device.now is not None, "a tensor of the simulated device is used after the block"
         return Device.now.run(func, args, kwargs or {})
 
     device = property(lambda self: CUDA)  # type: ignore[assignment]
@@ -77,75 +71,53 @@ class CudaTensor(torch.Tensor):
         return self.cpu().tolist()
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As on CUDA, moving a tensor to where it is gives the tensor itself."""
+        """As on CUDA, moving a tensor to the device that it is on returns the tensor itself."""
         if len(args) == 1 and not kwargs and isinstance(args[0], (torch.device, str)) and torch.device(args[0]).type == "cuda":
             return self
         return super().to(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """Torch's own would copy the inner tensor twice."""
-        if id(self) not in memo:
-            copied = CudaTensor(self.inner.clone())
-            memo[id(self)] = nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied
-        return memo[id(self)]  # type: ignore[no-any-return]
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"CudaTensor({tuple(self.shape)}, {self.dtype})"
 
 
 class Device(TorchDispatchMode):
-    """The pretended device: runs operators, and records what would make a real one slow or fail.
-
-    Args:
-        compute: compute numbers; else only follow shapes, types and layouts, and let every read give 1.
-    """
+    """The simulated device: runs operators, and counts what would make a real one wait."""
 
     now: Device | None = None
 
-    def __init__(self, compute: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.fake = None if compute else FakeTensorMode(allow_non_fake_inputs=True)
-        self.reads: Counter[str] = Counter()  # by place: how often the host waits for the device
+        self.reads: Counter[str] = Counter()  # by line of the project and operator: the host waits for the device
         self.uploads: Counter[str] = Counter()  # from pageable memory: the host waits too
-        self.launches: Counter[str] = Counter()  # operators that start kernels
-        self.layouts: Counter[bool] = Counter()  # of the inputs and weights of convolutions: are the channels last?
-        self.graphs: list[Graph] = []  # in the order of their captures
+        self.launches: Counter[str] = Counter()  # by operator: those that start kernels
+        self.channels_last: Counter[bool] = Counter()  # the memory formats of the inputs and weights of convolutions
+        self.graphs: list[Graph] = []  # all that were captured, in order
         self.capturing: Graph | None = None
-        self.stream: Any = Stream()
-        # What a test may change:
-        self.can_capture = True
-        self.on_captured: Callable[[Graph], object] = lambda graph: None
-        self.on_replay: Callable[[Graph], object] = lambda graph: None
+        self.stream = Stream.default
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is aten._pin_memory.default:
-            return args[0]
         device = kwargs.get("device")
         if (device is not None and device.type == "cuda") or any(isinstance(t, CudaTensor) for t in tensors_in(args, kwargs)):
             return self.run(func, args, kwargs)
         return func(*args, **kwargs)
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run an operator on the device, or put it into the graph that is being captured."""
+        """Run an operator on the device, or add it to the graph that is being captured."""
         tensors = tensors_in(args, kwargs)
         there = [t for t in tensors if isinstance(t, CudaTensor)]
         here = [t for t in tensors if not isinstance(t, CudaTensor)]
         target = kwargs.get("device")
         if func is aten._to_copy.default and there and target is not None and target.type == "cpu":
             self.read(func)
-            return self.download(self.call(func, args, kwargs | {"device": None}))
+            return func(args[0].inner, **kwargs)
         if func is aten.copy_.default and not isinstance(args[0], CudaTensor):
             self.read(func)
-            return args[0].copy_(self.download(args[1].inner))
+            return args[0].copy_(args[1].inner)
         if func in READS or (func in INDEXING and any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1]))):
             self.read(func)
-            if self.fake is not None and func is aten._local_scalar_dense.default:
-                return torch.ones((), dtype=args[0].dtype).item()
-            if self.fake is not None and func in (aten.equal.default, aten.allclose.default):
-                return True
         if here and (func in (aten._to_copy.default, aten.copy_.default) or (there and func in INDEXING)):
-            self.upload(func)  # an index in the host's memory too: torch moves it by itself, every time
+            self.upload(func)  # torch moves an index from host memory by itself, every time
         elif here and there:
             self.mix(func, here)
         out = self.call(func, args, kwargs)
@@ -155,27 +127,19 @@ class Device(TorchDispatchMode):
         return replaced(out, lambda t: known[id(t)] if id(t) in known else CudaTensor(t))
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run an operator on the inner tensors."""
+        """Run or record an operator on the inner tensors."""
         if kwargs.get("device") is not None:
-            kwargs = kwargs | {"device": CUDA if self.fake else torch.device("cpu")}
+            kwargs = kwargs | {"device": torch.device("cpu")}
         args, kwargs = (replaced(part, lambda t: t.inner if isinstance(t, CudaTensor) else t) for part in (args, kwargs))
         if func is aten.convolution.default:
-            self.layouts.update(t.is_contiguous(memory_format=torch.channels_last) for t in args[:2] if t.dim() == 4)
-        fused = func.name().startswith("aten::_fused_")
-        if fused:
+            self.channels_last.update(t.is_contiguous(memory_format=torch.channels_last) for t in args[:2] if t.dim() == 4)
+        if func.name().startswith("aten::_fused_"):
             check_fused_layouts(func, args)
-        if self.fake is not None:
-            with self.fake:  # FakeTensor has no rule for fused optimizers; they return nothing
-                out = None if fused else func(*args, **kwargs)
-        else:
-            out = self.capturing.record(func, args, kwargs) if self.capturing else func(*args, **kwargs)
+        out = self.capturing.record(func, args, kwargs) if self.capturing else func(*args, **kwargs)
         made = tensors_in(out)
-        if writes_arguments(func) or not made or not all(shares_memory(t, args) for t in made):  # else a view
+        if writes_arguments(func) or not made or not all(shares_memory(t, args) for t in made):  # else it makes a view
             self.launches[func.name()] += 1
         return out
-
-    def download(self, inner: Tensor) -> Tensor:
-        return inner.detach().clone() if self.fake is None else torch.zeros(inner.shape, dtype=inner.dtype)
 
     def read(self, func: Any) -> None:
         self.reads[f"{place()} {func.name()}"] += 1
@@ -186,7 +150,7 @@ class Device(TorchDispatchMode):
         self.refuse_in_capture(f"the host sends pageable memory to the device ({func.name()})")
 
     def mix(self, func: Any, here: list[Tensor]) -> None:
-        """Refuse CPU tensors beside the device's; a single number is allowed, but a graph would freeze it."""
+        """Refuse CPU tensors beside the device's own; as on CUDA one number is allowed, but a graph would freeze it."""
         if any(t.dim() for t in here) or torch.Tag.pointwise not in func.tags:
             raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu ({func.name()})")
         self.refuse_in_capture(f"a number in the host's memory becomes a constant of the graph ({func.name()})")
@@ -199,40 +163,31 @@ class Device(TorchDispatchMode):
 
 @dataclass
 class Operation:
-    """An operator of a graph with its arguments, and the tensors that its results are written to."""
+    """A recorded operator with its arguments, and the tensors that its results are written to."""
 
-    func: Any
+    func: Callable[..., Any]
     args: Any
     kwargs: Any
     results: list[Tensor]
+    name: str
 
-    @property
-    def name(self) -> str:
-        return str(self.func.name())
-
-    def run(self, noise: float) -> None:
-        out = self.func(*self.args, **self.kwargs)
-        for result, t in zip(self.results, tensors_in(out), strict=False):
+    def run(self) -> None:
+        for result, t in zip(self.results, tensors_in(self.func(*self.args, **self.kwargs)), strict=False):
             result.copy_(t)
-            if noise and self.name in PRODUCTS:
-                result.mul_(1 + noise * (2 * torch.rand_like(result) - 1))
 
 
 class Graph:
-    """`torch.cuda.CUDAGraph`: while it is captured nothing is computed; a replay does the recorded work in the recorded
-    memory, with the host's numbers as they were at the capture."""
+    """`torch.cuda.CUDAGraph`. A capture computes nothing; a replay does the recorded work in the recorded memory, with the
+    host's numbers as they were at the capture."""
 
     def __init__(self) -> None:
-        self.operations: list[Operation] = []
+        self.operations: list[Operation] = []  # a test may change them
         self.replays = 0
-        self.noise = 0.0  # relative, on the results of products: as by kernels that add in another order, or in bf16
         self.broken = False
 
     def capture_begin(self, *_: Any, **__: Any) -> None:
         device = running_device()
         assert device.capturing is None and device.stream is not Stream.default, "a capture needs a stream of its own"
-        if not device.can_capture:
-            raise RuntimeError("CUDA error: this device captures no graphs")
         device.capturing = self
 
     def capture_end(self) -> None:
@@ -241,35 +196,36 @@ class Graph:
         if self.broken:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         device.graphs.append(self)
-        device.on_captured(self)
 
     def record(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Note an operator; return its result without values, or the memory that it will write to."""
+        """Add an operator; return views as they are, everything else without values: the memory for a replay's results."""
+        operation = Operation(func, args, kwargs, [], func.name())
         if writes_arguments(func):
-            self.operations.append(Operation(func, args, kwargs, []))
-            written = [t for spec, t in zip(func._schema.arguments, args, strict=False) if is_written(spec)]
-            return written[0] if len(written) == 1 and func._schema.returns else None
+            self.operations.append(operation)
+            given = dict(zip((spec.name for spec in func._schema.arguments), args, strict=False)) | kwargs
+            written = [given[spec.name] for spec in func._schema.arguments if is_written(spec)]
+            assert not func._schema.returns or len(written) == len(func._schema.returns) == 1, func
+            return written[0] if func._schema.returns else None
         hidden = HIDDEN_WRITES.get(func, ())
         out = func(*(a.clone() if i in hidden and a is not None else a for i, a in enumerate(args)), **kwargs)
-        made = tensors_in(out)
-        if any(shares_memory(t, args) for t in made):
-            return out  # a view: the same memory at every replay
-        for t in made:
+        operation.results = tensors_in(out)
+        if any(shares_memory(t, args) for t in operation.results):
+            return out  # a view: of the same memory at every replay
+        for t in operation.results:
             t.fill_(float("nan") if t.is_floating_point() else 0)
-        self.operations.append(Operation(func, args, kwargs, made))
+        self.operations.append(operation)
         return out
 
+    @torch.no_grad()
     def replay(self) -> None:
-        device = running_device()
-        device.on_replay(self)
         self.replays += 1
-        with torch.no_grad():
+        with _disable_current_modes():  # the arguments are CPU tensors
             for operation in self.operations:
-                operation.run(self.noise)
+                operation.run()
 
 
 class Stream:
-    """`torch.cuda.Stream` and `torch.cuda.Event`: everything happens in order here."""
+    """`torch.cuda.Stream` and `torch.cuda.Event`: here everything happens in order."""
 
     default: Stream
     device = CUDA
@@ -293,7 +249,7 @@ Stream.default = Stream()
 
 
 class CudaFunctions(TorchFunctionMode):
-    """What C++ decides by the device, where it would see the meta device: autocast, and a few functions more."""
+    """What C++ decides by the device, which to it is the meta device: autocast, and a few functions more."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -310,7 +266,7 @@ class CudaFunctions(TorchFunctionMode):
 
 
 def numbered(value: Any) -> Any:
-    """Return cuda:0 for cuda: C++ would ask the driver which device is meant."""
+    """Return cuda:0 for cuda: C++ would ask the driver for the current device."""
     return CUDA if type(value) is torch.device and value.type == "cuda" else value
 
 
@@ -369,7 +325,7 @@ def check_fused_layouts(func: Any, args: Any) -> None:
 
 
 def place() -> str:
-    """Return the innermost line of the project, tests aside, that is being run."""
+    """Return the innermost line of the project, apart from its tests, that is running."""
     frame: Any = sys._getframe()
     while frame is not None:
         path, _, rest = frame.f_code.co_filename.partition(f"{REPOSITORY}/")
@@ -385,27 +341,21 @@ def running_device() -> Device:
 
 
 @contextlib.contextmanager
-def pretended_cuda(compute: bool = True) -> Iterator[Device]:
-    """Let this computer have one CUDA device (of Hopper's kind, 80 GB) for the length of the block."""
-    device = Device(compute)
-    group, save, generator = torch.optim.Optimizer._group_tensors_by_device_and_dtype, torch.save, torch.Generator
+def pretended_cuda() -> Iterator[Device]:
+    """Give this computer one CUDA device (of Hopper's capability, with 80 GB) for the length of the block."""
+    device = Device()
+    group, generator = torch.optim.Optimizer._group_tensors_by_device_and_dtype, torch.Generator
 
     def grouped(lists: Any, with_indices: bool = False) -> Any:  # C++ sees the meta device
         return {(CUDA if d and d.type == "meta" else d, t): v for (d, t), v in group(lists, with_indices).items()}
 
-    def saved(thing: Any, *args: Any, **kwargs: Any) -> None:
-        save(tree_map(lambda t: t.detach().cpu() if isinstance(t, CudaTensor) else t, thing), *args, **kwargs)
-
-    def set_stream(stream: Any) -> None:
-        device.stream = stream
-
-    device.stream = Stream.default
     of_cuda = {
         "is_available": lambda: True, "device_count": lambda: 1, "set_device": lambda *_: None, "current_device": lambda: 0,
-        "get_device_capability": lambda *_: (9, 0), "get_device_name": lambda *_: "pretended", "_lazy_init": lambda: None,
+        "get_device_capability": lambda *_: (9, 0), "get_device_name": lambda *_: "simulated", "_lazy_init": lambda: None,
         "mem_get_info": lambda *_: (80 * 10**9, 80 * 10**9), "is_bf16_supported": lambda *_, **__: True,
         "synchronize": lambda *_: None, "empty_cache": lambda: None, "manual_seed_all": lambda _: None,
-        "Stream": Stream, "Event": Stream, "current_stream": lambda *_: device.stream, "set_stream": set_stream,
+        "Stream": Stream, "Event": Stream, "current_stream": lambda *_: device.stream,
+        "set_stream": lambda stream: setattr(device, "stream", stream),
         "CUDAGraph": Graph, "is_current_stream_capturing": lambda: device.capturing is not None,
         "get_rng_state": lambda *_: torch.get_rng_state(), "set_rng_state": lambda state, *_: torch.set_rng_state(state),
         "memory_allocated": lambda *_: 0, "max_memory_allocated": lambda *_: 0, "reset_peak_memory_stats": lambda *_: None,
@@ -416,10 +366,8 @@ def pretended_cuda(compute: bool = True) -> Iterator[Device]:
         (torch.accelerator, "current_stream", lambda *_: device.stream),
         (torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(grouped)),
         (sys.modules["torch.optim.optimizer"], "_foreach_supported_types", [Tensor, nn.Parameter, CudaTensor]),
-        (torch, "save", saved),
         (torch, "Generator", type("Generator", (), {"__new__": lambda cls, device=None: generator()})),
-        (FakeTensorMode, "avoid_device_init", property(lambda _: True)),
-        (fake_tensor, "init_gpu_context", lambda _: None),
+        (Device, "now", device),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, value in patches:
@@ -430,16 +378,15 @@ def pretended_cuda(compute: bool = True) -> Iterator[Device]:
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrite)
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
-        stack.callback(clear_caches)  # before the device is closed: no tensor of it may stay behind
         clear_caches()
-        stack.enter_context(mock.patch.object(Device, "now", device))
+        stack.callback(clear_caches)  # no tensor of the device may stay behind
         stack.enter_context(CudaFunctions())
         stack.enter_context(device)
         yield device
 
 
 def clear_caches() -> None:
-    """Empty the project's function caches, in which tensors are kept by their device."""
+    """Empty the project's function caches: some hold tensors by their device."""
     for module in list(sys.modules.values()):
         if str(getattr(module, "__file__", None) or "").startswith(f"{REPOSITORY}/"):
             for value in list(vars(module).values()):

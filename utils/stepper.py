@@ -6,6 +6,7 @@ fixed places. Without capture (on a CPU) the very same function runs eagerly: th
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,10 +18,14 @@ from torch import Tensor, nn
 from utils.errors import UserError
 
 WARM_UP = 3  # eager steps on a side stream before the capture, so that cuDNN and the allocator have settled
-TRIAL = 2  # rows that a new graph is tried on: with one row nobody would notice that the row counter stands still
+TRIAL = 2  # rows that a new graph is tried on: with one row a row counter that stands still would go unnoticed
 
-# Tensors that a step changes, by kind. A plain list is split into weights and everything else.
-Kinds = Mapping[str, list[Tensor]]
+WEIGHTS, SUMS, COUNTER = "weights", "sums of losses", "row counter"
+SUMS_APART = 0.02  # relative
+PATHS_APART, MOST_APART = 0.5, 0.9  # relative to the length of the path
+ROUNDING = 4 * torch.finfo(torch.float32).eps  # relative to a tensor's own length
+
+Kinds = Mapping[str, list[Tensor]]  # the tensors that a step changes, by kind (`changed_tensors`)
 
 
 class Replayable(Protocol):
@@ -39,8 +44,8 @@ class Stepper:
 
     Args:
         step: takes a NamedTuple of tensors without the first axis, returns a tensor (k,).
-        tensors: returns all tensors that a step changes in place, at best by kind (`changed_tensors`). The steps of the
-            warm-up and of the trial are undone in place.
+        tensors: returns all tensors that a step changes in place, by kind (`changed_tensors`). The steps of the warm-up and
+            of the trial are undone in place.
         width: k.
         capture: record a CUDA graph; else run eagerly.
         insist: a capture that fails ends the run instead (`runtime.mode: graph`).
@@ -49,14 +54,13 @@ class Stepper:
     def __init__(
         self,
         step: Callable[[Any], Tensor],
-        tensors: Callable[[], Kinds | list[Tensor]],
+        tensors: Callable[[], Kinds],
         width: int,
         capture: bool,
         insist: bool = False,
         say: Callable[[str], object] = print,
     ) -> None:
-        self.step, self.width, self.capture, self.insist, self.say = step, width, capture, insist, say
-        self.tensors = lambda: by_kind(tensors())
+        self.step, self.tensors, self.width, self.capture, self.insist, self.say = step, tensors, width, capture, insist, say
         self.tables: Any = None
         self.graph: Replayable | None = None
 
@@ -96,12 +100,12 @@ class Stepper:
         self.one()
 
     def record(self) -> None:
-        """Warm up, capture, try the graph against eager steps, and put every changed tensor back in place."""
-        before = {id(t): t.clone() for tensors in self.tensors().values() for t in tensors}
+        """Warm up, capture, try the graph against eager steps, and restore every changed tensor in place."""
+        before = {id(t): t.clone() for t in self.changed()}
         draws = random_states()
 
         def start() -> None:
-            put_back([t for tensors in self.tensors().values() for t in tensors], before)
+            put_back(self.changed(), before)
             set_random_states(draws)
             self.rewind()
 
@@ -109,11 +113,13 @@ class Stepper:
         try:
             warm_up(self.first)
             start()
-            expected = self.outcome(self.one, copy=True)
+            expected = {kind: [t.clone() for t in tensors] for kind, tensors in self.outcome(self.one).items()}
+            start()
+            scatter = distances(self.outcome(self.one), expected, before)
             start()
             graph = capture(self.one)
             start()
-            trouble = difference(self.outcome(graph.replay, copy=False), expected, before)
+            trouble = difference(self.outcome(graph.replay), expected, before, scatter)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -126,18 +132,17 @@ class Stepper:
         else:
             self.say(f"the step does not run as a CUDA graph here ({trouble}): it runs eagerly, with the same numbers")
 
-    def outcome(self, work: Callable[[], object], copy: bool) -> dict[str, list[Tensor]]:
-        """Do the work for the rows of the trial; return what it changed, by kind.
+    def changed(self) -> list[Tensor]:
+        """Return all tensors that a step changes in place."""
+        return [t for tensors in self.tensors().values() for t in tensors]
 
-        Args:
-            copy: return copies of the changed tensors, not the tensors themselves.
-        """
+    def outcome(self, work: Callable[[], object]) -> dict[str, list[Tensor]]:
+        """Do the work for the rows of the trial; return the sums after each row, the row counter, and `tensors()`."""
         sums = []
         for _ in range(min(TRIAL, self.tables[0].shape[0])):
             work()
             sums.append(self.sums.clone())
-        changed = {kind: [t.clone() if copy else t for t in tensors] for kind, tensors in self.tensors().items()}
-        return {SUMS: sums, COUNTER: [self.counter.clone()], **changed}
+        return {SUMS: sums, COUNTER: [self.counter], **self.tensors()}
 
 
 def random_states() -> list[Tensor]:
@@ -163,25 +168,25 @@ def warm_up(work: Callable[[], object]) -> None:
 
 
 def capture(work: Callable[[], object]) -> Replayable:
-    """Return the work as a CUDA graph; nothing is computed yet.
+    """Return the work as a CUDA graph; nothing is computed yet. The current stream stays what it was, also after an error.
 
     Raises:
-        RuntimeError: what the work itself raised, if it did. To end the broken capture fails too, and that second error
-            tells nothing.
+        RuntimeError: the capture failed. If the work itself raised an error, it is that one: the end of a broken capture
+            raises another, which hides the cause.
     """
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.current_stream()
-    cause: RuntimeError | None = None
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    cause: Exception | None = None
     try:
         with torch.cuda.graph(graph):
             try:
                 work()
-            except RuntimeError as error:
+            except Exception as error:
                 cause = error
                 raise
     except RuntimeError as error:
-        torch.cuda.set_stream(stream)  # torch leaves the stream of the capture current if that cannot be ended
         raise (cause or error) from None
+    finally:
+        torch.cuda.set_stream(stream)  # torch stays on its capture stream if a capture cannot be ended
     return graph
 
 
@@ -211,62 +216,72 @@ def changed_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return kinds
 
 
-def by_kind(tensors: Kinds | list[Tensor]) -> Kinds:
-    """Return tensors by kind; of a plain list only the weights are known by their type."""
-    if isinstance(tensors, Mapping):
-        return tensors
-    weights = [t for t in tensors if isinstance(t, nn.Parameter)]
-    return {WEIGHTS: weights, "state": [t for t in tensors if not isinstance(t, nn.Parameter)]}
-
-
-WEIGHTS, SUMS, COUNTER = "weights", "sums of losses", "row counter"
-SUMS_APART = 0.02  # relative
-PATH_APART = 0.5  # of the length of the path
-ROUNDING = 4 * torch.finfo(torch.float32).eps  # relative to a tensor's own length
-
-
 @torch.no_grad()
-def difference(found: Kinds, expected: Kinds, before: dict[int, Tensor]) -> str:
+def difference(found: Kinds, expected: Kinds, before: dict[int, Tensor], scatter: Mapping[str, float]) -> str:
     """Return what is wrong with a replayed trial, or nothing.
 
     Two eager trials differ too: CUDA adds in no fixed order, bf16 rounds, and Adam's first steps take little but the signs
-    of the gradients, so that a gradient near zero sends its weight either way. What is compared, each kind of tensors by
-    itself, so that none is lost in the size of another:
+    of the gradients, so that a gradient near zero sends its weight either way. Each kind of tensors is compared by itself,
+    so that none is lost in the size of another:
 
-    - Counters (whole numbers: the row counter, Adam's steps, BN's batches) exactly.
-    - The sums of losses within 2 %.
-    - Tensors that the eager steps moved: one that the replays left untouched was left out.
-    - The path of all tensors of a kind together: apart by less than half of its length. Rounding stays below a quarter
-      (measured with every product off by a bf16 rounding); a part done twice or left out gives 1 and more. Single
-      tensors cannot be judged so: a bias before BN has a gradient of rounding alone, and goes either way.
+    - Counters (whole numbers: the row counter, Adam's steps, BN's batches) are equal.
+    - The sums of losses are within 2 %.
+    - No tensor that the eager steps moved has stayed where it was.
+    - The paths of all tensors of a kind together are at most half of their length apart, or twice as far as those of two
+      eager trials. Rounding every product to bf16 gave up to 0.45 (ResNet-18 of width 16); a part that is done twice or
+      left out gives 1 or more. Single tensors cannot be judged: a bias before BN has a gradient of rounding alone.
 
     Args:
         found, expected: the outcome of the replays and of the eager steps.
         before: the tensors' values before, by the id of what `found` holds; what did not exist was zero.
+        scatter: the `distances` of two eager trials.
     """
     for ours, theirs in zip(found[SUMS], expected[SUMS], strict=True):
         if not torch.allclose(ours, theirs, rtol=SUMS_APART, atol=1e-6):
             return f"a trial gave the losses {ours.tolist()} and not {theirs.tolist()}"
-    for kind in found.keys() - {SUMS}:
-        path = apart = slack = 0.0  # squares
-        for a, b in zip(found[kind], expected[kind], strict=True):
-            if is_counter(b):
-                if not torch.equal(a, b):
+    for kind in moving(expected):
+        for ours, theirs in zip(found[kind], expected[kind], strict=True):
+            if is_counter(theirs):
+                if not torch.equal(ours, theirs):
                     return f"a trial counted wrongly ({kind})"
-                continue
-            origin = before.get(id(a), torch.zeros_like(a))
-            size, moved, off = (float(t.double().square().sum()) for t in (b, b - origin, a - b))
-            rounding = ROUNDING**2 * size
-            if moved > rounding and torch.equal(a, origin):
+            elif torch.equal(ours, origin := value_before(ours, before)) and norm(theirs - origin) > ROUNDING * norm(theirs):
                 return f"a trial left out a change ({kind})"
-            path, apart, slack = path + moved, apart + off, slack + rounding
-        if not apart <= PATH_APART**2 * path + slack:  # also where one is not a number
-            return f"a trial changed the {kind} another way, {(apart / max(path, 1e-300)) ** 0.5:.2f} of its length apart"
+    for kind, distance in distances(found, expected, before).items():
+        if not distance <= min(max(PATHS_APART, 2 * scatter[kind]), MOST_APART):  # also where one is not a number
+            return f"a trial changed the {kind} in another way, {distance:.2f} of the path apart"
     return ""
 
 
+@torch.no_grad()
+def distances(found: Kinds, expected: Kinds, before: dict[int, Tensor]) -> dict[str, float]:
+    """Return, by kind, how far apart two outcomes are, relative to the length of the expected path from `before`."""
+    apart = {}
+    for kind in moving(expected):
+        pairs = [(a, b) for a, b in zip(found[kind], expected[kind], strict=True) if not is_counter(b)]
+        off = math.hypot(*(norm(a - b) for a, b in pairs))
+        path = math.hypot(*(norm(b - value_before(a, before)) for a, b in pairs))
+        rounding = ROUNDING * math.hypot(*(norm(b) for _, b in pairs))  # what does not move is apart by that at most
+        apart[kind] = off / max(path, rounding, 1e-30)
+    return apart
+
+
+def moving(outcome: Kinds) -> list[str]:
+    """Return the kinds of an outcome whose tensors are changed in place."""
+    return [kind for kind in outcome if kind != SUMS]
+
+
+def value_before(t: Tensor, before: dict[int, Tensor]) -> Tensor:
+    """Return the value that a tensor had before; zero if it did not exist."""
+    return before[id(t)] if id(t) in before else torch.zeros_like(t)
+
+
+def norm(t: Tensor) -> float:
+    """Return a tensor's length."""
+    return float(t.double().square().sum().sqrt())
+
+
 def is_counter(t: Tensor) -> bool:
-    """Return whether a tensor counts: whole numbers, or one floating-point number without a fraction (Adam's steps)."""
+    """Return whether a tensor counts: whole numbers, or a single number without a fraction (Adam's steps)."""
     return not t.is_floating_point() or (t.ndim == 0 and bool(t == t.round()))
 
 
