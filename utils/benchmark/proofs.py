@@ -131,7 +131,7 @@ def through_stepper(bench: Bench, model: nn.Module, draws: MixMatchDraws, captur
     def step(draw: MixMatchDraws) -> Tensor:
         return ASD.mixmatch_step(bench.config, model, optimizer, bench.train_set, draw, bench.augment, bench.machine())
 
-    stepper = Stepper(step, partial(changed_tensors, model, optimizer), width=3, capture=capture)
+    stepper = Stepper(step, partial(changed_tensors, model, optimizer), width=3, capture=capture, insist=True)
     return stepper.run(draws, bench_setup.quiet)
 
 
@@ -232,7 +232,7 @@ def prove(device: torch.device) -> dict[str, bool]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 out[name] = bool(proof(device))
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+        except Exception as error:
             print(f"proof {name}: {type(error).__name__}: {error}")
             out[name] = False
     return out
