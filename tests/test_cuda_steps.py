@@ -13,15 +13,16 @@ import torch
 from fake_cuda import CUDA, Graph, Operation, Stream, pretended_cuda, running_device, tensors_in
 from torch import Tensor, nn
 
-from model.optimizer import build_optimizer
+from model.optimizer import build_optimizer, build_scheduler
 from utils.benchmark import first_look
 from utils.benchmark import proofs as bench_proofs
 from utils.benchmark.setup import Kind, Training, make_bench, quiet
-from utils.config import Adam
+from utils.config import SGD, Adam, MultiStep
 from utils.schema import Named
 from utils.stepper import TRIAL, Stepper, changed_tensors
 
 PRODUCTS = {"aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm", "aten::bmm"}
+ADAM = Named("Adam", Adam())
 Change = Callable[[list[Operation]], list[Operation]]
 
 
@@ -53,21 +54,47 @@ class Row(NamedTuple):
     x: Tensor  # (S, 4, 3, 6, 6)
 
 
-def small_stepper() -> tuple[Stepper, Row]:
-    """A stepper and tables that take a few milliseconds: convolution, BN, and Adam as runs with a graph have it."""
+def small_training(optimizer: Named, capture: bool) -> tuple[Stepper, Row, torch.optim.Optimizer]:
+    """A stepper and tables that take a few milliseconds: convolution, BN, and an optimizer as runs with a graph have it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 2)).to(CUDA)
-    optimizer = build_optimizer(Named("Adam", Adam()), model.parameters(), capturable=True)
+    updates = build_optimizer(optimizer, model.parameters(), capturable=True)
 
     def step(row: Row) -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
+        updates.zero_grad(set_to_none=True)
         loss = model(row.x).square().mean()
         loss.backward()
-        optimizer.step()
+        updates.step()
         return loss.detach().view(1)
 
     tables = Row(torch.randn(3, 4, 3, 6, 6).to(CUDA))
-    return Stepper(step, partial(changed_tensors, model, optimizer), width=1, capture=True), tables
+    return Stepper(step, partial(changed_tensors, model, updates), width=1, capture=capture), tables, updates
+
+
+def small_stepper() -> tuple[Stepper, Row]:
+    """The same with Adam and a graph."""
+    return small_training(ADAM, capture=True)[:2]
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, Named("SGD", SGD(momentum=0.9))], ids=["Adam", "SGD"])
+def test_a_schedule_reaches_the_captured_step(optimizer: Named) -> None:
+    """The learning rate that a schedule sets between two epochs is that of the replays: weights, moments and losses are those
+    of eager steps, bit for bit."""
+    results = []
+    for capture in (True, False):
+        with pretended_cuda() as device:
+            stepper, tables, updates = small_training(optimizer, capture)
+            schedule = build_scheduler(Named("multi_step", MultiStep(milestones=(1, 2))), updates, num_epochs=3)
+            assert schedule is not None
+            sums, rates = [], []
+            for _ in range(3):
+                sums.append(stepper.run(tables, quiet).tolist())
+                rates.append(float(updates.param_groups[0]["lr"]))
+                schedule.step()
+            assert len(device.graphs) == capture and (stepper.graph is not None) == capture and len({*rates}) == 3
+            results.append(([t.cpu() for t in stepper.changed()], sums, rates))
+    (ours, *others), (theirs, *same) = results
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)) and others == same
 
 
 def mixmatch_stepper() -> tuple[Stepper, Any]:
