@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.augment import Pipeline
-from data.batches import MixMatchDraws, SupervisedDraws, batch_slices, draw_mixmatch, draw_scoring, draw_supervised, views
+from data.batches import MixMatchDraws, SupervisedDraws, draw_mixmatch, draw_scoring, draw_supervised, views
 from data.poison import prepare
 from data.pools import check_pool_sizes, class_agnostic_split, class_aware_split, meta_split, per_class, rest
 from data.seeds import choose_seed_samples
 from data.sets import COVER, POISONED, ImageSet, Oracle
 from loss.mixmatch import guess_labels, interleave_order, mixmatch_loss, mixup, ramp_up
 from loss.supervised import cross_entropy, symmetric_cross_entropy
-from model.classifier import Classifier, build_classifier, virtual_copy
+from model.batch_counters import counted_once
+from model.classifier import Classifier, build_classifier, copy_values, virtual_copy
 from model.grouped_norm import forward_each, group, rows_per_group
-from model.optimizer import build_optimizer, build_scheduler
+from model.optimizer import build_optimizer, build_scheduler, restart
 from model.scoring import predict
 from model.sync_norm import synchronize
 from utils import checkpoint, config
@@ -83,13 +85,14 @@ def train(config: Config, run: Run, machine: Machine, resume: str) -> None:
         report = Report(run, config, data.backdoor, flags, data.examples, data.caption, state.epoch)
     report.start(machine, state, *(len(part) if part else None for part in (tests.clean, tests.backdoor)))
     steps = mixmatch_steps(config, state, train_set, augment, machine)
+    virtual = build_virtual(config, state.model, train_set, augment, machine) if config.defense == "asd" else None
 
     trains = state.epoch < config.num_epochs
     for epoch in range(state.epoch, config.num_epochs):
         started = time.monotonic()
         torch.manual_seed(key_seed(config.seed.seed, "torch", epoch))  # for networks that drop units
         if config.defense == "asd":
-            clean_pool, split_values = split_pools(config, epoch, state.model, train_set, seeds, augment, machine)
+            clean_pool, split_values = split_pools(config, epoch, state.model, train_set, seeds, augment, machine, virtual)
             report.split(epoch, clean_pool, split_values)
             losses = train_mixmatch(config, epoch, state, train_set, clean_pool, augment, machine, steps)
             state.clean_pool = clean_pool
@@ -111,10 +114,20 @@ def train(config: Config, run: Run, machine: Machine, resume: str) -> None:
 
 
 def split_pools(
-    config: Config, epoch: int, model: nn.Module, train_set: ImageSet, seeds: Tensor, augment: Pipeline, machine: Machine
+    config: Config,
+    epoch: int,
+    model: nn.Module,
+    train_set: ImageSet,
+    seeds: Tensor,
+    augment: Pipeline,
+    machine: Machine,
+    virtual: Virtual | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Split the training set for one epoch (paper section 3.2; asd.md section 6).
 
+    Args:
+        seeds: (S,) int64, on the CPU.
+        virtual: as in `train_virtual_model`.
     Returns:
         the clean pool, sorted indices (P,) int64, and the values (N,) that decided; both on the CPU.
     """
@@ -127,7 +140,7 @@ def split_pools(
     if epoch < g.epoch_second:
         pool, values = class_agnostic_split(losses, g.epsilon), losses
     else:
-        virtual_model = train_virtual_model(config, epoch, model, train_set, augment, machine)
+        virtual_model = train_virtual_model(config, epoch, model, train_set, augment, machine, virtual)
         virtual_losses = split_losses(config, epoch, "score virtual", virtual_model, train_set, augment, machine)
         pool, values = meta_split(losses, virtual_losses, g.epsilon), losses - virtual_losses
     if g.keep_seeds:
@@ -140,7 +153,8 @@ def split_losses(
     config: Config, epoch: int, purpose: str, model: nn.Module, train_set: ImageSet, augment: Pipeline, machine: Machine
 ) -> Tensor:
     """Return the split loss (N,) float32, on the CPU, of every image with the label it carries, under one augmented view."""
-    n, batch, sce = len(train_set), config.loader.batch_size, config.split.criterion.sce
+    n, sce = len(train_set), config.split.criterion.sce
+    batch = machine.scoring_batch(config.loader.batch_size, augment.output_size)
     draws = draw_scoring(config.seed.seed, purpose, epoch, n, augment).to(machine.device)
     mine = machine.share(n)
     batches = views(train_set.part(mine), draws[mine], augment, batch)
@@ -158,18 +172,49 @@ def split_losses(
 
 
 def train_virtual_model(
-    config: Config, epoch: int, model: nn.Module, train_set: ImageSet, augment: Pipeline, machine: Machine
+    config: Config,
+    epoch: int,
+    model: nn.Module,
+    train_set: ImageSet,
+    augment: Pipeline,
+    machine: Machine,
+    virtual: Virtual | None = None,
 ) -> Classifier:
-    """Return a copy of the model, trained a little on all images with the labels they carry (paper section 3.2.3)."""
-    assert isinstance(model, Classifier)
-    virtual_model, last_layers = virtual_copy(model)
-    parallel = machine.wrap(virtual_model)
-    optimizer = build_optimizer(config.meta.optimizer, last_layers)
+    """Return a copy of the model, trained a little on all images with the labels they carry (paper section 3.2.3).
+
+    Args:
+        virtual: where the copy is made and trained, over what is there; None: in a new place.
+    """
+    virtual = virtual or build_virtual(config, model, train_set, augment, machine)
+    copy_values(model, virtual.model)
+    restart(virtual.optimizer)
+    virtual.model.train()
     for i in range(config.meta.epoch):
         draws = draw_supervised(config.seed.seed, f"virtual {i}", epoch, len(train_set), augment)
-        train_supervised("virtual model", parallel, optimizer, train_set, draws, augment, config.loader.batch_size, machine)
-    machine.average_buffers(virtual_model)
-    return virtual_model
+        train_supervised("virtual model", virtual.steps, draws, config.loader.batch_size, machine)
+    machine.average_buffers(virtual.model)
+    return virtual.model
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """Where the virtual models of all epochs are made, one over the other: a captured step finds its tensors by their place."""
+
+    model: Classifier
+    optimizer: torch.optim.Optimizer
+    steps: Stepper
+
+
+def build_virtual(config: Config, model: nn.Module, train_set: ImageSet, augment: Pipeline, machine: Machine) -> Virtual:
+    """Return a place for virtual models of this model."""
+    assert isinstance(model, Classifier)
+    virtual_model, last_layers = virtual_copy(model)
+    graph = machine.uses_graph(config.runtime.mode)
+    state = State(virtual_model, build_optimizer(config.meta.optimizer, last_layers, capturable=graph), scheduler=None)
+    state.parallel = machine.wrap(virtual_model)
+    insist = config.runtime.mode == "graph"
+    steps = supervised_steps(state, train_set, augment, machine, captures(config, train_set, machine), insist)
+    return Virtual(virtual_model, state.optimizer, steps)
 
 
 def train_mixmatch(
@@ -209,11 +254,20 @@ def mixmatch_steps(config: Config, state: State, train_set: ImageSet, augment: P
     def step(draw: MixMatchDraws) -> Tensor:
         return mixmatch_step(config, state.parallel, state.optimizer, train_set, draw, augment, machine, losses)
 
+    counted = step if config.runtime.compile else counted_once(state.model)(step)  # it hooks in where a compiler sees one piece
+    return Stepper(counted, state.tensors, 3, captures(config, train_set, machine), insist=config.runtime.mode == "graph")
+
+
+def captures(config: Config, train_set: ImageSet, machine: Machine) -> bool:
+    """Return whether the steps are captured as CUDA graphs.
+
+    Raises:
+        UserError: `runtime.mode: graph` insists on it, and the images do not lie on the device.
+    """
     graph = machine.uses_graph(config.runtime.mode)
     if graph and config.runtime.mode == "graph" and not train_set.resident:
         raise UserError("runtime.mode: graph: needs the images on the device: set data.placement=device, or runtime.mode=auto")
-    capture = graph and train_set.resident  # to fetch images from elsewhere the step waits for the host
-    return Stepper(step, state.tensors, width=3, capture=capture, insist=config.runtime.mode == "graph")
+    return graph and train_set.resident  # to fetch images from elsewhere the step waits for the host
 
 
 def mixmatch_step(
@@ -292,39 +346,63 @@ def train_undefended(
 ) -> dict[str, float]:
     """`defense: none`: one epoch of plain training on all images with the labels they carry."""
     draws = draw_supervised(config.seed.seed, "undefended", epoch, len(train_set), augment)
-    batch = config.undefended.batch_size
-    return {"loss": train_supervised("training", state.parallel, state.optimizer, train_set, draws, augment, batch, machine)}
+    steps = supervised_steps(state, train_set, augment, machine)
+    state.model.train()
+    return {"loss": train_supervised("training", steps, draws, config.undefended.batch_size, machine)}
 
 
-def train_supervised(
-    name: str,
+def train_supervised(name: str, steps: Stepper, draws: SupervisedDraws, batch: int, machine: Machine) -> float:
+    """Train one pass over all images with cross-entropy; return the mean loss.
+
+    Args:
+        steps: of `supervised_steps`.
+    """
+    equal, last = draws.to(machine.device).cut(batch, least=2 * machine.size)
+    total = torch.zeros(1, device=machine.device)
+    if len(equal.order):
+        total = steps.run(equal, lambda numbers: progress(numbers, name, len(equal.order)))
+    if len(last.order):
+        total += steps.step(last)  # it has a size of its own, so it is no replay
+    return float(machine.sum(total)) / len(draws.order)
+
+
+def supervised_steps(
+    state: State, train_set: ImageSet, augment: Pipeline, machine: Machine, capture: bool = False, insist: bool = False
+) -> Stepper:
+    """Return what runs the steps of a training on given labels: eagerly, or as a CUDA graph captured once."""
+
+    @counted_once(state.model)
+    def step(draw: SupervisedDraws) -> Tensor:
+        return supervised_step(state.parallel, state.optimizer, train_set, draw, augment, machine)
+
+    return Stepper(step, state.tensors, width=1, capture=capture, insist=insist)
+
+
+def supervised_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     train_set: ImageSet,
-    draws: SupervisedDraws,
+    draw: SupervisedDraws,
     augment: Pipeline,
-    batch: int,
     machine: Machine,
-) -> float:
-    """Train one pass over all images with cross-entropy; return the mean loss."""
-    draws = draws.to(machine.device)
-    total = torch.zeros((), device=machine.device)
-    model.train()
-    slices = batch_slices(len(train_set), batch, least=2 * machine.size)
-    for part in progress(slices, name, len(slices)):
-        index, view = draws.order[part], draws.views[part]
-        count = len(index)
-        mine = machine.share(count)
-        inputs = machine.lay_out(augment(train_set.fetch(index[mine]), view[mine]))  # (B, 3, H, W), its share
-        with machine.autocast():
-            logits = model(inputs)  # (B, C)
-        losses = cross_entropy(logits, train_set.labels[index[mine]])  # (B,)
-        mean = losses.sum() / count * machine.size
-        optimizer.zero_grad(set_to_none=True)
-        mean.backward()  # the mean over the shares is the mean over the batch
-        optimizer.step()
-        total += mean.detach() * (count / machine.size)
-    return float(machine.sum(total)) / len(train_set)
+) -> Tensor:
+    """One step of cross-entropy on a batch of B images.
+
+    Returns:
+        (1,): the sum of its losses, this process' part, detached.
+    """
+    count = len(draw.order)
+    mine = machine.share(count)
+    index = draw.order[mine]
+    inputs = machine.lay_out(augment(train_set.fetch(index), draw.views[mine]))  # (B, 3, H, W), its share
+    with machine.autocast():
+        logits = model(inputs)  # (B, C)
+    losses = cross_entropy(logits, train_set.labels[index])  # (B,)
+    mean = losses.sum() / count * machine.size
+    optimizer.zero_grad(set_to_none=True)
+    mean.backward()  # the mean over the shares is the mean over the batch
+    optimizer.step()
+    return mean.detach().view(1) * (count / machine.size)
 
 
 def accuracy(config: Config, model: nn.Module, test_set: ImageSet | None, plain: Pipeline, machine: Machine) -> float | None:
@@ -341,7 +419,7 @@ def accuracy(config: Config, model: nn.Module, test_set: ImageSet | None, plain:
 
 def plain_logits(config: Config, purpose: str, model: nn.Module, images: ImageSet, plain: Pipeline, machine: Machine) -> Tensor:
     """Return the logits (N, C) of this process' share of the images, without augmentation."""
-    n, batch = len(images), config.loader.batch_size
+    n, batch = len(images), machine.scoring_batch(config.loader.batch_size, plain.output_size)
     mine = machine.share(n)
     no_draws = torch.zeros(n, 0, device=images.labels.device)
     batches = views(images.part(mine), no_draws[mine], plain, batch)

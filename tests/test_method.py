@@ -484,10 +484,12 @@ def test_accuracy_is_a_count(tiny: Path, batch: int) -> None:
         ASD.split_pools,
         ASD.split_losses,
         ASD.train_virtual_model,
+        ASD.build_virtual,
         ASD.train_mixmatch,
         ASD.mixmatch_step,
         ASD.train_undefended,
-        ASD.train_supervised,
+        ASD.supervised_steps,
+        ASD.supervised_step,
     ],
 )
 def test_ground_truth_cannot_reach_splits_and_training(function: Any) -> None:

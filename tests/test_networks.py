@@ -526,9 +526,10 @@ def test_a_single_image_left_over_is_trained_on(name: str) -> None:
     train_set = ImageSet(torch.randint(0, 256, (33, 3, 32, 32), dtype=torch.uint8), torch.arange(33) % 10)
     to_tensor = Named("to_tensor", plugins.settings("data.transforms", "to_tensor")())
     augment = Pipeline((), (to_tensor,), 32, 32)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    state = State(model.train(), torch.optim.SGD(model.parameters(), lr=0.01), scheduler=None)
+    steps = ASD.supervised_steps(state, train_set, augment, FP32)
     draws = draw_supervised(0, "test", 0, 33, augment)
-    assert math.isfinite(ASD.train_supervised("test", model, optimizer, train_set, draws, augment, 32, FP32))
+    assert math.isfinite(ASD.train_supervised("test", steps, draws, 32, FP32))
 
 
 @every_network

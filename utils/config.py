@@ -108,7 +108,9 @@ class Backdoor:
 
 @dataclass(frozen=True)
 class Loader:
-    batch_size: int = setting(128, "images a batch in scoring, testing and the virtual model's training", low=1)
+    batch_size: int = setting(
+        128, "images a batch in scoring, testing (both on CUDA 1000 of 32 x 32) and the virtual model's training", low=1
+    )
     num_workers: int = setting(0, "accepted for the original's files; no worker is started", low=0)
     pin_memory: bool = setting(True, "accepted for the original's files; not needed")
 
@@ -209,7 +211,8 @@ class Undefended:
 class Runtime:
     mode: str = setting(
         "auto",
-        "a MixMatch step as one CUDA graph, or eager; auto: on one CUDA device the graph, if its trial equals the eager step",
+        "a step of MixMatch or of the virtual model as one CUDA graph, or eager; auto: on one CUDA device the graph, if its "
+        "trial equals the eager step",
         options=("auto", "graph", "eager"),
     )
     merged: bool = setting(

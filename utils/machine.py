@@ -23,6 +23,8 @@ Say = Callable[[str], object]
 SILENCE = timedelta(seconds=600)  # a process that is not heard of for so long ends the run
 PATIENCE = timedelta(days=1)  # the first process may train an attacker's networks while the others wait
 
+PIXELS = 1000 * 32 * 32  # of a batch in eval mode on CUDA
+
 # DistributedDataParallel's option to copy the first process' buffers to the others in every forward pass: torch 2.13 gave it
 # a new name and warns of the old one.
 NAMES = ("forward_sync_buffers", "broadcast_buffers")
@@ -60,6 +62,17 @@ class Machine:
     def share(self, count: int) -> slice:
         """Return this process' part of `count` rows: all of them where there is one process."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def scoring_batch(self, batch: int, size: tuple[int, int]) -> int:
+        """Return how many images of a height and width one forward pass in eval mode takes, where the setting says `batch`.
+
+        On CUDA at least 1,000 of 32 x 32, for 128 leave most of a large device idle; of larger images as many as have the
+        same number of pixels, for the memory that a batch needs grows with these. A CPU gains nothing by larger batches.
+        The results are those of `batch` up to rounding: in eval mode no image depends on the others.
+        """
+        if self.device.type != "cuda":
+            return batch
+        return max(batch, PIXELS // (size[0] * size[1]))
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
         """Return all `count` rows (count, ...) of which every process has its share, in order.

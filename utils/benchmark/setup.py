@@ -209,20 +209,20 @@ def score_unfolded(bench: Bench, model: nn.Module, amp: bool) -> Tensor:
     return symmetric_cross_entropy(torch.cat(logits), bench.train_set.labels, sce.alpha, sce.beta).cpu()
 
 
-def virtual_epoch(bench: Bench, model: nn.Module, amp: bool) -> Classifier:
+def virtual_epoch(bench: Bench, model: nn.Module, amp: bool, virtual: ASD.Virtual | None = None) -> Classifier:
     """Train the virtual model on all images of the bench once."""
-    return ASD.train_virtual_model(bench.config, 0, model, bench.train_set, bench.augment, bench.machine(amp))
+    return ASD.train_virtual_model(bench.config, 0, model, bench.train_set, bench.augment, bench.machine(amp), virtual)
 
 
 def virtual_epoch_unfrozen(bench: Bench, model: Classifier, amp: bool) -> Classifier:
     """Train the same with gradients everywhere; the optimizer moves the last layers only."""
     machine, n = bench.machine(amp), len(bench.train_set)
     virtual_model, last_layers = virtual_copy(model)
-    virtual_model.requires_grad_(True)
-    optimizer = build_optimizer(bench.config.meta.optimizer, last_layers)
+    virtual_model.requires_grad_(True).train()
+    state = State(virtual_model, build_optimizer(bench.config.meta.optimizer, last_layers), scheduler=None)
+    steps = ASD.supervised_steps(state, bench.train_set, bench.augment, machine)
     draws = draw_supervised(bench.config.seed.seed, "virtual 0", 0, n, bench.augment)
-    batch = bench.config.loader.batch_size
-    ASD.train_supervised("virtual model", virtual_model, optimizer, bench.train_set, draws, bench.augment, batch, machine)
+    ASD.train_supervised("virtual model", steps, draws, bench.config.loader.batch_size, machine)
     return virtual_model
 
 
