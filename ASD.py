@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from data.augment import Pipeline
 from data.batches import MixMatchDraws, SupervisedDraws, draw_mixmatch, draw_scoring, draw_supervised, views
-from data.poison import prepare
+from data.poison import TestSets, prepare
 from data.pools import check_pool_sizes, class_agnostic_split, class_aware_split, meta_split, per_class, rest
 from data.seeds import choose_seed_samples
 from data.sets import COVER, POISONED, ImageSet, Oracle
@@ -40,8 +40,9 @@ from utils.config import Config, check_processes
 from utils.draws import key_seed
 from utils.errors import UserError
 from utils.machine import Machine, choose_machine, mute, set_determinism, start_processes
+from utils.paths import exists
 from utils.report import Report, Silence
-from utils.run import BEST, LATEST, Run, locate, open_run
+from utils.run import BEST, LATEST, Run, begin, locate, open_run
 from utils.runlog import progress
 from utils.schema import as_dict
 from utils.stepper import Stepper
@@ -60,12 +61,15 @@ def main() -> None:
     if machine.rank == 0:
         _run, _lock = open_run(settings, Path(args.config), args.resume == "False", print)
     machine.wait()
-    train(settings, locate(settings), machine, args.resume)
+    with checkpoint.Writer() as writer:  # however the run ends, the checkpoint that is being written is finished
+        train(settings, locate(settings, Path(args.config)), machine, args.resume, writer)
     machine.leave()
 
 
-def train(config: Config, run: Run, machine: Machine, resume: str) -> None:
+def train(config: Config, run: Run, machine: Machine, resume: str, writer: checkpoint.Writer | None = None) -> None:
     """Run all epochs that are still to do, from the checkpoint that `resume` names or from scratch."""
+    writer = writer or checkpoint.Writer()
+    latest = run.checkpoints / LATEST if resume in ("", "False") else run.checkpoint(resume)
     with machine.first_alone():  # it makes what is kept with the run, the others read it
         data = prepare(config, run.saved, machine.device, print if machine.rank == 0 else mute, machine.size)
         seeds = choose_seed_samples(config, data, run.saved)
@@ -76,13 +80,14 @@ def train(config: Config, run: Run, machine: Machine, resume: str) -> None:
 
     state = build_state(config, machine, len(train_set))
     state.about = {"class_names": list(data.class_names), "image_size": list(train_set.images.shape[2:])}
-    latest = run.checkpoint(LATEST if resume in ("", "False") else resume)
-    if resume not in ("", "False") or (resume == "" and latest.exists()):
+    if resume not in ("", "False") or (resume == "" and exists(latest, "--resume")):
         checkpoint.load(latest, state, as_dict(config))
+    if not begin(run, config, latest, state, print if machine.rank == 0 else None):
+        return
     report: Any = Silence()
     if machine.rank == 0:
         flags = data.oracle.flags if data.oracle else None
-        report = Report(run, config, data.backdoor, flags, data.examples, data.caption, state.epoch)
+        report = Report(run, config, data.backdoor, data.class_names, flags, data.examples, data.caption, state.epoch)
     report.start(machine, state, *(len(part) if part else None for part in (tests.clean, tests.backdoor)))
     steps = mixmatch_steps(config, state, train_set, augment, machine)
     virtual = build_virtual(config, state.model, train_set, augment, machine) if config.defense == "asd" else None
@@ -100,14 +105,11 @@ def train(config: Config, run: Run, machine: Machine, resume: str) -> None:
         else:
             losses = train_undefended(config, epoch, state, train_set, augment, machine)
         machine.average_buffers(state.model)
-        if state.scheduler is not None:
-            state.scheduler.step()
-        acc = accuracy(config, state.model, tests.clean, plain, machine)
-        asr = accuracy(config, state.model, tests.backdoor, plain, machine)
-        finish_epoch(config, state, data.oracle, losses, (acc, asr), time.monotonic() - started)
+        figures = evaluate(config, state.model, tests, plain, machine)
+        finish_epoch(config, state, data.oracle, losses, figures, time.monotonic() - started)
         if machine.rank == 0:
-            save(config, run, state)
-        report.epoch(state)
+            save(config, run, state, writer, report)
+    writer.wait()
     if config.defense == "asd" and (trains or not (run.saved / SUSPECTS).exists()):
         report.rank_suspects(weigh_images(config, state, train_set, plain, machine), train_set, data.names, data.class_names)
     report.conclude(state)
@@ -405,16 +407,29 @@ def supervised_step(
     return mean.detach().view(1) * (count / machine.size)
 
 
-def accuracy(config: Config, model: nn.Module, test_set: ImageSet | None, plain: Pipeline, machine: Machine) -> float | None:
-    """Return the share of images that get their label: a count over the whole set divided by its size.
+def evaluate(config: Config, model: nn.Module, tests: TestSets, plain: Pipeline, machine: Machine) -> dict[str, float | None]:
+    """Return the shares of the test images that count; None where the test set is missing.
 
-    On the clean test set that is ACC, on the backdoor test set ASR; without such a set there is nothing to tell.
+    Returns:
+        `clean_accuracy`: ACC, clean images that get their label. Of the triggered images: `attack_success_rate`, ASR, those
+        that get the label the attacker wants; `robust_accuracy`, RA, those that get the label of the image they were made
+        from; `clean_as_target`, those that get the attacker's label without the trigger, which an ASR is to be compared with.
     """
-    if test_set is None:
-        return None
-    n = len(test_set)
-    guessed = plain_logits(config, "test", model, test_set, plain, machine).argmax(1)  # (N,), its share
-    return int(machine.sum((guessed == test_set.labels[machine.share(n)]).sum())) / n
+    figures = dict.fromkeys(("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target"))
+
+    def guess(images: ImageSet) -> Tensor:
+        return machine.gather(plain_logits(config, "test", model, images, plain, machine), len(images)).argmax(1)
+
+    if tests.clean is None:
+        return figures
+    guessed = guess(tests.clean)  # (M,)
+    hits = {"clean_accuracy": guessed == tests.clean.labels}
+    if tests.backdoor is not None and tests.origin is not None:
+        triggered, wanted = guess(tests.backdoor), tests.backdoor.labels  # (M',) each
+        hits["attack_success_rate"] = triggered == wanted
+        hits["robust_accuracy"] = triggered == tests.clean.labels[tests.origin]
+        hits["clean_as_target"] = guessed[tests.origin] == wanted
+    return figures | {name: int(hit.sum()) / len(hit) for name, hit in hits.items()}
 
 
 def plain_logits(config: Config, purpose: str, model: nn.Module, images: ImageSet, plain: Pipeline, machine: Machine) -> Tensor:
@@ -447,9 +462,8 @@ def build_pipelines(config: Config, images: ImageSet) -> tuple[Pipeline, Pipelin
 
 def build_state(config: Config, machine: Machine, count: int) -> State:
     """Return a run's state before its first epoch: fresh weights, optimizer, schedule."""
-    model: nn.Module = build_classifier(config.network, config.num_classes, config.seed.seed).to(machine.device)
-    if machine.amp:
-        model = model.to(memory_format=torch.channels_last)
+    model: nn.Module = build_classifier(config.network, config.num_classes, config.seed.seed)
+    model = model.to(machine.device).to(memory_format=machine.memory_format)
     if config.sync_bn and machine.size > 1:
         model = synchronize(model, machine.device)
     if config.runtime.merged:
@@ -468,14 +482,14 @@ def finish_epoch(
     state: State,
     oracle: Oracle | None,
     losses: dict[str, float],
-    tested: tuple[float | None, float | None],
+    figures: dict[str, float | None],
     seconds: float,
 ) -> None:
-    """Add the epoch's row to the history and move on to the next epoch.
+    """Add the epoch's row to the history and move on to the next epoch: its number and its learning rate.
 
     Args:
         losses: the epoch's means.
-        tested: ACC and ASR, None where there is no such test set.
+        figures: of the tests, as `evaluate` returns them.
     """
     asd, n = config.defense == "asd", len(state.epochs_in_clean_pool)
     if not torch.isfinite(torch.tensor(list(losses.values()))).all():
@@ -488,8 +502,7 @@ def finish_epoch(
         "epoch": state.epoch,
         "defense": config.defense,
         "stage": config.stage(state.epoch),
-        "clean_accuracy": tested[0],
-        "attack_success_rate": tested[1],
+        **figures,
         "clean_pool_size": len(state.clean_pool) if asd else None,
         "polluted_pool_size": n - len(state.clean_pool) if asd else None,
         **truth_of_pool(oracle, state.clean_pool if asd else None),
@@ -500,6 +513,8 @@ def finish_epoch(
         "learning_rate": float(state.optimizer.param_groups[0]["lr"]),
         "seconds": round(seconds, 3),
     })  # fmt: skip
+    if state.scheduler is not None:
+        state.scheduler.step()  # only now: the row has the rate that the epoch was trained with
     state.epoch += 1
 
 
@@ -513,16 +528,16 @@ def truth_of_pool(oracle: Oracle | None, clean_pool: Tensor | None) -> dict[str,
     return {key: int((oracle.flags[clean_pool] == flag).sum()) for key, flag in kinds.items()}
 
 
-def save(config: Config, run: Run, state: State) -> None:
-    """Write the checkpoints; the epoch counts as finished once `latest_model.pt` is there.
+def save(config: Config, run: Run, state: State, writer: checkpoint.Writer, report: Report) -> None:
+    """Begin to write the checkpoint; the epoch counts as finished, and is reported, once `latest_model.pt` is there.
 
     Without test images nothing tells which epoch is the best: there is no `best_model.pt`.
     """
-    acc = state.history[-1]["clean_accuracy"]
+    acc, best = state.history[-1]["clean_accuracy"], []
     if acc is not None and acc > state.best_acc:
-        state.best_acc, state.best_epoch = acc, state.epoch
-        checkpoint.save(run.checkpoints / BEST, state, as_dict(config))
-    checkpoint.save(run.checkpoints / LATEST, state, as_dict(config))
+        state.best_acc, state.best_epoch, best = acc, state.epoch, [run.checkpoints / BEST]
+    history = list(state.history)
+    writer.save(run.checkpoints / LATEST, state, as_dict(config), best, lambda: report.epoch(history))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Test a checkpoint: clean accuracy (ACC) and attack success rate (ASR). Changes nothing of a run but `log/test.json`.
+"""Test a checkpoint: clean accuracy (ACC), attack success rate (ASR), robust accuracy (RA). Writes nothing but `log/test.json`.
 
     python test.py --config config/baseline_asd.yaml --resume latest_model.pt --gpu 0
     python test.py --config config/baseline_asd.yaml --images DIR [--out FILE.csv]
@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ASD import accuracy, build_pipelines, plain_logits
+from ASD import build_pipelines, evaluate
 from data.augment import Pipeline
 from data.poison import prepare_tests
 from data.unlabelled import Pictures, label_table
@@ -26,16 +26,19 @@ from utils.config import Config
 from utils.errors import UserError
 from utils.files import write_atomically, write_text
 from utils.machine import Machine, choose_machine, set_determinism
+from utils.paths import is_dir, user_path
 from utils.run import LATEST, Run, locate
 
 
 def main() -> None:
     """Load the checkpoint, then test it or label pictures with it."""
     args = parse_arguments("Test a checkpoint on clean and on triggered images.", None, training=False)
-    if args.resume == "False":
-        raise UserError("--resume False: there is nothing to test without a checkpoint: leave it out or name one")
+    if args.resume.lower() == "false":
+        raise UserError(f"--resume {args.resume}: there is nothing to test without a checkpoint: leave it out or name one")
     if args.out and not args.images:
         raise UserError(f"--out {args.out}: is for the labels of --images DIR: give that too, or leave it out")
+    if args.out and is_dir(user_path(args.out, "--out"), "--out"):
+        raise UserError(f"--out {args.out}: is a folder: give the name of a file, e.g. --out {Path(args.out) / 'labels.csv'}")
     settings = config.load(args.config, args.set)
     machine = choose_machine(args.gpu, settings.runtime.amp, print)
     set_determinism(settings.seed.deterministic, settings.seed.benchmark)
@@ -44,11 +47,11 @@ def main() -> None:
     saved = checkpoint.read(path)
     model = build_classifier(settings.network, settings.num_classes, settings.seed.seed)
     checkpoint.load_weights(model, saved, path)
-    model.to(machine.device)
+    model.to(machine.device).to(memory_format=machine.memory_format)
     print(f"{path}")
     if args.images:
-        out = Path(args.out).expanduser() if args.out else run.log / "labels.csv"
-        label(settings, model, *checkpoint.about(saved), Path(args.images).expanduser(), out, machine)
+        out = user_path(args.out, "--out") if args.out else run.log / "labels.csv"
+        label(settings, model, *checkpoint.about(saved), user_path(args.images, "--images"), out, machine)
     else:
         test(settings, model, run, {"checkpoint": str(path), "epoch": saved.get("epoch")}, machine)
 
@@ -64,25 +67,16 @@ def test(settings: Config, model: nn.Module, run: Run, result: dict[str, object]
     if clean is None:
         raise UserError(f"dataset_dir: {settings.dataset_dir}: no test images: add some, or label pictures with --images DIR")
     _, plain = build_pipelines(settings, clean)
-    guessed = machine.gather(plain_logits(settings, "test", model, clean, plain, machine), len(clean)).argmax(1)  # (M,)
-    acc = share_of(guessed == clean.labels)
-    result |= {"clean_accuracy": acc, "clean_total": len(clean)}
-    result |= {"attack_success_rate": None, "backdoor_total": None, "clean_as_target": None}
-    print(f"ACC {100 * acc:.2f} % of {len(clean)} clean test images")
+    figures = evaluate(settings, model, tests, plain, machine)
+    result |= figures | {"clean_total": len(clean), "backdoor_total": None if backdoor is None else len(backdoor)}
+    shares = {name: f"{100 * share:.2f} %" for name, share in figures.items() if share is not None}
+    print(f"ACC {shares['clean_accuracy']} of {len(clean)} clean test images")
     if backdoor is not None:
-        asr = accuracy(settings, model, backdoor, plain, machine) or 0.0
-        target = int(backdoor.labels[0])
-        already = share_of(guessed[clean.labels != target] == target)
-        result |= {"attack_success_rate": asr, "backdoor_total": len(backdoor), "clean_as_target": already}
-        print(f"ASR {100 * asr:.2f} % of {len(backdoor)} triggered test images of other classes")
-        print(f"without the trigger {100 * already:.2f} % of them are taken for the target class")
+        print(f"ASR {shares['attack_success_rate']} of {len(backdoor)} triggered test images of other classes")
+        print(f"RA  {shares['robust_accuracy']} of them get their true label in spite of the trigger")
+        print(f"without the trigger {shares['clean_as_target']} of them are taken for the target class")
     write_text(run.log / "test.json", json.dumps(result, indent=2) + "\n")
     print(f"written to {run.log / 'test.json'}")
-
-
-def share_of(hits: Tensor) -> float:
-    """Return how many of the flags (n,) are set, over n."""
-    return int(hits.sum()) / len(hits)
 
 
 def label(

@@ -16,7 +16,7 @@ from torch import nn
 from data.sets import RawData, Scene
 from utils import plugins
 from utils.errors import UserError
-from utils.files import write_atomically
+from utils.files import remove_leftovers, write_atomically
 from utils.schema import Named
 
 BATCH = 256  # images that are altered at a time, so that 224 px fit into memory as floats
@@ -95,6 +95,7 @@ def keep_asset(scene: Scene, name: str, depends_on: Mapping[str, Any], make: Cal
             scene.say(f"{name}: uses {path}, made before with the same settings")
             return kept
         scene.say(f"{name}: {path} is damaged: it is made again")
+    remove_leftovers(scene.assets)
     arrays = make()
     stored = arrays | {"_key": np.array(key), "_sha256": np.array(checksum(arrays))}
     write_atomically(path, lambda file: np.savez(file, **stored))  # type: ignore[arg-type]

@@ -11,8 +11,6 @@ untrusted input: nothing in it can run code, and what does not match its own `se
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -25,7 +23,9 @@ import numpy as np
 from data.sets import CLEAN, COVER, POISONED, Part, PoisonedSet
 from utils.config import Backdoor, Config
 from utils.errors import UserError
-from utils.files import write_atomically, write_text
+from utils.files import cannot_write, new_folder, write_atomically, write_durably, write_text
+from utils.names import class_text
+from utils.paths import require_file
 from utils.schema import Named, as_dict
 
 FORMAT, VERSION = "poisoned set", 1
@@ -63,22 +63,21 @@ def write_set(out: Path, parts: PoisonedSet, settings: Mapping[str, Any], draw_s
     Raises:
         UserError: the folder cannot be written.
     """
-    part_folder = out.with_name(f".{out.name}.{os.getpid()}.part")
     described: dict[str, Any] = {"format": FORMAT, "version": VERSION, **settings, "counts": {}, "files": {}}
     try:
-        for name in PARTS:
-            part: Part = getattr(parts, name)
-            arrays = {key: np.ascontiguousarray(getattr(part, key), dtype) for key, dtype in ARRAYS.items()}
-            write_atomically(part_folder / f"{name}.npz", partial(np.savez, **arrays))  # type: ignore[arg-type]
-            described["counts"][name] = count(part)
-            described["files"][f"{name}.npz"] = {key: describe(array) for key, array in arrays.items()}
-        draw_sheet(part_folder / SHEET)
-        write_text(part_folder / DESCRIPTION, json.dumps(described, indent=2) + "\n")
-        os.replace(part_folder, out)
+        with new_folder(out) as part_folder:
+            for name in PARTS:
+                part: Part = getattr(parts, name)
+                arrays = {key: np.ascontiguousarray(getattr(part, key), dtype) for key, dtype in ARRAYS.items()}
+                with open(part_folder / f"{name}.npz", "wb") as file:
+                    write_durably(file, partial(np.savez, **arrays))  # type: ignore[arg-type]
+                described["counts"][name] = count(part)
+                described["files"][f"{name}.npz"] = {key: describe(array) for key, array in arrays.items()}
+            draw_sheet(part_folder / SHEET)
+            with open(part_folder / DESCRIPTION, "wb") as file:
+                write_durably(file, lambda file: file.write((json.dumps(described, indent=2) + "\n").encode()))
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror or error}): give another folder") from None
-    finally:
-        shutil.rmtree(part_folder, ignore_errors=True)
+        raise cannot_write(f"--out {out}", error) from None
 
 
 def count(part: Part) -> dict[str, int]:
@@ -116,6 +115,7 @@ def read_description(folder: Path) -> tuple[str, dict[str, Any]]:
     """Return the text of `set.json` and what it says, every key of its type."""
     path = folder / DESCRIPTION
     try:
+        require_file(path)
         text = path.read_text(encoding="utf-8")
         described = json.loads(text)
     except FileNotFoundError:
@@ -135,6 +135,7 @@ def read_description(folder: Path) -> tuple[str, dict[str, Any]]:
 def read_part(path: Path, described: object) -> Part:
     """Read one file of arrays and check each against type, shape and SHA-256 in `set.json`."""
     try:
+        require_file(path)
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
@@ -251,11 +252,6 @@ def examples_of(stored: StoredSet, most: int) -> tuple[np.ndarray, str]:
     label = class_text(stored.backdoor.target_label, stored.class_names)
     caption = f"{stored.backdoor.attack.name}: triggered test images, labelled {label}"
     return np.stack([before, backdoor.images[: len(some)]]), caption
-
-
-def class_text(label: int, class_names: tuple[str, ...]) -> str:
-    """Return e.g. `3 (cat)`."""
-    return f"{label} ({class_names[label]})" if label < len(class_names) else str(label)
 
 
 def settings_of_set(config: Config, dataset: Named) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from data.tables import to_raw
 from utils import plugins
 from utils.config import Config
 from utils.errors import UserError
+from utils.names import class_text
+from utils.paths import is_file, user_path
 from utils.schema import Named
 
 Say = Callable[[str], object]
@@ -36,8 +38,10 @@ def load_data(config: Config, say: Say = print) -> RawData | StoredSet:
     data = data.cut(config.data.train_limit, config.data.test_limit)
     for part, labels in (("train", data.train_labels), ("test", data.test_labels)):
         if len(labels) and labels.max() >= config.num_classes:
-            raise UserError(f"num_classes: {config.num_classes}: the {part} set has the label {labels.max()}: raise it")
-    folder = Path(config.data.cache_dir or Path(config.saved_dir) / "tables").expanduser()
+            label = class_text(int(labels.max()), data.class_names)
+            raise UserError(f"num_classes: {config.num_classes}: the {part} set has the label {label}: raise it")
+    cache = config.data.cache_dir
+    folder = user_path(cache, "data.cache_dir") if cache else user_path(config.saved_dir, "saved_dir") / "tables"
     return to_raw(data, [step.settings for step in config.transform.pre], folder, config.data.placement == "disk", say)
 
 
@@ -59,7 +63,7 @@ def dataset_of(config: Config) -> Named:
 
 def name_of_folder(folder: str) -> str:
     """Return the data set that a folder's name, or one above it, speaks of, as in the original ("cifar" -> cifar10)."""
-    if (Path(folder).expanduser() / DESCRIPTION).is_file():
+    if is_file(user_path(folder, "dataset_dir") / DESCRIPTION, "dataset_dir"):
         raise UserError(f"dataset_dir: {folder}: looks like a set that is poisoned already: add `dataset: poisoned_set`")
     for part in reversed(Path(folder).parts):
         for pattern, name in NAMES_IN_FOLDERS.items():

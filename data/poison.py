@@ -20,7 +20,6 @@ from data.choice import draw_cover, draw_poisoned, poison_index
 from data.contact_sheet import Group, columns, draw_contact_sheet
 from data.export import (
     StoredSet,
-    class_text,
     count,
     examples_of,
     holds_same_set,
@@ -38,6 +37,8 @@ from utils.config import Backdoor, Config
 from utils.config import load as load_config
 from utils.errors import UserError
 from utils.machine import choose_device, set_determinism
+from utils.names import class_text
+from utils.paths import exists, is_dir, user_path
 
 Say = Callable[[str], object]
 EXAMPLES = 16  # poisoned images kept for the pictures
@@ -58,10 +59,15 @@ class TestSets:
 
     clean: ImageSet | None  # None: there is no test image, and the attack is unknown
     backdoor: ImageSet | None  # test images of other classes, triggered, labelled as the target; None: attack unknown
+    origin: torch.Tensor | None = None  # (M',) int64: which clean test image each triggered one was made from
 
     def to(self, device: torch.device) -> TestSets:
         """Return both sets on a device."""
-        return TestSets(self.clean.to(device) if self.clean else None, self.backdoor.to(device) if self.backdoor else None)
+        return TestSets(
+            self.clean.to(device) if self.clean else None,
+            self.backdoor.to(device) if self.backdoor else None,
+            self.origin if self.origin is None else self.origin.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,13 @@ def place(config: Config, data: RawData | StoredSet, device: torch.device | None
 
 def test_sets(parts: PoisonedSet, placement: str) -> TestSets:
     """Return both test sets of a poisoned set."""
-    return TestSets(parts.clean_test.to_set(placement), parts.backdoor_test.to_set(placement))
+    return join(parts.clean_test, parts.backdoor_test, placement)
+
+
+def join(clean: Part, backdoor: Part, placement: str) -> TestSets:
+    """Return both test sets, and where the images of the second are in the first."""
+    origin = torch.from_numpy(np.searchsorted(clean.indices, backdoor.indices))
+    return TestSets(clean.to_set(placement), backdoor.to_set(placement), origin)
 
 
 def training_caption(backdoor: Backdoor, attack: AttackBase, class_names: tuple[str, ...]) -> str:
@@ -153,7 +165,7 @@ def build_attack(config: Config, raw: RawData, device: torch.device | None = Non
         say: is told, in a line, what is made and what is used again.
     """
     module = plugins.load("data.attacks", config.attack.name)
-    folder = Path(config.saved_dir).expanduser() / "assets"
+    folder = user_path(config.saved_dir, "saved_dir") / "assets"
     device = device or torch.device("cpu")
     scene = Scene(raw, config.attacker.target_label, config.num_classes, config.seed.seed, folder, device, say)
     attack: AttackBase = module.Attack(config.attack.settings, scene)
@@ -206,8 +218,7 @@ def build_test_sets(config: Config, raw: RawData, attack: AttackBase, placement:
     """
     if len(raw.test_labels) == 0:
         raise UserError(f"dataset_dir: {config.dataset_dir}: no test images: add some, or train with backdoor: null")
-    clean, backdoor = clean_images(raw, placement), trigger_images(config, raw, attack)
-    return TestSets(clean.to_set(placement), backdoor.to_set(placement))
+    return join(clean_images(raw, placement), trigger_images(config, raw, attack), placement)
 
 
 def clean_images(raw: RawData, placement: str = "device") -> Part:
@@ -222,7 +233,8 @@ def trigger_images(config: Config, raw: RawData, attack: AttackBase) -> Part:
     target = config.attacker.target_label
     others = np.flatnonzero(raw.test_labels != target)
     if len(others) == 0:
-        raise UserError(f"backdoor.target_label: {target}: every test image is of that class: no success rate can be told")
+        label = class_text(target, raw.class_names)
+        raise UserError(f"backdoor.target_label: {label}: every test image is of that class: no success rate can be told")
     n = len(others)
     images = np.empty((n, *raw.test_images.shape[1:]), np.uint8)
     for start in range(0, n, BATCH):  # not all at once: at 224 px that would be a copy of the whole test set
@@ -239,7 +251,7 @@ def export(config: Config, out: Path, device: torch.device, say: Say) -> None:
     """
     started = time.monotonic()
     settings = settings_of_set(config, dataset_of(config))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if exists(out, "--out") and (not is_dir(out, "--out") or any(out.iterdir())):
         if holds_same_set(out, settings):
             say(f"{out}: holds this set already, made with the same settings; its files are as set.json says")
             return
@@ -284,7 +296,7 @@ def main() -> None:
     """Read the command line and write the set."""
     parser = Parser(prog="data.poison", description="Write a poisoned data set by itself.", allow_abbrev=False)
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="YAML", help=f"settings (default {DEFAULT_CONFIG})")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the set; absent or empty")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the set; absent or empty")
     parser.add_argument("--gpu", default="0", help="number of the CUDA device on which assets are made, or cpu")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the YAML")
     args = parser.parse_args()
@@ -293,7 +305,7 @@ def main() -> None:
     set_determinism(config.seed.deterministic, config.seed.benchmark)
     if config.backdoor is None:
         raise UserError("backdoor: null: there is no attack to poison with: name one, e.g. badnets: {}")
-    export(config, args.out.expanduser().resolve(), device, print)
+    export(config, user_path(args.out, "--out").resolve(), device, print)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,14 +13,19 @@ import torch
 from torch import Tensor
 
 from data.datasets.folder import visible
-from data.export import class_text
 from data.poison import PoisonedData
 from data.pools import draw_seed_samples
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import write_atomically
+from utils.names import Names, class_text
+from utils.paths import is_dir, require_file, user_path
 
 KEPT = "seed_samples.txt"  # in the run's folder: the given ones
+MARKS = {  # what a text may begin with, and its encoding; UTF-32's first, for it begins with UTF-16's
+    codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
 
 
 def choose_seed_samples(config: Config, data: PoisonedData, folder: Path) -> Tensor:
@@ -33,7 +40,7 @@ def choose_seed_samples(config: Config, data: PoisonedData, folder: Path) -> Ten
     if config.seed_samples is None:
         assert data.oracle is not None  # where nobody knows the truth, utils/config.py demands the key
         return draw_seed_samples(labels, data.oracle, config.num_classes, config.global_.seed_num, config.seed.seed)
-    source = Path(config.seed_samples).expanduser()
+    source = user_path(config.seed_samples, "seed_samples")
     names = data.names or tuple(map(str, range(len(labels))))
     seeds = read_seed_samples(source, names, labels.cpu().numpy(), data.class_names, config.num_classes)
     keep_with_run(folder / KEPT, [names[i] for i in seeds])
@@ -46,19 +53,21 @@ def read_seed_samples(
     """Return the images that a list or a folder names, (S,) int64, sorted.
 
     Args:
-        source: a text file, an image's name a line, or a folder with a sub-folder for each class, whose files are named as
-            training images of that class.
+        source: a text file (UTF-8, or UTF-16 with a byte order mark), an image's name a line, or a folder with a sub-folder
+            for each class, whose files are named as training images of that class.
         names: (N,) of the training images; where they are numbers, a file `17.png` means image 17.
         labels: (N,) int64.
     Raises:
         UserError: one line: it cannot be read, an unknown name, one named twice, a class without any.
     """
-    number = {name: i for i, name in enumerate(names)}
+    number, known = {name: i for i, name in enumerate(names)}, Names(names)
     seen: dict[int, str] = {}
-    entries = from_folder(source, number, labels, class_names) if source.is_dir() else from_list(source)
-    for place, name in entries:
-        if name not in number:
-            raise UserError(f"{place}: {shown(name)}: the training set has no image of that name; {hint(name, names)}")
+    folder = is_dir(source, "seed_samples")
+    entries = from_folder(source, known, number, labels, class_names) if folder else from_list(source, known)
+    for place, given in entries:
+        name = known.find(given)
+        if name is None:
+            raise UserError(f"{place}: {shown(given)}: the training set has no image of that name; {hint(given, names)}")
         at = number[name]
         if at in seen:
             raise UserError(f"{place}: {shown(name)}: is named twice, before in {seen[at]}: keep one")
@@ -75,32 +84,55 @@ def read_seed_samples(
     return seeds
 
 
-def from_list(source: Path) -> Iterator[tuple[str, str]]:
-    """Yield (place, name) of every line that is neither blank nor a comment (#)."""
+def from_list(source: Path, known: Names) -> Iterator[tuple[str, str]]:
+    """Yield (place, name) of every line that is neither blank nor a comment.
+
+    A line is the name itself where there is an image of it, spaces and all; else `./`, Windows' backslashes and spaces at
+    the ends are taken for what programs add. A line that begins with # is a comment, unless it names a class folder.
+    """
+    folders = Names({name.rpartition("/")[0] for name in known.names} - {""})
+    for i, line in enumerate(io.StringIO(read_text(source), newline=None), 1):
+        exact = line.removesuffix("\n")
+        spellings = [exact, *(text.replace("\\", "/").removeprefix("./") for text in (exact, exact.strip()))]
+        name = next((text for text in spellings if known.find(text) is not None), spellings[-1])
+        if name and not (name.startswith("#") and folders.find(name.rpartition("/")[0]) is None):
+            yield f"{source}: line {i}", name
+
+
+def read_text(source: Path) -> str:
+    """Return a list's text; bytes that are no UTF-8 are kept as surrogates, for file names need not be UTF-8.
+
+    Raises:
+        UserError: it is no text file that can be read.
+    """
     try:
-        text = source.read_text(encoding="utf-8-sig", errors="surrogateescape")  # file names need not be UTF-8
+        require_file(source)
+        raw = source.read_bytes()
+        encoding = next((name for mark, name in MARKS.items() if raw.startswith(mark)), "utf-8")
+        text = raw.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")
     except OSError as error:
         raise UserError(
             f"seed_samples: {source}: cannot be read ({error.strerror}): give a text file of image names, or a folder"
         ) from None
-    for i, line in enumerate(text.splitlines(), 1):
-        name = line.strip().replace("\\", "/").removeprefix("./")
-        if name and not name.startswith("#"):
-            yield f"{source}: line {i}", name
+    except UnicodeDecodeError as error:
+        raise UserError(f"seed_samples: {source}: no {encoding.upper()} text ({error.reason}): save it as UTF-8") from None
+    if "\0" in text:
+        raise UserError(f"seed_samples: {source}: holds zero bytes, as UTF-16 without a byte order mark does: save it as UTF-8")
+    return text
 
 
 def from_folder(
-    source: Path, number: dict[str, int], labels: np.ndarray, class_names: tuple[str, ...]
+    source: Path, known: Names, number: dict[str, int], labels: np.ndarray, class_names: tuple[str, ...]
 ) -> Iterator[tuple[str, str]]:
     """Yield (place, name) of every file of the class folders; a file's class must be that of the image it names."""
     for entry in visible(source):
-        if not entry.is_dir():
+        if not is_dir(Path(entry.path), "seed_samples"):
             raise UserError(f"{entry.path}: lies in no class folder: move it into {source}/<class>/")
         for file in visible(Path(entry.path)):
             name, stem = f"{entry.name}/{file.name}", Path(file.name).stem
-            if name not in number and stem in number:
+            if known.find(name) is None and stem in number:
                 label = int(labels[number[stem]])
-                if entry.name not in (str(label), *class_names[label : label + 1]):
+                if Names([str(label), *class_names[label : label + 1]]).find(entry.name) is None:
                     raise UserError(
                         f"{file.path}: image {stem} is of class {class_text(label, class_names)}: move it into the folder of "
                         "that class"
@@ -111,11 +143,18 @@ def from_folder(
 
 def hint(name: str, names: Sequence[str]) -> str:
     """Return the remedy for an unknown name: the nearest known one."""
+    if not is_utf8(name) and all(map(is_utf8, names)):
+        return "the line is not UTF-8: save the list as UTF-8"
     if names[-1] == str(len(names) - 1):
         return f"its images have no file names: give their numbers, 0 to {len(names) - 1}"
     same_file = [known for known in names if known.rpartition("/")[2] == name.rpartition("/")[2]]
     close = get_close_matches(name, same_file or names, n=1, cutoff=0.0 if same_file else 0.5)
     return f"did you mean {shown(close[0])}?" if close else f"names are like {shown(names[0])}"
+
+
+def is_utf8(name: str) -> bool:
+    """Return whether a name has no bytes that are no UTF-8 (they are kept as surrogates)."""
+    return not any("\udc80" <= letter <= "\udcff" for letter in name)
 
 
 def shown(text: str) -> str:

@@ -15,7 +15,6 @@ import json
 import mmap
 import os
 import random
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,16 +27,16 @@ import PIL
 import torchvision
 from PIL import Image
 
-from data.picture import prepared, read_prepared
+from data.picture import depth_line, prepared, read_prepared
 from data.sets import Listing, Mapped, RawData
 from utils.errors import UserError
-from utils.files import write_atomically, write_text
+from utils.files import remove_leftovers, write_atomically, write_text
 from utils.runlog import progress
 
 Say = Callable[[str], object]
 Decode = Callable[[int], "np.ndarray | str"]  # a picture's number -> (H, W, 3) uint8, or why it cannot be read
 
-FORMAT = 1
+FORMAT = 2  # 2: levels of more than 8 bits are scaled by the range that the file uses, EXIF orientation is honoured
 BLOCK = 4 << 20  # bytes under one checksum
 SAMPLE = 16  # blocks that are read when a table is opened: 64 MiB, 0.1 s
 WINDOW = 256  # pictures that are decoded ahead of the writing: 40 MB at 224 px
@@ -96,9 +95,10 @@ def name_of(file: str) -> str:
 
 def table_of_files(root: Path, files: Sequence[str], pre: Sequence[Any], folder: Path, name: str, say: Say) -> Table:
     """Return the table of picture files, paths relative to `root`."""
+    depths: list[int] = []
 
     def decode(i: int) -> np.ndarray | str:
-        return read_prepared(root / files[i], pre)
+        return read_prepared(root / files[i], pre, depths)
 
     digest = digest_of(pre, "files")
     for file in files:
@@ -108,7 +108,11 @@ def table_of_files(root: Path, files: Sequence[str], pre: Sequence[Any], folder:
         except OSError:  # a link to nowhere: the decoder will say so
             facts = "missing"
         digest.update(os.fsencode(file) + f"\0{facts}\n".encode())
-    return keep_table(root, folder, name, digest.hexdigest(), files, decode, say)
+    table = keep_table(root, folder, name, digest.hexdigest(), files, decode, say)
+    scaled = depth_line(depths, len(files))
+    if scaled:
+        say(f"{name}: {scaled}")
+    return table
 
 
 def table_of_array(images: np.ndarray, pre: Sequence[Any], folder: Path, name: str, say: Say) -> Table:
@@ -158,7 +162,7 @@ def keep_table(root: Path, folder: Path, name: str, digest: str, names: Sequence
 
 def make_table(root: Path, path: Path, digest: str, name: str, names: Sequence[str], decode: Decode) -> None:
     """Decode all pictures and write the table's two files."""
-    remove_parts(path)
+    remove_leftovers(path.parent)
     unreadable: list[tuple[int, str]] = []
     blocks: list[str] = []
     shape: list[int] = []  # height, width, 3
@@ -297,25 +301,6 @@ def read_table(images: np.ndarray) -> np.ndarray:
     if not isinstance(images, Mapped) or images.path is None:
         return images
     return np.fromfile(images.path, np.uint8).reshape(images.shape)
-
-
-def remove_parts(path: Path) -> None:
-    """Remove what processes that are gone left when they were killed in the middle of writing this table."""
-    for part in path.parent.glob(f".{path.name}.*.part"):
-        number = re.fullmatch(r".*\.(\d+)\.part", part.name)
-        if number and not is_running(int(number[1])):
-            part.unlink(missing_ok=True)
-
-
-def is_running(pid: int) -> bool:
-    """Return whether there is a process of that number."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
 
 
 # -- What is said ------------------------------------------------------------------------------------------------------

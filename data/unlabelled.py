@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.datasets.folder import visible
-from data.picture import read_prepared
+from data.datasets.folder import is_folder, visible
+from data.picture import depth_line, read_prepared
 from data.tables import LISTED, decoded, shown
 from utils.errors import UserError
+from utils.paths import is_dir
 from utils.suspects import class_name
 
 HEAD = ("path", "label", "confidence", "label_2", "confidence_2", "label_3", "confidence_3")
@@ -32,7 +33,7 @@ class Pictures:
     """
 
     def __init__(self, root: Path, pre: Sequence[Any], size: tuple[int, int]) -> None:
-        if not root.is_dir():
+        if not is_dir(root, "--images"):
             raise UserError(f"--images {root}: is no folder: give the one that the pictures lie in")
         self.root, self.pre, self.size = root, pre, size
         self.files = list(below(root, ""))
@@ -41,6 +42,7 @@ class Pictures:
         self.kept: list[str] = []
         self.unreadable: list[tuple[str, str]] = []
         self.resized: list[int] = []
+        self.depths: list[int] = []  # bits that were assumed of those that are not stored with 8
 
     def batches(self, count: int) -> Iterator[Tensor]:
         """Yield all that can be read, (<= count, 3, H, W) uint8 each, in the order of `kept`.
@@ -66,7 +68,7 @@ class Pictures:
 
     def decode(self, i: int) -> np.ndarray | str:
         """Return picture i, (H, W, 3) uint8 of the size of training, or why it cannot be read."""
-        pixels = read_prepared(self.root / self.files[i], self.pre)
+        pixels = read_prepared(self.root / self.files[i], self.pre, self.depths)
         if isinstance(pixels, str) or pixels.shape[:2] == self.size:
             return pixels
         self.resized.append(i)
@@ -80,6 +82,9 @@ class Pictures:
                 f"{len(self.resized)} of {len(self.kept)} pictures were not {width} x {height} pixels, as in training: they "
                 "were resized to that, whatever their proportions (transform.pre can crop them)"
             )
+        depths = depth_line(self.depths, len(self.kept))
+        if depths:
+            yield depths
         for file, reason in self.unreadable[:LISTED]:
             yield f"cannot be read: {shown(file)}: {shown(reason)}"
         if len(self.unreadable) > LISTED:
@@ -92,7 +97,7 @@ def below(root: Path, inside: str) -> Iterator[str]:
         name = f"{inside}{entry.name}"
         if entry.is_dir(follow_symlinks=False):
             yield from below(root, f"{name}/")
-        elif entry.is_file() or (entry.is_symlink() and not entry.is_dir()):  # a link to nowhere is told as unreadable
+        elif not is_folder(entry):  # what is no picture, or cannot be opened, is reported as unreadable
             yield name
 
 

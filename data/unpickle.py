@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UserError
+from utils.paths import require_file
 
 RECONSTRUCT = np.zeros(0).__reduce__()[0]  # the function that rebuilds arrays, wherever this numpy keeps it
 # All that a pickled numpy array of numbers needs, under the module names of old and new numpy.
@@ -40,6 +41,7 @@ def read_pickle(path: Path) -> Any:
         UserError: missing, truncated, no pickle, or one that asks for anything else.
     """
     try:
+        require_file(path)
         with open(path, "rb") as file:
             return ArrayUnpickler(file, encoding="latin1").load()
     except UserError as error:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.errors import UserError, nearest
@@ -29,10 +30,37 @@ def finish(
     for name in last_parts or ():
         if name not in known:
             raise UserError(f"{network}.last_parts: {name!r}: the network has no such part; {nearest_in_order(name, known)}")
+    for child in backbone.modules():
+        if is_narrow_projection(child):
+            child.__class__ = NarrowProjection
     backbone.feature_dim = feature_dim
     backbone.last_parts = tuple(usual if last_parts is None else dict.fromkeys(last_parts))
     module: nn.Module = backbone
     return module
+
+
+class NarrowProjection(nn.Conv2d):
+    """A strided 1 x 1 convolution of a few channels: first every other pixel, then a convolution of stride 1. Same function.
+
+    oneDNN's backward pass of the strided form writes beyond its memory for 2 to 7 input channels in channels_last on
+    processors without AVX-512 (torch 2.14.1; uxlfoundation/oneDNN issue 6035).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C', ceil(H / stride), ceil(W / stride))."""
+        rows, columns = self.stride
+        return F.conv2d(x[:, :, ::rows, ::columns], self.weight, self.bias, groups=self.groups)
+
+
+def is_narrow_projection(module: nn.Module) -> bool:
+    """Return whether a module is a convolution that `NarrowProjection` replaces."""
+    return (
+        type(module) is nn.Conv2d
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.padding == (0, 0)
+        and module.in_channels // module.groups < 8
+    )
 
 
 def part_names(module: nn.Module) -> Iterator[str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import errno
+import json
 import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -188,6 +191,144 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path, monkeypatch: p
     assert [p.name for p in path.parent.iterdir()] == ["latest_model.pt"]
 
 
+# -- Written in a thread ------------------------------------------------------------------------------------------------
+
+
+def slow(path: Path, seconds: float, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Make writes wait until the returned event is set, at most so long."""
+    go_on, fsync = threading.Event(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (go_on.wait(seconds), fsync(descriptor))[1])
+    return go_on
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_training_may_go_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: tuple[str, ...]
+) -> None:
+    """The checkpoint is the state at the moment of saving, whatever training changes while it is being written; `save`
+    does not wait for the disk, and both names are there before the epoch is reported."""
+    state, settings = make_state(tmp_path, plan, steps=2)
+    before, latest, best = copy.deepcopy(snapshot(state)), tmp_path / "latest_model.pt", tmp_path / "best_model.pt"
+    go_on, reported = slow(tmp_path, 30, monkeypatch), []
+    with checkpoint.Writer() as writer:
+        writer.save(latest, state, settings, [best], lambda: reported.append((latest.exists(), best.exists())))
+        train(state, 2)
+        state.history.append({"epoch": 2})
+        state.epochs_in_clean_pool += 1
+        assert not latest.exists() and not best.exists() and reported == []
+        go_on.set()
+    assert reported == [(True, True)]
+    assert not same(snapshot(state), before)
+    for path in (latest, best):
+        fresh, _ = make_state(tmp_path, plan)
+        checkpoint.load(path, fresh, settings)
+        assert same(snapshot(fresh), before)
+    assert latest.read_bytes() == best.read_bytes()
+
+
+def test_a_checkpoint_of_the_thread_has_what_a_plain_one_has(tmp_path: Path) -> None:
+    """Written in the thread or not, a checkpoint has the same keys, values and types, in the same order."""
+    state, settings = make_state(tmp_path, PLANS[0], steps=2)
+    checkpoint.save(tmp_path / "a.pt", state, settings)
+    with checkpoint.Writer() as writer:
+        writer.save(tmp_path / "b.pt", state, settings)
+    one, other = (torch.load(tmp_path / name, weights_only=True) for name in ("a.pt", "b.pt"))
+    assert same(one, other)
+    assert one["model_state_dict"]._metadata == other["model_state_dict"]._metadata
+
+
+@pytest.mark.parametrize("leave", ["next save", "wait", "end", "Ctrl-C"])
+def test_a_failed_write_is_raised_in_the_main_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leave: str) -> None:
+    """When the disk is full, the main thread ends in the same line as ever, at its next step or however the run ends; the
+    earlier checkpoint is whole and the epoch is not reported."""
+    state, settings = make_state(tmp_path, steps=1)
+    path, reported = tmp_path / "run" / "latest_model.pt", []
+    checkpoint.save(path, state, settings)
+    before = copy.deepcopy(snapshot(state))
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"No space left.*free some space") as caught:
+        patch.setattr(os, "fsync", full)
+        with checkpoint.Writer() as writer:
+            train(state, 1)
+            writer.save(path, state, settings, [path.with_name("best_model.pt")], lambda: reported.append(1))
+            if leave == "next save":
+                writer.save(path, state, settings)
+            elif leave == "wait":
+                writer.wait()
+            elif leave == "Ctrl-C":
+                raise KeyboardInterrupt
+    assert str(caught.value).startswith(f"{path}:") and "\n" not in str(caught.value) and reported == []
+    fresh, _ = make_state(tmp_path)
+    checkpoint.load(path, fresh, settings)
+    assert same(snapshot(fresh), before)
+    assert [p.name for p in path.parent.iterdir()] == ["latest_model.pt"]
+    with checkpoint.Writer() as writer:  # the advice followed: there is space
+        writer.save(path, state, settings)
+    checkpoint.load(path, fresh, settings)
+    assert same(snapshot(fresh), snapshot(state))
+
+
+def test_ctrl_c_waits_for_what_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped while its checkpoint is being written leaves it whole."""
+    state, settings = make_state(tmp_path, steps=1)
+    slow(tmp_path, 0.2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt), checkpoint.Writer() as writer:
+        writer.save(tmp_path / "latest_model.pt", state, settings)
+        raise KeyboardInterrupt
+    fresh, _ = make_state(tmp_path)
+    checkpoint.load(tmp_path / "latest_model.pt", fresh, settings)
+    assert same(snapshot(fresh), snapshot(state))
+
+
+KILLED = """
+import json, os, sys, threading, time
+from pathlib import Path
+import torch
+from torch import nn
+from utils import checkpoint
+from utils.runlog import write_metrics
+
+folder = Path(sys.argv[1])
+model = nn.Linear(400, 400)
+state = checkpoint.State(model, torch.optim.Adam(model.parameters()), None)
+model(torch.randn(2, 400)).sum().backward()
+with checkpoint.Writer() as writer:
+    for epoch in range(100_000):
+        state.optimizer.step()
+        state.history = [{"epoch": epoch}]
+        state.epoch = epoch + 1
+        best = [folder / "best_model.pt"] if epoch % 2 == 0 else []
+        writer.save(folder / "latest_model.pt", state, {}, best, lambda row=state.history: write_metrics(folder, row))
+"""
+
+
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """kill -9 at whatever moment leaves whole checkpoints: that of the best epoch is never older than `latest_model.pt`
+    says, and `metrics.jsonl` is never ahead of it."""
+    for delay in (0.0, 0.013, 0.031, 0.052):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path)],
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        )
+        try:
+            give_up = time.monotonic() + 60
+            while not (tmp_path / "metrics.jsonl").exists():
+                assert process.poll() is None and time.monotonic() < give_up
+                time.sleep(0.002)
+            time.sleep(delay)
+        finally:
+            process.kill()
+            process.wait()
+        latest, best = (checkpoint.read(tmp_path / name)["epoch"] for name in ("latest_model.pt", "best_model.pt"))
+        (row,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(row)["epoch"] in (latest, latest - 1)
+        assert best == latest if latest % 2 == 0 else best in (latest - 1, latest + 1)
+        (tmp_path / "metrics.jsonl").unlink()
+
+
 LIMITED = """
 import resource, sys
 from pathlib import Path
@@ -333,7 +474,55 @@ def test_a_missing_checkpoint_lists_what_is_there(tmp_path: Path) -> None:
         checkpoint.read(tmp_path / "lates.pt")
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_checkpoint_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without permission to read it, a checkpoint is not called damaged; made readable, as the line says, it loads."""
+    state, settings = make_state(tmp_path, steps=1)
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, state, settings)
+    path.chmod(0)
+    with monkeypatch.context() as patch:
+        if os.access(path, os.R_OK):  # the superuser may read all
+
+            def refuse(*_: Any, **__: Any) -> None:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+            patch.setattr(torch, "load", refuse)
+        line = refusal(path, state, settings)
+    assert "Permission denied" in line and "make it readable" in line and "truncated" not in line
+    path.chmod(0o600)
+    checkpoint.load(path, state, settings)
+
+
+def test_a_damaged_checkpoint_names_the_others(tmp_path: Path) -> None:
+    """The line about a damaged checkpoint names those that are there, never itself, and one of them loads."""
+    state, settings = make_state(tmp_path, steps=1)
+    best = tmp_path / "best_model.pt"
+    best.write_bytes(b"odd")
+    assert "--resume False" in refusal(best, state, settings)
+    checkpoint.save(tmp_path / "latest_model.pt", state, settings)
+    line = refusal(best, state, settings)
+    advised = line.rpartition("use another one: ")[2]
+    assert advised == "latest_model.pt"
+    checkpoint.load(tmp_path / advised, state, settings)
+
+
+@pytest.mark.parametrize(
+    ("key", "plain"),
+    [
+        ("module.linear.weight", "linear.weight"),
+        ("_orig_mod.linear.weight", "linear.weight"),
+        ("module._orig_mod.linear.weight", "linear.weight"),
+        ("_orig_mod.module.linear.weight", "linear.weight"),
+        ("backbone._orig_mod.conv1.weight", "backbone.conv1.weight"),
+        ("backbone.module.weight", "backbone.module.weight"),
+    ],
+)
+def test_what_wrappers_add_to_names_is_taken_off(key: str, plain: str) -> None:
+    """Names of distributed and compiled models become the network's own; a part that a network calls `module` stays."""
+    assert checkpoint.plain_name(key) == plain
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_the_authors_checkpoints_load(tmp_path: Path, prefix: str, zipped: bool) -> None:
     """A checkpoint as the authors' code writes it, with numpy figures and a prefix, gives its weights and goes on."""

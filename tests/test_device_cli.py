@@ -91,10 +91,16 @@ def test_every_weight_learns_after_a_pass_without_gradient(amp: bool) -> None:
 
 @pytest.mark.parametrize("amp", [False, True])
 def test_the_layout_changes_no_pixel(amp: bool) -> None:
-    """Images laid out for the device are the same images; only --amp moves the channels last."""
+    """Images laid out for the device are the same images; on a CPU the channels come last in fp32 too."""
     images = torch.randn(2, 3, 5, 7)
     out = Machine(torch.device("cpu"), amp).lay_out(images)
-    assert torch.equal(out, images) and out.is_contiguous(memory_format=torch.channels_last) == amp
+    assert torch.equal(out, images) and out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("device", "amp", "last"), [("cpu", False, True), ("cuda", False, False), ("cuda", True, True)])
+def test_the_memory_format_of_each_device(device: str, amp: bool, last: bool) -> None:
+    """channels_last is the layout of every CPU run and of bf16 on CUDA."""
+    assert (Machine(torch.device(device), amp).memory_format == torch.channels_last) == last
 
 
 @pytest.mark.parametrize("has", [False, True])

@@ -28,7 +28,7 @@ from data import contact_sheet, loading, poison
 from data.datasets import shapes
 from data.export import read_set
 from data.poison import prepare, prepare_tests
-from utils import config
+from utils import config, files
 from utils.config import Config
 from utils.errors import UserError
 from utils.machine import Machine
@@ -287,7 +287,7 @@ def test_a_folder_of_something_else_is_left_alone(tiny: Path, tmp_path: Path) ->
 
 
 def test_a_set_is_written_whole_or_not_at_all(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An export that ends in the middle leaves nothing, under no name, and can be given again."""
+    """An export that ends in the middle leaves nothing, under no name, and can be given again; what a killed one left goes."""
 
     def stop(*arguments: Any) -> None:
         raise KeyboardInterrupt
@@ -297,7 +297,11 @@ def test_a_set_is_written_whole_or_not_at_all(tiny: Path, tmp_path: Path, monkey
         with pytest.raises(KeyboardInterrupt):
             write(tiny, tmp_path / "sets" / "one")
     assert list((tmp_path / "sets").iterdir()) == []
+    killed = tmp_path / "sets" / f".one.{files.boot()}-0123456789ab.part"
+    killed.mkdir()
+    (killed / "train.npz").write_bytes(b"half")
     write(tiny, tmp_path / "sets" / "one")
+    assert [path.name for path in (tmp_path / "sets").iterdir()] == ["one"]
 
 
 # -- trained on --------------------------------------------------------------------------------------------------------

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_picture import png16
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, Resize
 
@@ -20,6 +19,7 @@ from data import tables
 from data.datasets import folder
 from data.sets import Listing, RawData
 from data.transforms import center_crop, resize
+from utils import files
 from utils.errors import UserError
 
 PRE = (resize.Settings(24), center_crop.Settings(20))
@@ -127,20 +127,6 @@ def test_a_class_without_test_pictures_is_allowed(tmp_path: Path) -> None:
 
 
 # -- kinds of pictures -------------------------------------------------------------------------------------------------
-
-
-def png16(levels: np.ndarray) -> bytes:
-    """Write (H, W) levels of 16 bits as a grey PNG, by hand."""
-    height, width = levels.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
-    out = b"\x89PNG\r\n\x1a\n"
-    for kind, body in (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)),
-        (b"IDAT", zlib.compress(rows)),
-        (b"IEND", b""),
-    ):
-        out += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return out
 
 
 def test_grey_transparent_palette_and_16_bit_pictures_become_rgb(tmp_path: Path) -> None:
@@ -264,6 +250,62 @@ def test_wrong_classes_are_named(tmp_path: Path) -> None:
     root = small_tree(tmp_path / "data")
     assert "did you mean cat?" in refusal(root, tmp_path / "cache", classes=("cta", "dog"))
     assert "twice" in refusal(root, tmp_path / "cache", classes=("dog", "dog"))
+
+
+@pytest.mark.parametrize("name", ["lost+found", "@eaDir", "#recycle", "System Volume Information"])
+def test_what_file_systems_and_network_storage_leave_is_no_class(tmp_path: Path, name: str) -> None:
+    """Folders that nobody made or can remove, beside the classes and inside of one, do not disturb."""
+    root = small_tree(tmp_path / "data")
+    for place in ("train", "test", "train/cat"):
+        (root / place / name).mkdir()
+    assert read(root, tmp_path / "cache").class_names == ("cat", "dog")
+
+
+def test_an_empty_class_folder_can_stay(tmp_path: Path) -> None:
+    """The remedy for an empty folder of train/ that cannot be removed works; in test/ it is a class without test pictures."""
+    root = small_tree(tmp_path / "data")
+    (root / "train" / "empty").mkdir()
+    (root / "test" / "empty").mkdir()
+    assert "dataset.folder.classes" in refusal(root, tmp_path / "cache")
+    assert read(root, tmp_path / "cache", classes=("cat", "dog")).class_names == ("cat", "dog")
+    write_tree(root, {"train/empty/1.png": picture(1)})
+    raw = read(root, tmp_path / "cache")
+    assert raw.class_names == ("cat", "dog", "empty") and set(raw.test_labels.tolist()) == {0, 1}
+
+
+def test_a_class_that_is_a_link_to_nowhere_is_named(tmp_path: Path) -> None:
+    """A class on a disk that is not there is not left out silently; after the remedy the rest is read."""
+    root = small_tree(tmp_path / "data")
+    (root / "train" / "ant").symlink_to(tmp_path / "unmounted")
+    assert str(root / "train" / "ant") in refusal(root, tmp_path / "cache")
+    (root / "train" / "ant").unlink()
+    assert read(root, tmp_path / "cache").class_names == ("cat", "dog")
+
+
+COMPOSED, DECOMPOSED = "b\u00e9e", "be\u0301e"  # the same letters, as Linux and as a Mac writes them
+
+
+def test_names_match_in_either_unicode_form(tmp_path: Path) -> None:
+    """A test folder, and a name in `classes`, may be composed where the training folder is decomposed, or the reverse."""
+    for train, test in ((COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)):
+        root = write_tree(tmp_path / ascii(train), {f"train/{train}/1.png": picture(1), "train/z/1.png": picture(2)})
+        write_tree(root, {f"test/{test}/1.png": picture(3)})
+        raw = read(root, tmp_path / "cache", classes=(test,))
+        assert raw.class_names == (train,) and raw.names == (f"{train}/1.png",) and raw.test_labels.tolist() == [0]
+    write_tree(root, {f"test/{train}/2.png": picture(4)})  # now both forms are there: which is the class?
+    assert "rename" in refusal(root, tmp_path / "cache")
+    (root / "test" / test / "1.png").unlink()
+    (root / "test" / test).rmdir()
+    assert len(read(root, tmp_path / "cache").test_images) == 1
+
+
+def test_two_classes_that_look_alike_are_told_apart_by_their_very_names(tmp_path: Path) -> None:
+    """Where both forms are classes, each name means the one that is written so."""
+    root = write_tree(
+        tmp_path / "data", {f"{p}/{n}/1.png": picture(1) for p in ("train", "test") for n in (COMPOSED, DECOMPOSED)}
+    )
+    assert set(read(root, tmp_path / "cache").class_names) == {COMPOSED, DECOMPOSED}
+    assert read(root, tmp_path / "cache", classes=(DECOMPOSED,)).class_names == (DECOMPOSED,)
 
 
 def test_odd_names_cannot_forge_a_line(tmp_path: Path) -> None:
@@ -396,11 +438,12 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
     read(root, tmp_path / "cache")
     (path,) = (tmp_path / "cache").glob("folder-train-*.u8")
     path.unlink()
-    dead, alive = path.with_name(f".{path.name}.4194305.part"), path.with_name(f".{path.name}.1.part")
+    dead = path.with_name(f".folder-train-other.u8.{files.boot()}-0123456789ab.part")  # of pictures that were changed since
     dead.write_bytes(b"x")
-    alive.write_bytes(b"x")
-    read(root, tmp_path / "cache")
-    assert not dead.exists() and alive.exists() and path.exists()
+    with files.temporary(path) as (alive, _):
+        read(root, tmp_path / "cache")
+        assert alive.exists() and path.exists()
+        assert files.boot() == files.UNKNOWN or not dead.exists()
 
 
 def test_what_is_written_to_a_table_never_reaches_the_file(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ASD import build_pipelines, mixmatch_step
 from data import poison
 from data.augment import Pipeline
 from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, draw_supervised
+from data.poison import TestSets
 from data.pools import rest
 from data.sets import ImageSet, Oracle, Part, PoisonedSet, RawData
 from model.classifier import Classifier, build_classifier
@@ -191,9 +192,8 @@ def slow_virtual_model(
         draws = draw_supervised(config.seed.seed, f"virtual {i}", epoch, len(train_set), augment)
         for start in range(0, len(train_set), config.loader.batch_size):
             stop = min(start + config.loader.batch_size, len(train_set))
-            inputs = torch.cat(
-                [augment(train_set.images[draws.order[k]][None], draws.views[k : k + 1]) for k in range(start, stop)]
-            )
+            views = [augment(train_set.images[draws.order[k]][None], draws.views[k : k + 1]) for k in range(start, stop)]
+            inputs = FP32.lay_out(torch.cat(views))  # another layout sums in another order
             labels = torch.stack([train_set.labels[draws.order[k]] for k in range(start, stop)])
             optimizer.zero_grad()
             nn.functional.cross_entropy(virtual(inputs), labels).backward()
@@ -470,9 +470,20 @@ def test_accuracy_is_a_count(tiny: Path, batch: int) -> None:
     assert right == 22
     assert len(set(predicted)) > 1
     labelled = ImageSet(test_set.images, torch.tensor(labels))
-    assert ASD.accuracy(config, model, labelled, plain, FP32) == right / 43
+    figures = ASD.evaluate(config, model, TestSets(labelled, None), plain, FP32)
+    assert figures["clean_accuracy"] == right / 43
+    assert {name for name, share in figures.items() if share is not None} == {"clean_accuracy"}
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    # The triggered images are other test images, so it is known what the model makes of each.
+    shown, origin, wanted = torch.arange(20), torch.arange(20, 40), torch.arange(20) % C
+    tests = TestSets(labelled, ImageSet(test_set.images[shown], wanted), origin)
+    assert ASD.evaluate(config, model, tests, plain, FP32) == {
+        "clean_accuracy": right / 43,
+        "attack_success_rate": sum(predicted[i] == i % C for i in range(20)) / 20,
+        "robust_accuracy": sum(predicted[i] == labels[20 + i] for i in range(20)) / 20,
+        "clean_as_target": sum(predicted[20 + i] == i % C for i in range(20)) / 20,
+    }
 
 
 # The threat model.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.backbone import NarrowProjection, is_narrow_projection
 from model.classifier import Classifier, build_classifier, virtual_copy
 from model.networks.resnet18_cifar import Settings
 from model.optimizer import build_optimizer, build_scheduler
@@ -276,3 +280,50 @@ def test_no_schedule_keeps_the_rate() -> None:
     """`lr_scheduler: null` leaves the learning rate as it is."""
     assert build_scheduler(None, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), 5) is None
     assert rates(None, 4) == [0.1] * 4
+
+
+@pytest.mark.parametrize("stride", [2, (1, 2), 3])
+@pytest.mark.parametrize("channels", [1, 2, 7])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_narrow_projection_is_the_strided_convolution(stride: Any, channels: int, memory_format: torch.memory_format) -> None:
+    """The replaced 1 x 1 convolution gives the same outputs and gradients, on sides that the stride divides and others."""
+    torch.manual_seed(0)
+    plain = nn.Conv2d(channels, 5, 1, stride, bias=True).double()
+    narrow = copy.deepcopy(plain)
+    assert is_narrow_projection(narrow)
+    narrow.__class__ = NarrowProjection
+    narrow = narrow.to(memory_format=memory_format)
+    for side in (6, 7):
+        x = torch.randn(3, channels, side, side + 1, dtype=torch.float64)
+        y = x.clone(memory_format=memory_format)
+        expected, found = plain(x.requires_grad_()), narrow(y.requires_grad_())
+        assert torch.allclose(found, expected, atol=1e-12)
+        factor = torch.randn_like(expected)
+        for out in (expected, found):
+            out.backward(factor)
+        assert torch.allclose(y.grad, x.grad, atol=1e-12)  # type: ignore[arg-type]
+        assert torch.allclose(narrow.weight.grad, plain.weight.grad, atol=1e-12)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("resnet18_cifar", "width=2, blocks=1"), ("preact_resnet18", "width=4, blocks=1")],
+)
+def test_networks_of_few_channels_train_in_channels_last(name: str, settings: str) -> None:
+    """The backward pass of a network with fewer than 8 channels before a projection leaves the heap intact.
+
+    In a process of its own: the defect that this guards against (oneDNN without AVX-512) ends the process.
+    """
+    program = f"""
+import torch
+from model.networks import {name}
+torch.manual_seed(0)
+network = {name}.build({name}.Settings({settings})).to(memory_format=torch.channels_last)
+for _ in range(20):
+    images = torch.randn(16, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    network(images).sum().backward()
+strided = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (1, 1) and m.stride == (2, 2)]
+assert any(m.in_channels < 8 for m in strided)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

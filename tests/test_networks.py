@@ -553,7 +553,7 @@ def test_all_three_stages_run(name: str, runs: Path, monkeypatch: pytest.MonkeyP
     run, lock = open_run(loaded, path, True, print)
     states: list[State] = []
     monkeypatch.setattr(ASD, "Report", lambda *args: Silence())  # pictures and checkpoints take longer than the run
-    monkeypatch.setattr(ASD, "save", lambda config, run, state: states.append(state))
+    monkeypatch.setattr(ASD, "save", lambda config, run, state, *_: states.append(state))
     with lock:
         ASD.train(loaded, run, FP32, "False")
     rows, weights = states[-1].history, states[-1].model.state_dict()

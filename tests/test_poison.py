@@ -356,7 +356,7 @@ def test_a_test_set_of_the_target_class_alone_is_refused(plan: Config, tmp_path:
     """Without an image of another class there is no success rate to tell, and the error says so."""
     raw = world()
     only = RawData(raw.train_images, raw.train_labels, raw.test_images, np.full(90, 3), raw.class_names)
-    with pytest.raises(UserError, match=r"backdoor\.target_label: 3: every test image is of that class"):
+    with pytest.raises(UserError, match=r"backdoor\.target_label: 3 \(d\): every test image is of that class"):
         build_test_sets(plan, only, build_attack(plan, only))
 
 

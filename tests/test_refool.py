@@ -395,7 +395,7 @@ def test_reflections_of_other_classes_are_drawn_by_the_seed() -> None:
 
 def test_a_set_of_the_target_class_alone_reflects_nothing() -> None:
     """No image of another class is an error that names the setting and the way out."""
-    with pytest.raises(UserError, match=r"backdoor\.refool\.source: classes: .*class 3: give textures"):
+    with pytest.raises(UserError, match=r"backdoor\.refool\.source: classes: .*class 3 \(d\): give textures"):
         Attack(Settings(source="classes"), scene(noise(4), np.full(4, 3)))
 
 

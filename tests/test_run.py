@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,13 +13,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, TINY
 
-from utils import config
+import ASD
+from utils import checkpoint, config, files
 from utils import run as run_module
 from utils.config import Config
 from utils.errors import UserError
+from utils.machine import Machine
 from utils.run import Run, locate, open_run
 
 
@@ -208,15 +214,217 @@ def test_a_run_is_written_by_one_process(tiny: Path) -> None:
         holder.stdout.close()
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_that_cannot_lock_does_not_stop_a_run(tiny: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Where locks fail for another reason than that somebody holds one, the run begins after one line that says why."""
+    with monkeypatch.context() as patch:
+
+        def fail(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        patch.setattr(files.fcntl, "flock", fail)
+        _, said = enter(tiny)
+        assert len(said) == 1 and os.strerror(number) in said[0] and "is writing" not in said[0] and "\n" not in said[0]
+        patch.setattr(files, "fcntl", None)  # a system without such locks
+        assert len(enter(tiny)[1]) == 1
+    assert enter(tiny)[1] == []
+
+
+@pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES])
+def test_a_lock_that_somebody_holds_is_said_as_such(tiny: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Both codes by which systems say that a lock is taken mean that somebody writes; another name works, as advised."""
+    flock = files.fcntl.flock
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"is writing this run.*run=NAME"):
+        patch.setattr(files.fcntl, "flock", fail)
+        enter(tiny)
+    assert files.fcntl.flock is flock
+    enter(tiny, "run=NAME")
+
+
 def test_a_checkpoint_is_named_or_given_by_path(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--resume NAME` means the run's own file even if one of that name lies here; a path means the file it leads to."""
+    """`--resume NAME` means the run's own file if it is there, else one of that name here; a path means the file that it
+    leads to, `./NAME` too."""
     run, _ = enter(tiny)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "latest_model.pt").write_bytes(b"")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "x.pt").write_bytes(b"")
+    for file in (tmp_path / "latest_model.pt", tmp_path / "other" / "x.pt"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"")
+    assert run.checkpoint("latest_model.pt").samefile(tmp_path / "latest_model.pt")
+    (run.checkpoints / "latest_model.pt").write_bytes(b"")
+    (run.checkpoints / "sub").mkdir()
+    (run.checkpoints / "sub" / "y.pt").write_bytes(b"")
     assert run.checkpoint("latest_model.pt") == run.checkpoints / "latest_model.pt"
-    assert run.checkpoint("other/x.pt").resolve() == tmp_path / "other" / "x.pt"
+    assert run.checkpoint("./latest_model.pt").samefile(tmp_path / "latest_model.pt")
+    assert run.checkpoint("other/x.pt").samefile(tmp_path / "other" / "x.pt")
     assert run.checkpoint(str(tmp_path / "other" / "x.pt")) == tmp_path / "other" / "x.pt"
+    assert run.checkpoint("sub/y.pt") == run.checkpoints / "sub" / "y.pt"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run.checkpoint("~/other/x.pt") == tmp_path / "other" / "x.pt"
+
+
+@pytest.mark.parametrize("name", ["nope.pt", "a/b/nope.pt", "/nowhere/nope.pt", "./nope.pt", "false"])
+def test_a_missing_checkpoint_is_answered_with_those_of_the_run(tiny: Path, name: str) -> None:
+    """Whatever the missing name looks like, the line shows it as given; the names that it lists work."""
+    run, _ = enter(tiny)
+    with pytest.raises(UserError, match=r"no such checkpoint") as caught:
+        run.checkpoint(name)
+    assert str(caught.value).startswith(f"--resume {name}: ") and ("train first" in str(caught.value)) == (name != "false")
+    names = ("best_model.pt", "latest_model.pt")
+    for there in names:
+        (run.checkpoints / there).write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        run.checkpoint(name)
+    line = str(caught.value)
+    assert line.startswith(f"--resume {name}: ") and "\n" not in line
+    if name == "false":
+        assert "did you mean False" in line
+    else:
+        assert all(there in line and run.checkpoint(there).is_file() for there in names)
+
+
+# -- Going back to an earlier checkpoint -------------------------------------------------------------------------------
+
+
+def train(tiny: Path, *overrides: str, resume: str = "") -> Run:
+    """Train in this process as ASD.py does; return the run."""
+    plan = load(tiny, *overrides)
+    run, lock = open_run(plan, tiny, resume == "False", print)
+    with lock, checkpoint.Writer() as writer:
+        ASD.train(plan, run, Machine(torch.device("cpu")), resume, writer)
+    return run
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of six epochs, its best one the second; the tests work on copies."""
+    folder = tmp_path_factory.mktemp("six")
+    path = write_yaml(folder)
+    run = train(path, "num_epochs=2")
+    saved = torch.load(run.checkpoints / "latest_model.pt", weights_only=True)
+    for name in ("best_model.pt", "latest_model.pt"):
+        (run.checkpoints / name).unlink(missing_ok=True)
+        torch.save(saved | {"best_acc": 1.0, "best_epoch": 2}, run.checkpoints / name)
+    train(path)
+    return folder
+
+
+@pytest.fixture
+def finished(six: Path, tmp_path: Path) -> Path:
+    """The YAML of a copy of that run."""
+    for name in ("saved_data", "storage"):
+        shutil.copytree(six / name, tmp_path / name)
+    return write_yaml(tmp_path)
+
+
+def write_yaml(folder: Path) -> Path:
+    """The tiny configuration with its folders below this one."""
+    path = folder / "tiny.yaml"
+    raw = TINY | {"saved_dir": f"{folder}/saved_data", "storage_dir": f"{folder}/storage"}
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return path
+
+
+def rows(folder: Path) -> list[int]:
+    """The epochs of a run's metrics.jsonl."""
+    return [json.loads(line)["epoch"] for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_going_back_keeps_what_was_there(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--resume best_model.pt` over a run that has later epochs first copies all of the run and says where to; then the
+    run goes on from there, to the very epochs that were trained before."""
+    run = locate(load(finished))
+    before, weights = everything(run.saved), everything(run.checkpoints)
+    capsys.readouterr()
+    train(finished, "num_epochs=4", resume="best_model.pt")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if ".earlier-" in line]
+    assert "from epoch 6 to epoch 2" in line
+    (saved,), (storage,) = ([*(tmp_path / name).glob("tiny.earlier-*")] for name in ("saved_data", "storage"))
+    assert str(saved) in line and str(storage) in line
+    kept = everything(saved)
+    assert kept == {name: content for name, content in before.items() if name != Path(".lock")}
+    assert everything(storage / "checkpoint") == weights
+    assert yaml.safe_load(kept[Path("config.yaml")])["num_epochs"] == 6
+    assert yaml.safe_load((run.saved / "config.yaml").read_text())["num_epochs"] == 4
+    assert rows(run.saved) == [0, 1, 2, 3] and rows(saved) == [0, 1, 2, 3, 4, 5]
+    assert checkpoint.epochs(run.checkpoints / "latest_model.pt") == 4
+    assert checkpoint.epochs(run.checkpoints / "best_model.pt") == 2
+    assert not (run.log / "split_meta-split.png").exists() and (run.log / "split_class-agnostic.png").exists()
+    then, now = (
+        checkpoint.read(storage / "checkpoint" / "latest_model.pt"),
+        checkpoint.read(run.checkpoints / "latest_model.pt"),
+    )
+    for one, other in zip(then["history"][:4], now["history"], strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    assert (run.saved / "suspects.csv").read_bytes() != kept[Path("suspects.csv")]
+
+    train(finished)  # the usual command goes on from there and ends where the first run did
+    again = checkpoint.read(run.checkpoints / "latest_model.pt")
+    assert all(torch.equal(tensor, again["model_state_dict"][name]) for name, tensor in then["model_state_dict"].items())
+    assert len(list((tmp_path / "saved_data").glob("tiny.earlier-*"))) == 1
+
+
+def test_nothing_to_do_changes_nothing(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An earlier checkpoint that has all epochs of the command already leaves the whole run as it is."""
+    run = locate(load(finished))
+    before = everything(tmp_path)
+    train(finished, "num_epochs=2", resume="best_model.pt")
+    said = capsys.readouterr().out
+    assert "nothing to do" in said and "has 6" in said
+    after = everything(tmp_path)
+    lock = (run.saved / ".lock").relative_to(tmp_path)
+    assert {k: v for k, v in after.items() if k != lock} == {k: v for k, v in before.items() if k != lock}
+
+
+def test_a_refused_command_leaves_the_settings_of_the_run(finished: Path, tmp_path: Path) -> None:
+    """Settings that the checkpoint refuses are not written into the run's config.yaml."""
+    run = locate(load(finished))
+    before = everything(run.saved), everything(run.checkpoints)
+    with pytest.raises(UserError, match=r"global\.epsilon"):
+        train(finished, "global.epsilon=0.4", "num_epochs=4", resume="best_model.pt")
+    after = everything(run.saved), everything(run.checkpoints)
+    for there, now in zip(before, after, strict=True):
+        there.pop(Path(".lock"), None), now.pop(Path(".lock"), None)
+        assert there == now
+
+
+def test_going_back_where_the_latest_checkpoint_is_damaged(finished: Path, tmp_path: Path) -> None:
+    """What the line about a damaged latest_model.pt advises, another checkpoint, works; the damaged one is kept."""
+    run = locate(load(finished))
+    (run.checkpoints / "latest_model.pt").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"use another one: best_model\.pt"):
+        train(finished, "num_epochs=3")
+    train(finished, "num_epochs=3", resume="best_model.pt")
+    assert checkpoint.epochs(run.checkpoints / "latest_model.pt") == 3
+    (storage,) = (tmp_path / "storage").glob("tiny.earlier-*")
+    assert (storage / "checkpoint" / "latest_model.pt").read_bytes() == b"half"
+
+
+def test_a_best_model_of_a_later_epoch_does_not_stay(finished: Path, tmp_path: Path) -> None:
+    """A run that goes back behind its best epoch has no best_model.pt of an epoch that it has yet to train."""
+    run = locate(load(finished))
+    shutil.copy(run.checkpoints / "best_model.pt", tmp_path / "early.pt")
+    shutil.copy(run.checkpoints / "latest_model.pt", run.checkpoints / "best_model.pt")
+    train(finished, "num_epochs=3", resume=str(tmp_path / "early.pt"))
+    assert checkpoint.epochs(run.checkpoints / "best_model.pt") == 2
+    assert checkpoint.epochs(run.checkpoints / "latest_model.pt") == 3
+
+
+def test_a_copy_that_does_not_fit_on_the_disk_leaves_the_run(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the disk is full while the run is copied, one line says so, and nothing of the run has changed."""
+    run = locate(load(finished))
+    before = everything(run.saved / "log"), everything(run.checkpoints)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"free some space"):
+        patch.setattr(shutil, "copy2", full)
+        train(finished, "num_epochs=4", resume="best_model.pt")
+    assert (everything(run.saved / "log"), everything(run.checkpoints)) == before
+    assert not list(tmp_path.rglob("*.earlier-*"))

@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -307,6 +308,74 @@ def test_a_wrong_list_is_one_line(tmp_path: Path, text: str, told: tuple[str, ..
     assert "\n" not in line and "\x1b" not in line
     for part in told:
         assert part in line
+
+
+ODD = ("#ant/a.png", "#ant/ b.png", " bee/a.png", "bee/a.png", "d\\og/a.png", "e\u0301t/u\u0308.png")
+ODD_LABELS = np.array([0, 0, 1, 2, 3, 4])
+
+
+def listed_odd(path: Path, lines: str) -> list[int]:
+    """Return what a list names of a data set with unusual names."""
+    path.write_text(lines, encoding="utf-8")
+    return seeds.read_seed_samples(path, ODD, ODD_LABELS, ("#ant", " bee", "bee", "d\\og", "e\u0301t"), 5).tolist()
+
+
+def test_every_name_that_a_folder_can_have_can_be_listed(tmp_path: Path) -> None:
+    """Names that begin with # or a space, hold a backslash, or are composed where the disk has them decomposed, are found;
+    a comment that names no class stays a comment."""
+    text = "# chosen by hand\n#ant/a.png\n./#ant/ b.png\n bee/a.png\nbee/a.png\nd\\og/a.png\n\u00e9t/\u00fc.png\n"
+    assert listed_odd(tmp_path / "s.txt", text) == [0, 1, 2, 3, 4, 5]
+    assert listed_odd(tmp_path / "t.txt", text.replace("#ant/a.png", "##ant/a.png")) == [1, 2, 3, 4, 5]
+    with pytest.raises(UserError, match=r"line 2: #ant/c\.png"):
+        listed_odd(tmp_path / "s.txt", text.replace("#ant/a.png", "#ant/c.png"))
+
+
+def test_a_folder_of_copies_may_have_the_other_unicode_form(tmp_path: Path) -> None:
+    """Copies on a Mac of composed names mean the same images, by name and by number."""
+    folder = put(tmp_path / "s", "cat/a.png", "dog/a.png", "e\u0301le\u0301phant/u\u0308.png")
+    assert seeds.read_seed_samples(folder, NAMES, LABELS, KNOWN, 3).tolist() == [0, 2, 4]
+    folder = put(tmp_path / "t", "cat/0.png", "dog/2.png", "e\u0301le\u0301phant/4.png")
+    assert seeds.read_seed_samples(folder, tuple("01234"), LABELS, KNOWN, 3).tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"])
+def test_a_list_may_have_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    """What PowerShell's > and Windows' editors write is read."""
+    mark = "\ufeff" if encoding.endswith("e") else ""
+    (tmp_path / "s.txt").write_bytes((mark + "cat/a.png\r\n" + REST).encode(encoding))
+    assert seeds.read_seed_samples(tmp_path / "s.txt", NAMES, LABELS, KNOWN, 3).tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (REST.encode("latin-1"), "line 2: .*save the list as UTF-8"),
+        (("cat/a.png\n" + REST).encode("utf-16-le"), "save it as UTF-8"),
+        (("cat/a.png\n" + REST).encode("utf-16") + b"x", "UTF-16"),
+    ],
+)
+def test_another_encoding_is_named(tmp_path: Path, content: bytes, told: str) -> None:
+    """A list that cannot be read as it is encoded is refused with what to save it as."""
+    (tmp_path / "s.txt").write_bytes(content)
+    with pytest.raises(UserError, match=told):
+        seeds.read_seed_samples(tmp_path / "s.txt", NAMES, LABELS, KNOWN, 3)
+
+
+def test_a_list_names_files_whose_names_are_not_utf_8(tmp_path: Path) -> None:
+    """Where the disk has Latin-1 names, a list in Latin-1 means them; a misspelt one is not taken for a wrong encoding."""
+    names = ("cat/a.png", os.fsdecode(b"b\xe9e/a.png"))
+    (tmp_path / "s.txt").write_bytes(b"cat/a.png\nb\xe9e/a.png\n")
+    assert seeds.read_seed_samples(tmp_path / "s.txt", names, np.array([0, 1]), ("cat", "b"), 2).tolist() == [0, 1]
+    (tmp_path / "s.txt").write_bytes(b"cat/a.png\nb\xe9e/b.png\n")
+    with pytest.raises(UserError, match="did you mean"):
+        seeds.read_seed_samples(tmp_path / "s.txt", names, np.array([0, 1]), ("cat", "b"), 2)
+
+
+def test_a_list_that_is_a_named_pipe_is_refused(tmp_path: Path) -> None:
+    """One line, instead of a wait without end."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"seed_samples: .*is a named pipe"):
+        seeds.read_seed_samples(tmp_path / "pipe", NAMES, LABELS, KNOWN, 3)
 
 
 def test_an_unknown_number_is_told_the_range(tmp_path: Path) -> None:

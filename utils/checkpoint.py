@@ -5,10 +5,13 @@ A checkpoint is untrusted input: it is read with `weights_only=True`, so nothing
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 import warnings
 import zipfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.files import write_atomically
+from utils.paths import is_dir, is_file
 
 # Settings that may differ between the run that wrote a checkpoint and the one that goes on from it.
 FREE = (
@@ -61,8 +65,8 @@ class State:
         return [*self.model.parameters(), *self.model.buffers(), *moments]
 
 
-def save(path: Path, state: State, config: dict[str, Any]) -> None:
-    """Write the state of a finished epoch atomically."""
+def contents(state: State, config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint holds of a finished epoch, as the state has it: its tensors, not copies."""
     saved = {
         "epoch": state.epoch - 1,  # as the authors count: the 0-based epoch that was finished
         "result": state.history[-1] if state.history else {},
@@ -78,21 +82,98 @@ def save(path: Path, state: State, config: dict[str, Any]) -> None:
     }
     if state.scheduler is not None:
         saved["scheduler_state_dict"] = state.scheduler.state_dict()
+    return saved
+
+
+def save(path: Path, state: State, config: dict[str, Any]) -> None:
+    """Write the state of a finished epoch atomically."""
+    write(path, contents(state, config))
+
+
+def write(path: Path, saved: dict[str, Any], also: Sequence[Path] = ()) -> None:
+    """Write a checkpoint's dictionary atomically, under several names if need be (`write_atomically`)."""
     buffer = io.BytesIO()  # torch writes to memory, so that a full disk is an ordinary OSError
     torch.save(saved, buffer)
-    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()), also)
+
+
+class Writer:
+    """Writes checkpoints in a thread of its own while training goes on; leaving the `with` block waits for the last one.
+
+    There is one write at a time. An error of the thread is raised by the next call, or on leaving the block.
+    """
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future[None] | None = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown()
+        self.wait()
+
+    def save(
+        self,
+        path: Path,
+        state: State,
+        config: dict[str, Any],
+        also: Sequence[Path] = (),
+        then: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Copy the state of a finished epoch to the host, which the caller waits for, and begin to write it.
+
+        Args:
+            also: further names of the same checkpoint; they are there before `path` is.
+            then: called in the thread once all names are there.
+        Raises:
+            UserError: the checkpoint before this one could not be written.
+        """
+        self.wait()
+        self.pending = self.pool.submit(self.write, path, copy_to_host(contents(state, config)), also, then)
+
+    @staticmethod
+    def write(path: Path, saved: dict[str, Any], also: Sequence[Path], then: Callable[[], object]) -> None:
+        """What the thread does."""
+        write(path, saved, also)
+        then()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written; raise the thread's error, once."""
+        if self.pending is not None:
+            wait([self.pending])  # Ctrl-C here leaves it pending
+            done, self.pending = self.pending, None
+            done.result()
+
+
+def copy_to_host(tree: Any) -> Any:
+    """Return a copy of nested containers in which every tensor is a copy in host memory; other values are shared."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        out = copy.copy(tree)  # an OrderedDict with torch's notes on versions keeps them
+        for key, value in tree.items():
+            out[key] = copy_to_host(value)
+        return out
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map(copy_to_host, tree))
+    return tree
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's dictionary on the CPU; `module.` prefixes of a distributed run are stripped.
+    """Read a checkpoint's dictionary on the CPU; names of weights as the plain network has them (`plain_name`).
 
     Raises:
-        UserError: missing, truncated, no checkpoint, or one that asks for more than tensors and plain values.
+        UserError: missing, unreadable, truncated, no checkpoint, or one that asks for more than tensors and plain values.
     """
-    if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
+    listing = is_dir(path.parent, "--resume")
+    there = sorted(p.name for p in path.parent.glob("*.pt") if p != path) if listing else []
+    if not is_file(path, "--resume"):
         listed = f"there are {', '.join(there)}" if there else "there is none: train first with ASD.py"
         raise UserError(f"--resume {path}: no such checkpoint: {listed}")
+    other = f"use another one: {', '.join(there)}" if there else "train again with ASD.py --resume False"
+    broken = UserError(f"{path}: is truncated or no checkpoint: {other}")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_SCALARS):  # the authors' figures are numpy's
             warnings.simplefilter("ignore")  # of torch, about the pickle's age
@@ -101,17 +182,35 @@ def read(path: Path) -> dict[str, Any]:
         reason = str(error)
         if "GLOBAL " in reason or "call reduce" in reason:
             raise UserError(f"{path}: asks for code that no checkpoint needs: it may be malicious; do not use it") from None
-        raise UserError(f"{path}: is truncated or no checkpoint: use another one, e.g. best_model.pt") from None
+        raise broken from None
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): make it readable") from None
     except (
         RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError,
         OverflowError, MemoryError, AssertionError, ImportError,
     ):  # fmt: skip
-        raise UserError(f"{path}: is truncated or no checkpoint: use another one, e.g. best_model.pt") from None
+        raise broken from None
     weights = loaded.get("model_state_dict") if isinstance(loaded, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(t, Tensor) for t in weights.values()):
         raise UserError(f"{path}: holds no model_state_dict: is it a checkpoint of ASD.py?")
-    loaded["model_state_dict"] = {str(k).removeprefix("module."): t for k, t in weights.items()}
+    loaded["model_state_dict"] = {plain_name(str(key)): tensor for key, tensor in weights.items()}
     return dict(loaded)
+
+
+def plain_name(key: str) -> str:
+    """Return a weight's name without what wrappers add: `module.` in front (distributed), `_orig_mod` anywhere (compiled)."""
+    parts = [part for part in key.split(".") if part != "_orig_mod"]
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def epochs(path: Path) -> int:
+    """Return how many epochs a checkpoint has; 0 where there is none that can be read."""
+    try:
+        return int(read(path)["epoch"]) + 1
+    except (UserError, KeyError, ValueError, TypeError):
+        return 0
 
 
 def about(saved: dict[str, Any]) -> tuple[tuple[str, ...], tuple[int, int] | None]:

@@ -78,7 +78,9 @@ def command(name: str, main: Callable[[], None], kept: str = "") -> NoReturn:
         fail(f"{name}: error: {who()}another process of the run has died: see the lines above; start the run again", 1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
+            if not isinstance(error.filename, (str, bytes)):
+                raise
+            fail(f"{name}: error: {who()}{os.fsdecode(error.filename)}: {error.strerror or error}", 2)
         where = error.filename or "a file of the run"
         fail(f"{name}: error: {where}: the disk is full: free some space and give the same command without --resume", 2)
     sys.exit(0)

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from utils.errors import UserError
+from utils.paths import is_file
 
 
 class Loader(yaml.SafeLoader):
@@ -114,7 +115,7 @@ def read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, A
         return raw, dict.fromkeys(leaves(raw), str(path))
     if not isinstance(base, str):
         raise UserError(f"{path}: base: {base!r}: give the path of one YAML, relative to this file")
-    if not (path.parent / base).is_file():
+    if not is_file(path.parent / base, f"{path}: base"):
         raise UserError(f"{path}: base: {base}: no such file beside this one: give a path relative to {path.parent}/")
     below, origin = read_with_base(path.parent / base, (*seen, path.resolve()))
     return merge(below, raw), origin | dict.fromkeys(leaves(raw), str(path))

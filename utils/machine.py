@@ -40,7 +40,7 @@ class Machine:
     """
 
     device: torch.device
-    amp: bool = False  # bf16 autocast, channels last in memory
+    amp: bool = False  # bf16 autocast
     rank: int = 0
     size: int = 1
     patient: Any = None  # the same processes as a group that waits longer than `SILENCE`
@@ -55,9 +55,18 @@ class Machine:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout of images and convolution weights.
+
+        channels_last is 1.2 to 1.35 times as fast as the contiguous layout on a CPU, in fp32 too, and what the bf16
+        kernels of a GPU want. In fp32 on a GPU nothing has been measured.
+        """
+        return torch.channels_last if self.amp or self.device.type == "cpu" else torch.contiguous_format
+
     def lay_out(self, images: Tensor) -> Tensor:
-        """Return the images with the channels last in memory where that is faster."""
-        return images.contiguous(memory_format=torch.channels_last) if self.amp else images
+        """Return the images in the device's memory format."""
+        return images.contiguous(memory_format=self.memory_format)
 
     def share(self, count: int) -> slice:
         """Return this process' part of `count` rows: all of them where there is one process."""

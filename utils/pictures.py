@@ -11,6 +11,7 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from utils.files import write_atomically
 from utils.runlog import KINDS
 
 CLEAN_COLOUR, POISONED_COLOUR, COVER_COLOUR = "#2a6f97", "#c1121f", "#e09f3e"
@@ -158,5 +159,7 @@ def finish(figure: Any, axes: Any, path: Path) -> None:
 
 def save(figure: Any, path: Path) -> None:
     """Write the PNG and free the figure."""
-    figure.savefig(path, dpi=110)
+    form = path.suffix[1:].lower()
+    form = form if form in figure.canvas.get_supported_filetypes() else "png"
+    write_atomically(path, lambda file: figure.savefig(file, dpi=110, format=form))
     plt.close(figure)

@@ -12,6 +12,7 @@ from utils import pictures, suspects
 from utils.checkpoint import State, flatten
 from utils.config import Backdoor, Config, to_yaml
 from utils.machine import Machine
+from utils.names import class_text
 from utils.run import Run
 from utils.runlog import KINDS, RunLog, write_metrics
 from utils.schema import as_dict
@@ -23,6 +24,7 @@ class Report:
 
     Args:
         backdoor: the attack on this set; None: unknown.
+        class_names: of the data set.
         flags: (N,) uint8 ground truth, as `KINDS` has it; None: unknown.
         examples: (2, n, H, W, 3) uint8, some images before and after the attack.
         caption: what the examples are.
@@ -30,13 +32,14 @@ class Report:
     """
 
     def __init__(
-        self, run: Run, config: Config, backdoor: Backdoor | None, flags: Tensor | None, examples: np.ndarray, caption: str,
-        start_epoch: int,
+        self, run: Run, config: Config, backdoor: Backdoor | None, class_names: tuple[str, ...], flags: Tensor | None,
+        examples: np.ndarray, caption: str, start_epoch: int,
     ) -> None:  # fmt: skip
         self.run, self.config, self.flags, self.examples, self.caption = run, config, flags, examples, caption
         self.log = RunLog(run.log, start_epoch)
-        self.attack = f"attack {backdoor.attack.name}, target class {backdoor.target_label}" if backdoor else "attack unknown"
-        self.title = f"{run.name}: {backdoor.attack.name if backdoor else 'unknown attack'}, defense {config.defense}"
+        target = f", target class {class_text(backdoor.target_label, class_names)}" if backdoor else ""
+        self.attack = f"attack {backdoor.attack.name if backdoor else 'unknown'}{target}"
+        self.title = f"{run.name}: {self.attack}, defense {config.defense}"
 
     def start(self, machine: Machine, state: State, clean_tests: int | None, backdoor_tests: int | None) -> None:
         """Say what is about to run, and draw the triggered images.
@@ -85,9 +88,9 @@ class Report:
             flags = None if self.flags is None else self.flags.numpy()
             pictures.draw_losses(path, values.numpy(), flags, clean_pool.numpy(), label, title)
 
-    def epoch(self, state: State) -> None:
-        """Report the last row of the history."""
-        self.log.epoch(state.history, self.config.num_epochs)
+    def epoch(self, history: list[dict[str, Any]]) -> None:
+        """Report the last row of the history, in the thread that has just written its checkpoint."""
+        self.log.epoch(history, self.config.num_epochs)
 
     def rank_suspects(
         self, evidence: Evidence, images: Any, names: tuple[str, ...] | None, class_names: tuple[str, ...]

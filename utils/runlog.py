@@ -105,6 +105,8 @@ def epoch_line(row: dict[str, Any], num_epochs: int) -> str:
     """Return the plain line of one epoch."""
     tested = (("ACC", row["clean_accuracy"]), ("ASR", row["attack_success_rate"]))
     figures = "".join(f"  {name} {percent(share)}" for name, share in tested if share is not None)
+    if row.get("clean_as_target") is not None:
+        figures += f" ({percent(row['clean_as_target']).strip()} without the trigger)"
     head = f"epoch {row['epoch'] + 1:3d}/{num_epochs}  {row['stage']:14s}{figures}"
     if row["defense"] == "none":
         return f"{head}  loss {row['loss']:.4f}  {row['seconds']:.1f} s"

@@ -7,7 +7,6 @@ reflected scene either twice, from its front and its back (a ghost), or out of f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +18,8 @@ from data.picture import read_named
 from data.sets import Scene
 from utils.draws import numpy_generator
 from utils.errors import UserError
+from utils.names import class_text
+from utils.paths import user_path
 from utils.runlog import progress
 from utils.schema import setting
 
@@ -181,7 +182,8 @@ def whole_between(bounds: tuple[float, ...], side: int, uniform: Tensor) -> Tens
 
 def read_reflections(name: str, count: int, height: int, width: int) -> np.ndarray:
     """Read the first `count` pictures of a folder, by name, resized linearly: (n, height, width, 3) uint8."""
-    folder, key = Path(name).expanduser(), "backdoor.refool.reflections"
+    key = "backdoor.refool.reflections"
+    folder = user_path(name, key)
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     except OSError as error:
@@ -196,9 +198,8 @@ def other_classes(scene: Scene, count: int) -> np.ndarray:
     """Return up to `count` training images that are not of the target class, drawn by the seed: (n, H, W, 3) uint8."""
     others = np.flatnonzero(scene.raw.train_labels != scene.target_label)
     if len(others) == 0:
-        raise UserError(
-            f"backdoor.refool.source: classes: every training image is of class {scene.target_label}: give textures"
-        )
+        label = class_text(scene.target_label, scene.raw.class_names)
+        raise UserError(f"backdoor.refool.source: classes: every training image is of class {label}: give textures")
     rng = numpy_generator(scene.seed, "refool", "classes")
     return scene.raw.train_images[np.sort(rng.choice(others, min(count, len(others)), replace=False))]
 

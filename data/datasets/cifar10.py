@@ -10,6 +10,7 @@ import numpy as np
 from data.sets import RawData
 from data.unpickle import read_pickle
 from utils.errors import UserError
+from utils.paths import is_file, user_path
 
 FOLDER = "cifar-10-batches-py"
 TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
@@ -26,7 +27,7 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> RawData
     """Read the six batches, in order, whatever their lengths."""
     if dataset_dir is None:
         raise UserError("dataset_dir: missing: give the folder of cifar-10-batches-py")
-    folder = find_folder(Path(dataset_dir).expanduser(), download, "CIFAR-10", FOLDER, (TRAIN[0], TEST[0]))
+    folder = find_folder(user_path(dataset_dir, "dataset_dir"), download, "CIFAR-10", FOLDER, (TRAIN[0], TEST[0]))
     train_images, train_labels = read_batches(folder, TRAIN)
     test_images, test_labels = read_batches(folder, TEST)
     return RawData(train_images, train_labels, test_images, test_labels, CLASSES)
@@ -41,7 +42,7 @@ def find_folder(folder: Path, download: bool, title: str, inside: str, files: tu
         files: any of them tells that the set is there.
     """
     for candidate in (folder, folder / inside):
-        if any((candidate / name).is_file() for name in files):
+        if any(is_file(candidate / name, "dataset_dir") for name in files):
             return candidate
     if not download:
         raise UserError(

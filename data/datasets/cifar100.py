@@ -9,6 +9,7 @@ from data.datasets.cifar10 import find_folder, read_batch
 from data.sets import RawData
 from data.unpickle import read_pickle
 from utils.errors import UserError
+from utils.paths import user_path
 
 FOLDER = "cifar-100-python"
 COUNT = 100
@@ -23,7 +24,7 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> RawData
     """Read `train`, `test` and the names of the classes."""
     if dataset_dir is None:
         raise UserError(f"dataset_dir: missing: give the folder of {FOLDER}")
-    folder = find_folder(Path(dataset_dir).expanduser(), download, "CIFAR-100", FOLDER, ("train", "test"))
+    folder = find_folder(user_path(dataset_dir, "dataset_dir"), download, "CIFAR-100", FOLDER, ("train", "test"))
     train, test = (read_batch(folder / name, "CIFAR-100", "fine_labels", COUNT) for name in ("train", "test"))
     return RawData(*train, *test, read_names(folder / "meta"))
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.datasets.folder import visible
+from data.datasets.folder import is_folder, visible
 from data.sets import Listing
 from data.transforms import resize
 from utils.errors import UserError
+from utils.paths import exists, is_dir, require_file, user_path
 from utils.schema import setting
 
 SIDE = 32
@@ -42,7 +43,7 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> Listing
     """List the pictures of both parts and check them against the CSV files."""
     if dataset_dir is None:
         raise UserError("dataset_dir: missing: give the folder that holds GTSRB/Final_Training and GTSRB/Final_Test")
-    root, train = find_folder(Path(dataset_dir).expanduser(), download)
+    root, train = find_folder(user_path(dataset_dir, "dataset_dir"), download)
     train_files, train_labels = read_train(root, train)
     test_files, test_labels = read_test(root)
     lacking = sorted(set(test_labels.tolist()) - set(train_labels.tolist()))
@@ -56,7 +57,7 @@ def find_folder(folder: Path, download: bool) -> tuple[Path, Path]:
     """Return the folder GTSRB and, below it, that of the training classes; fetch them where that is allowed."""
     for root in (folder, folder / "GTSRB", folder / "gtsrb" / "GTSRB"):
         for train in (root / "Final_Training" / "Images", root / "Training"):
-            if train.is_dir():
+            if is_dir(train, "dataset_dir"):
                 return root, train
     if not download:
         raise UserError(
@@ -80,14 +81,14 @@ def read_train(root: Path, train: Path) -> tuple[tuple[str, ...], np.ndarray]:
     files: list[str] = []
     labels: list[int] = []
     for entry in visible(train):
-        if not entry.is_dir():  # the data set's read-me
+        if not is_dir(Path(entry.path), "dataset_dir"):  # the data set's read-me
             continue
         if not (entry.name.isascii() and entry.name.isdigit() and int(entry.name) < len(CLASSES)):
             raise UserError(f"{entry.path}: is no class of GTSRB (00000 to {len(CLASSES) - 1:05d}): move it away")
         label, folder = int(entry.name), train / entry.name
         names = picture_names(folder)
         table = folder / f"GT-{entry.name}.csv"
-        if table.exists():
+        if exists(table, "dataset_dir"):
             told = read_csv(table)
             compare(table, told, folder, names)
             for name, said in told.items():
@@ -105,10 +106,10 @@ def read_train(root: Path, train: Path) -> tuple[tuple[str, ...], np.ndarray]:
 def read_test(root: Path) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the test pictures, paths relative to `root`, by name, and their labels (M,) int64."""
     folder = root / "Final_Test" / "Images"
-    if not folder.is_dir():
+    if not is_dir(folder, "dataset_dir"):
         raise UserError(f"{folder}: is missing: unpack GTSRB_Final_Test_Images.zip")
     places = [place / TEST_CSV for place in (folder, folder.parent, root, root.parent)]
-    table = next((path for path in places if path.exists()), None)
+    table = next((path for path in places if exists(path, "dataset_dir")), None)
     if table is None:
         raise UserError(f"{folder / TEST_CSV}: the test labels are missing: unpack GTSRB_Final_Test_GT.zip")
     names, told = picture_names(folder), read_csv(table)
@@ -118,7 +119,7 @@ def read_test(root: Path) -> tuple[tuple[str, ...], np.ndarray]:
 
 def picture_names(folder: Path) -> list[str]:
     """Return the sorted names of a folder's pictures: all its files but the CSV."""
-    names = [entry.name for entry in visible(folder) if entry.is_file() and not entry.name.lower().endswith(".csv")]
+    names = [entry.name for entry in visible(folder) if not is_folder(entry) and not entry.name.lower().endswith(".csv")]
     if not names:
         raise UserError(f"{folder}: holds no picture: unpack the data set again")
     return names
@@ -127,6 +128,7 @@ def picture_names(folder: Path) -> list[str]:
 def read_csv(path: Path) -> dict[str, int]:
     """Return each picture's class as a GT-*.csv has it: columns by semicolons, among them Filename and ClassId."""
     try:
+        require_file(path)
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, delimiter=";"))
     except (OSError, ValueError, csv.Error) as error:

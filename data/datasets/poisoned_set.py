@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from data.export import StoredSet, read_set
 from utils.errors import UserError
+from utils.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -18,4 +18,4 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> StoredS
     """Read and verify the folder."""
     if dataset_dir is None:
         raise UserError("dataset_dir: missing: give the folder that python -m data.poison --out wrote")
-    return read_set(Path(dataset_dir).expanduser())
+    return read_set(user_path(dataset_dir, "dataset_dir"))

@@ -12,15 +12,42 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 import ASD
-from data.poison import prepare
+from data.augment import Pipeline
+from data.poison import TestSets, prepare
 from data.pools import class_agnostic_split, meta_split
+from data.sets import ImageSet
 from utils import checkpoint, config
 from utils.cli import Parser, command
-from utils.machine import choose_machine
+from utils.config import Config
+from utils.machine import Machine, choose_machine
+
+
+class Subject(NamedTuple):
+    """What one meta-split is measured on."""
+
+    model: nn.Module
+    train_set: ImageSet
+    tests: TestSets
+    poisoned: Tensor  # (N,) bool, the ground truth
+    augment: Pipeline
+    plain: Pipeline
+
+
+def build(c: Config, base: Path, machine: Machine) -> Subject:
+    """Return the configuration's poisoned set with the weights of the checkpoint `base`; nothing is kept on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = prepare(c, Path(folder), machine.device)
+    assert data.oracle is not None
+    train_set = data.train.to(machine.device)
+    model = ASD.build_state(c, machine, len(train_set)).model
+    checkpoint.load_weights(model, checkpoint.read(base), base)
+    return Subject(model, train_set, data.tests.to(machine.device), data.oracle.poisoned(), *ASD.build_pipelines(c, train_set))
 
 
 def main() -> None:
@@ -34,14 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     c = config.load(args.config, args.set)
     machine = choose_machine(args.gpu, c.runtime.amp, print)
-    with tempfile.TemporaryDirectory() as folder:
-        data = prepare(c, Path(folder), machine.device)
-    assert data.oracle is not None
-    train_set, tests, poisoned = data.train.to(machine.device), data.tests.to(machine.device), data.oracle.poisoned()
-    augment, plain = ASD.build_pipelines(c, train_set)
-    state = ASD.build_state(c, machine, len(train_set))
-    path = Path(args.resume)
-    checkpoint.load_weights(state.model, checkpoint.read(path), path)
+    model, train_set, tests, poisoned, augment, plain = build(c, Path(args.resume), machine)
 
     def told(what: str, pool: torch.Tensor, values: torch.Tensor) -> None:
         clean, bad = float(values[~poisoned].mean()), float(values[poisoned].mean())
@@ -49,15 +69,16 @@ def main() -> None:
         print(f"{what}: mean of clean images {clean:.2f}, of poisoned {bad:.2f}; {count}", flush=True)
 
     epoch, epsilon = c.global_.epoch_second, c.global_.epsilon
-    losses = ASD.split_losses(c, epoch, "score", state.model, train_set, augment, machine)
+    losses = ASD.split_losses(c, epoch, "score", model, train_set, augment, machine)
     told("split loss", class_agnostic_split(losses, epsilon), losses)
     for epochs in range(1, args.epochs + 1):  # each from the model anew, by the method's own function: same draws, same numbers
         longer = replace(c, meta=replace(c.meta, epoch=epochs))
-        virtual = ASD.train_virtual_model(longer, epoch, state.model, train_set, augment, machine)
+        virtual = ASD.train_virtual_model(longer, epoch, model, train_set, augment, machine)
         scored = ASD.split_losses(c, epoch, "score virtual", virtual, train_set, augment, machine)
         told(f"fall after {epochs} virtual epochs", meta_split(losses, scored, epsilon), losses - scored)
-        acc, asr = (ASD.accuracy(c, virtual, tested, plain, machine) for tested in (tests.clean, tests.backdoor))
-        print(f"virtual model: ACC {100 * (acc or 0):.1f} %, ASR {100 * (asr or 0):.1f} %", flush=True)
+        figures = ASD.evaluate(c, virtual, tests, plain, machine)
+        acc, asr = figures["clean_accuracy"] or 0, figures["attack_success_rate"] or 0
+        print(f"virtual model: ACC {100 * acc:.1f} %, ASR {100 * asr:.1f} %", flush=True)
 
 
 if __name__ == "__main__":

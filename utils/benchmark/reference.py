@@ -143,7 +143,7 @@ class ReferenceTraining:
         self.labelled = data.part(np.arange(pool))
         self.unlabelled = data.part(np.arange(pool, len(data)), views=2)
         self.labelled_batches, self.unlabelled_batches = self.start(self.labelled), self.start(self.unlabelled)
-        self.model = fresh_model(bench)
+        self.model = fresh_model(bench).to(memory_format=torch.contiguous_format)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.002)
         self.model.train()
 

@@ -102,9 +102,9 @@ def make_bench(
 
 
 def fresh_model(bench: Bench, amp: bool = False) -> Classifier:
-    """Return the network with its first weights, on the bench's device."""
-    model = build_classifier(bench.config.network, CLASSES, bench.config.seed.seed).to(bench.device)
-    return model.to(memory_format=torch.channels_last) if amp else model
+    """Return the network with its first weights, on the bench's device, in the layout that runs there have."""
+    model = build_classifier(bench.config.network, CLASSES, bench.config.seed.seed)
+    return model.to(bench.device).to(memory_format=bench.machine(amp).memory_format)
 
 
 def now(device: torch.device) -> float:

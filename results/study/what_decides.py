@@ -1,0 +1,81 @@
+"""What decides how many poisoned images one meta-split lets into the clean pool?
+
+    python -m results.study.what_decides --config CONFIG.yaml --base BASE.pt --name mature --out ROWS.jsonl [--set K=V ...]
+
+Scores the training set with a base model that knows no trigger, trains the virtual model on the poisoned set, scores again and
+splits, for each attack in turn. Appends one JSON row for each (name, attack, seed); a row that the file has is not made again.
+`README.md` holds the commands of the committed rows.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import ASD
+from data.pools import meta_split
+from results.attacks.meta_split import build
+from utils import config
+from utils.cli import Parser, command
+from utils.config import Config
+from utils.machine import choose_machine
+
+
+def main() -> None:
+    """Read the command line; make the rows that are missing."""
+    parser = Parser(description="One meta-split from a base model, for each attack.")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--base", required=True, type=Path, help="checkpoint of the base model")
+    parser.add_argument("--name", required=True, help="of the setting that is measured")
+    parser.add_argument("--out", required=True, type=Path, help="rows are appended to this file")
+    parser.add_argument("--attacks", default="badnets,blend,wanet", help="names, separated by commas")
+    parser.add_argument("--gpu", default="0")
+    parser.add_argument("--set", action="append", default=[])
+    args = parser.parse_args()
+    for attack in args.attacks.split(","):
+        c = config.load(args.config, [*args.set, f"backdoor={{{attack}: {{}}}}"])
+        done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+        if any((row["name"], row["attack"], row["seed"]) == (args.name, attack, c.seed.seed) for row in done):
+            continue
+        row = {"name": args.name, "attack": attack, "seed": c.seed.seed} | measure(c, args.base, args.gpu)
+        with open(args.out, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
+
+
+def measure(c: Config, base: Path, gpu: str) -> dict[str, Any]:
+    """Return one row: the settings of the virtual model, and what its split does."""
+    machine = choose_machine(gpu, c.runtime.amp, print)
+    model, train_set, tests, poisoned, augment, plain = build(c, base, machine)
+
+    def tested(network: nn.Module) -> dict[str, float | None]:
+        return ASD.evaluate(c, network, tests, plain, machine)
+
+    started, epoch = time.monotonic(), c.global_.epoch_second
+    losses = ASD.split_losses(c, epoch, "score", model, train_set, augment, machine)
+    virtual = ASD.train_virtual_model(c, epoch, model, train_set, augment, machine)
+    virtual_losses = ASD.split_losses(c, epoch, "score virtual", virtual, train_set, augment, machine)
+    pool, fall = meta_split(losses, virtual_losses, c.global_.epsilon), losses - virtual_losses
+    return {
+        "poisoned": int(poisoned.sum()),
+        "pool": len(pool),
+        "poisoned_in_pool": int(poisoned[pool].sum()),
+        "by_chance": round(len(pool) * float(poisoned.float().mean())),
+        "fall_of_clean": float(fall[~poisoned].mean()),
+        "fall_of_poisoned": float(fall[poisoned].mean()),
+        "base": tested(model),
+        "virtual": tested(virtual),
+        "network": {c.network.name: {k: getattr(c.network.settings, k) for k in ("width", "blocks", "last_parts")}},
+        "meta": {"lr": c.meta.optimizer.settings.lr, "epoch": c.meta.epoch},
+        "seconds": round(time.monotonic() - started),
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    command("what_decides.py", main)
