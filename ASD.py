@@ -8,6 +8,11 @@ the epoch loop, the split into a clean and a polluted pool, the virtual model, a
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds: Ctrl-C and SIGTERM end in one line from here on
+    from utils.startup import begin
+
+    begin("ASD.py")
+
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +28,7 @@ from data.augment import Pipeline
 from data.batches import MixMatchDraws, SupervisedDraws, draw_mixmatch, draw_scoring, draw_supervised, views
 from data.poison import TestSets, prepare
 from data.pools import check_pool_sizes, class_agnostic_split, class_aware_split, meta_split, per_class, rest
-from data.seeds import choose_seed_samples
+from data.seeds import choose_seed_samples, complete_manifest
 from data.sets import COVER, POISONED, ImageSet, Oracle
 from loss.mixmatch import guess_labels, interleave_order, mixmatch_loss, mixup, ramp_up
 from loss.supervised import cross_entropy, symmetric_cross_entropy
@@ -33,7 +38,7 @@ from model.grouped_norm import forward_each, group, rows_per_group
 from model.optimizer import build_optimizer, build_scheduler, restart
 from model.scoring import predict
 from model.sync_norm import synchronize
-from utils import checkpoint, config
+from utils import checkpoint, config, manifest
 from utils.checkpoint import State
 from utils.cli import command, parse_arguments
 from utils.config import Config, check_processes
@@ -42,9 +47,9 @@ from utils.errors import UserError
 from utils.machine import Machine, choose_machine, mute, set_determinism, start_processes
 from utils.paths import exists
 from utils.report import Report, Silence
-from utils.run import BEST, LATEST, Run, begin, locate, open_run
+from utils.run import BEST, LATEST, Run, locate, make_ready, open_run
 from utils.runlog import progress
-from utils.schema import as_dict
+from utils.schema import as_dict, stand_ins
 from utils.stepper import Stepper
 from utils.suspects import CSV as SUSPECTS
 from utils.suspects import Evidence
@@ -70,6 +75,11 @@ def train(config: Config, run: Run, machine: Machine, resume: str, writer: check
     """Run all epochs that are still to do, from the checkpoint that `resume` names or from scratch."""
     writer = writer or checkpoint.Writer()
     latest = run.checkpoints / LATEST if resume in ("", "False") else run.checkpoint(resume)
+    saved = None
+    if resume not in ("", "False") or (resume == "" and exists(latest, "--resume")):
+        saved = checkpoint.read(latest)
+        names = {key for key, _, _ in stand_ins(config)}
+        checkpoint.refuse_other_settings(latest, saved, as_dict(config), names)  # before anything is decoded or made
     with machine.first_alone():  # it makes what is kept with the run, the others read it
         data = prepare(config, run.saved, machine.device, print if machine.rank == 0 else mute, machine.size)
         seeds = choose_seed_samples(config, data, run.saved)
@@ -80,12 +90,14 @@ def train(config: Config, run: Run, machine: Machine, resume: str, writer: check
 
     state = build_state(config, machine, len(train_set))
     state.about = {"class_names": list(data.class_names), "image_size": list(train_set.images.shape[2:])}
-    if resume not in ("", "False") or (resume == "" and exists(latest, "--resume")):
-        checkpoint.load(latest, state, as_dict(config))
-    if not begin(run, config, latest, state, print if machine.rank == 0 else None):
+    state.data = complete_manifest(config, data, seeds)
+    if saved is not None:
+        checkpoint.load(latest, state, as_dict(config), saved)
+    if not make_ready(run, config, latest, state, print if machine.rank == 0 else None):
         return
     report: Any = Silence()
     if machine.rank == 0:
+        manifest.keep(run.saved, state.data)
         flags = data.oracle.flags if data.oracle else None
         report = Report(run, config, data.backdoor, data.class_names, flags, data.examples, data.caption, state.epoch)
     report.start(machine, state, *(len(part) if part else None for part in (tests.clean, tests.backdoor)))

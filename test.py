@@ -8,6 +8,11 @@ The second form labels the pictures below a folder and needs no data set.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from utils.startup import begin
+
+    begin("test.py")
+
 import json
 from pathlib import Path
 
@@ -40,7 +45,7 @@ def main() -> None:
     if args.out and is_dir(user_path(args.out, "--out"), "--out"):
         raise UserError(f"--out {args.out}: is a folder: give the name of a file, e.g. --out {Path(args.out) / 'labels.csv'}")
     settings = config.load(args.config, args.set)
-    machine = choose_machine(args.gpu, settings.runtime.amp, print)
+    machine = choose_machine(args.gpu, settings.runtime.amp, print, alone=True)
     set_determinism(settings.seed.deterministic, settings.seed.benchmark)
     run = locate(settings)
     path = run.checkpoint(args.resume or LATEST)

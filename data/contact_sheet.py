@@ -60,5 +60,5 @@ def draw_contact_sheet(path: Path, groups: Sequence[Group]) -> None:
 
 
 def plain(text: str) -> str:
-    """Return the text in letters that Pillow's own font has."""
-    return text.encode("ascii", "replace").decode()
+    """Return the text in letters that Pillow's own font has, all others as escapes."""
+    return text.encode("ascii", "backslashreplace").decode()

@@ -229,16 +229,24 @@ def keep_with_run(folder: Path, stored: StoredSet) -> None:
     """Keep `set.json` and `poison_idx.npy` with the run; refuse to go on with other data than it was begun with."""
     path, index = folder / DESCRIPTION, folder / "poison_idx.npy"
     begun = path.read_text(encoding="utf-8") if path.exists() else None
-    if begun != stored.description and (path.exists() or index.exists()):
+    if not same_arrays(begun, stored.description) and (path.exists() or index.exists()):
         raise UserError(
-            f"dataset_dir: {stored.folder}: the run in {folder} was begun with other data: give those, another name with "
-            "--set run=NAME, or --resume False to start over"
+            f"dataset_dir: {stored.folder}: the run in {folder} was begun with other data: give those, or begin a new run: "
+            "with --set run=NAME and without --resume, or with --resume False"
         )
     if begun is None:
         write_text(path, stored.description)  # the first of the two: an index alone is that of a run on raw data
     if not index.exists():
         poisoned = (stored.parts.train.flags == POISONED).astype(np.float64)
         write_atomically(index, lambda file: np.save(file, poisoned, allow_pickle=False))
+
+
+def same_arrays(one: str | None, other: str) -> bool:
+    """Return whether two texts of `set.json` describe equal arrays; what the set was made from, and where, does not count."""
+    try:
+        return one is not None and json.loads(one)["files"] == json.loads(other)["files"]
+    except (ValueError, LookupError, TypeError):
+        return False
 
 
 def examples_of(stored: StoredSet, most: int) -> tuple[np.ndarray, str]:

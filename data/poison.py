@@ -7,6 +7,11 @@ writes the poisoned set by itself, for any other defense; `dataset: poisoned_set
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from utils.startup import begin
+
+    begin("data.poison")
+
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +23,7 @@ import torch
 from data.attack import BATCH, AttackBase
 from data.choice import draw_cover, draw_poisoned, poison_index
 from data.contact_sheet import Group, columns, draw_contact_sheet
+from data.digests import manifest_of, poisoned_input
 from data.export import (
     StoredSet,
     count,
@@ -31,7 +37,8 @@ from data.loading import dataset_of, load_data, load_raw
 from data.placement import choose_placement
 from data.sets import CLEAN, COVER, POISONED, ImageSet, Oracle, Part, PoisonedSet, RawData, Scene, to_set
 from data.tables import own_copy, read_table
-from utils import plugins
+from utils import manifest, plugins
+from utils.best_effort import BestEffort
 from utils.cli import DEFAULT_CONFIG, Parser, command
 from utils.config import Backdoor, Config
 from utils.config import load as load_config
@@ -82,6 +89,7 @@ class PoisonedData:
     caption: str  # what the examples are
     class_names: tuple[str, ...]
     names: tuple[str, ...] | None  # N, of the training images; None: they have numbers only
+    manifest: str  # what the data are (`utils/manifest.py`)
 
 
 def prepare(
@@ -94,8 +102,12 @@ def prepare(
         device: where an attack makes its assets; none: the CPU.
         say: is told, in a line, what is made and what is used again, and where the images lie.
         processes: of the run, on this computer.
+    Raises:
+        UserError: also where the run in `folder` was begun with other data.
     """
     data = load_data(config, say)
+    known = manifest_of(config, data)
+    manifest.check(folder, known)
     placement = place(config, data, device, processes, say)
     if isinstance(data, StoredSet):
         keep_with_run(folder, data)
@@ -104,17 +116,18 @@ def prepare(
         parts = data.parts
         return PoisonedData(
             parts.train.to_set(placement), test_sets(parts, placement), parts.train.oracle(), data.backdoor, examples, caption,
-            data.class_names, None,
+            data.class_names, None, known,
         )  # fmt: skip
     if config.backdoor is None:
         train, none = given_images(data, placement), data.train_images[None, :0].repeat(2, 0)
-        return PoisonedData(train, given_tests(data, placement), None, None, none, "", data.class_names, data.names)
+        return PoisonedData(train, given_tests(data, placement), None, None, none, "", data.class_names, data.names, known)
     attack = build_attack(config, data, device, say)
+    tests = build_test_sets(config, data, attack, placement)  # refused before anything is kept with the run
     poisoned = poison_training_set(config, data, attack, folder, placement)
     caption = f"{config.attack.name}: {training_caption(config.attacker, attack, data.class_names)}"
-    tests = build_test_sets(config, data, attack, placement)
+    known = manifest.with_input(known, *poisoned_input(poisoned.oracle.poisoned().numpy()))
     return PoisonedData(
-        poisoned.train, tests, poisoned.oracle, config.attacker, poisoned.examples, caption, data.class_names, data.names
+        poisoned.train, tests, poisoned.oracle, config.attacker, poisoned.examples, caption, data.class_names, data.names, known
     )
 
 
@@ -233,8 +246,10 @@ def trigger_images(config: Config, raw: RawData, attack: AttackBase) -> Part:
     target = config.attacker.target_label
     others = np.flatnonzero(raw.test_labels != target)
     if len(others) == 0:
-        label = class_text(target, raw.class_names)
-        raise UserError(f"backdoor.target_label: {label}: every test image is of that class: no success rate can be told")
+        raise UserError(
+            f"backdoor.target_label: {class_text(target, raw.class_names)}: every test image is of that class, so there is no "
+            "success rate: give another class, or add test images of others"
+        )
     n = len(others)
     images = np.empty((n, *raw.test_images.shape[1:]), np.uint8)
     for start in range(0, n, BATCH):  # not all at once: at 224 px that would be a copy of the whole test set
@@ -263,7 +278,11 @@ def export(config: Config, out: Path, device: torch.device, say: Say) -> None:
     parts = PoisonedSet(poison_images(config, raw, attack, index), clean_images(raw), trigger_images(config, raw, attack))
     groups = sheet_groups(config, raw, attack, parts)
     class_names = {"class_names": list(raw.class_names)}
-    write_set(out, parts, settings | class_names, lambda path: draw_contact_sheet(path, groups))
+
+    def draw_sheet(path: Path) -> None:
+        BestEffort(say).attempt(path.name, draw_contact_sheet, path, groups)
+
+    write_set(out, parts, settings | class_names, draw_sheet)
     counts = count(parts.train)
     say(
         f"{out}: {counts['clean']} clean, {counts['poisoned']} poisoned and {counts['cover']} cover training images, "

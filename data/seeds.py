@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from data.datasets.folder import visible
+from data.digests import short
 from data.poison import PoisonedData
 from data.pools import draw_seed_samples
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import write_atomically
+from utils.manifest import with_input
 from utils.names import Names, class_text
 from utils.paths import is_dir, require_file, user_path
 
@@ -45,6 +47,17 @@ def choose_seed_samples(config: Config, data: PoisonedData, folder: Path) -> Ten
     seeds = read_seed_samples(source, names, labels.cpu().numpy(), data.class_names, config.num_classes)
     keep_with_run(folder / KEPT, [names[i] for i in seeds])
     return torch.from_numpy(seeds)
+
+
+def complete_manifest(config: Config, data: PoisonedData, seeds: Tensor) -> str:
+    """Return the manifest of all that a run is given: its data, and the seed samples where the user has chosen them.
+
+    Args:
+        seeds: (S,) int64, what `choose_seed_samples` returned.
+    """
+    if config.seed_samples is None or config.defense != "asd":
+        return data.manifest
+    return with_input(data.manifest, "seed_samples", short(seeds.numpy().tobytes()))
 
 
 def read_seed_samples(
@@ -169,6 +182,6 @@ def keep_with_run(path: Path, names: Sequence[str]) -> None:
         write_atomically(path, lambda file: file.write(text))
     elif path.read_bytes() != text:
         raise UserError(
-            f"seed_samples: the run in {path.parent} was begun with other seed samples ({path.name}): give those, another name "
-            "with --set run=NAME, or --resume False to start over"
+            f"seed_samples: the run in {path.parent} was begun with other seed samples ({path.name}): give those, or begin a "
+            "new run: with --set run=NAME and without --resume, or with --resume False"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -24,21 +24,25 @@ class RawData:
     test_labels: np.ndarray  # (M,) int64
     class_names: tuple[str, ...]
     names: tuple[str, ...] | None = None  # N, of the training images, e.g. `cat/0001.png`; None: they have numbers only
+    test_names: tuple[str, ...] | None = None  # M, likewise
+    train_digests: tuple[str, ...] | None = None  # N, `data.digests.pixel_digests`; None: not known yet
+    test_digests: tuple[str, ...] | None = None  # M
 
     def cut(self, train: int | None, test: int | None) -> RawData:
         """Return the first so many images (None: all) of both parts; nothing is copied."""
         return replace(
             self,
             train_images=self.train_images[:train], train_labels=self.train_labels[:train],
-            names=self.names and self.names[:train],
+            names=self.names and self.names[:train], train_digests=self.train_digests and self.train_digests[:train],
             test_images=self.test_images[:test], test_labels=self.test_labels[:test],
+            test_names=self.test_names and self.test_names[:test], test_digests=self.test_digests and self.test_digests[:test],
         )  # fmt: skip
 
 
 class Mapped(np.ndarray):
     """A whole table that is mapped into memory; what is made of it (slices, copies) is an array like any other."""
 
-    path: Path | None = None  # of the file; only the whole table has it
+    file: IO[bytes] | None = None  # open; only the whole table has it. Its pixels stay when another process replaces the name
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Listing:
     class_names: tuple[str, ...]
     pre: tuple[Any, ...] = ()  # settings of the transforms that are applied where `transform.pre` names none
     skip_unreadable: bool = False
+    limits: tuple[int | None, int | None] = (None, None)  # what it was cut to
 
     def cut(self, train: int | None, test: int | None) -> Listing:
         """Return a listing of so many pictures (None: all) of both parts, spread evenly: pictures are listed by class."""
@@ -61,7 +66,7 @@ class Listing:
         return replace(
             self,
             train_files=tuple(self.train_files[i] for i in a), train_labels=self.train_labels[a],
-            test_files=tuple(self.test_files[i] for i in b), test_labels=self.test_labels[b],
+            test_files=tuple(self.test_files[i] for i in b), test_labels=self.test_labels[b], limits=(train, test),
         )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from data.transforms import (
     random_resize_crop,
     resize,
 )
-from utils import config
+from utils import config, plugins
 from utils.errors import UserError
 from utils.schema import Named
 
@@ -297,18 +298,70 @@ def test_center_crop_equals_torchvision_on_pil(size: int | tuple[int, int]) -> N
         assert torch.equal(view, as_tensor(TF.center_crop(as_pil(image), wanted)))
 
 
-def test_random_resize_crop_equals_torchvision_for_each_box() -> None:
-    """Every image is cropped to its own drawn box and resized as torchvision does it, on PIL within one level."""
-    step = random_resize_crop.Settings(size=16)
-    augment = pipeline(step, height=24, width=32)
-    images, table = smooth(40, 24, 32), augment.draw(40, torch.Generator().manual_seed(1))
-    for image, row, view in zip(images, table.tolist(), raw_levels(augment(images, table)), strict=True):
+def one_by_one(step: Any, images: Tensor, table: Tensor) -> Tensor:
+    """What torchvision's functions make of each image by itself with the parameters of its row, uint8."""
+    one = {random_resize_crop: resized_crop, gaussian_blur: blur, random_color_jitter: jitter}[
+        sys.modules[type(step).__module__]
+    ]
+    return torch.stack([one(step, image, row) for image, row in zip(images, table.tolist(), strict=True)])
+
+
+def resized_crop(step: random_resize_crop.Settings, image: Tensor, row: list[float]) -> Tensor:
+    """The box resized in float64, first along the rows, then along the columns, rounded after each."""
+    top, left, h, w = (int(x) for x in row)
+    box = image[:, top : top + h, left : left + w].double()
+    for size in ([h, step.size], [step.size, step.size]):
+        box = TF2.resize(box, size, antialias=True).add(0.5 + 1e-9).floor()
+    return box.to(torch.uint8)
+
+
+def blur(step: gaussian_blur.Settings, image: Tensor, row: list[float]) -> Tensor:
+    """The kernel has 2 ceil(3 sigma) + 1 pixels, and no more than the border can mirror."""
+    act, sigma = row
+    kernel = 2 * min(math.ceil(3 * sigma), (min(image.shape[1:]) - 1) // 2) + 1
+    return TF2.gaussian_blur(image, [kernel, kernel], [sigma, sigma]) if act else image
+
+
+def jitter(step: random_color_jitter.Settings, image: Tensor, row: list[float]) -> Tensor:
+    """The changes that the settings name, in the order of the row."""
+    change = (TF2.adjust_brightness, TF2.adjust_contrast, TF2.adjust_saturation, TF2.adjust_hue)
+    spread = (step.brightness, step.contrast, step.saturation, step.hue)
+    for i in (int(x) for x in row[1:5]):
+        if row[0] and spread[i] > 0:
+            image = change[i](image, row[5 + i])
+    return image
+
+
+def apart(a: Tensor, b: Tensor) -> tuple[int, float]:
+    """Return the greatest difference of two uint8 tensors in levels, and the share of numbers that differ."""
+    assert a.shape == b.shape and a.dtype == b.dtype == torch.uint8
+    gap = (a.int() - b.int()).abs()
+    return int(gap.max()), float((gap > 0).double().mean())
+
+
+@pytest.mark.parametrize("kind", [pictures, smooth])
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(32, 32, 32), (24, 32, 16), (17, 40, 64), (64, 48, 7), (5, 3, 9), (224, 224, 224)]
+)
+def test_random_resize_crop_equals_torchvision_for_each_box(height: int, width: int, size: int, kind: Any) -> None:
+    """Every image is cropped to its own drawn box and resized as torchvision does it, enlarged and reduced.
+
+    Against float64 at most 1 level apart, in at most 1 % of the numbers (measured: 0.3 %, sums that end in .5); from the
+    exact average, rounded nowhere, at most 1 level. Pillow too rounds twice, but may take the columns first: at most 2 apart.
+    """
+    count = 40 if size < 100 else 4
+    step = random_resize_crop.Settings(size)
+    images, table = kind(count, height, width), step.draw(count, height, width, torch.Generator().manual_seed(1))
+    views = step.apply(images, table)
+    most, share = apart(views, one_by_one(step, images, table))
+    assert most <= 1 and share <= 0.01
+    for image, row, view in zip(images, table.tolist(), views, strict=True):
         top, left, h, w = (int(x) for x in row)
-        assert 0 <= top <= top + h <= 24
-        assert 0 <= left <= left + w <= 32
-        assert torch.equal(view, TF2.resized_crop(image, top, left, h, w, [16, 16], antialias=True))
-        on_pil = as_tensor(TF.resized_crop(as_pil(image), top, left, h, w, [16, 16]))
-        assert (view.int() - on_pil.int()).abs().max() <= 1
+        assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width
+        exact = TF2.resized_crop(image.double(), top, left, h, w, [size, size], antialias=True)
+        assert (view - exact).abs().max() <= 1 + 1e-3
+        on_pil = as_tensor(TF.resized_crop(as_pil(image), top, left, h, w, [size, size]))
+        assert apart(view, on_pil)[0] <= 2
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (20, 48)])
@@ -337,21 +390,43 @@ def test_random_resize_crop_falls_back_as_torchvision(height: int, width: int, r
     assert table.tolist() == [list(map(float, expected))] * 5
 
 
-def test_color_jitter_equals_torchvision_for_each_order_and_amount() -> None:
-    """Every image gets its own four changes in its own order, with torchvision's result; an image whose coin fell is kept."""
-    augment = pipeline(random_color_jitter.Settings(0.4, 0.3, 0.5, 0.1, p=0.8), height=12, width=12)
-    images, table = pictures(60, 12, 12), augment.draw(60, torch.Generator().manual_seed(1))
-    change = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
-    kept = 0
-    for image, row, view in zip(images, table.tolist(), raw_levels(augment(images, table)), strict=True):
-        expected = image
-        if row[0]:
-            for i in row[1:5]:
-                expected = change[int(i)](expected, row[5 + int(i)])
-        else:
-            kept += 1
-        torch.testing.assert_close(view.int(), expected.int(), rtol=0, atol=1)
-    assert 0 < kept < 40
+@pytest.mark.parametrize("kind", [pictures, smooth])
+@pytest.mark.parametrize(
+    "step",
+    [
+        random_color_jitter.Settings(0.4, 0.3, 0.5, 0.1, p=0.8),
+        random_color_jitter.Settings(0.4, 0.4, 0.4),
+        random_color_jitter.Settings(contrast=1.5, hue=0.5),
+        random_color_jitter.Settings(saturation=3.0, brightness=2.0, p=0.5),
+        random_color_jitter.Settings(hue=0.3),
+    ],
+)
+def test_color_jitter_equals_torchvision_for_each_order_and_amount(step: random_color_jitter.Settings, kind: Any) -> None:
+    """Every image gets its own changes in its own order, with torchvision's result; an image whose coin fell is kept.
+
+    The factors alone are torchvision's bit for bit. A hue is 1 level apart in at most 0.01 % of the numbers (measured:
+    0.001 %); what follows it can make more levels of that one.
+    """
+    images, table = kind(120, 12, 15), step.draw(120, 12, 15, torch.Generator().manual_seed(1))
+    views = step.apply(images, table)
+    most, share = apart(views, one_by_one(step, images, table))
+    assert (most, share) == (0, 0.0) if not step.hue else most <= 4 and share <= 1e-4
+    kept = table[:, 0] == 0
+    assert torch.equal(views[kept], images[kept])
+    assert kept.any() == (step.p < 1) and not kept.all()
+
+
+@pytest.mark.parametrize("shift", [0.0, 1 / 6, -1 / 3, 0.5, -0.5])
+def test_every_colour_keeps_its_hue_or_turns_as_torchvision_says(shift: float) -> None:
+    """Of a grid of 52 x 52 x 52 colours, grey ones and edges of the colour circle included, none is more than 1 level from
+    torchvision's, and at most 0.1 % (measured: none); a turn by 0 changes none."""
+    levels = torch.arange(0, 256, 5)
+    colours = torch.stack(torch.meshgrid(levels, levels, levels, indexing="ij")).view(1, 3, 52, -1).to(torch.uint8)
+    row = torch.tensor([[1.0, 3, 2, 1, 0, 1, 1, 1, shift]], dtype=torch.float64)
+    turned = random_color_jitter.Settings(hue=0.5).apply(colours, row)
+    most, share = apart(turned[0], TF2.adjust_hue(colours[0], shift))
+    assert most <= 1 and share <= 0.001
+    assert shift or torch.equal(turned, colours)
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
@@ -409,18 +484,21 @@ def blurred(image: Tensor, sigma: float, reach: int) -> np.ndarray:
     return out
 
 
-def test_gaussian_blur_equals_torchvision_and_the_formula() -> None:
-    """The chosen images are blurred with their own width, as torchvision does and as the written-out sum says; others kept."""
-    augment = pipeline(gaussian_blur.Settings((0.1, 2.0), p=0.7), height=16, width=16)
-    images, table = pictures(20, 16, 16), augment.draw(20, torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("sigma", [(0.1, 2.0), (0.01, 0.02), (4.0, 30.0)])
+def test_gaussian_blur_equals_torchvision_and_the_formula(sigma: tuple[float, float]) -> None:
+    """The chosen images are blurred with their own width, as torchvision does and as the written-out sum says; others kept.
+
+    At most 1 level apart, in at most 0.1 % of the numbers (measured: 0.002 %).
+    """
+    step = gaussian_blur.Settings(sigma, p=0.7)
+    images, table = pictures(20, 19, 16), step.draw(20, 19, 16, torch.Generator().manual_seed(1))
     assert 0 < table[:, 0].sum() < 20
-    for image, (act, sigma), view in zip(images, table.tolist(), raw_levels(augment(images, table)), strict=True):
-        if not act:
-            assert torch.equal(view, image)
-            continue
-        reach = min(math.ceil(3 * sigma), 7)  # a 16-pixel image mirrors 7 pixels at most on both sides
-        assert torch.equal(view, TF2.gaussian_blur(image, [2 * reach + 1] * 2, [sigma, sigma]))
-        assert np.abs(view.numpy() - blurred(image, sigma, reach)).max() <= 0.51
+    views = step.apply(images, table)
+    most, share = apart(views, one_by_one(step, images, table))
+    assert most <= 1 and share <= 0.001
+    for image, (act, width), view in zip(images, table.tolist(), views, strict=True):
+        reach = min(math.ceil(3 * width), 7)  # a side of 16 pixels mirrors 7 pixels at most on both sides
+        assert np.abs(view.numpy() - blurred(image, width, reach)).max() <= 0.51 if act else torch.equal(view, image)
 
 
 def test_gaussian_blur_widths_are_uniform_in_the_given_range() -> None:
@@ -489,4 +567,100 @@ def test_a_mixed_pipeline_applies_its_steps_in_the_order_of_the_yaml(seed: int) 
         x = TF2.gaussian_blur(x, [2 * reach + 1] * 2, [row[7], row[7]]) if row[6] else x
         x = as_tensor(pil_move(as_pil(x), steps[6], row[8:9]))
         x = TF.center_crop(x, [9, 9])
-        assert torch.equal(view, TF.normalize(x.float().div(255), MEAN, STD))
+        gap = (view - TF.normalize(x.float().div(255), MEAN, STD)).abs()
+        assert gap.max() <= 1.01 / 255 / min(STD) and (gap > 0).double().mean() <= 0.01  # a sum of the blur may round otherwise
+
+
+# -- any size, any batch, any device -----------------------------------------------------------------------------------
+
+
+@st.composite
+def changes(draw: st.DrawFn) -> tuple[Any, int, int, int, int]:
+    """A random transform that changes values, the height, width and number of images, a seed."""
+    height, width = draw(st.integers(1, 24)), draw(st.integers(1, 24))
+    p = draw(st.sampled_from([0.0, 0.5, 1.0]))
+    low, high = sorted(draw(st.tuples(st.floats(0.02, 4.0), st.floats(0.02, 4.0))))
+    share, factor = st.floats(0.05, 1.0), st.sampled_from([0.0, 0.4, 1.0, 2.0])
+    step = draw(
+        st.one_of(
+            st.just(gaussian_blur.Settings((low, high), p)),
+            st.builds(lambda size, s: random_resize_crop.Settings(size, (s, 1.0), (0.5, 2.0)), st.integers(1, 40), share),
+            st.builds(random_color_jitter.Settings, factor, factor, factor, st.sampled_from([0.0, 0.1, 0.5]), st.just(p)),
+        )
+    )
+    return step, height, width, draw(st.integers(1, 5)), draw(st.integers(0, 999))
+
+
+@settings(deadline=None, max_examples=150)
+@given(changes())
+def test_any_settings_and_sizes_equal_torchvision_image_by_image(case: tuple[Any, int, int, int, int]) -> None:
+    """Whatever a YAML gives, each view of a batch is what torchvision makes of that image alone: uint8, at most 1 level apart
+    but for what follows a hue, and the images stay as they are."""
+    step, height, width, count, seed = case
+    images = pictures(count, height, width, seed)
+    before = images.clone()
+    table = step.draw(count, height, width, torch.Generator().manual_seed(seed))
+    views = step.apply(images, table)
+    most, _ = apart(views, one_by_one(step, images, table))
+    assert most <= (4 if getattr(step, "hue", 0) else 1)
+    assert torch.equal(images, before)
+
+
+ALL = {  # every transform that draws or moves, small
+    "random_resize_crop": random_resize_crop.Settings(18),
+    "random_color_jitter": random_color_jitter.Settings(0.4, 0.4, 0.4, 0.1, 0.8),
+    "random_grayscale": random_grayscale.Settings(0.3),
+    "gaussian_blur": gaussian_blur.Settings(),
+    "random_crop": random_crop.Settings(16, 2, "reflect"),
+    "random_horizontal_flip": random_horizontal_flip.Settings(),
+    "center_crop": center_crop.Settings(17),
+    "resize": resize.Settings((20, 26)),  # last: on CUDA torchvision rounds it once, on a CPU twice
+}
+
+
+@pytest.mark.parametrize("name", [*ALL, "all"])
+def test_a_large_batch_is_worked_on_in_parts_with_the_same_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory that a transform needs is bounded: it gets a few images at a time, by the largest size on the way, and the
+    views are the same bit for bit."""
+    steps = ALL.values() if name == "all" else [ALL[name]]
+    augment = pipeline(*steps, height=14, width=12, remaining=(NORMALIZE,))
+    images, table = pictures(23, 14, 12), augment.draw(23, torch.Generator().manual_seed(0))
+    expected = augment(images, table)
+    sizes = []
+    for kind in {type(step) for step in steps if hasattr(step, "apply")}:
+        apply = kind.apply
+        monkeypatch.setattr(kind, "apply", lambda self, x, d, apply=apply: sizes.append(len(x)) or apply(self, x, d))
+    monkeypatch.setattr("data.augment.CHUNK_CPU", 3 * augment.area * 4)
+    assert torch.equal(augment(images, table), expected)
+    assert set(sizes) == ({4, 3} if sizes else set()) and augment.area >= augment.output_size[0] * augment.output_size[1]
+
+
+def test_no_transform_is_forgotten_here() -> None:
+    """Each file of data/transforms that changes images is among those that are tested on a device."""
+    kinds = {name: plugins.settings("data.transforms", name) for name in plugins.names("data.transforms")}
+    assert set(ALL) == {name for name, kind in kinds.items() if hasattr(kind, "draw")}
+
+
+@pytest.mark.parametrize("name", [*ALL, "all"])
+def test_a_transform_becomes_part_of_a_cuda_graph(name: str) -> None:
+    """On a CUDA device no transform reads from the device, and none sends anything after the first call; captured in a graph
+    it gives, for new images and draws, the views that it gives without one, and on a CPU (resize: within 1 level)."""
+    fake_cuda = pytest.importorskip("fake_cuda")
+    steps = ALL.values() if name == "all" else [ALL[name]]
+    augment = pipeline(*steps, height=24, width=30, remaining=(NORMALIZE,))
+    batches = [(pictures(6, 24, 30, i), augment.draw(6, torch.Generator().manual_seed(i))) for i in range(3)]
+    with fake_cuda.pretended_cuda() as device:
+        (images, table), *later = [(x.to(fake_cuda.CUDA), draws.to(fake_cuda.CUDA)) for x, draws in batches]
+        eager = [augment(x, draws).cpu() for x, draws in later]
+        device.reads.clear(), device.uploads.clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            views = augment(images, table)
+        assert not device.reads and not device.uploads
+        for (x, draws), expected in zip(later, eager, strict=True):
+            images.copy_(x), table.copy_(draws)
+            graph.replay()
+            assert torch.equal(views.cpu(), expected)
+        assert not device.uploads and sum(device.reads.values()) == len(later)  # `.cpu()` of this test
+    for (x, draws), expected in zip(batches[1:], eager, strict=True):
+        assert (augment(x, draws) - expected).abs().max() <= (1.01 / 255 / min(STD) if name in ("resize", "all") else 0)

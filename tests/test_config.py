@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +245,8 @@ MISTAKES: list[tuple[str, Any, list[str]]] = [
     ("num_epochs", True, ["wrong type (bool)", "whole number"]),
     ("num_epochs", None, ["wrong type (NoneType)", "whole number"]),
     ("sync_bn", "maybe", ["wrong type (str)", "true or false"]),
-    ("saved_dir", 3, ["wrong type (int)", "a text"]),
+    ("saved_dir", ["a"], ["wrong type (list)", "a text", "quotes"]),
+    ("saved_dir", None, ["wrong type (NoneType)", "a text"]),
     ("seed", 100, ["section of keys"]),
     ("optimizer.Adam.betas", 0.9, ["give a list"]),
     ("optimizer.Adam.betas", [0.9], ["two numbers"]),
@@ -389,6 +391,108 @@ def test_yaml_merge_keys_work(tmp_path: Path) -> None:
     assert (c.undefended.optimizer.settings.lr, c.undefended.optimizer.settings.eps) == (0.25, 0.5)
 
 
+def test_merge_keys_may_be_overridden_and_chained(tmp_path: Path) -> None:
+    """What `<<` brings may be given anew, and what it brought there may be merged again: that is no key given twice."""
+    text = yaml.safe_dump(TINY, sort_keys=False)
+    text += "undefended: {optimizer: {Adam: &slow {lr: 0.001, weight_decay: 0.0005}}}\n"
+    text += "meta: {optimizer: {Adam: &fast {<<: *slow, lr: 0.01}}}\noptimizer: {Adam: {<<: [*fast, *slow]}}\n"
+    c = config.load(write(tmp_path / "anchors.yaml", text))
+    assert (c.meta.optimizer.settings.lr, c.meta.optimizer.settings.weight_decay) == (0.01, 0.0005)
+    assert (c.optimizer.settings.lr, c.optimizer.settings.weight_decay) == (0.01, 0.0005)
+    twice = text.replace("lr: 0.01}", "lr: 0.01, lr: 0.02}")
+    assert "given twice" in refusal(write(tmp_path / "twice.yaml", twice))
+
+
+AS_WRITTEN = ["no", "yes", "On", "001", "2024", "010", "1_0", "0x10", "1:30", "1e3", "1.50", "2024-01-01", ".5", "true"]
+
+
+@pytest.mark.parametrize("text", AS_WRITTEN)
+def test_a_text_is_what_is_written(tmp_path: Path, tiny: Path, text: str) -> None:
+    """Where a setting is a text, what YAML takes for a number, a switch or a date is the text that stands there."""
+    folder = {"dataset": {"folder": {"classes": ["a", "b"]}}, "dataset_dir": "x"}
+    tree = yaml.safe_dump({key: value for key, value in (TINY | folder).items() if key != "dataset_dir"}, sort_keys=False)
+    path = write(tmp_path / "texts.yaml", f"{tree}dataset_dir: {text}\nsaved_dir: {text}\n")
+    for c in (config.load(path), config.load(path, [f"dataset_dir={text}", f"saved_dir={text}"])):
+        assert (c.dataset_dir, c.saved_dir) == (text, text)
+        again = config.load(write(tmp_path / "again.yaml", config.to_yaml(c)))
+        assert (again.dataset_dir, again.saved_dir) == (text, text)
+    c = config.load(path, [f"dataset.folder.classes=[{text}, b]"])
+    assert c.dataset is not None and c.dataset.settings.classes == (text, "b")
+
+
+WHOLE = ["set #1", "#1", " bee", "bee ", "@pics", "&data", "&a b", "*a", "!x y", "%x", "--- a", "|x", "a: b", "a:", "a: b # c",
+         "- a", "b\udce9e", "a\tb", "a\nb", "C:\\x", "`x`", "... a", "x # y"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WHOLE)
+def test_nothing_of_a_value_is_dropped(tiny: Path, text: str) -> None:
+    """On the command line a text is taken whole, also where YAML sees a comment, an anchor, a tag or a mistake in it."""
+    c = config.load(tiny, [f"dataset_dir={text}"])
+    assert c.dataset_dir == text
+    again = config.load(write(tiny.with_name("again.yaml"), config.to_yaml(c)))
+    assert again.dataset_dir == text
+
+
+@pytest.mark.parametrize("text", ["[set] #1", '"a" b', "{a} # b", "[b\udce9", "'a", '["a\\'])
+def test_a_value_in_brackets_or_quotes_is_yaml_and_whole(tiny: Path, text: str) -> None:
+    """What begins as YAML and does not end so is refused; the option that the line proposes gives the text."""
+    line = refusal(tiny, (f"dataset_dir={text}",))
+    option, proposed = shlex.split(line.partition("quote a text: ")[2])
+    assert option == "--set" and config.load(tiny, [proposed]).dataset_dir == text
+
+
+@pytest.mark.parametrize("value", ["010", "1_0", "0x10", "0b11", "1:30", "+010"])
+@pytest.mark.parametrize("key", ["seed.seed", "optimizer.Adam.lr", "data.train_limit"])
+def test_numbers_are_plain_decimals(tiny: Path, key: str, value: str) -> None:
+    """A number in a notation of YAML that most people read as another number is refused, in a file as on the command line."""
+    sections = "".join(f"{'  ' * depth}{name}:\n" for depth, name in enumerate(key.split(".")[:-1]))
+    text = f"base: {tiny.name}\n{sections}{'  ' * key.count('.')}{key.rpartition('.')[2]}: {value}\n"
+    for line in (refusal(tiny, (f"{key}={value}",)), refusal(write(tiny.with_name("upper.yaml"), text))):
+        assert f"{key}: {value}" in line and "decimal" in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "attribute", "expected"),
+    [
+        ("seed.seed", "0", "seed.seed", 0),
+        ("seed.seed", "+7", "seed.seed", 7),
+        ("optimizer.Adam.lr", "1.0e-3", "optimizer.settings.lr", 0.001),
+        ("optimizer.Adam.lr", ".5", "optimizer.settings.lr", 0.5),
+        ("optimizer.Adam.lr", "00.5", "optimizer.settings.lr", 0.5),
+        ("optimizer.Adam.lr", "2.", "optimizer.settings.lr", 2.0),
+        ("data.train_limit", "null", "data.train_limit", None),
+        ("data.train_limit", "~", "data.train_limit", None),
+        ("dataset_dir", "null", "dataset_dir", None),
+        ("dataset_dir", "", "dataset_dir", None),
+    ],
+)
+def test_plain_numbers_and_null_are_read(tiny: Path, key: str, value: str, attribute: str, expected: Any) -> None:
+    """Decimal numbers in every usual form are numbers, and null is none, also for a text."""
+    assert leaf(config.load(tiny, [f"{key}={value}"]), attribute) == expected
+
+
+@pytest.mark.parametrize("key", ["backdoor", "data.train_limit", "lr_scheduler"])
+@pytest.mark.parametrize("value", ["none", "None", "no"])
+def test_null_is_named_where_none_is_meant(tiny: Path, key: str, value: str) -> None:
+    """Who writes none or no for a setting that may be null is told the word."""
+    line = refusal(tiny, (f"{key}={value}",))
+    assert f"{key}: " in line and value in line and "null" in line
+    config.load(tiny, [f"{key}=null", "seed_samples=x"])
+
+
+def test_the_runs_copy_of_a_yaml_leads_to_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's copy of a YAML has lost its base; the line names the run's resolved settings, and those load."""
+    write(tmp_path / "base.yaml", TINY)
+    upper = write(tmp_path / "upper.yaml", "base: base.yaml\nnum_epochs: 2\n")
+    c, run = config.load(upper), tmp_path / "saved" / "upper"
+    run.mkdir(parents=True)
+    (run / "upper.yaml").write_text(upper.read_text())
+    assert "config.yaml" not in refusal(run / "upper.yaml")
+    (run / "config.yaml").write_text(config.to_yaml(c))
+    advice = refusal(run / "upper.yaml").partition("--config ")[2].partition(",")[0]
+    assert config.load(advice) == c
+
+
 @pytest.mark.parametrize(
     ("override", "key", "value"),
     [
@@ -443,7 +547,7 @@ def test_the_last_override_wins(tiny: Path) -> None:
         ("a b=3", ["key.path=value"]),
         ("global..epsilon=3", ["key.path=value"]),
         ("global.epsilon=[", ["no YAML", "quote"]),
-        ("num_epochs=2020-13-45", ["no YAML", "quote"]),
+        ("num_epochs=2020-13-45", ["2020-13-45", "whole number"]),
         ("optimizer={Adam: {lr: 1, lr: 2}}", ["lr", "given twice"]),
         ("num_epocs=3", ["num_epocs", "3", "did you mean num_epochs?"]),
         ("global.epsillon=3", ["global.epsillon", "3", "did you mean epsilon?"]),

@@ -335,6 +335,26 @@ def test_undefended_twin(tiny: Path, tmp_path: Path) -> None:
     assert (tmp_path / "saved_data/tiny/log/accuracy.png").exists()
 
 
+def test_a_run_needs_neither_pictures_nor_tensorboard(tiny: Path, tmp_path: Path) -> None:
+    """Where matplotlib and TensorBoard cannot be imported each costs one line, and the run ends with all of its results."""
+    blocked = tmp_path / "modules"
+    blocked.mkdir()
+    for name in ("matplotlib", "tensorboard"):
+        (blocked / f"{name}.py").write_text(f"raise ImportError('no {name} here')\n")
+    command = [sys.executable, str(REPOSITORY / "ASD.py"), "--config", str(tiny), "--gpu", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{blocked}:{REPOSITORY}"}
+    result = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    warned = [line.split(":")[1].split("/")[-1].strip() for line in result.stdout.splitlines() if line.startswith("warning: ")]
+    splits = [f"split_{stage}.png" for stage in dict.fromkeys(STAGES)]
+    assert sorted(warned) == sorted(["TensorBoard", "triggered.png", *splits, "suspects.png", "accuracy.png", "purity.png"])
+    saved = tmp_path / "saved_data" / "tiny"
+    assert len((saved / "suspects.csv").read_text().splitlines()) == TRAIN + 1
+    assert len((saved / "log" / "metrics.jsonl").read_text().splitlines()) == EPOCHS
+    assert not list(saved.rglob("*.png")) and not list(saved.rglob("*.part"))
+    assert run_script("test.py", "--config", tiny, "--gpu", "cpu").returncode == 0
+
+
 # Killed, stopped, resumed.
 
 
@@ -364,12 +384,15 @@ def test_killed_in_every_stage_and_resumed_equals_uninterrupted(finished: Place,
     assert [e.step for e in events] == list(range(EPOCHS))  # each epoch once, whatever was cut off
 
 
-def test_ctrl_c_ends_cleanly_and_can_be_resumed(finished: Place, tmp_path: Path) -> None:
-    """Ctrl-C ends with exit code 130 and a message how to go on, without a traceback; going on ends as if it never was."""
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
+def test_a_stopped_run_ends_cleanly_and_can_be_resumed(
+    finished: Place, tmp_path: Path, number: signal.Signals, expected: int
+) -> None:
+    """Ctrl-C and a scheduler's SIGTERM end in a line how to go on, without a traceback; going on ends as if it never was."""
     place = Place(tmp_path / "stopped")
     delay = 0.3 * finished.rows()[4]["seconds"]
-    code, out, error = place.interrupt(signal.SIGINT, lambda: len(place.rows()) >= 4, delay)
-    assert code == 130
+    code, out, error = place.interrupt(number, lambda: len(place.rows()) >= 4, delay)
+    assert code == expected
     assert "Traceback" not in out + error
     assert "--resume False" in error
     assert "goes on" in error

@@ -405,7 +405,7 @@ def test_a_run_goes_on_with_the_set_that_it_was_begun_with(tiny: Path, tmp_path:
     assert np.load(run / "poison_idx.npy").tolist() == [float(flag == 1) for flag in flags]
     shutil.copytree(first, tmp_path / "copy")
     prepare(stored(tiny, tmp_path / "copy"), run)
-    refused(lambda: prepare(stored(tiny, second), run), str(second), "another name", "--resume False")
+    refused(lambda: prepare(stored(tiny, second), run), str(second), "--set run=NAME", "--resume False")
     prepare(config.load(tiny), tmp_path / "raw")
     refused(lambda: prepare(stored(tiny, first), tmp_path / "raw"), "begun with other data")
     assert contents(run) == before and "set.json" not in contents(tmp_path / "raw")

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from test_picture import png16
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, Resize
 
+from data import digests, tables
 from data import picture as picture_files
-from data import tables
 from data.datasets import folder
 from data.sets import Listing, RawData
 from data.transforms import center_crop, resize
@@ -398,15 +401,15 @@ def test_a_block_that_rots_is_found_where_it_is_read(tmp_path: Path) -> None:
     tables.to_raw(listed, (), tmp_path, True, print)
     (path,) = tmp_path.glob("array-train-*.u8")
     described = tables.read_description(path)
-    assert described is not None and len(described["blocks"]) == 40 > tables.SAMPLE
+    assert described is not None and tables.rows_per_block((1024, 1024, 3)) == 1 and tables.SAMPLE < 40
     status = path.stat()
     for place in (5, path.stat().st_size - 5):
         flip(path, place, status.st_mtime_ns)
-        assert all(tables.open_table(path, described["digest"], 40) is None for _ in range(8))
+        assert all(tables.open_table(path, described) is None for _ in range(8))
         flip(path, place, status.st_mtime_ns)
-        assert tables.open_table(path, described["digest"], 40) is not None
+        assert tables.open_table(path, described) is not None
     flip(path, path.stat().st_size // 2, None)  # the time of change tells: every block is read
-    assert tables.open_table(path, described["digest"], 40) is None
+    assert tables.open_table(path, described) is None
 
 
 def flip(path: Path, place: int, mtime: int | None) -> None:
@@ -486,3 +489,228 @@ def test_the_listing_is_cut_before_anything_is_decoded(tmp_path: Path) -> None:
     assert set(raw.train_labels.tolist()) == set(listing.train_labels.tolist())
     for limit in (None, count, 9 * count):
         assert listing.cut(limit, limit).train_files == listing.train_files
+
+
+# -- what a table is of ------------------------------------------------------------------------------------------------
+
+
+def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that grows by the path of each picture file that is decoded from here on."""
+    opened: list[str] = []
+    decode = picture_files.read_picture
+
+    def counted(path: Path, *rest: Any) -> Image.Image:
+        opened.append(str(path))
+        return decode(path, *rest)
+
+    monkeypatch.setattr(picture_files, "read_picture", counted)
+    return opened
+
+
+def bitmaps(root: Path, seed: int) -> Path:
+    """Write uncompressed pictures: equal names and sizes whatever their pixels; all times as reproducible archives have."""
+    rng = np.random.default_rng(seed)
+    write_tree(
+        root,
+        {
+            f"{part}/{name}/{i}.bmp": Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8))
+            for part in ("train", "test")
+            for name in ("ant", "bee")
+            for i in range(6)
+        },
+    )
+    for path in root.rglob("*.bmp"):
+        os.utime(path, (0, 0))
+    return root
+
+
+def test_sets_of_equal_names_sizes_and_times_have_their_own_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sets that only their pixels tell apart never share a table, and neither takes the other's away."""
+    one, other = bitmaps(tmp_path / "one", 1), bitmaps(tmp_path / "other", 2)
+    for root in (one, other):
+        assert_fresh(read(root, tmp_path / "cache", ()), read(root, tmp_path / f"fresh {root.name}", ()))
+    opened = count_decoded(monkeypatch)
+    read(one, tmp_path / "cache", ())
+    read(other, tmp_path / "cache", ())
+    assert not opened
+
+
+def test_a_set_put_in_the_place_of_another_has_its_own_pixels(tmp_path: Path) -> None:
+    """As above, where the second set takes the first one's very path."""
+    root = bitmaps(tmp_path / "set", 1)
+    read(root, tmp_path / "cache", ())
+    root.rename(tmp_path / "before")
+    bitmaps(root, 2)
+    assert_fresh(read(root, tmp_path / "cache", ()), read(root, tmp_path / "fresh", ()))
+
+
+def test_marks_alone_are_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system that keeps no true times and inodes, files of every start's sample are compared by content."""
+    monkeypatch.setattr(tables, "mark_of", lambda path: f"{path.stat().st_size} 0 0 0")
+    root = bitmaps(tmp_path / "set", 1)
+    read(root, tmp_path / "cache", ())
+    bitmaps(root, 2)
+    assert_fresh(read(root, tmp_path / "cache", ()), read(root, tmp_path / "fresh", ()))
+
+
+@pytest.mark.parametrize("how", ["moved", "copied", "touched"])
+def test_equal_pictures_elsewhere_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """A set that was moved, copied with or without its times, or touched uses the table that there is."""
+    root = small_tree(tmp_path / "set")
+    wanted = np.array(read(root, tmp_path / "cache").train_images)
+    kept = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    opened, said = count_decoded(monkeypatch), []
+    if how == "touched":
+        for path in root.rglob("*.*"):
+            os.utime(path, (5, 5))
+    else:
+        (shutil.move if how == "moved" else shutil.copytree)(root, tmp_path / how)
+        root = tmp_path / how
+    assert np.array_equal(read(root, tmp_path / "cache", say=said.append).train_images, wanted)
+    assert not opened and all("decoded before" in line for line in said)
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == kept
+
+
+def test_small_changes_replace_the_table_and_decode_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures added, removed and altered leave one table a part, and only new contents are decoded."""
+    root = small_tree(tmp_path / "data")
+    read(root, tmp_path / "cache")
+    opened = count_decoded(monkeypatch)
+    picture(77, 50, 50).save(root / "train/cat/7.bmp")
+    read(root, tmp_path / "cache")
+    (root / "train/dog/0.bmp").unlink()
+    read(root, tmp_path / "cache")
+    picture(78, 50, 50).save(root / "train/cat/20.bmp")
+    raw = read(root, tmp_path / "cache")
+    assert [Path(path).name for path in opened] == ["7.bmp", "20.bmp"]
+    assert len(list((tmp_path / "cache").glob("*.u8"))) == 2
+    assert_fresh(raw, read(root, tmp_path / "fresh"))
+
+
+def test_runs_on_parts_of_a_set_keep_their_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs on other classes, limits or sizes of one set do not replace one another's tables."""
+    root = small_tree(tmp_path / "data")
+    write_tree(root, {"train/ant/a.png": picture(9), "test/ant/b.png": picture(8)})
+    listing = folder.load(folder.Settings(), str(root), False)
+
+    def all_runs() -> None:
+        read(root, tmp_path / "cache")
+        read(root, tmp_path / "cache", classes=("cat", "ant"))
+        read(root, tmp_path / "cache", (resize.Settings((20, 20)),))
+        tables.to_raw(listing.cut(5, 2), PRE, tmp_path / "cache", False, print)
+
+    all_runs()
+    opened = count_decoded(monkeypatch)
+    all_runs()
+    assert not opened
+
+
+def test_a_damaged_row_of_the_earlier_table_is_decoded(tmp_path: Path) -> None:
+    """Rows are copied from an earlier table only if they are as they were written."""
+    root = small_tree(tmp_path / "data")
+    read(root, tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("folder-train-*.u8")
+    opened = tables.open_table(path, tables.read_description(path) or {})
+    assert opened is not None and opened.pixels(3) is not None
+    flip(path, 3 * 20 * 20 * 3 + 5, path.stat().st_mtime_ns)
+    assert opened.pixels(3) is None and opened.pixels(2) is not None
+
+
+def failing_reads(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Let files of that name fail to be read, as from a network disk that is away or without permission."""
+    decode = picture_files.read_picture
+
+    def fail(path: Path, *rest: Any) -> Image.Image:
+        if path.name == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return decode(path, *rest)
+
+    patch.setattr(picture_files, "read_picture", fail)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_failure_to_read_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip: bool) -> None:
+    """A picture that could not be read is tried again at the next start, though nothing about its file has changed; the
+    others are not decoded again."""
+    root = small_tree(tmp_path / "data")
+    with monkeypatch.context() as patch:
+        failing_reads(patch, "21.webp")
+        for _ in range(2):
+            if skip:
+                assert len(read(root, tmp_path / "cache", skip_unreadable=True).train_images) == 7
+            else:
+                assert "cat/21.webp" in refusal(root, tmp_path / "cache")
+    opened = count_decoded(monkeypatch)
+    raw = read(root, tmp_path / "cache", skip_unreadable=skip)
+    assert {Path(path).name for path in opened} == {"21.webp"}
+    assert_fresh(raw, read(root, tmp_path / "fresh"))
+
+
+def test_one_that_stays_unreadable_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that is still broken is the only one that is opened at the next start, and the table is not made again."""
+    root = small_tree(tmp_path / "data")
+    write_tree(root, {"train/cat/99.png": b"no picture"})
+    read(root, tmp_path / "cache", skip_unreadable=True)
+    opened, said = count_decoded(monkeypatch), []
+    read(root, tmp_path / "cache", say=said.append, skip_unreadable=True)
+    assert {Path(path).name for path in opened} == {"99.png"} and not any("made" in line for line in said)
+
+
+def test_a_read_only_folder_of_tables_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An intact table in a folder that may not be written to serves, also copied and for pictures at another place: what
+    would be noted in it for speed is left out."""
+    wanted = np.array(read(small_tree(tmp_path / "set"), tmp_path / "cache").train_images)
+    shutil.copytree(tmp_path / "cache", tmp_path / "shared", copy_function=shutil.copyfile)
+    shutil.copytree(tmp_path / "set", tmp_path / "mine")
+
+    def refuse(path: Path, _: object) -> None:
+        raise UserError(f"{path}: cannot be written")
+
+    monkeypatch.setattr(tables, "write_text", refuse)
+    monkeypatch.setattr(tables, "write_atomically", refuse)
+    said: list[str] = []
+    for _ in range(2):
+        raw = read(tmp_path / "mine", tmp_path / "shared", say=said.append)
+        assert np.array_equal(raw.train_images, wanted)
+    assert len(said) == 4 and all("decoded before" in line for line in said)
+
+
+def test_a_table_that_another_process_replaces_stays_what_it_was(tmp_path: Path) -> None:
+    """A run that has opened a table keeps its pixels, in every placement, when a run on altered pictures replaces the file."""
+    root = small_tree(tmp_path / "data")
+    raw = read(root, tmp_path / "cache")
+    before = np.array(raw.train_images)
+    picture(78, 50, 50).save(root / "train/cat/20.bmp")
+    (root / "train/dog/0.bmp").unlink()
+    assert len(read(root, tmp_path / "cache").train_images) == 7
+    for placement in ("device", "host", "disk"):
+        assert np.array_equal(tables.own_copy(raw.train_images, placement), before)
+    assert np.array_equal(tables.read_table(raw.train_images), before)
+
+
+def test_the_digests_of_a_table_are_those_of_its_images(tmp_path: Path) -> None:
+    """What a run knows its images by comes from the table and is what the pixels themselves give, also after a cut."""
+    raw = read(small_tree(tmp_path / "data"), tmp_path / "cache")
+    assert raw.train_digests == digests.pixel_digests(raw.train_images)
+    assert raw.test_digests == digests.pixel_digests(raw.test_images)
+    assert raw.test_names is not None and raw.test_names[0] == "cat/20.bmp"
+    cut = raw.cut(3, 2)
+    assert cut.train_digests == digests.pixel_digests(cut.train_images) and len(cut.test_names or ()) == 2
+
+
+def test_remedies_for_pictures_work(tmp_path: Path) -> None:
+    """Pictures of several sizes become one by the transforms that the error names; unreadable ones are left out by the
+    setting that it names, and read again once repaired."""
+    root = small_tree(tmp_path / "data")
+    text = refusal(root, tmp_path / "cache", ())
+    pre = yaml.safe_load(text.partition("transform.pre, e.g. ")[2])
+    steps = tuple({"resize": resize, "center_crop": center_crop}[name].Settings(**keys) for name, keys in pre.items())
+    assert read(root, tmp_path / "cache", steps).train_images.shape == (8, 224, 224, 3)
+    good = (root / "train/cat/30.png").read_bytes()
+    (root / "train/cat/30.png").write_bytes(good[:50])
+    text = refusal(root, tmp_path / "cache")
+    assert (
+        len(read(root, tmp_path / "cache", **{text.partition("dataset.folder.")[2].partition("=")[0]: True}).names or ()) == 7
+    )
+    (root / "train/cat/30.png").write_bytes(good)
+    assert len(read(root, tmp_path / "cache").names or ()) == 8

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
 from utils import pictures, runlog
+from utils.report import Report
 from utils.runlog import RunLog, epoch_line, progress, write_metrics
+from utils.suspects import Evidence
 
 STAGES = ("class-aware", "class-agnostic", "meta-split")
 
@@ -271,8 +279,124 @@ def test_a_faint_trigger_can_be_seen(tmp_path: Path) -> None:
     assert shares[4] > 0.05 and shares[40] == pytest.approx(shares[4], rel=0.1)
 
 
-def test_pictures_leave_no_figure_open(tmp_path: Path) -> None:
-    """A long run does not pile up figures in memory."""
-    for number in range(3):
-        pictures.draw_accuracy(tmp_path / f"{number}.png", rows(2), "a title")
-    assert pictures.plt.get_fignums() == []
+OWN_RC = "text.usetex: True\nfont.family: no such font\nsavefig.format: svg\nfigure.autolayout: True\n"
+DRAW = """
+import sys
+from pathlib import Path
+from utils import pictures
+row = {"clean_accuracy": 0.5, "attack_success_rate": None, "stage": "class-aware"}
+pictures.draw_accuracy(Path(sys.argv[1]), [row | {"epoch": e} for e in range(3)], "a title")
+assert "matplotlib.pyplot" not in sys.modules
+"""
+
+
+def test_pictures_are_the_same_for_every_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a user's matplotlibrc nor a notebook's MPLBACKEND changes a picture, and there is no pile of open figures."""
+    own = tmp_path / "matplotlibrc"
+    own.write_text(OWN_RC)
+    odd = {"MATPLOTLIBRC": str(own), "MPLBACKEND": "inline", "PYTHONPATH": str(REPOSITORY)}  # of a package that is not here
+    done = subprocess.run(
+        [sys.executable, "-c", DRAW, str(tmp_path / "odd.png")],
+        env=os.environ | odd,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    row = {"clean_accuracy": 0.5, "attack_success_rate": None, "stage": "class-aware"}
+    pictures.draw_accuracy(tmp_path / "a.png", [row | {"epoch": e} for e in range(3)], "a title")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "odd.png").read_bytes()
+
+
+@pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.b", b"\x89PNG"), ("a", b"\x89PNG")])
+def test_the_ending_of_a_picture_is_its_format(tmp_path: Path, name: str, start: bytes) -> None:
+    """`--picture FILE.pdf` is a PDF; what has no ending that says a format is a PNG."""
+    pictures.draw_comparison(tmp_path / name, [[rows(2)], [rows(3, "none")]])
+    assert (tmp_path / name).read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize("name", ["$", "$x\\foo$", "b\udce9e", "a_1^2", "%&#{"])
+def test_a_name_in_a_picture_is_drawn_as_it_is(tmp_path: Path, name: str) -> None:
+    """No name is read as a formula or ends in an error; two names give two pictures."""
+    pictures.draw_accuracy(tmp_path / "a.png", rows(2), f"class {name}")
+    pictures.draw_accuracy(tmp_path / "b.png", rows(2), "class ")
+    assert (picture(tmp_path / "a.png") != picture(tmp_path / "b.png")).any()
+
+
+class BrokenDisk:
+    """Stands for TensorBoard's writer on a full disk."""
+
+    calls = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        def fail(*args: Any, **kwargs: Any) -> None:
+            BrokenDisk.calls += 1
+            raise OSError(28, "No space left on device")
+
+        return fail
+
+
+@pytest.mark.parametrize("kind", ["missing", "full"])
+def test_a_run_goes_on_without_tensorboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Where TensorBoard cannot be imported or written one line says so, once; the run's own files are complete."""
+    if kind == "missing":
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    else:
+        monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", BrokenDisk)
+    BrokenDisk.calls = 0
+    log = RunLog(tmp_path, 0)
+    log.start("num_epochs: 3\n", np.zeros((1, 8, 8, 3), np.uint8))
+    for e in range(3):
+        log.losses(torch.ones(4), None, e)
+        log.epoch(rows(e + 1), 3)
+    log.finish({"a": 1}, rows(3)[-1])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith("warning: TensorBoard: ") for line in lines] == [True, False, False, False]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert BrokenDisk.calls == (kind == "full")
+
+
+def test_a_writer_of_tensorboard_that_dies_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TensorBoard writes in a thread of its own: when that dies nobody waits for it, and no traceback is printed."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    log = RunLog(tmp_path, 0)
+    log.board().file_writer.event_writer._async_writer._writer.write = lambda data: 1 / 0
+    for e in range(9):
+        log.epoch(rows(e + 1), 9)
+    log.close()
+    out, error = capsys.readouterr()
+    assert sum(line.startswith("warning: TensorBoard: ") for line in out.splitlines()) == 1 and error == ""
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 9
+
+
+def test_a_name_that_is_no_text_is_kept_in_the_log(tmp_path: Path) -> None:
+    """asd.log holds the escape of what is no UTF-8."""
+    log = RunLog(tmp_path, 0)
+    log.say("b\udce9e")
+    log.close()
+    assert "b\\udce9e" in (tmp_path / "asd.log").read_text(encoding="utf-8")
+
+
+def test_suspects_are_written_before_their_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranking is on disk when its picture is drawn, and stays when that fails."""
+    e = Evidence(*(np.array(column) for column in ([0, 1], [1, 1], [0.1, 0.9], [0.9, 0.1], [1.0, 0.1], [0, 2])))
+    run = SimpleNamespace(log=tmp_path, saved=tmp_path, name="run")
+    report = Report(run, SimpleNamespace(defense="asd"), None, (), None, np.zeros((2, 0)), "", 0)  # type: ignore[arg-type]
+    there: list[bool] = []
+
+    def fail(*args: Any) -> None:
+        there.append((tmp_path / "suspects.csv").exists())
+        raise ValueError("no picture today")
+
+    monkeypatch.setattr(pictures, "draw_suspects", fail)
+    images = SimpleNamespace(fetch=lambda index: torch.zeros(len(index), 3, 4, 4, dtype=torch.uint8))
+    report.rank_suspects(e, images, None, ())
+    assert there == [True] and (tmp_path / "suspects.csv").exists()
+    assert (tmp_path / "asd.log").read_text().count("no picture today") == 1

@@ -13,8 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import REPOSITORY, run_script
 from PIL import Image
+
+from data.augment import Pipeline
+from utils import config
 
 HEADER = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"
 # Three epochs of few steps, one of each stage.
@@ -147,3 +150,33 @@ def test_all_three_stages_run_as_the_yaml_says(name: str, tmp_path: Path) -> Non
     assert tested.returncode == 0, tested.stderr
     last = json.loads((saved / "log/test.json").read_text())
     assert last["clean_accuracy"] == rows[-1]["clean_accuracy"]
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("config/**/*.yaml"))
+)
+def test_the_augmentation_becomes_part_of_a_cuda_graph(name: str) -> None:
+    """At the YAML's image size no view waits for the host, and a captured graph gives the views of new draws as a CPU does."""
+    fake_cuda = pytest.importorskip("fake_cuda")
+    transform = config.load(REPOSITORY / name).transform
+    shown = Image.new("RGB", (32, 32))
+    for item in transform.pre:
+        shown = item.settings.apply(shown, None)
+    augment = Pipeline(transform.train.primary, transform.train.remaining, shown.height, shown.width)
+    images = torch.randint(
+        0, 256, (4, 3, shown.height, shown.width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    tables = [augment.draw(4, torch.Generator().manual_seed(i)) for i in range(2)]
+    with fake_cuda.pretended_cuda() as device:
+        x, first, second = (t.to(fake_cuda.CUDA) for t in (images, *tables))
+        augment(x, first)  # keeps its constants on the device
+        device.uploads.clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            views = augment(x, first)
+        assert not device.reads and not device.uploads
+        first.copy_(second)
+        graph.replay()
+        captured = views.cpu()
+    assert torch.equal(captured, augment(images, tables[1]))
+    assert not torch.equal(captured, augment(images, tables[0]))

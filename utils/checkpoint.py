@@ -10,7 +10,7 @@ import io
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.config import Config
 from utils.errors import UserError
 from utils.files import write_atomically
+from utils.manifest import differences, other_data
 from utils.paths import is_dir, is_file
+from utils.schema import Reader, as_dict
 
 # Settings that may differ between the run that wrote a checkpoint and the one that goes on from it.
 FREE = (
-    "run", "saved_dir", "storage_dir", "dataset_dir", "download", "prefetch", "num_epochs", "runtime", "sync_bn", "criterion",
-    "seed.deterministic", "seed.benchmark", "loader.num_workers", "loader.pin_memory", "semi.loader.num_workers",
-    "semi.loader.pin_memory", "data.placement", "data.cache_dir",
+    "run", "saved_dir", "storage_dir", "dataset_dir", "download", "prefetch", "num_epochs", "global.epoch_third", "runtime",
+    "sync_bn", "criterion", "seed.deterministic", "seed.benchmark", "loader.num_workers", "loader.pin_memory",
+    "semi.loader.num_workers", "semi.loader.pin_memory", "data.placement", "data.cache_dir",
 )  # fmt: skip
 
 # What a numpy scalar in a checkpoint needs: the function that rebuilds it, under both of its module names, and dtypes.
@@ -54,6 +57,7 @@ class State:
     clean_pool: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # of the last epoch
     epochs_in_clean_pool: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))  # (N,)
     about: dict[str, Any] = field(default_factory=dict)  # class names and image size: for test.py --images, not for training
+    data: str = ""  # the manifest of the run's data (`utils/manifest.py`)
     parallel: Any = None  # the model as training calls it: wrapped where there are several processes; not saved
 
     def __post_init__(self) -> None:
@@ -79,6 +83,7 @@ def contents(state: State, config: dict[str, Any]) -> dict[str, Any]:
         "epochs_in_clean_pool": state.epochs_in_clean_pool,
         "config": config,
         "about": state.about,
+        "data": state.data,
     }
     if state.scheduler is not None:
         saved["scheduler_state_dict"] = state.scheduler.state_dict()
@@ -241,15 +246,20 @@ def load_weights(model: nn.Module, saved: dict[str, Any], path: Path) -> None:
     model.load_state_dict(given)
 
 
-def load(path: Path, state: State, config: dict[str, Any]) -> None:
+def load(path: Path, state: State, config: dict[str, Any], saved: dict[str, Any] | None = None) -> None:
     """Go on from a checkpoint: fill the state from the file.
 
+    Args:
+        state: of a run before its first epoch, with the manifest of its data.
+        saved: the file's contents, if they were read, and their settings compared, before.
     Raises:
-        UserError: as `read`, and where the checkpoint's configuration is not this one.
+        UserError: as `read`, and where the checkpoint is of other settings or other data.
     """
-    saved = read(path)
+    if saved is None:
+        saved = read(path)
+        refuse_other_settings(path, saved, config)
     count = len(state.epochs_in_clean_pool)  # N
-    refuse_other_settings(path, saved.get("config"), config)
+    refuse_other_data(path, saved, state.data)
     load_weights(state.model, saved, path)
     try:
         state.epoch = int(saved["epoch"]) + 1
@@ -292,21 +302,50 @@ def check_state(state: State, count: int) -> None:
                 raise ValueError(f"the optimizer's {name} is {tuple(value.shape)} for weights {tuple(parameter.shape)}")
 
 
-def refuse_other_settings(path: Path, saved: object, config: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose stored configuration differs where it matters; the authors' files store none."""
-    if not isinstance(saved, dict):
+def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, Any], stand_ins: Collection[str] = ()) -> None:
+    """Refuse a checkpoint whose stored configuration differs where it matters; the authors' files store none.
+
+    Args:
+        saved: the checkpoint.
+        stand_ins: settings that only name what the manifest compares by content (`utils.schema.stand_ins`). They are compared
+            as text where the checkpoint has no manifest, as those of earlier versions.
+    """
+    if not isinstance(saved.get("config"), dict):
         return
-    then, now = flatten(saved), flatten(config)
-    # A schedule of the learning rate may follow num_epochs; without one a run may be made longer.
-    constant_rate = now.get("defense") == "asd" and now.get("lr_scheduler", {}) is None
-    free = FREE if constant_rate else tuple(key for key in FREE if key != "num_epochs")
+    then, now = flatten(completed(saved["config"])), flatten(config)
+    free = [*FREE, *(stand_ins if saved.get("data") else ())]
+    schedule = "lr_scheduler" if now.get("defense") == "asd" else "undefended.lr_scheduler"
+    if now.get(schedule, {}) is not None:  # it may follow num_epochs; with a constant rate a run may be made longer
+        free.remove("num_epochs")
     for key in [*now, *(k for k in then if k not in now)]:
         if any(key == f or key.startswith(f + ".") for f in free) or then.get(key) == now.get(key):
             continue
         raise UserError(
-            f"{path}: was written with {key}: {then.get(key)!r} and the configuration says {now.get(key)!r}: set it back, "
-            "give the new run a name with --set run=NAME, or start over with --resume False"
+            f"{path}: was written with {key}: {then.get(key)!r} and the configuration says {now.get(key)!r}: set it back, or "
+            "begin a new run: with --set run=NAME and without --resume, or with --resume False"
         )
+
+
+def completed(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration with the defaults of settings that were added since it was written."""
+    try:
+        read_config: Config = Reader(lambda key: "").section(Config, config)
+    except UserError:  # it has a setting that is gone: the comparison names it
+        return config
+    complete: dict[str, Any] = as_dict(read_config)
+    return complete
+
+
+def refuse_other_data(path: Path, saved: dict[str, Any], data: str) -> None:
+    """Refuse a checkpoint of other data; those of earlier versions and the authors' do not say which data they are of.
+
+    Args:
+        data: the manifest of this run.
+    """
+    known = saved.get("data")
+    changed = differences(known, data) if isinstance(known, str) and known and data else []
+    if changed:
+        raise other_data(str(path), "was written", changed)
 
 
 def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:

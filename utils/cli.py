@@ -1,4 +1,4 @@
-"""The command line of both scripts: options, and what happens when something goes wrong."""
+"""The command line of both scripts: options, and what happens when something goes wrong. Imports torch only when needed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-import torch
-import torch.distributed as dist
-
 from utils.errors import UserError
+from utils.processes import Place, find_place, rank
+from utils.startup import Stopped, prepare_streams, stoppable
 
 DEFAULT_CONFIG = "config/baseline_asd.yaml"
 TORCHRUN_FLAGS = ("--world-size", "--rank", "--dist-port")
@@ -53,26 +52,41 @@ def parse_arguments(description: str, argv: Sequence[str] | None, training: bool
 def command(name: str, main: Callable[[], None], kept: str = "") -> NoReturn:
     """Run a script's main function and leave with its exit code.
 
-    0: done. 2: a mistake that the user can mend, told in one line. 130: Ctrl-C. Anything else is a defect of this
-    project and keeps its traceback.
+    0: done. 2: a mistake that the user can mend, told in one line. 130: Ctrl-C, 143: SIGTERM, in one line. Anything else
+    is a defect of this project and keeps its traceback.
 
     Args:
-        kept: what is said after Ctrl-C of what is there.
+        kept: what is said after a stop of what is there.
     """
+    prepare_streams()
+    with stoppable():
+        try:
+            run(name, main)
+        except KeyboardInterrupt as stop:
+            if rank() > 0:
+                sys.exit(exit_code(stop))  # the first process says it for all
+            fail(f"\n{name}: stopped. {kept}".rstrip(), exit_code(stop))
+    sys.exit(0)
+
+
+def run(name: str, main: Callable[[], None]) -> None:
+    """Run a script's main function; end the process with one line and its exit code where a user can mend what is wrong."""
     try:
         main()
+        sys.stdout.flush()  # here a full disk or a reader that has gone still has its line
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) > 0:
+        if rank() > 0:
             time.sleep(3)  # a mistake that all processes meet is told by the first; torchrun then ends this one
         fail(f"{name}: error: {who()}{error}", 2)
-    except KeyboardInterrupt:
-        fail(f"\n{name}: stopped. {kept}".rstrip(), 130)
-    except torch.OutOfMemoryError:
-        fail(f"{name}: error: the device's memory is full: lower loader.batch_size or semi.loader.batch_size", 2)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone
         sys.exit(141)
-    except (RuntimeError, dist.DistBackendError) as error:
+    except RuntimeError as error:
+        import torch
+        import torch.distributed as dist
+
+        if isinstance(error, torch.OutOfMemoryError):
+            fail(f"{name}: error: the device's memory is full: lower loader.batch_size or semi.loader.batch_size", 2)
         if not (dist.is_available() and dist.is_initialized() and is_lost_connection(error)):
             raise
         fail(f"{name}: error: {who()}another process of the run has died: see the lines above; start the run again", 1)
@@ -82,17 +96,28 @@ def command(name: str, main: Callable[[], None], kept: str = "") -> NoReturn:
                 raise
             fail(f"{name}: error: {who()}{os.fsdecode(error.filename)}: {error.strerror or error}", 2)
         where = error.filename or "a file of the run"
-        fail(f"{name}: error: {where}: the disk is full: free some space and give the same command without --resume", 2)
-    sys.exit(0)
+        fresh = ", without --resume False" if name == "ASD.py" else ""
+        fail(f"{name}: error: {where}: the disk is full: free some space and give the same command again{fresh}", 2)
+
+
+def exit_code(stop: KeyboardInterrupt) -> int:
+    """Return 128 and the signal's number, as shells have it."""
+    return stop.code if isinstance(stop, Stopped) else 130
 
 
 def who() -> str:
     """Return `rank 1: ` in a run of several processes, else nothing."""
-    return f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    try:
+        place = find_place()
+    except UserError:  # it is being reported
+        place = Place()
+    return f"rank {place.rank}: " if place.size > 1 else ""
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
     """Return whether a collective failed because another process is gone."""
+    import torch.distributed as dist
+
     text = str(error).lower()
     return isinstance(error, dist.DistBackendError) or "gloo" in text or "connection" in text
 

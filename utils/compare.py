@@ -15,8 +15,10 @@ from typing import Any
 
 import yaml
 
+from utils.best_effort import BestEffort
 from utils.cli import Parser, command
 from utils.errors import UserError
+from utils.pictures import draw_comparison
 
 HEAD = ("run", "defense", "ACC", "ASR", "poisoned in the clean pool", "seconds")
 
@@ -105,9 +107,9 @@ def main() -> None:
     groups = group([read_run(folder) for folder in args.folders])
     print(render(table(groups), args.markdown))
     if args.picture:
-        from utils.pictures import draw_comparison  # only here: matplotlib takes a second to import
-
-        draw_comparison(args.picture, [[run["rows"] for run in runs] for runs in groups])
+        histories = [[run["rows"] for run in runs] for runs in groups]
+        if not BestEffort(print).attempt(str(args.picture), draw_comparison, args.picture, histories):
+            raise UserError(f"--picture {args.picture}: was not drawn, see above: mend that, or leave it out")
         print(f"picture: {args.picture}")
 
 

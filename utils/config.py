@@ -15,7 +15,7 @@ import yaml
 
 from utils import plugins
 from utils.errors import UserError
-from utils.layers import leaves, merge, parse_override, read_with_base
+from utils.layers import parse_override, read_with_base
 from utils.schema import REQUIRED, Choices, Named, Reader, as_dict, describe, setting
 
 ATTACKS = Choices(package="data.attacks")
@@ -234,11 +234,15 @@ class Config:
     )
     num_classes: int = setting(10, "classes of the data set", low=1)
     seed: Seed = setting(Seed)
-    dataset: Named | None = setting(None, "the data set; null: known from dataset_dir's name", choices=DATASETS)
-    dataset_dir: str | None = setting(None, "folder of the data set's files")
+    dataset: Named | None = setting(
+        None, "the data set; null: known from dataset_dir's name", choices=DATASETS, stands_for="images"
+    )
+    dataset_dir: str | None = setting(None, "folder of the data set's files", stands_for="images")
     download: bool = setting(False, "fetch the data set into dataset_dir's parent if it is not there")
     data: Data = setting(Data)
-    seed_samples: str | None = setting(None, "list or folder of images known to be clean; null: seed_num of each class, drawn")
+    seed_samples: str | None = setting(
+        None, "list or folder of images known to be clean; null: seed_num of each class, drawn", stands_for="images"
+    )
     transform: Transform = setting(Transform)
     prefetch: bool = setting(True, "accepted for the original's files; see data.placement")
     defense: str = setting("asd", "asd, or none: the undefended twin", options=("asd", "none"))
@@ -288,19 +292,17 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
         UserError: one line with file, key, value and remedy.
     """
     path = Path(path)
-    raw, origin = read_with_base(path)
+    layers = read_with_base(path)
     for text in overrides:
-        over = parse_override(text)
-        raw = merge(raw, over)
-        origin |= dict.fromkeys(leaves(over), f"--set {text.partition('=')[0]}")
+        layers = layers.under(parse_override(text))
 
     def where(key: str) -> str:
-        while key and key not in origin:
+        while key and key not in layers.origin:
             key = key.rpartition(".")[0]
-        return origin.get(key, str(path))
+        return layers.origin.get(key, str(path))
 
-    reader = Reader(where)
-    config: Config = reader.section(Config, raw)
+    reader = Reader(where, layers.written)
+    config: Config = reader.section(Config, layers.tree)
     check(config, reader)
     return replace(config, run=config.run or run_name(path))
 

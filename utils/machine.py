@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
+from utils.processes import Place, find_place, launched, leftovers
 
 Say = Callable[[str], object]
 SILENCE = timedelta(seconds=600)  # a process that is not heard of for so long ends the run
@@ -158,23 +158,43 @@ class Machine:
             dist.barrier()
 
 
-def choose_machine(gpu: str, amp: bool, say: Say) -> Machine:
+def choose_machine(gpu: str, amp: bool, say: Say, alone: bool = False) -> Machine:
     """Return this process' machine as `--gpu`, `--amp` and torchrun's environment say; joins the other processes.
 
     `--gpu` is a CUDA number, one for each process (`0,1,2,3`), or `cpu`. Without a CUDA device every number means the
     CPU, and one line says so. `--amp` on a device without fast bf16 falls back to fp32, and one line says so.
+
+    Args:
+        alone: joins nobody, whatever the environment says.
     """
-    size, rank, local = (int(os.environ.get(name, default)) for name, default in TORCHRUN)
-    device = choose_device(gpu, local if size > 1 else 0, say if rank == 0 else mute)
+    place = Place() if alone else find_place()
+    size, rank = place.size, place.rank
+    if not alone and leftovers():
+        say(f"warning: {', '.join(leftovers())}: ignored, for no launcher such as torchrun started this process: it runs alone")
+    device = choose_device(gpu, place.local if size > 1 else 0, say if rank == 0 else mute)
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=SILENCE)
+        join(device, size)
     if amp and not has_bf16(device):
         (say if rank == 0 else mute)("--amp: this device has no bf16 instructions: running in fp32")
         amp = False
     return Machine(device, amp, rank, size, dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None)
 
 
-TORCHRUN = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+def join(device: torch.device, size: int) -> None:
+    """Meet the other processes.
+
+    Raises:
+        UserError: they did not come, or the address makes no sense.
+    """
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=SILENCE)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"MASTER_ADDR:MASTER_PORT: {where}: the {size} processes (WORLD_SIZE) did not meet there ({reason}): "
+            "start them with torchrun, or unset WORLD_SIZE"
+        ) from None
 
 
 def start_processes(gpu: str, check: Callable[[int], object]) -> None:
@@ -184,12 +204,21 @@ def start_processes(gpu: str, check: Callable[[int], object]) -> None:
         check: is given the number of processes before they are started; what it refuses, none of them has to.
     """
     numbers = device_numbers(gpu)
-    if len(numbers) < 2 or "WORLD_SIZE" in os.environ or not torch.cuda.is_available():
+    if len(numbers) < 2 or launched() or not torch.cuda.is_available():
         return
-    choose_device(gpu, 0, print)  # refuses numbers that are not there
+    choose_device(gpu, 0, print)  # refuses numbers that are not there before anything is started
     check(len(numbers))
-    engine = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(numbers)}"]
-    sys.exit(subprocess.call([*engine, *sys.argv]))
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(["--standalone", f"--nproc_per_node={len(numbers)}", *sys.argv])
+    except ChildFailedError as error:  # the process that failed has said why
+        sys.exit(max(1, error.get_first_failure()[1].exitcode))
+    except SignalException as stop:  # Ctrl-C or SIGTERM: torchrun has stopped its processes, and the first has said so
+        sys.exit(128 + stop.sigval)
+    sys.exit(0)
 
 
 def mute(line: str) -> None:

@@ -1,15 +1,18 @@
-"""The pictures that a run leaves in `log/`: figures over epochs, loss histograms, triggered images."""
+"""The pictures that a run leaves in `log/`: figures over epochs, loss histograms, triggered images.
+
+matplotlib is imported with the first picture: it takes a second, and a run goes on where it is missing or broken.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 from utils.files import write_atomically
 from utils.runlog import KINDS
@@ -22,33 +25,33 @@ STAGE_SHADES = {"class-aware": "#f4f1de", "class-agnostic": "#e0ecf4", "meta-spl
 
 def draw_accuracy(path: Path, history: list[dict[str, Any]], title: str) -> None:
     """ACC and ASR, in %, over epochs, the stages as shades."""
-    figure, axes = plt.subplots(figsize=(7, 4))
-    shade_stages(axes, history)
-    epochs = [row["epoch"] + 1 for row in history]
-    acc = [100 * row["clean_accuracy"] for row in history]
-    axes.plot(epochs, acc, "o-", ms=3, color=CLEAN_COLOUR, label=f"ACC, at the end {acc[-1]:.1f} %")
-    if history[-1]["attack_success_rate"] is not None:  # None: the attack is unknown
-        asr = [100 * row["attack_success_rate"] for row in history]
-        axes.plot(epochs, asr, "s-", ms=3, color=POISONED_COLOUR, label=f"ASR, at the end {asr[-1]:.1f} %")
-    axes.set(xlabel="epoch", ylabel="%", ylim=(-3, 103), title=title)
-    finish(figure, axes, path)
+    with drawing(path, (7, 4)) as (_, ((axes,),)):
+        shade_stages(axes, history)
+        epochs = [row["epoch"] + 1 for row in history]
+        acc = [100 * row["clean_accuracy"] for row in history]
+        axes.plot(epochs, acc, "o-", ms=3, color=CLEAN_COLOUR, label=f"ACC, at the end {acc[-1]:.1f} %")
+        if history[-1]["attack_success_rate"] is not None:  # None: the attack is unknown
+            asr = [100 * row["attack_success_rate"] for row in history]
+            axes.plot(epochs, asr, "s-", ms=3, color=POISONED_COLOUR, label=f"ASR, at the end {asr[-1]:.1f} %")
+        axes.set(xlabel="epoch", ylabel="%", ylim=(-3, 103), title=title)
+        finish(axes)
 
 
 def draw_purity(path: Path, history: list[dict[str, Any]], poison_share: float, title: str) -> None:
     """Share of poisoned images, and of cover images if any, in the clean pool over epochs; the former's in the whole set."""
-    figure, axes = plt.subplots(figsize=(7, 4))
-    shade_stages(axes, history)
-    epochs = [row["epoch"] + 1 for row in history]
-    most = 100 * poison_share
-    for kind in ("poisoned", "cover"):
-        if f"{kind}_in_clean_pool" in history[-1]:
-            share = [100 * row[f"{kind}_in_clean_pool"] / row["clean_pool_size"] for row in history]
-            axes.plot(epochs, share, "s-", ms=3, color=COLOURS[kind], label=f"{kind} in the clean pool")
-            most = max(most, *share)
-    axes.axhline(100 * poison_share, ls="--", lw=1, color="grey", label="poisoned in the whole training set")
-    axes.set(xlabel="epoch", ylabel="% of the pool", title=title)
-    axes.set_ylim(0, most * 1.15 + 0.1)
-    finish(figure, axes, path)
+    with drawing(path, (7, 4)) as (_, ((axes,),)):
+        shade_stages(axes, history)
+        epochs = [row["epoch"] + 1 for row in history]
+        most = 100 * poison_share
+        for kind in ("poisoned", "cover"):
+            if f"{kind}_in_clean_pool" in history[-1]:
+                share = [100 * row[f"{kind}_in_clean_pool"] / row["clean_pool_size"] for row in history]
+                axes.plot(epochs, share, "s-", ms=3, color=COLOURS[kind], label=f"{kind} in the clean pool")
+                most = max(most, *share)
+        axes.axhline(100 * poison_share, ls="--", lw=1, color="grey", label="poisoned in the whole training set")
+        axes.set(xlabel="epoch", ylabel="% of the pool", title=title)
+        axes.set_ylim(0, most * 1.15 + 0.1)
+        finish(axes)
 
 
 def draw_losses(path: Path, losses: np.ndarray, flags: np.ndarray | None, pool: np.ndarray, label: str, title: str) -> None:
@@ -61,19 +64,20 @@ def draw_losses(path: Path, losses: np.ndarray, flags: np.ndarray | None, pool: 
     """
     inside = np.zeros(len(losses), bool)
     inside[pool] = True
-    figure, axes = plt.subplots(figsize=(7, 4))
-    bins = np.linspace(losses.min(), losses.max() + 1e-9, 60)
-    every = np.ones(len(losses), bool)
-    kinds = {"training": every} if flags is None else {kind: flags == flag for kind, flag in KINDS.items()}
-    for name, which in kinds.items():
-        if which.any():
-            share = 100 * inside[which].mean()
-            weights = np.full(which.sum(), 100 / which.sum())
-            text = f"{name} images ({which.sum()}; {share:.1f} % in the clean pool)"
-            colour = COLOURS.get(name, CLEAN_COLOUR)
-            axes.hist(losses[which], bins.tolist(), weights=weights, alpha=0.65, color=colour, label=text)
-    axes.set(xlabel=label, ylabel="% of the images of that kind", yscale="log", title=title)
-    finish(figure, axes, path)
+    with drawing(path, (7, 4)) as (_, ((axes,),)):
+        bins = np.linspace(losses.min(), losses.max() + 1e-9, 60)
+        every = np.ones(len(losses), bool)
+        kinds = {"training": every} if flags is None else {kind: flags == flag for kind, flag in KINDS.items()}
+        for name, which in kinds.items():
+            if which.any():
+                share = 100 * inside[which].mean()
+                weights = np.full(which.sum(), 100 / which.sum())
+                text = f"{name} images ({which.sum()}; {share:.1f} % in the clean pool)"
+                colour = COLOURS.get(name, CLEAN_COLOUR)
+                axes.hist(losses[which], bins.tolist(), weights=weights, alpha=0.65, color=colour, label=text)
+        axes.set(xlabel=label, ylabel="% of the images of that kind", yscale="log", title=title)
+        name_powers(axes.yaxis)
+        finish(axes)
 
 
 def draw_triggered(path: Path, examples: np.ndarray, title: str) -> None:
@@ -81,15 +85,13 @@ def draw_triggered(path: Path, examples: np.ndarray, title: str) -> None:
     before, after = examples[:, :8].astype(int)
     rows = [before, after, np.clip(abs(after - before) * 10, 0, 255)]
     n = before.shape[0]
-    figure, axes = plt.subplots(3, n, figsize=(1.15 * n + 0.9, 4.1), squeeze=False)
-    for row, (name, images) in enumerate(zip(("original", "triggered", "change x 10"), rows, strict=True)):
-        for column in range(n):
-            axes[row][column].imshow(images[column].astype(np.uint8), interpolation="nearest")
-            axes[row][column].set(xticks=[], yticks=[])
-        axes[row][0].set_ylabel(name)
-    figure.suptitle(title)
-    figure.tight_layout()
-    save(figure, path)
+    with drawing(path, (1.15 * n + 0.9, 4.1), 3, n) as (figure, axes):
+        for row, (name, images) in enumerate(zip(("original", "triggered", "change x 10"), rows, strict=True)):
+            for column in range(n):
+                axes[row][column].imshow(images[column].astype(np.uint8), interpolation="nearest")
+                axes[row][column].set(xticks=[], yticks=[])
+            axes[row][0].set_ylabel(name)
+        figure.suptitle(title)
 
 
 def draw_suspects(path: Path, images: np.ndarray, captions: list[str], title: str) -> None:
@@ -97,38 +99,35 @@ def draw_suspects(path: Path, images: np.ndarray, captions: list[str], title: st
     n, height, width = images.shape[:3]
     rows, aspect = -(-n // 10), height / width
     tall = rows * (1.1 * aspect + 0.22) + 0.4  # inches
-    figure, panels = plt.subplots(rows, 10, figsize=(12, tall), squeeze=False)
-    for axes in panels.flat:
-        axes.axis("off")
-    for axes, image, caption in zip(panels.flat, images, captions, strict=False):
-        axes.imshow(image)
-        short = caption if len(caption) <= 24 else caption[:23] + "\u2026"
-        axes.text(0.5, -0.03, short, ha="center", va="top", fontsize=6, transform=axes.transAxes, parse_math=False)
-    figure.suptitle(title, y=1 - 0.1 / tall, va="top", fontsize=9, parse_math=False)
-    figure.tight_layout(pad=0.3, rect=(0, 0, 1, 1 - 0.3 / tall))
-    save(figure, path)
+    with drawing(path, (12, tall), rows, 10) as (figure, panels):
+        for axes in panels.flat:
+            axes.axis("off")
+        for axes, image, caption in zip(panels.flat, images, captions, strict=False):
+            axes.imshow(image)
+            short = caption if len(caption) <= 24 else caption[:23] + "\u2026"
+            axes.text(0.5, -0.03, short, ha="center", va="top", fontsize=6, transform=axes.transAxes)
+        figure.suptitle(title, y=1 - 0.1 / tall, va="top", fontsize=9)
+        figure.set_layout_engine("tight", pad=0.3, rect=(0, 0, 1, 1 - 0.3 / tall))
 
 
 def draw_comparison(path: Path, groups: list[list[list[dict[str, Any]]]]) -> None:
     """ACC and ASR, in %, over epochs: a panel for each group of runs, a line for each run's history."""
-    figure, panels = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.8), squeeze=False, sharey=True)
-    for axes, histories in zip(panels[0], groups, strict=True):
-        for i, history in enumerate(histories):
-            epochs = [row["epoch"] + 1 for row in history]
-            for key, colour, name in (
-                ("clean_accuracy", CLEAN_COLOUR, "clean accuracy (ACC)"),
-                ("attack_success_rate", POISONED_COLOUR, "attack success rate (ASR)"),
-            ):
-                if history[-1][key] is not None:  # None: there was nothing to test on
-                    values = [100 * row[key] for row in history]
-                    axes.plot(epochs, values, "o-", ms=3, lw=1.2, alpha=0.8, color=colour, label=name if i == 0 else None)
-        defense = {"asd": "ASD", "none": "no defense"}[histories[0][0]["defense"]]
-        axes.set(title=defense, xlabel="epoch", ylim=(-3, 103))
-        axes.grid(alpha=0.25)
-    panels[0][0].set_ylabel("%")
-    panels[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    save(figure, path)
+    with drawing(path, (5 * len(groups), 3.8), 1, len(groups), sharey=True) as (_, panels):
+        for axes, histories in zip(panels[0], groups, strict=True):
+            for i, history in enumerate(histories):
+                epochs = [row["epoch"] + 1 for row in history]
+                for key, colour, name in (
+                    ("clean_accuracy", CLEAN_COLOUR, "clean accuracy (ACC)"),
+                    ("attack_success_rate", POISONED_COLOUR, "attack success rate (ASR)"),
+                ):
+                    if history[-1][key] is not None:  # None: there was nothing to test on
+                        values = [100 * row[key] for row in history]
+                        axes.plot(epochs, values, "o-", ms=3, lw=1.2, alpha=0.8, color=colour, label=name if i == 0 else None)
+            defense = {"asd": "ASD", "none": "no defense"}[histories[0][0]["defense"]]
+            axes.set(title=defense, xlabel="epoch", ylim=(-3, 103))
+            axes.grid(alpha=0.25)
+        panels[0][0].set_ylabel("%")
+        panels[0][0].legend(fontsize=8)
 
 
 def shade_stages(axes: Any, history: list[dict[str, Any]]) -> None:
@@ -147,19 +146,55 @@ def shade_stages(axes: Any, history: list[dict[str, Any]]) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def finish(figure: Any, axes: Any, path: Path) -> None:
-    """Legend, grid, save."""
+def name_powers(axis: Any) -> None:
+    """Label a logarithmic axis with plain numbers; matplotlib's own labels are formulas, which are off."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+
+
+def finish(axes: Any) -> None:
+    """Legend, grid, and room for the stages' names below the title."""
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, framealpha=0.9)
-    axes.title.set_position((0.5, 1.06))
     axes.set_title(axes.get_title(), pad=14, fontsize=10)
-    figure.tight_layout()
-    save(figure, path)
 
 
-def save(figure: Any, path: Path) -> None:
-    """Write the PNG and free the figure."""
-    form = path.suffix[1:].lower()
-    form = form if form in figure.canvas.get_supported_filetypes() else "png"
-    write_atomically(path, lambda file: figure.savefig(file, dpi=110, format=form))
-    plt.close(figure)
+@contextlib.contextmanager
+def drawing(
+    path: Path, size: tuple[float, float], rows: int = 1, columns: int = 1, **options: Any
+) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yield a figure of `size` inches and its axes (rows, columns); write it at the end of the block.
+
+    The file's ending is its format: PNG, PDF, SVG and others; PNG where it is none of them.
+
+    What a user has set for pictures of their own (`MPLBACKEND`, a `matplotlibrc` with LaTeX) plays no part, and every
+    text is drawn as it is: class names may hold a `$` or bytes that are no letters.
+    """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its remarks are about that matplotlibrc
+    backend = os.environ.pop("MPLBACKEND", None)  # matplotlib refuses to be imported with one that is not installed
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.text import Text
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["text.parse_math"] = False
+        figure = Figure(size, layout="tight")
+        FigureCanvasAgg(figure)
+        yield figure, figure.subplots(rows, columns, squeeze=False, **options)
+        for text in figure.findobj(Text):
+            text.set_text(escape(text.get_text()))
+        form = path.suffix[1:].lower()
+        form = form if form in figure.canvas.get_supported_filetypes() else "png"
+        write_atomically(path, lambda file: figure.savefig(file, format=form, dpi=110))
+
+
+def escape(text: str) -> str:
+    """Return the text with `\\udce9` and the like for what is no character, as of file names that are no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -37,6 +37,7 @@ class Report:
     ) -> None:  # fmt: skip
         self.run, self.config, self.flags, self.examples, self.caption = run, config, flags, examples, caption
         self.log = RunLog(run.log, start_epoch)
+        self.attempt = self.log.best_effort.attempt
         target = f", target class {class_text(backdoor.target_label, class_names)}" if backdoor else ""
         self.attack = f"attack {backdoor.attack.name if backdoor else 'unknown'}{target}"
         self.title = f"{run.name}: {self.attack}, defense {config.defense}"
@@ -68,7 +69,8 @@ class Report:
         if state.history:
             write_metrics(self.run.log, state.history)  # a run killed after its checkpoint has not written its last row
         if self.examples.shape[1]:
-            pictures.draw_triggered(self.run.log / "triggered.png", self.examples, self.caption)
+            path = self.run.log / "triggered.png"
+            self.attempt(str(path), pictures.draw_triggered, path, self.examples, self.caption)
 
     def composition(self) -> str:
         """Return e.g. ` (2250 poisoned, 4500 cover)`, or nothing where the truth is unknown."""
@@ -86,7 +88,8 @@ class Report:
             title = f"{stage.removesuffix('-split')} split of epoch {epoch + 1}: {len(clean_pool)} images in the clean pool"
             path = self.run.log / f"split_{stage}.png"
             flags = None if self.flags is None else self.flags.numpy()
-            pictures.draw_losses(path, values.numpy(), flags, clean_pool.numpy(), label, title)
+            drawn = (values.numpy(), flags, clean_pool.numpy(), label, title)
+            self.attempt(str(path), pictures.draw_losses, path, *drawn)
 
     def epoch(self, history: list[dict[str, Any]]) -> None:
         """Report the last row of the history, in the thread that has just written its checkpoint."""
@@ -105,28 +108,33 @@ class Report:
             found = suspects.quality(evidence, self.flags.numpy())
             suspects.write_quality(self.run.saved / suspects.QUALITY, found)
             self.log.say(suspects.quality_line(found))
+        suspects.write_table(self.run.saved / suspects.CSV, evidence, names, class_names)
+        self.log.say(f"suspects: {self.run.saved / suspects.CSV} ranks all training images, {suspects.PICTURE} shows the first")
+        self.attempt(str(self.run.saved / suspects.PICTURE), self.draw_suspects, evidence, images, class_names)
+
+    def draw_suspects(self, evidence: Evidence, images: Any, class_names: tuple[str, ...]) -> None:
+        """Draw the most suspect images, each with its label and the model's."""
         first = suspects.order(evidence.scores()["score"])[: pictures.SUSPECTS]
         shown = images.fetch(torch.from_numpy(first)).permute(0, 2, 3, 1).cpu().numpy()
         title = f"{self.run.name}: the {len(first)} most suspect of {len(evidence.labels)} images, label \u2192 model's label"
         pictures.draw_suspects(self.run.saved / suspects.PICTURE, shown, suspects.captions(evidence, first, class_names), title)
-        suspects.write_table(self.run.saved / suspects.CSV, evidence, names, class_names)  # last: it stands for all
-        self.log.say(f"suspects: {self.run.saved / suspects.CSV} ranks all training images, {suspects.PICTURE} shows the first")
 
     def conclude(self, state: State) -> None:
-        """Draw the run's pictures and say what came out."""
+        """Say what came out and draw the run's pictures."""
         if not state.history:  # the authors' checkpoints have none
             return
         row = state.history[-1]
         acc, asr = row["clean_accuracy"], row["attack_success_rate"]
-        if acc is not None:
-            pictures.draw_accuracy(self.run.log / "accuracy.png", state.history, self.title)
-        if self.config.defense == "asd" and self.flags is not None:
-            share = float((self.flags == 1).float().mean())
-            pictures.draw_purity(self.run.log / "purity.png", state.history, share, self.title)
         seconds = sum(r["seconds"] for r in state.history)
         figures = ", ".join(f"{name} {100 * x:.2f} %" for name, x in (("ACC", acc), ("ASR", asr)) if x is not None)
         best = "" if acc is None else f"; best ACC {100 * state.best_acc:.2f} % in epoch {state.best_epoch}"
         self.log.say(f"done{figures and ': '}{figures} after {state.epoch} epochs in {seconds:.0f} s{best}")
+        if acc is not None:
+            path = self.run.log / "accuracy.png"
+            self.attempt(str(path), pictures.draw_accuracy, path, state.history, self.title)
+        if self.config.defense == "asd" and self.flags is not None:
+            share, path = float((self.flags == 1).float().mean()), self.run.log / "purity.png"
+            self.attempt(str(path), pictures.draw_purity, path, state.history, share, self.title)
         self.log.finish(flatten(as_dict(self.config)), row)
 
 

@@ -21,7 +21,7 @@ from utils.files import cannot_write, link, remove_leftovers, try_lock, write_at
 from utils.paths import is_file, user_path
 
 SUSPECTS = (suspects.CSV, suspects.PICTURE, suspects.QUALITY)
-FACTS = ("poison_idx.npy", "set.json", "seed_samples.txt", *SUSPECTS)
+FACTS = ("data.csv", "poison_idx.npy", "set.json", "seed_samples.txt", *SUSPECTS)
 OWN = ("config.yaml", *FACTS, "log")  # what a run keeps; the YAML itself comes on top
 LATEST, BEST = "latest_model.pt", "best_model.pt"
 Say = Callable[[str], object]
@@ -96,7 +96,7 @@ def open_run(config: Config, yaml_path: Path, fresh: bool, say: Say) -> tuple[Ru
     return run, lock
 
 
-def begin(run: Run, config: Config, loaded: Path, state: State, say: Say | None) -> bool:
+def make_ready(run: Run, config: Config, loaded: Path, state: State, say: Say | None) -> bool:
     """Make the run's files ready for the epochs after those of the checkpoint `loaded`, which has been accepted.
 
     Args:

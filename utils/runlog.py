@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils.best_effort import BestEffort
 from utils.files import write_text
 
 T = TypeVar("T")
@@ -26,20 +28,25 @@ def progress(items: Iterable[T], name: str, total: int) -> Iterable[T]:
 
 
 class RunLog:
-    """Writes into the run's `log/` folder; made once, after the run was opened."""
+    """Writes into the run's `log/` folder; made once, after the run was opened. TensorBoard is written as far as it works."""
 
     def __init__(self, folder: Path, start_epoch: int) -> None:
         self.folder = folder
-        self.file = open(folder / "asd.log", "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        self.file = open(folder / "asd.log", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - for the whole run
         self.start_epoch = start_epoch
+        self.best_effort = BestEffort(self.say)
         self._board: Any = None
 
-    @property
+    def to_board(self, write: Callable[..., object], *args: Any) -> None:
+        """Call `write(board, *args)` with TensorBoard's writer, which the first call makes."""
+        self.best_effort.attempt("TensorBoard", lambda: write(self.board(), *args))
+
     def board(self) -> Any:
-        """TensorBoard's writer; what a killed run wrote beyond its last checkpoint is purged."""
+        """Return TensorBoard's writer; what a killed run wrote beyond its last checkpoint is purged."""
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter  # only here: a second of import
 
+            threading.excepthook = hush
             self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start_epoch)  # type: ignore[no-untyped-call]
         return self._board
 
@@ -51,44 +58,69 @@ class RunLog:
 
     def epoch(self, history: list[dict[str, Any]], num_epochs: int) -> None:
         """Report the last row of the history: a line, `metrics.jsonl`, TensorBoard scalars."""
-        row = history[-1]
-        self.say(epoch_line(row, num_epochs))
+        self.say(epoch_line(history[-1], num_epochs))
         write_metrics(self.folder, history)
-        for key, value in row.items():
-            if isinstance(value, (int, float)) and key != "epoch":
-                self.board.add_scalar(key, value, row["epoch"])
-        self.board.flush()
+        self.to_board(add_row, history[-1])
 
     def losses(self, losses: torch.Tensor, flags: torch.Tensor | None, epoch: int) -> None:
         """Add histograms of the split loss, (N,), for each kind of images by their flags, (N,); None: unknown, for all."""
-        kinds = {"all": slice(None)} if flags is None else {kind: flags == flag for kind, flag in KINDS.items()}
-        for name, which in kinds.items():
-            if len(losses[which]):
-                self.board.add_histogram(f"split_loss/{name}", losses[which].numpy(), epoch)
+        self.to_board(add_losses, losses, flags, epoch)
 
     def start(self, settings_yaml: str, poisoned: np.ndarray) -> None:
         """Add the hyper-parameters and a grid of poisoned images, (n, H, W, 3) uint8."""
-        self.board.add_text("config", f"```yaml\n{settings_yaml}```", 0)
-        if len(poisoned):
-            self.board.add_images("poisoned", poisoned, 0, dataformats="NHWC")
+        self.to_board(add_start, settings_yaml, poisoned)
 
     def finish(self, hyperparameters: dict[str, Any], row: dict[str, Any]) -> None:
         """Add the hyper-parameters with the final figures, and close."""
-        from torch.utils.tensorboard.summary import hparams
-
-        plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in hyperparameters.items()}
-        figures = {f"final/{k}": row[k] for k in ("clean_accuracy", "attack_success_rate") if row[k] is not None}
-        for summary in hparams(plain, figures):
-            self.board.file_writer.add_summary(summary)
-        for key, value in figures.items():
-            self.board.add_scalar(key, value, row["epoch"])
+        self.to_board(add_finish, hyperparameters, row)
         self.close()
 
     def close(self) -> None:
         """Flush everything to disk."""
         if self._board is not None:
-            self._board.close()
+            self.to_board(lambda board: board.close())
         self.file.close()
+
+
+def hush(args: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread that died, but not of TensorBoard's writer: the next call has its error."""
+    if not type(args.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(args)
+
+
+def add_row(board: Any, row: dict[str, Any]) -> None:
+    """Add the numbers of an epoch's row to TensorBoard."""
+    for key, value in row.items():
+        if isinstance(value, (int, float)) and key != "epoch":
+            board.add_scalar(key, value, row["epoch"])
+    board.flush()
+
+
+def add_losses(board: Any, losses: torch.Tensor, flags: torch.Tensor | None, epoch: int) -> None:
+    """Add a histogram of (N,) losses to TensorBoard for each kind of images; flags (N,), None: unknown, one for all."""
+    kinds = {"all": slice(None)} if flags is None else {kind: flags == flag for kind, flag in KINDS.items()}
+    for name, which in kinds.items():
+        if len(losses[which]):
+            board.add_histogram(f"split_loss/{name}", losses[which].numpy(), epoch)
+
+
+def add_start(board: Any, settings_yaml: str, poisoned: np.ndarray) -> None:
+    """Add the settings and some poisoned images, (n, H, W, 3) uint8, to TensorBoard."""
+    board.add_text("config", f"```yaml\n{settings_yaml}```", 0)
+    if len(poisoned):
+        board.add_images("poisoned", poisoned, 0, dataformats="NHWC")
+
+
+def add_finish(board: Any, hyperparameters: dict[str, Any], row: dict[str, Any]) -> None:
+    """Add the hyper-parameters with the final figures to TensorBoard."""
+    from torch.utils.tensorboard.summary import hparams
+
+    plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in hyperparameters.items()}
+    figures = {f"final/{k}": row[k] for k in ("clean_accuracy", "attack_success_rate") if row[k] is not None}
+    for summary in hparams(plain, figures):
+        board.file_writer.add_summary(summary)
+    for key, value in figures.items():
+        board.add_scalar(key, value, row["epoch"])
 
 
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:

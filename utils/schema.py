@@ -21,6 +21,8 @@ from utils import plugins
 from utils.errors import UserError, nearest
 
 REQUIRED: Any = dataclasses.MISSING
+DECIMAL = r"[+-]?(0|[1-9]\d*|\d*\.\d*(e[+-]\d+)?|\.inf|\.nan)"  # YAML 1.1 also has 010 (8), 1_0 (10), 0x10 and 1:30 (90)
+NONE = ("none", "nil", "no", "off")  # what people write for it
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def setting(
     choices: Choices | None = None,
     inline: bool = False,
     key: str | None = None,
+    stands_for: str | None = None,
 ) -> Any:
     """Declare one key of the YAML.
 
@@ -70,9 +73,11 @@ def setting(
         choices: the legal names of a `Named` field.
         inline: the `Named` key stands among the other keys of its section, as the attack does under `backdoor`.
         key: the name in the YAML where Python does not allow it (`global`).
+        stands_for: a run depends on what the value names, and goes on under another value if that is the same: `images`,
+            which the manifest has (`utils/manifest.py`), or `files`, a file or folder whose bytes count.
     """
     meta: dict[str, Any] = dict(help=help, low=low, high=high, above=above, below=below)
-    meta |= dict(options=options, choices=choices, inline=inline, key=key)
+    meta |= dict(options=options, choices=choices, inline=inline, key=key, stands_for=stands_for)
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
@@ -84,14 +89,26 @@ def yaml_key(field: dataclasses.Field[Any]) -> str:
 
 
 class Reader:
-    """Turns nested dictionaries into dataclasses; `where(path)` names the file that a key came from."""
+    """Turns nested dictionaries into dataclasses.
 
-    def __init__(self, where: Callable[[str], str]) -> None:
-        self.where = where
+    Args:
+        where: names the file that a key came from.
+        written: how the values of keys (`a.b`, `a.b[0]`) that YAML takes for numbers, switches or dates are written.
+    """
+
+    def __init__(self, where: Callable[[str], str], written: Mapping[str, str] | None = None) -> None:
+        self.where, self.written = where, written or {}
+
+    def source(self, path: str, value: object) -> str | None:
+        """Return how a value that is no text is written; None where nobody knows."""
+        return None if isinstance(value, str) else self.written.get(path)
 
     def fail(self, path: str, value: object, remedy: str) -> typing.NoReturn:
         """Raise the one-line error: file, key, value, remedy."""
         shown = repr(value) if not isinstance(value, Mapping) else "{" + ", ".join(map(str, value)) + "}"
+        source = self.source(path, value)
+        if source and source != shown:
+            shown = f"{source} (to YAML {shown})"
         raise UserError(f"{self.where(path)}: {path or '(top level)'}: {shown}: {remedy}")
 
     def section(self, schema: type, raw: Any, path: str = "") -> Any:
@@ -140,6 +157,8 @@ class Reader:
             kinds = [a for a in typing.get_args(hint) if a is not type(None)]
             if raw is None:
                 return None
+            if kinds[0] is not str and (raw is False or (isinstance(raw, str) and raw.lower() in NONE)):
+                self.fail(path, raw, "YAML's word for none is null: give that")
             if len(kinds) > 1 and not isinstance(raw, (list, tuple)):
                 kinds = [k for k in kinds if typing.get_origin(k) is not tuple]
             hint = kinds[-1] if isinstance(raw, (list, tuple)) else kinds[0]
@@ -165,7 +184,10 @@ class Reader:
         return tuple(self.scalar(kind, item, f"{path}[{i}]", meta) for i, item in enumerate(raw))
 
     def scalar(self, kind: type, raw: Any, path: str, meta: Mapping[str, Any]) -> Any:
-        """Build an int, float, bool or str and check its range."""
+        """Build an int, float, bool or str and check its range; a text is what is written, also where YAML sees a number."""
+        source = self.source(path, raw)
+        if kind is str and source is not None and raw is not None:
+            raw = source
         if kind in (int, float) and isinstance(raw, str) and re.fullmatch(r"[+-]?[\d.]+e[+-]?\d+", raw, re.I):
             self.fail(path, raw, f"YAML reads this as text; write {with_point(raw)} (with a decimal point and a sign)")
         right = {
@@ -175,8 +197,15 @@ class Reader:
             str: isinstance(raw, str),
         }[kind]
         if not right:
-            wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+            wanted = {
+                bool: "true or false",
+                int: "a whole number",
+                float: "a number",
+                str: "a text, in quotes if it has brackets",
+            }[kind]
             self.fail(path, raw, f"wrong type ({type(raw).__name__}); give {wanted}{legal_range(meta)}")
+        if kind in (int, float) and source is not None and not re.fullmatch(DECIMAL, source, re.I):
+            self.fail(path, raw, "is no plain decimal number: write it without leading 0, 0x, _ or :")
         if kind in (int, float) and isinstance(raw, int) and abs(raw) >= 2**63:
             self.fail(path, raw if abs(raw) < 10**30 else "...", f"out of range; give a number{legal_range(meta)} below 2**63")
         value = float(raw) if kind is float else raw
@@ -227,6 +256,21 @@ def as_dict(value: Any) -> Any:
                 out[yaml_key(f)] = item
         return out
     return value
+
+
+def stand_ins(settings: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield (key, what it stands for, value) of every setting, and section, that was declared with `stands_for`."""
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        at = path if f.metadata.get("inline") else (f"{path}.{yaml_key(f)}" if path else yaml_key(f))
+        if f.metadata.get("stands_for"):
+            yield at, f.metadata["stands_for"], value
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Named):
+                yield from stand_ins(item.settings, f"{at}.{item.name}")
+            elif dataclasses.is_dataclass(item):
+                yield from stand_ins(item, at)
 
 
 def describe(schema: type, path: str = "", told: set[int | str] | None = None) -> Iterator[tuple[str, str, str, str]]:

@@ -30,7 +30,9 @@ HUES = np.array([[255, 0, 0], [255, 255, 0], [0, 255, 0], [0, 255, 255], [0, 0, 
 
 @dataclass(frozen=True)
 class Settings:
-    trigger_path: str | None = setting(None, "a PNG of the images' size; black pixels mean `no trigger here`")
+    trigger_path: str | None = setting(
+        None, "a PNG of the images' size; black pixels mean `no trigger here`", stands_for="files"
+    )
     pattern: str | None = setting(
         None,
         "a built-in patch instead of a picture; null: block2x2, from 64 px on glyph, of 32 x 32 pixels by the seed",

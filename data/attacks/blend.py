@@ -16,7 +16,7 @@ from utils.schema import setting
 
 @dataclass(frozen=True)
 class Settings:
-    trigger_path: str | None = setting(None, "picture P of any size; null: uniform noise by the seed")
+    trigger_path: str | None = setting(None, "picture P of any size; null: uniform noise by the seed", stands_for="files")
     alpha: float = setting(0.1, "weight of P; 1 - alpha is the image's", low=0, high=1)
 
 

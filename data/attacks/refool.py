@@ -31,7 +31,9 @@ SUFFIXES = (".png", ".bmp", ".jpg", ".jpeg", ".webp", ".ppm")
 
 @dataclass(frozen=True)
 class Settings:
-    reflections: str | None = setting(None, "folder of pictures that are reflected, by name; null: made, see source")
+    reflections: str | None = setting(
+        None, "folder of pictures that are reflected, by name; null: made, see source", stands_for="files"
+    )
     source: str = setting(
         "textures", "made reflections: procedural textures, or images of the other classes", options=("textures", "classes")
     )

@@ -8,5 +8,7 @@
 
 Those that `transform.pre` may name (nothing in them is random) also take a PIL picture in `apply` and return one.
 
-The draws are made outside, so that every device, an interrupted run and a reference see the same ones.
+The draws are made outside, so that every device, an interrupted run and a reference see the same ones. `apply` and `remap`
+run within a step that CUDA captures as a graph: their operators and shapes depend on shapes and settings alone, and nothing
+is read from the device or sent to it. (`torch.where` with a number sends it to the device; `masked_fill` does not.)
 """

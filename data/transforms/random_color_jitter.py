@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
+from data.transforms._levels import to_uint8
 from utils.schema import setting
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,75 @@ class Settings:
         return torch.cat([act, order, torch.stack(amounts, 1)], 1)
 
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Change the colours of each of the uint8 (B, 3, H, W) by its own amounts."""
-        return torch.stack([self.one(x, row) for x, row in zip(images, draws.tolist(), strict=True)])
+        """Change the colours of each of the uint8 (B, 3, H, W) by its own amounts in its own order.
 
-    def one(self, image: Tensor, row: list[float]) -> Tensor:
-        """Apply one row of the table to one image (3, H, W)."""
-        act, order, amounts = row[0], row[1:5], row[5:]
-        change = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
-        spread = (self.brightness, self.contrast, self.saturation, self.hue)
-        for i in (int(o) for o in order):
-            if act and spread[i] > 0:
-                image = change[i](image, amounts[i])
-        return image
+        The hue costs most and comes once: all images take the factors before their hue, the hue, the factors after it.
+        A factor that has its turn on the other side is 1, which changes nothing.
+        """
+        act, order, amounts = draws.split([1, 4, 4], 1)
+        kinds = [i for i, spread in enumerate((self.brightness, self.contrast, self.saturation)) if spread > 0]
+        when = order.argsort(1)  # (B, 4), the place of each change
+        ranks = torch.stack([when[:, i] if i in kinds else when[:, i] + 4 for i in range(4)], 1)  # what is not used comes last
+        turns = ranks.argsort(1)[:, : len(kinds)]  # (B, n), the factors in the order of each image
+        factors = amounts.gather(1, turns).masked_fill(act == 0, 1)
+        x = images.float()
+        if not self.hue:
+            return to_uint8(scale_all(x, turns, factors, kinds))
+        early = when.gather(1, turns) < when[:, HUE:]
+        x = scale_all(x, turns, factors.masked_fill(~early, 1), kinds)
+        x = torch.where(act[:, :, None, None] > 0, turn_hue(x, amounts[:, HUE]), x)
+        return to_uint8(scale_all(x, turns, factors.masked_fill(early, 1), kinds))
+
+
+def scale_all(x: Tensor, turns: Tensor, factors: Tensor, kinds: list[int]) -> Tensor:
+    """Scale the distance of each image from black (brightness), its mean grey (contrast), its own grey (saturation).
+
+    Args:
+        x: (B, 3, H, W) float32 in whole levels; overwritten.
+        turns, factors: (B, n), which of the three, and by how much.
+        kinds: those of the three that occur.
+    """
+    for kind, factor in zip(turns[:, :, None, None, None].unbind(1), factors[:, :, None, None, None].unbind(1), strict=True):
+        toward = grey(x, kind) if kinds != [BRIGHTNESS] else None
+        x.mul_(factor.float())
+        if toward is not None:
+            x.addcmul_(toward, (1 - factor).float())
+        x.clamp_(0, 255).floor_()
+    return x
+
+
+def grey(x: Tensor, kind: Tensor) -> Tensor:
+    """Return the grey (B, 1, H, W) that an image is moved to or from: black, its mean or its own grey, by the kind of change.
+
+    Args:
+        x: (B, 3, H, W) float32 in whole levels.
+        kind: (B, 1, 1, 1).
+    """
+    red, green, blue = x.split(1, 1)
+    own = (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()
+    # Sums of whole numbers, exact in float32 for a line and in float64 for all: a view does not depend on its batch.
+    total = own.sum(3, keepdim=True).sum(2, keepdim=True, dtype=torch.float64)
+    mean = total / (x.shape[2] * x.shape[3]) * (kind == CONTRAST)
+    return torch.where(kind == SATURATION, own, mean.float())
+
+
+def turn_hue(x: Tensor, turn: Tensor) -> Tensor:
+    """Turn the hue of each image; value and saturation stay.
+
+    The colour circle in one formula instead of HSV and back: a channel equals the greatest one where the hue is 1/3 of a
+    turn or more from the channel's complement, and the least one where it is 1/6 or less from it; between, it is linear.
+
+    Args:
+        x: (B, 3, H, W) float32 in whole levels.
+        turn: (B,), in turns of the circle.
+    """
+    red, green, blue = x.unbind(1)
+    low, high = x.aminmax(dim=1)
+    chroma = high - low  # (B, H, W)
+    from_green, from_blue = (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)
+    hue = torch.where(high == red, green - blue, torch.where(high == green, from_green, from_blue))
+    hue = hue.div_(chroma.clamp(min=1) * 6).add_(turn.float()[:, None, None])  # grey has no hue: chroma 0, any will do
+    away = torch.stack([hue + 1 / 2, hue + 1 / 6, hue - 1 / 6], 1)  # from cyan, magenta, yellow, give or take whole turns
+    share = away.sub_(away.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
+    out = torch.addcmul(high[:, None], share, chroma[:, None], value=-1)
+    return out.mul_(255.999 / 255).floor_()  # as torchvision rounds a colour in 0..1 to a level

@@ -1,0 +1,405 @@
+"""A run and its data: equal data go on wherever they are, other data are refused with the difference, and advice works."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import TINY
+from PIL import Image
+
+import ASD
+from data import digests, poison
+from data.loading import load_data
+from utils import checkpoint, config, manifest
+from utils.errors import UserError
+from utils.machine import Machine
+from utils.manifest import Row
+from utils.run import locate, open_run
+from utils.schema import as_dict, stand_ins
+
+CLASSES, TRAIN, TEST = ("ant", "bee", "cat"), 8, 2
+EPOCHS = 2
+OWN: dict[str, Any] = {
+    "transform": TINY["transform"] | {"train": {"primary": {}, "remaining": {"to_tensor": True}}},  # type: ignore[operator]
+    "num_classes": 3, "backdoor": None, "num_epochs": EPOCHS, "dataset": "folder",
+    "semi": {"loader": {"batch_size": 4}, "mixmatch": {"train_iteration": 1}},
+    "network": {"resnet18_cifar": {"width": 8, "blocks": 1}},
+    "global": {"epoch_first": 1, "epoch_second": 2, "epoch_third": 2, "t": 1, "n": 1},
+}  # fmt: skip
+
+
+def draw_set(root: Path, alter: Callable[[np.ndarray], np.ndarray] = lambda pixels: pixels, suffix: str = "png") -> Path:
+    """Write `train/` and `test/` with a few pictures of 20 x 20 of three classes, and a list of seed samples."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", TRAIN), ("test", TEST)):
+        for name in CLASSES:
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = alter(rng.integers(0, 256, (20, 20, 3), np.uint8))
+                Image.fromarray(pixels).save(root / part / name / f"{i:03d}.{suffix}")
+    (root / "clean.txt").write_text("".join(f"{name}/{i:03d}.{suffix}\n" for name in CLASSES for i in range(2)))
+    return root
+
+
+def plan(folder: Path, data: Path, **changes: Any) -> Path:
+    """Write the YAML of a run in `folder` on the set in `data`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = TINY | OWN | {
+        "dataset_dir": str(data), "seed_samples": str(data / "clean.txt"),
+        "saved_dir": str(folder / "saved"), "storage_dir": str(folder / "storage"),
+    } | changes  # fmt: skip
+    path = folder / "own.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return path
+
+
+def run(path: Path, *overrides: str, resume: str = "") -> dict[str, Any]:
+    """Run ASD in this process; return the latest checkpoint."""
+    settings = config.load(path, overrides)
+    _, lock = open_run(settings, path, resume == "False", print)
+    with lock:
+        ASD.train(settings, locate(settings), Machine(torch.device("cpu")), resume)
+    return checkpoint.read(locate(settings).checkpoint("latest_model.pt"))
+
+
+def refusal(path: Path, *overrides: str, resume: str = "") -> str:
+    """Return the one line in which a run ends."""
+    with pytest.raises(UserError) as caught:
+        run(path, *overrides, resume=resume)
+    line = str(caught.value)
+    assert line.isprintable() and len(line) < 800
+    return line
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a set, a YAML and a run of all its epochs; tests work on copies."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("begun")
+    draw_set(folder / "set")
+    run(plan(folder, folder / "set"))
+    return folder
+
+
+@pytest.fixture
+def place(begun: Path, tmp_path: Path) -> Path:
+    """A copy of that folder: its YAML names the copied set, whose files have other inodes and times than the run saw."""
+    shutil.copytree(begun, tmp_path / "copy")
+    plan(tmp_path / "copy", tmp_path / "copy" / "set")
+    return tmp_path / "copy"
+
+
+# -- Other data --------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_that_moved_to_another_class_is_named(place: Path) -> None:
+    """The repair that the ranking invites changes the data: the run is refused, with picture and classes, and nothing of it
+    is altered."""
+    before = (place / "saved/own/suspects.csv").read_bytes()
+    (place / "set/train/cat/007.png").rename(place / "set/train/ant/zzz.png")
+    line = refusal(place / "own.yaml")
+    assert "1 moved from class cat to ant (cat/007.png, now ant/zzz.png)" in line
+    assert "gone" not in line and "added" not in line
+    assert (place / "saved/own/suspects.csv").read_bytes() == before
+
+
+def test_a_checkpoint_knows_its_data_without_the_runs_folder(place: Path) -> None:
+    """A checkpoint given by path to a run of another name refuses other data too."""
+    Image.new("RGB", (20, 20)).save(place / "set/train/bee/003.png")
+    path = place / "storage/own/checkpoint/latest_model.pt"
+    line = refusal(place / "own.yaml", "run=other", resume=str(path))
+    assert line.startswith(f"{path}: ") and "1 has other pixels (bee/003.png)" in line
+
+
+def test_other_pixels_under_the_same_names_are_refused(place: Path) -> None:
+    """Another folder with the same names and counts and other pixels is other data, in training and in test."""
+    other = draw_set(place / "inverted", lambda pixels: 255 - pixels)
+    line = refusal(place / "own.yaml", f"dataset_dir={other}")
+    assert f"{3 * TRAIN} have other pixels" in line and f"{3 * TEST} have other pixels" in line
+
+
+def test_two_yamls_of_one_name_do_not_share_a_run(place: Path) -> None:
+    """A second YAML of the same file name, for other data, is refused instead of going on with the first one's run."""
+    draw_set(place / "b/set", lambda pixels: 255 - pixels)
+    second = plan(place / "b", place / "b/set", saved_dir=str(place / "saved"), storage_dir=str(place / "storage"))
+    assert "other data" in refusal(second)
+
+
+def test_a_run_without_a_checkpoint_keeps_to_its_data(place: Path) -> None:
+    """The kept facts of a run (poisoned indices, seed samples) are those of its data, also before the first checkpoint."""
+    shutil.rmtree(place / "storage")
+    (place / "set/train/cat/007.png").unlink()
+    assert "1 is gone (cat/007.png)" in refusal(place / "own.yaml")
+
+
+def test_following_the_advice_for_other_data_runs(place: Path) -> None:
+    """Each remedy of the refusal works: restored data, another name for a new run, and starting over."""
+    picture, aside = place / "set/train/cat/007.png", place / "aside.png"
+    picture.rename(aside)
+    line = refusal(place / "own.yaml")
+    assert "--set run=NAME" in line and "--resume False" in line
+    short = ("num_epochs=1",)
+    assert run(place / "own.yaml", "run=second", *short)["epoch"] == 0
+    aside.rename(picture)
+    assert run(place / "own.yaml")["epoch"] == EPOCHS - 1
+    picture.unlink()
+    assert run(place / "own.yaml", *short, resume="False")["epoch"] == 0
+
+
+# -- Equal data --------------------------------------------------------------------------------------------------------
+
+
+def test_equal_data_at_another_place_go_on(place: Path) -> None:
+    """A set that moved, with its list of seed samples, goes on to the same weights as where it was."""
+    longer = (f"num_epochs={EPOCHS + 1}", f"global.epoch_third={EPOCHS + 1}")
+    shutil.copytree(place, place.parent / "stays")
+    plan(place.parent / "stays", place.parent / "stays" / "set")
+    stays = run(place.parent / "stays" / "own.yaml", *longer)
+    moved = place.parent / "elsewhere"
+    (place / "set").rename(moved)
+    (moved / "clean.txt").rename(moved / "list.txt")
+    goes_on = run(place / "own.yaml", *longer, f"dataset_dir={moved}", f"seed_samples={moved / 'list.txt'}")
+    assert goes_on["epoch"] == EPOCHS
+    for name, tensor in stays["model_state_dict"].items():
+        assert torch.equal(tensor, goes_on["model_state_dict"][name]), name
+    assert torch.equal(stays["epochs_in_clean_pool"], goes_on["epochs_in_clean_pool"])
+
+
+def test_checkpoints_of_earlier_versions_go_on(place: Path) -> None:
+    """A checkpoint that says nothing of its data, and lacks a setting that was added since, is taken as before."""
+    path = place / "storage/own/checkpoint/latest_model.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved["data"], saved["config"]["data"]["cache_dir"], saved["config"]["global"]["keep_seeds"]
+    saved["config"] |= {"seed_samples": str(place / "set/clean.txt")}
+    torch.save(saved, path)
+    (place / "saved/own/data.csv").unlink()
+    assert run(place / "own.yaml")["epoch"] == EPOCHS - 1
+    assert len((place / "saved/own/data.csv").read_text().splitlines()) == 1 + 3 * (TRAIN + TEST) + 1
+    assert "global.keep_seeds" in refusal(place / "own.yaml", "global.keep_seeds=true")
+
+
+def test_a_damaged_manifest_is_one_line(place: Path) -> None:
+    """A manifest that is none, in the run's folder, is refused as such."""
+    for text in ("", "part,name\n", 'part,name,class,digest\n"'):
+        (place / "saved/own/data.csv").write_text(text)
+        assert "damaged" in refusal(place / "own.yaml")
+
+
+# -- Files that settings name ------------------------------------------------------------------------------------------
+
+
+def attacked(folder: Path, data: Path, backdoor: dict[str, Any]) -> config.Config:
+    """Return the settings of a run with an attack."""
+    return config.load(plan(folder, data, backdoor={"target_label": 1, "poison_ratio": 0.5} | backdoor, seed_samples=None))
+
+
+def test_a_trigger_picture_counts_by_its_contents(tmp_path: Path) -> None:
+    """The same trigger under another name goes on; another one is refused by its setting's name."""
+    data, facts = draw_set(tmp_path / "set"), tmp_path / "facts"
+    for name, size in (("a", 3), ("b", 3), ("c", 4)):
+        pixels = np.zeros((20, 20, 3), np.uint8)
+        pixels[:size, :size] = 255
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    settings = {n: attacked(tmp_path, data, {"badnets": {"trigger_path": str(tmp_path / f"{n}.png")}}) for n in "abc"}
+    first = poison.prepare(settings["a"], facts, say=lambda line: None)
+    manifest.keep(facts, first.manifest)
+    assert poison.prepare(settings["b"], facts, say=lambda line: None).manifest == first.manifest
+    with pytest.raises(UserError, match=r"backdoor\.badnets\.trigger_path has other contents"):
+        poison.prepare(settings["c"], facts, say=lambda line: None)
+    keys = {key for key, _, _ in stand_ins(settings["a"])}
+    assert keys == {"dataset", "dataset_dir", "seed_samples", "backdoor.badnets.trigger_path"}
+    saved = {"config": as_dict(settings["a"]), "data": first.manifest}
+    checkpoint.refuse_other_settings(tmp_path, saved, as_dict(settings["b"]), keys)
+    with pytest.raises(UserError, match="trigger_path"):  # without a manifest nothing tells that it is the same
+        checkpoint.refuse_other_settings(tmp_path, saved | {"data": ""}, as_dict(settings["b"]), keys)
+
+
+def test_a_folder_of_reflections_counts_by_its_pictures(tmp_path: Path) -> None:
+    """A copied folder is the same, whatever its name; one picture more or another one is not; hidden files do not count."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for i in range(2):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{i}.png")
+    shutil.copytree(folder, tmp_path / "b")
+    (tmp_path / "b/.DS_Store").write_text("x")
+    known = digests.digest_of_named(str(folder))
+    assert digests.digest_of_named(str(tmp_path / "b")) == known
+    Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "b/1.png")
+    assert digests.digest_of_named(str(tmp_path / "b")) != known
+    with pytest.raises(UserError, match="cannot be read"):
+        digests.digest_of_named(str(tmp_path / "nowhere"))
+
+
+def test_other_poisoned_images_are_other_data(tmp_path: Path) -> None:
+    """`poison_idx.npy` belongs to the data of a checkpoint: another choice is named."""
+    settings = attacked(tmp_path, draw_set(tmp_path / "set"), {"badnets": {"pattern": "corner3x3"}})
+    first = poison.prepare(settings, tmp_path / "facts", say=lambda line: None).manifest
+    index = np.load(tmp_path / "facts/poison_idx.npy")
+    at, other = np.flatnonzero(index)[0], np.flatnonzero((index == 0) & (np.arange(len(index)) >= 2 * TRAIN))[0]
+    index[[at, other]] = index[[other, at]]
+    np.save(tmp_path / "facts/poison_idx.npy", index)
+    second = poison.prepare(settings, tmp_path / "facts", say=lambda line: None).manifest
+    assert manifest.differences(first, second) == ["poison_idx.npy has other contents"]
+
+
+def test_the_manifest_of_images_without_names_has_their_numbers(tiny: Path) -> None:
+    """Images of an array have a row each, by number, class and pixels; a limit cuts the rows; equal settings, equal text."""
+    settings = config.load(tiny)
+    text = digests.manifest_of(settings, load_data(settings))  # type: ignore[arg-type]
+    assert text == digests.manifest_of(settings, load_data(settings))
+    rows = manifest.rows_of(text)
+    assert [row.name for row in rows if row.part == "train"] == [str(i) for i in range(200)]
+    fewer = config.load(tiny, ["data.train_limit=150"])
+    assert manifest.differences(text, digests.manifest_of(fewer, load_data(fewer))) == [
+        "of the training images 50 are gone (first: 150)"
+    ]
+
+
+# -- What differs ------------------------------------------------------------------------------------------------------
+
+
+def images(*rows: str) -> str:
+    """Return a manifest of training images, each `name class digest`."""
+    return manifest.to_text(Row("train", *row.split()) for row in rows)
+
+
+BEFORE = ("a/1 a 11", "a/2 a 12", "b/1 b 21", "b/2 b 22")
+
+
+@pytest.mark.parametrize(
+    ("after", "found"),
+    [
+        (BEFORE, []),
+        (("a/1 a 11", "a/2 a 12", "b/1 b 21"), ["1 is gone (b/2)"]),
+        ((*BEFORE, "c/1 c 31", "c/2 c 32"), ["2 were added (first: c/1)"]),
+        (("a/1 a 11", "a/2 a 12", "a/9 a 21", "b/2 b 22"), ["1 moved from class b to a (b/1, now a/9)"]),
+        (("a/1 a 22", "a/2 a 12", "b/1 b 21", "b/2 b 11"), ["2 have other pixels (first: a/1)"]),
+        (("a/1 a 11", "a/3 a 12", "b/1 b 21", "b/2 b 22"), ["1 renamed (a/2, now a/3)"]),
+        (("a/1 a 11", "a/2 b 12", "b/1 b 21", "b/2 b 22"), ["1 moved from class a to b (a/2, now a/2)"]),
+        (("a/2 a 12", "a/1 a 11", "b/1 b 21", "b/2 b 22"), ["all are in another order"]),
+        (("b/3 b 11", "a/2 a 12", "a/3 a 21", "b/2 b 22"), ["2 moved to another class (first: a/1, now b/3)"]),
+        (
+            ("a/1 a 11", "b/1 b 21", "b/2 b 99", "c/1 c 31"),
+            ["1 is gone (a/2)", "1 was added (c/1)", "1 has other pixels (b/2)"],
+        ),
+    ],
+)
+def test_each_kind_of_change_is_named(after: tuple[str, ...], found: list[str]) -> None:
+    """Images gone, added, moved to another class, renamed, repainted or reordered: count and an example of each."""
+    expected = [f"of the training images {', '.join(found)}"] if found else []
+    assert manifest.differences(images(*BEFORE), images(*after)) == expected
+
+
+def test_numbered_images_are_matched_by_their_pixels() -> None:
+    """One image less shifts the numbers of all that follow: only that one is named, and equal pictures count singly."""
+    before = [f"{i} x {digest}" for i, digest in enumerate(("11", "12", "12", "13", "14"))]
+    after = [f"{i} x {digest}" for i, digest in enumerate(("11", "12", "13", "14"))]
+    assert manifest.differences(images(*before), images(*after)) == ["of the training images 1 is gone (2)"]
+
+
+def test_odd_names_survive_the_manifest() -> None:
+    """Names with quotes, commas, line breaks or bytes that are no UTF-8 come back, and cannot forge a line."""
+    rows = [Row("train", name, "a", "1") for name in ('a/"b",c', "a/x\ny", "a/\udce9", "a/\r", "a/ ")]
+    assert manifest.rows_of(manifest.to_text(rows)) == rows
+    (line,) = manifest.differences(manifest.to_text(rows), manifest.to_text(rows[:1]))
+    assert line.isprintable()
+
+
+# -- Advice ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_can_be_made_longer_as_the_messages_say(place: Path) -> None:
+    """More epochs are refused with the setting to raise, and with that one raised too the run goes on; the epochs before
+    stay as they were."""
+    longer = f"num_epochs={EPOCHS + 1}"
+    key = re.search(r"raise (global\.\w+)", refusal(place / "own.yaml", longer))
+    assert key is not None
+    saved = run(place / "own.yaml", longer, f"{key[1]}={EPOCHS + 1}")
+    assert [row["stage"] for row in saved["history"]] == ["class-aware", "class-agnostic", "meta-split"]
+
+
+def test_other_settings_name_remedies_that_work(place: Path) -> None:
+    """A changed setting is refused before any picture is decoded; set back, or under another name, the command runs. A
+    checkpoint that is given by name is refused too: a new run needs none."""
+    changed = ("semi.mixmatch.alpha=0.5", "num_epochs=1")
+    shutil.rmtree(place / "saved/tables")
+    line = refusal(place / "own.yaml", *changed)
+    assert "semi.mixmatch.alpha" in line and "--set run=NAME" in line and "without --resume" in line
+    assert not (place / "saved/tables").exists()
+    old = str(place / "storage/own/checkpoint/latest_model.pt")
+    assert "without --resume" in refusal(place / "own.yaml", *changed, "run=new", resume=old)
+    assert run(place / "own.yaml", *changed, "run=new")["epoch"] == 0
+    assert run(place / "own.yaml")["epoch"] == EPOCHS - 1
+
+
+def test_a_picture_that_broke_names_remedies_that_work(place: Path) -> None:
+    """After a picture broke: repaired, the run goes on; left out, under another name, a new run goes. Left out of the same
+    run, the line says which picture is missing."""
+    picture = place / "set/train/bee/004.png"
+    good = picture.read_bytes()
+    picture.write_bytes(b"broken")
+    line = refusal(place / "own.yaml")
+    (skip,) = re.findall(r"--set (dataset\S+=true)", line)
+    assert "--set run=NAME" in line
+    assert "1 is gone (bee/004.png)" in refusal(place / "own.yaml", skip)
+    assert run(place / "own.yaml", skip, "run=rest", "num_epochs=1")["epoch"] == 0
+    picture.write_bytes(good)
+    assert run(place / "own.yaml", skip)["epoch"] == EPOCHS - 1
+
+
+def test_other_seed_samples_name_remedies_that_work(place: Path) -> None:
+    """Another list of seed samples is refused; the earlier one, another name and starting over each work. A list that names
+    the same images in other words is the same."""
+    given = place / "set/clean.txt"
+    before = given.read_text()
+    given.write_text("# sorted by me\n" + "".join(f"./{line}\n" for line in reversed(before.splitlines())))
+    assert run(place / "own.yaml")["epoch"] == EPOCHS - 1
+    given.write_text(before.replace("cat/001.png", "cat/002.png"))
+    line = refusal(place / "own.yaml")
+    assert "--set run=NAME" in line and "--resume False" in line
+    assert run(place / "own.yaml", "run=second", "num_epochs=1")["epoch"] == 0
+    path = place / "storage/own/checkpoint/latest_model.pt"
+    assert "seed_samples has other contents" in refusal(place / "own.yaml", "run=third", resume=str(path))
+    given.write_text(before)
+    assert run(place / "own.yaml")["epoch"] == EPOCHS - 1
+
+
+def prepared(path: Path, *overrides: str) -> poison.PoisonedData:
+    """Return the data of a YAML, without a run."""
+    return poison.prepare(config.load(path, overrides), path.parent / "facts", say=lambda line: None)
+
+
+def test_remedies_for_settings_of_the_data_work(tmp_path: Path) -> None:
+    """Too few classes, an unknown kind of data set, no test images for an attack, only test images of the target class: what
+    each line asks for makes the data load."""
+    path = plan(tmp_path, draw_set(tmp_path / "set"))
+
+    def line(*overrides: str) -> str:
+        with pytest.raises(UserError) as caught:
+            prepared(path, *overrides)
+        return str(caught.value)
+
+    assert "raise it" in line("num_classes=2")
+    assert len(prepared(path, "num_classes=3").train) == 3 * TRAIN
+    assert "add `dataset: cifar10` or another" in line("dataset=null")
+    assert len(prepared(path, "dataset=folder").train) == 3 * TRAIN
+
+    attack = "backdoor={badnets: {pattern: corner3x3}, target_label: 1, poison_ratio: 0.5}"
+    for name in ("ant", "cat"):
+        shutil.rmtree(tmp_path / "set/test" / name)
+    assert "give another class" in line(attack)
+    assert prepared(path, attack, "backdoor.target_label=0").tests.backdoor is not None
+    shutil.rmtree(tmp_path / "facts")
+    (tmp_path / "set/test").rename(tmp_path / "aside")
+    assert "backdoor: null" in line(attack)
+    assert prepared(path, "backdoor=null").tests.clean is None
+    (tmp_path / "aside").rename(tmp_path / "set/test")
+    assert prepared(path, attack, "backdoor.target_label=0").tests.clean is not None

@@ -1,0 +1,80 @@
+"""Which process of a run this one is, as its environment says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from utils import machine, processes
+from utils.errors import UserError
+from utils.processes import Place, find_place, leftovers
+
+MEETING = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests themselves may have been started by a launcher."""
+    for name in {*processes.COUNTS, *processes.RENDEZVOUS}:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected", "left"),
+    [
+        ({}, Place(), []),
+        ({"WORLD_SIZE": "2"}, Place(), ["WORLD_SIZE=2"]),
+        ({"WORLD_SIZE": ""}, Place(), []),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, Place(), []),
+        ({"RANK": "1"}, Place(), ["RANK=1"]),
+        ({"RANK": "abc"}, Place(), ["RANK=abc"]),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, Place(), ["WORLD_SIZE=2", "RANK=1", "LOCAL_RANK=1"]),
+        (MEETING | {"WORLD_SIZE": "4"}, Place(), ["WORLD_SIZE=4"]),
+        (MEETING | {"WORLD_SIZE": "1", "RANK": "0"}, Place(0, 1, 0), []),
+        (MEETING | {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}, Place(3, 4, 1), []),
+        (MEETING | {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": ""}, Place(1, 2, 0), []),
+    ],
+)
+def test_only_a_complete_launch_makes_one_of_several(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: Place, left: list[str]
+) -> None:
+    """A process joins others only where all variables are there that it needs to find them; leftovers are named."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert find_place() == expected and leftovers() == left
+    assert processes.rank() == expected.rank
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("WORLD_SIZE", "two"), ("RANK", "-1"), ("RANK", "2"), ("LOCAL_RANK", "0.5"), ("WORLD_SIZE", "0")]
+)
+def test_a_launch_that_makes_no_sense_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    """A wrong number in a complete launch is refused with its variable and value; telling who fails does not fail."""
+    for key, text in (MEETING | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", name: value}).items():
+        monkeypatch.setenv(key, text)
+    with pytest.raises(UserError) as caught:
+        find_place()
+    line = str(caught.value)
+    assert (name in line and value in line) and "torchrun" in line and "\n" not in line
+    assert processes.rank() == 0
+
+
+def test_leftovers_are_ignored_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with a WORLD_SIZE that some cluster left is one process and says so; test.py never looks at it."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    said: list[str] = []
+    assert machine.choose_machine("cpu", False, said.append).size == 1
+    assert len(said) == 1 and said[0].startswith("warning: WORLD_SIZE=4: ")
+    for name, value in (MEETING | {"RANK": "1"}).items():
+        monkeypatch.setenv(name, value)
+    assert machine.choose_machine("cpu", False, said.append, alone=True) == machine.Machine(torch.device("cpu"))
+    assert len(said) == 1
+
+
+def test_processes_that_do_not_meet_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address where nobody is ends in one line that names it, not in a traceback of the library."""
+    for name, value in (MEETING | {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "none"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        machine.choose_machine("cpu", False, print)
+    assert "localhost:none" in str(caught.value) and "torchrun" in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,178 @@
+"""The manifest of a run's data: what they are, not where they are. A CSV with one row for every image:
+
+    part,name,class,digest
+    train,cat/000.png,cat,1f0c2a...      name: the image's number where it has none; digest: of its pixels
+    test,bee/004.png,bee,77ab10...
+    input,backdoor.badnets.trigger_path,,9ac3...   contents of a file that a setting names, of `poison_idx.npy`, ...
+
+It is kept with the run (`data.csv`) and in every checkpoint. A run goes on with equal data from another folder, and refuses
+other data with a line that names the difference.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.errors import UserError
+from utils.files import write_atomically
+
+FILE = "data.csv"
+HEAD = ("part", "name", "class", "digest")
+TRAIN, TEST, INPUT = "train", "test", "input"
+
+
+class Row(NamedTuple):
+    """One image, or one other input of the run."""
+
+    part: str  # train, test or input
+    name: str
+    label: str  # name of the class; empty for an input
+    digest: str
+
+
+def to_text(rows: Iterable[Row]) -> str:
+    """Return the manifest's text."""
+    text = io.StringIO()
+    writer = csv.writer(text)  # lines end as RFC 4180 has it, so that a line break of either kind in a name is quoted
+    writer.writerow(HEAD)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def rows_of(text: str) -> list[Row]:
+    """Return the rows of a manifest's text.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        head, *rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    except csv.Error as error:
+        raise ValueError(f"the manifest of the data is damaged ({error})") from None
+    if tuple(head) != HEAD or any(len(row) != len(HEAD) for row in rows):
+        raise ValueError("the manifest of the data is damaged")
+    return [Row(*row) for row in rows]
+
+
+def with_input(text: str, name: str, digest: str) -> str:
+    """Return the manifest with one more input."""
+    return text + to_text([Row(INPUT, name, "", digest)]).removeprefix(to_text([]))
+
+
+# -- Kept with the run -------------------------------------------------------------------------------------------------
+
+
+def check(folder: Path, text: str) -> None:
+    """Refuse data other than those that the run in `folder` was begun with; inputs that one of the two lacks do not count.
+
+    Raises:
+        UserError: one line that names the difference.
+    """
+    try:
+        kept = (folder / FILE).read_bytes().decode("utf-8", "surrogateescape")
+    except FileNotFoundError:  # a new run, or one of an earlier version
+        return
+    except OSError as error:
+        raise UserError(f"{folder / FILE}: cannot be read ({error.strerror}): make it readable") from None
+    changed = [] if kept.startswith(text) else differences(kept, text, whole=False)  # inputs that come later are at the end
+    if changed:
+        raise other_data(str(folder), "the run was begun", changed)
+
+
+def keep(folder: Path, text: str) -> None:
+    """Write the manifest into the run's folder, unless it is there already."""
+    data = text.encode("utf-8", "surrogateescape")
+    path = folder / FILE
+    if not path.is_file() or path.read_bytes() != data:
+        write_atomically(path, lambda file: file.write(data))
+
+
+def other_data(where: str, what: str, changed: Sequence[str]) -> UserError:
+    """Return the error of a run that would go on with other data."""
+    return UserError(
+        f"{where}: {what} with other data: {'; '.join(changed)}: restore the data, or begin a new run: with --set run=NAME and "
+        "without --resume, or with --resume False"
+    )
+
+
+# -- What differs ------------------------------------------------------------------------------------------------------
+
+
+def differences(then: str, now: str, whole: bool = True) -> list[str]:
+    """Return what differs between two manifests, a phrase for each kind of change; nothing where the data are the same.
+
+    Args:
+        whole: an input that only one of them has is a difference too.
+    """
+    if then == now:
+        return []
+    try:
+        old, new = rows_of(then), rows_of(now)
+    except ValueError as error:
+        return [str(error)]
+    found = []
+    for part, kind in ((TRAIN, "training"), (TEST, "test")):
+        before, after = ([row for row in rows if row.part == part] for rows in (old, new))
+        if before != after:
+            found.append(f"of the {kind} images {', '.join(image_changes(before, after))}")
+    before_, after_ = ({row.name: row.digest for row in rows if row.part == INPUT} for rows in (old, new))
+    for name in sorted(before_.keys() | after_.keys()):
+        both = name in before_ and name in after_
+        if (both or whole) and before_.get(name) != after_.get(name):
+            found.append(f"{name} has other contents" if both else f"{name} was {'' if name in before_ else 'not '}given")
+    return found
+
+
+def image_changes(then: list[Row], now: list[Row]) -> list[str]:
+    """Return what happened to the images of one part; images are matched by name, what is left over by their pixels."""
+    old, new = {row.name: row for row in then}, {row.name: row for row in now}
+    numbered = not any("/" in row.name for row in (*then, *now))
+    if numbered and len(then) != len(now):  # one image less shifts the numbers of all that follow
+        old, new = {}, {}
+    pairs = [(old[row.name], row) for row in now if row.name in old and row.name in new]
+    gone, added = ([row for row in rows if not (row.name in old and row.name in new)] for rows in (then, now))
+    left = defaultdict(list)
+    for row in reversed(gone):
+        left[row.digest].append(row)
+    pairs += [(left[row.digest].pop(), row) for row in added if left[row.digest]]
+    matched = {id(row) for pair in pairs for row in pair}
+    gone, added = ([row for row in rows if id(row) not in matched] for rows in (gone, added))
+
+    altered = [b for a, b in pairs if a.digest != b.digest]
+    moved = [(a, b) for a, b in pairs if a.label != b.label and a.digest == b.digest]
+    renamed = [(a, b) for a, b in pairs if a.label == b.label and a.name != b.name]
+
+    def count(rows: list[Row], one: str, many: str) -> str:
+        return f"{len(rows)} {one if len(rows) == 1 else many} ({first(rows)}{shown(rows[0].name)})"
+
+    found = []
+    if moved:
+        ways = {(a.label, b.label) for a, b in moved}
+        a, b = moved[0]
+        way = f"from class {shown(a.label)} to {shown(b.label)}" if len(ways) == 1 else "to another class"
+        found.append(f"{len(moved)} moved {way} ({first(moved)}{shown(a.name)}, now {shown(b.name)})")
+    if gone:
+        found.append(count(gone, "is gone", "are gone"))
+    if added:
+        found.append(count(added, "was added", "were added"))
+    if altered:
+        found.append(count(altered, "has other pixels", "have other pixels"))
+    if renamed and not (numbered and found):
+        a, b = renamed[0]
+        found.append(f"{len(renamed)} renamed ({first(renamed)}{shown(a.name)}, now {shown(b.name)})")
+    return found or ["all are in another order"]
+
+
+def first(items: Sequence[object]) -> str:
+    """Return what stands before the one that is named of several."""
+    return "first: " if len(items) > 1 else ""
+
+
+def shown(name: str) -> str:
+    """Return a name as a line may show it: short, without control characters."""
+    return name if name.isprintable() and len(name) < 200 else f"{name!a:.80}"
