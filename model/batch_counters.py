@@ -1,43 +1,40 @@
-"""How many batches the normalizations have seen, counted once a step and not once a batch.
+"""How many batches the normalizations have seen, counted once an epoch instead of in every forward pass.
 
-Batch normalization adds 1 to `num_batches_tracked` in every forward pass. Nothing reads that number while the momentum is
-fixed, but on CUDA each addition is a kernel of its own: 100 of the 890 of a MixMatch step with ResNet-18.
+A batch normalization adds 1 to `num_batches_tracked` in each forward pass. With a fixed momentum nothing reads that number,
+but on CUDA every addition is a kernel: 100 of the 890 of a MixMatch step with ResNet-18.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+
+from model.grouped_norm import GroupedBatchNorm2d
+
+KINDS = (nn.BatchNorm2d, GroupedBatchNorm2d)  # not those that synchronize processes: they have no captured step
 
 
 @contextlib.contextmanager
-def counted_once(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model's normalizations leave their counters alone; at its end all of them are set by one kernel.
+def count_at_end(model: nn.Module, batches: int) -> Iterator[None]:
+    """Inside the block batch normalizations do not count; where it ends well, all counters are `batches` higher.
 
-    The counters end as they would have. A normalization with statistics over all batches so far (`momentum=None`) needs its
-    counter at once and keeps it.
+    The counters are missing from the model's buffers inside the block. A normalization whose statistics are the mean over
+    all batches (`momentum=None`) reads its counter in every forward pass, and counts for itself.
+
+    Args:
+        batches: how often each normalization is used in the block, once in a forward pass of the model.
     """
-    norms = [module for module in model.modules() if type(module) is nn.BatchNorm2d and module.momentum is not None]
-    kept = [(norm, norm.num_batches_tracked) for norm in norms if norm.num_batches_tracked is not None]
-    seen: Counter[nn.Module] = Counter()
-
-    def count(norm: nn.Module, inputs: object, output: object) -> None:
-        seen[norm] += norm.training
-
-    hooks = [norm.register_forward_hook(count) for norm, _ in kept]
+    norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d) and type(norm) in KINDS]
+    counters = {norm: norm.num_batches_tracked for norm in norms if norm.momentum is not None}
+    for norm in counters:
+        norm.num_batches_tracked = None
     try:
-        for norm, _ in kept:
-            norm.num_batches_tracked = None
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        for norm, counter in kept:
+        for norm, counter in counters.items():
             norm.num_batches_tracked = counter
-        moved: list[tuple[Tensor, int]] = [(counter, seen[norm]) for norm, counter in kept if seen[norm]]
-        if moved:
-            torch._foreach_add_([counter for counter, _ in moved], [n for _, n in moved])
+    for counter in counters.values():
+        if counter is not None:
+            counter += batches

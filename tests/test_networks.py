@@ -527,9 +527,9 @@ def test_a_single_image_left_over_is_trained_on(name: str) -> None:
     to_tensor = Named("to_tensor", plugins.settings("data.transforms", "to_tensor")())
     augment = Pipeline((), (to_tensor,), 32, 32)
     state = State(model.train(), torch.optim.SGD(model.parameters(), lr=0.01), scheduler=None)
-    steps = ASD.supervised_steps(state, train_set, augment, FP32)
+    context = ASD.Context(config.Config(), FP32, train_set, augment)
     draws = draw_supervised(0, "test", 0, 33, augment)
-    assert math.isfinite(ASD.train_supervised("test", steps, draws, 32, FP32))
+    assert math.isfinite(ASD.train_supervised(context, state, "test", draws, 32))
 
 
 @every_network

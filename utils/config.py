@@ -109,7 +109,7 @@ class Backdoor:
 @dataclass(frozen=True)
 class Loader:
     batch_size: int = setting(
-        128, "images a batch in scoring, testing (both on CUDA 1000 of 32 x 32) and the virtual model's training", low=1
+        128, "images a batch in the virtual model's training; in scoring and testing too, on CUDA 8 times as many", low=1
     )
     num_workers: int = setting(0, "accepted for the original's files; no worker is started", low=0)
     pin_memory: bool = setting(True, "accepted for the original's files; not needed")
@@ -211,8 +211,7 @@ class Undefended:
 class Runtime:
     mode: str = setting(
         "auto",
-        "a step of MixMatch or of the virtual model as one CUDA graph, or eager; auto: on one CUDA device the graph, if its "
-        "trial equals the eager step",
+        "a training step as one CUDA graph, or eager; auto: on one CUDA device the graph, if its trial equals the eager step",
         options=("auto", "graph", "eager"),
     )
     merged: bool = setting(
