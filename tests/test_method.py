@@ -307,6 +307,23 @@ def test_virtual_model_is_a_plain_training_of_its_last_layers(tiny: Path, passes
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("optimizer", ["{Adam: {lr: 0.015}}", "{SGD: {lr: 0.05, momentum: 0.9, nesterov: true}}"])
+def test_a_virtual_model_leaves_nothing_to_the_next(tiny: Path, optimizer: str) -> None:
+    """A virtual model made over that of an earlier epoch and another model, in the same tensors, equals a new one bit for
+    bit: weights, BN statistics and counters, whatever moments its optimizer had."""
+    config, train_set = settings(tiny, "meta.epoch=2", f"meta.optimizer={optimizer}"), make_set()
+    fixed, model, other = context(config, train_set), make_model(config), make_model(config, seed=2)
+    virtual = ASD.build_virtual(fixed, other)
+    ASD.train_virtual_model(fixed, 4, other, virtual)
+    addresses = [tensor.data_ptr() for tensor in virtual.tensors()]
+    again = ASD.train_virtual_model(fixed, 5, model, virtual)
+    assert again is virtual.model
+    assert [tensor.data_ptr() for tensor in virtual.tensors()] == addresses
+    new = ASD.train_virtual_model(fixed, 5, model).state_dict()
+    assert all(torch.equal(tensor, new[name]) for name, tensor in again.state_dict().items())
+    assert [p.requires_grad for p in again.parameters()] != [True] * len(list(again.parameters()))
+
+
 def test_undefended_epoch_is_a_plain_training(tiny: Path) -> None:
     """`defense: none` trains all layers by plain SGD with momentum and weight decay on every image once, and reports the
     mean loss of the images."""
@@ -355,6 +372,33 @@ def test_split_losses_are_those_of_single_images(tiny: Path) -> None:
     assert losses.tolist() == pytest.approx(slow_scores(model, train_set, draws, augment), rel=1e-4)
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_size_of_scoring_batches_changes_no_decision(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger batches in scoring and testing, as on CUDA, give the split losses up to rounding, and the same shares exactly."""
+    config, images = settings(tiny), make_set()
+    fixed, model = context(config, images), make_model(config)
+    _, plain = build_pipelines(config, images)
+    tests = TestSets(images, ImageSet(images.images, images.labels.roll(1)), torch.arange(N))
+
+    def figures() -> tuple[Tensor, dict[str, float | None]]:
+        return ASD.split_losses(fixed, 2, "score", model), ASD.evaluate(config, model, tests, plain, FP32)
+
+    sizes: list[int] = []
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, _: sizes.append(len(inputs[0])) if isinstance(module, Classifier) else None
+    )
+    try:
+        losses, shares = figures()
+        assert max(sizes) == config.loader.batch_size
+        monkeypatch.setattr(Machine, "inference_batch", lambda self, batch: 8 * batch)
+        sizes.clear()
+        in_one, same = figures()
+        assert max(sizes) == N < 8 * config.loader.batch_size
+    finally:
+        hook.remove()
+    assert in_one.tolist() == pytest.approx(losses.tolist(), rel=1e-5)
+    assert same == shares
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
