@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import copy
 import json
 import math
@@ -227,17 +229,19 @@ def test_a_missing_cuda_device_is_told(arguments: str) -> None:
         benchmark.main(arguments.split())
 
 
-def test_the_parts_of_the_first_look_run(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every part that does not capture or compile can be tried on a CPU; each prints its figures."""
+def test_the_parts_of_the_first_look_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part can be tried on a CPU, captured and compiled by nothing; each prints its figures."""
+    monkeypatch.setattr("utils.machine.Machine.compiled", lambda self, function: function)
     bench, found = make_bench(120, 1, 4, CPU), {}  # type: tuple[bench_setup.Bench, dict[str, float]]
     bench_first_look.ceilings(CPU, 32, 1024, found)
-    for kind in bench_first_look.plan():
+    kinds = bench_first_look.variants(amp=False)
+    for kind in kinds:
         bench_first_look.iteration(bench, kind, 1, found)
     bench_first_look.scoring(bench, (8, 16))
     bench_first_look.virtual(bench.first(32))
     bench_first_look.convolutions(CPU, 1, (2,), found)
     printed = capsys.readouterr().out
-    assert printed.count("ms an iteration") == len(bench_first_look.plan())
+    assert printed.count("ms an iteration") == len(kinds)
     assert printed.count("times") == len(bench_first_look.convolution_shapes(1))
     assert "GB/s" in printed and "folded" in printed and "virtual epoch" in printed
 
@@ -251,17 +255,50 @@ def test_the_convolutions_are_those_of_resnet18() -> None:
     assert shapes[256, 512, 1, 2, 8] == 1
 
 
-def test_a_part_that_fails_does_not_end_the_first_look(capsys: pytest.CaptureFixture[str]) -> None:
-    """A failure is one line, and late parts are skipped with a word."""
+PARTS = ["proofs", "ceilings", "eager", "graph", "graph + merged + compile", "scoring", "virtual", "convolutions"]
 
-    def part() -> None:
-        raise RuntimeError("broken\nat length")
 
-    assert bench_first_look.guarded("a part", part, bench_first_look.time.monotonic()) is False
-    assert bench_first_look.guarded("late", part, bench_first_look.time.monotonic() - 1000) is False
-    printed = capsys.readouterr().out
-    assert "FAILED: RuntimeError: broken\n" in printed
-    assert "late: skipped" in printed
+@pytest.mark.parametrize(
+    "error", [None, UserError("no graph"), RuntimeError("broken\nat length"), KeyError("k"), ZeroDivisionError()]
+)
+def test_the_first_look_measures_what_does_not_fail(
+    error: Exception | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The parts run in order. One that fails, in whatever way, is one line; the others run, and the exit code tells it."""
+    ran: list[str] = []
+
+    def run(name: str) -> None:
+        ran.append(name)
+        if name == "graph" and error is not None:
+            raise error
+
+    monkeypatch.setattr(bench_first_look, "make_bench", lambda *_: None)
+    for name in {*PARTS} & {*vars(bench_first_look)}:
+        monkeypatch.setattr(bench_first_look, name, lambda *_, name=name: run(name))
+    monkeypatch.setattr(bench_first_look, "iteration", lambda bench, kind, *_: run(kind.name))
+    failed = bench_first_look.look(CPU, 8, 4)
+    assert ran == PARTS
+    assert failed == ([] if error is None else ["iteration: graph"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert len(lines) == len(failed) and all(type(error).__name__ in line for line in lines)
+    monkeypatch.setattr(benchmark, "parse", lambda argv: argparse.Namespace(device="cpu", first_look=True, width=8, batch=4))
+    with pytest.raises(SystemExit) if failed else contextlib.nullcontext() as end:
+        benchmark.main([])
+    assert end is None or end.value.code == 1
+
+
+def test_a_late_part_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
+    """After `STOP` seconds no part is started: a line says so, and it is no failure."""
+    begun: list[None] = []
+    assert bench_first_look.guarded("late", lambda: begun.append(None), bench_first_look.time.monotonic() - 1000) is True
+    assert not begun and "late: skipped" in capsys.readouterr().out
+
+
+def test_the_first_look_compares_three_variants() -> None:
+    """Eager, as a graph, and as a graph of the merged and compiled step, all in the same precision."""
+    for amp in (False, True):
+        kinds = [(kind.amp, kind.graph, kind.merged, kind.compiled) for kind in bench_first_look.variants(amp)]
+        assert kinds == [(amp, False, False, False), (amp, True, False, False), (amp, True, True, True)]
 
 
 def test_a_profile_names_the_operators(tmp_path: Path) -> None:

@@ -715,6 +715,28 @@ def test_a_training_state_that_does_not_fit_is_refused(tmp_path: Path, damage: d
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("optimizer", ["{Adam: {}}", "{SGD: {lr: 0.1, momentum: 0.9}}"])
+@pytest.mark.parametrize("kept", [torch.channels_last, torch.contiguous_format])
+def test_moments_take_the_memory_layout_of_their_weights(tmp_path: Path, kept: torch.memory_format, optimizer: str) -> None:
+    """A run may go on in another memory format than its checkpoint has (`--amp` switched, another device): the moments keep
+    their values, lie in memory as the weights do, and training goes on."""
+    settings = ("network={resnet18_cifar: {width: 8, blocks: 1}}", f"optimizer={optimizer}")
+    state, as_saved = make_state(tmp_path, settings)
+    state.model.to(memory_format=kept)
+    train(state, 2)
+    state.epoch = 2
+    checkpoint.save(tmp_path / "a.pt", state, as_saved)
+    fresh, _ = make_state(tmp_path, settings)
+    fresh.model.to(memory_format=torch.contiguous_format if kept == torch.channels_last else torch.channels_last)
+    checkpoint.load(tmp_path / "a.pt", fresh, as_saved)
+    assert same(fresh.optimizer.state_dict(), state.optimizer.state_dict())
+    pairs = zip(fresh.optimizer.param_groups[0]["params"], state.optimizer.param_groups[0]["params"], strict=True)
+    assert any(ours.stride() != theirs.stride() for ours, theirs in pairs)
+    for weight, moments in fresh.optimizer.state.items():
+        assert all(m.stride() == weight.stride() for m in moments.values() if m.shape == weight.shape)
+    train(fresh, 1)
+
+
 def test_an_optimizer_state_of_another_shape_is_refused(tmp_path: Path) -> None:
     """Moments that do not have the weights' shape are found when the checkpoint is loaded."""
     state, settings = make_state(tmp_path, steps=3)

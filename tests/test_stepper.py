@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.stepper import Stepper, put_back
+from utils.stepper import COUNTER, SUMS, Stepper, changed_tensors, difference, put_back
 
 
 class Rows(NamedTuple):
@@ -29,7 +30,7 @@ def test_a_stepper_is_a_plain_loop() -> None:
         seen.append((row.a.tolist(), float(row.b)))
         return torch.stack([row.a.sum(), row.b])
 
-    stepper = Stepper(step, list, width=2, capture=False)
+    stepper = Stepper(step, dict, width=2, capture=False)
     for epoch in range(2):
         rows = Rows(torch.arange(12.0).view(4, 3) + epoch, torch.arange(4.0) * 10)
         seen.clear()
@@ -49,7 +50,7 @@ def test_what_a_warm_up_changed_is_put_back_in_place() -> None:
 
 
 class Fake:
-    """A graph that replays the step right, twice, without its end, or not at all; it is captured without being run."""
+    """A graph that replays the step right, twice, or not at all; it is captured without being run."""
 
     def __init__(self, work: Callable[[], object], how: str) -> None:
         self.work, self.how = work, how
@@ -80,14 +81,14 @@ def trained(how: str, monkeypatch: pytest.MonkeyPatch, insist: bool = False) -> 
         optimizer.step()
         return loss.detach().view(1)
 
-    def tensors() -> list[Tensor]:
-        return [*model.parameters(), *(t for s in optimizer.state.values() for t in s.values())]
+    def tensors() -> dict[str, list[Tensor]]:
+        return changed_tensors(model, optimizer)
 
     said: list[str] = []
     stepper = Stepper(step, tensors, 1, capture=how != "eager", insist=insist, say=said.append)
     rows = Rows(torch.arange(12.0).view(4, 3) / 12, torch.arange(4.0))
     sums = [stepper.run(rows, lambda numbers: numbers) for _ in range(2)]
-    return [*tensors(), *sums], said, stepper
+    return [*stepper.changed(), *sums], said, stepper
 
 
 @pytest.mark.parametrize("how", ["right", "twice", "nothing", "refuses"])
@@ -122,6 +123,62 @@ def test_a_full_memory_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
         trained("right", monkeypatch)
 
 
+def moved(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Train one step on random images."""
+    model(torch.randn(8, 3, 6, 6)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_all_that_a_step_changes_is_compared() -> None:
+    """Weights, BN statistics and counters, and the optimizer's moments and steps: each kind is one of its own."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+    optimizer = torch.optim.Adam(model.parameters())
+    moved(model, optimizer)
+    kinds = changed_tensors(model, optimizer)
+    assert {kind: len(tensors) for kind, tensors in kinds.items()} == {
+        "weights": 4, "running_mean": 1, "running_var": 1, "num_batches_tracked": 1, "exp_avg": 4, "exp_avg_sq": 4, "step": 4
+    }  # fmt: skip
+
+
+COUNTERS = (COUNTER, "num_batches_tracked", "step")
+OTHERS = (SUMS, "weights", "running_mean", "exp_avg", "exp_avg_sq")
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [*((k, w) for k in COUNTERS + OTHERS for w in ("unchanged", "elsewhere")), *((k, "not a number") for k in OTHERS)],
+)
+def test_each_kind_of_tensors_is_compared_by_itself(kind: str, wrong: str) -> None:
+    """An outcome in which one kind of tensors stayed, went elsewhere or is no number is refused, however large the others."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+    optimizer = torch.optim.Adam(model.parameters())
+    moved(model, optimizer)
+    found = changed_tensors(model, optimizer) | {SUMS: [torch.ones(3)], COUNTER: [torch.tensor([1])]}
+    before = {id(t): t.clone() for tensors in found.values() for t in tensors}
+    moved(model, optimizer)
+    for t in (found[SUMS][0], found[COUNTER][0]):
+        t += 1
+    expected = {name: [t.clone() for t in tensors] for name, tensors in found.items()}
+    scatter = dict.fromkeys(expected, 0.0)
+    assert difference(found, expected, before, scatter) == ""
+    with torch.no_grad():
+        for t in found[kind]:
+            t.copy_({"unchanged": before[id(t)], "elsewhere": t + t.abs().max() + 1, "not a number": t * torch.nan}[wrong])
+    assert difference(found, expected, before, scatter) != ""
+
+
+def test_what_two_eager_trials_are_apart_is_allowed() -> None:
+    """Where the device scatters, a graph may be twice as far from an eager trial as another one, but never all the way."""
+    before, expected = torch.zeros(2), torch.tensor([1.0, 0.0])
+    sums = {SUMS: [torch.ones(1)]}
+    for value, scatter, accepted in [(0.6, 0.0, False), (0.6, 0.4, True), (1.0, 0.9, False)]:
+        found = torch.tensor([1.0, value])
+        kinds = ({"weights": [found]} | sums, {"weights": [expected]} | sums)
+        assert (difference(*kinds, {id(found): before}, {"weights": scatter}) == "") == accepted
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_captured_step_is_the_eager_step() -> None:
     """On CUDA the graph's replays change the weights as the eager steps do."""
@@ -138,11 +195,8 @@ def test_a_captured_step_is_the_eager_step() -> None:
             optimizer.step()
             return loss.detach().view(1)
 
-        def tensors(model: torch.nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> list[Tensor]:
-            return [*model.parameters(), *(t for s in optimizer.state.values() for t in s.values())]
-
         rows = Rows(torch.arange(12.0).view(4, 3).cuda() / 12, torch.arange(4.0).cuda())
-        stepper = Stepper(step, tensors, width=1, capture=capture)
+        stepper = Stepper(step, partial(changed_tensors, model, optimizer), width=1, capture=capture)
         stepper.run(rows, lambda numbers: numbers)
         results.append(model.weight.detach().cpu())
     assert torch.allclose(*results, rtol=1e-5, atol=1e-6)

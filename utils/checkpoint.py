@@ -26,7 +26,7 @@ from utils.files import write_atomically
 from utils.manifest import differences, other_data
 from utils.paths import is_dir, is_file
 from utils.schema import Reader, as_dict
-from utils.stepper import Stepper
+from utils.stepper import Stepper, changed_tensors
 
 # Settings that may differ between the run that wrote a checkpoint and the one that goes on from it.
 FREE = (
@@ -65,10 +65,9 @@ class State:
     def __post_init__(self) -> None:
         self.parallel = self.parallel or self.model
 
-    def tensors(self) -> list[Tensor]:
-        """Return all tensors that training changes in place: weights, BN statistics, the optimizer's moments."""
-        moments = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-        return [*self.model.parameters(), *self.model.buffers(), *moments]
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """Return all tensors that training changes in place, by kind: weights, BN statistics, the optimizer's moments."""
+        return changed_tensors(self.model, self.optimizer)
 
 
 def contents(state: State, config: dict[str, Any]) -> dict[str, Any]:
@@ -281,12 +280,16 @@ def load(path: Path, state: State, config: dict[str, Any], saved: dict[str, Any]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Load an optimizer's state; how it is computed (CUDA graph, fused kernels) stays this run's own."""
+    """Load an optimizer's state; how it is computed (CUDA graph, fused kernels, memory layout) stays this run's own."""
     for group, given in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         given.update({key: group[key] for key in ("capturable", "fused", "foreach") if key in group})
         rate = float(given["lr"])
         given["lr"] = torch.tensor(rate, device=group["lr"].device) if isinstance(group["lr"], Tensor) else rate
     optimizer.load_state_dict(saved)
+    for parameter, moments in optimizer.state.items():  # in the checkpoint's memory layout: fused kernels want the weights'
+        for name, moment in moments.items():
+            if isinstance(moment, Tensor) and moment.shape == parameter.shape and moment.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)
 
 
 def check_state(state: State, count: int) -> None:

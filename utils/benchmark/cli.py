@@ -36,11 +36,11 @@ SMALLEST_POOL = 100
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the command line, prove, measure, report; exit code 1 where a proof is false."""
+    """Read the command line, prove, measure, report; exit code 1 where a proof is false or a part of the first look failed."""
     options = parse(argv)
     device = torch.device(options.device)
     if options.first_look:
-        bench_first_look.look(device, options.width, options.batch)
+        stop_if("FAILED", bench_first_look.look(device, options.width, options.batch))
         return
     if options.profile:
         write_text(Path(options.profile), profiles(device, options.width, options.batch))
@@ -52,9 +52,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.json:
         write_text(Path(options.json), json.dumps(report, indent=1) + "\n")
         print(f"written: {options.json}")
-    false = [name for name, holds in report["proofs"].items() if not holds]
-    if false:
-        print(f"FALSE PROOFS: {', '.join(false)}", file=sys.stderr)
+    stop_if("FALSE PROOFS", [name for name, holds in report["proofs"].items() if not holds])
+
+
+def stop_if(what: str, names: list[str]) -> None:
+    """End with exit code 1 where there is anything to name."""
+    if names:
+        print(f"{what}: {', '.join(names)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,8 +1,8 @@
-"""The first minutes on a new CUDA device: ceilings, convolutions, the iteration step by step of the plan, scoring.
+"""The first minutes on a new CUDA device: proofs, ceilings, the iteration in its variants, scoring, convolutions.
 
-Every part prints as it goes and is guarded: what fails prints one line, and the next part begins. No part starts after
-`STOP` seconds, so that the whole ends within 8 minutes. All parts also run on a CPU with small sizes: that is how they are
-tested.
+Every part prints as it goes. A part that fails prints one line, the next one begins, and the end names what failed. No part
+starts after `STOP` seconds, so that the whole ends within 8 minutes. All parts also run on a CPU with small sizes: that is how
+they are tested.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from utils.benchmark import proofs as bench_proofs
 from utils.benchmark import setup as bench_setup
 from utils.benchmark.setup import SIDE, Bench, Kind, Training, fresh_model, make_bench
 from utils.machine import has_bf16
+from utils.stepper import capture
 
 STOP = 420.0  # seconds after which no part is started
-MENDABLE = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, ImportError, OSError, KeyError, IndexError)
 
 
-def look(device: torch.device, width: int, batch: int) -> None:
-    """Run all parts on the device."""
+def look(device: torch.device, width: int, batch: int) -> list[str]:
+    """Run all parts on the device; return the names of those that failed."""
     began = time.monotonic()
     torch.backends.cudnn.benchmark = True
     if device.type == "cuda":
@@ -38,29 +38,28 @@ def look(device: torch.device, width: int, batch: int) -> None:
     parts: list[tuple[str, Callable[[], None]]] = [
         ("proofs", partial(proofs, device)),
         ("ceilings", partial(ceilings, device, 8192, 2**30, found)),
-        *((f"iteration: {kind.name}", partial(iteration, bench, kind, 200, found)) for kind in plan()),
+        *((f"iteration: {kind.name}", partial(iteration, bench, kind, 200, found)) for kind in variants(has_bf16(device))),
         ("scoring", partial(scoring, bench, (128, 256, 512, 1000, 2000, 4000))),
         ("virtual epoch", partial(virtual, bench)),
         ("convolutions", partial(convolutions, device, width, (batch, 2 * batch, 3 * batch), found)),
-        (f"iteration: {COMPILED.name}", partial(iteration, bench, COMPILED, 200, found)),  # compiling takes longest: last
     ]
-    for name, part in parts:
-        guarded(name, part, began)
+    failed = [name for name, part in parts if not guarded(name, part, began)]
     print(f"done in {time.monotonic() - began:.0f} s", flush=True)
+    return failed
 
 
 def guarded(name: str, part: Callable[[], None], began: float) -> bool:
-    """Run a part; return whether it came to its end. A failure is one line."""
+    """Run a part, or skip it if it is late; return False where it failed. A failure is one line, whatever raised it."""
     passed = time.monotonic() - began
     if passed > STOP:
         print(f"-- {name}: skipped, {passed:.0f} s have passed", flush=True)
-        return False
+        return True
     print(f"-- {name} (at {passed:.0f} s)", flush=True)
     try:
         part()
-    except MENDABLE as error:
+    except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
-        print(f"   FAILED: {type(error).__name__}: {first[:200]}", flush=True)
+        print(f"   FAILED: {type(error).__name__}: {first[:400]}", flush=True)
         return False
     finally:
         if torch.cuda.is_available():
@@ -85,9 +84,12 @@ def milliseconds(work: Callable[[], object], device: torch.device, tries: int = 
 
 
 def proofs(device: torch.device) -> None:
-    """Print every proof."""
-    for name, holds in bench_proofs.prove(device).items():
+    """Print every proof; one that is false is a failure."""
+    held = bench_proofs.prove(device)
+    for name, holds in held.items():
         print(f"   {name:24s} {'true' if holds else 'FALSE'}", flush=True)
+    if not all(held.values()):
+        raise AssertionError(f"false: {', '.join(name for name, holds in held.items() if not holds)}")
 
 
 def ceilings(device: torch.device, side: int, size: int, found: dict[str, float]) -> None:
@@ -102,18 +104,13 @@ def ceilings(device: torch.device, side: int, size: int, found: dict[str, float]
     print(f"   memory: copy {2 * size / copy / 1e6:.4g} GB/s, add {2 * size / add / 1e6:.4g} GB/s (read + written)", flush=True)
 
 
-def plan() -> list[Kind]:
-    """Return the iteration at each step of the plan, the expensive ones last."""
+def variants(amp: bool) -> list[Kind]:
+    """Return the iterations to compare, the one that takes longest to set up last; `amp`: in bf16."""
     return [
-        Kind("eager fp32"),
-        Kind("+ bf16, channels last", amp=True),
-        Kind("+ graph", amp=True, graph=True),
-        Kind("+ merged by grouped BN", amp=True, graph=True, merged=True),
-        Kind("fp32 graph", graph=True),
+        Kind("eager", amp),
+        Kind("graph", amp, graph=True),
+        Kind("graph + merged + compile", amp, graph=True, merged=True, compiled=True),
     ]
-
-
-COMPILED = Kind("+ compiled loss function", amp=True, graph=True, merged=True, compiled=True)
 
 
 def iteration(bench: Bench, kind: Kind, steps: int, found: dict[str, float]) -> None:
@@ -168,9 +165,7 @@ def scoring(bench: Bench, batches: tuple[int, ...]) -> None:
         text = f"   batch {len(images):5d}: unfolded {rates[0]:9.0f} img/s, folded {rates[1]:9.0f} img/s"
         if device.type == "cuda":
             forward(bench, folded, images, views)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                forward(bench, folded, images, views)
+            graph = capture(partial(forward, bench, folded, images, views))
             text += f", folded graph {len(images) / milliseconds(graph.replay, device) * 1000:9.0f} img/s"
         print(text, flush=True)
 
