@@ -1,0 +1,282 @@
+"""Training steps and their CUDA graphs on the simulated device (`fake_cuda.py`): what is captured, accepted, and refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from fake_cuda import CUDA, Graph, Operation, Stream, pretended_cuda, running_device, tensors_in
+from torch import Tensor, nn
+
+from model.optimizer import build_optimizer, build_scheduler
+from utils.benchmark import first_look
+from utils.benchmark import proofs as bench_proofs
+from utils.benchmark.setup import Kind, Training, make_bench, quiet
+from utils.config import SGD, Adam, MultiStep
+from utils.schema import Named
+from utils.stepper import TRIAL, Stepper, changed_tensors
+
+PRODUCTS = {"aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm", "aten::bmm"}
+ADAM = Named("Adam", Adam())
+Change = Callable[[list[Operation]], list[Operation]]
+
+
+def mixmatch(kind: Kind, blocks: int = 1, steps: int = 3) -> Training:
+    """MixMatch on random images, for a network of width 8: narrower ones crash torch 2.14 without AVX-512."""
+    return Training(make_bench(120, 8, 8, CUDA, blocks), 20, steps, kind)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_step_never_waits_for_the_host(amp: bool) -> None:
+    """A MixMatch step of ResNet-18 reads nothing from the device and sends nothing to it. It starts 900 operators at most
+    (with bf16 1,120), and in bf16 every convolution gets its images and weights with the channels last."""
+    with pretended_cuda() as device:
+        training = mixmatch(Kind("eager", amp), blocks=2, steps=1)
+        draws = training.draws()
+        training.stepper.run(draws, quiet)
+        for counter in (device.reads, device.uploads, device.launches, device.channels_last):
+            counter.clear()
+        training.stepper.run(draws, quiet)
+    assert not device.reads and not device.uploads
+    assert sum(device.launches.values()) <= (1120 if amp else 900)
+    assert device.channels_last.total() == 2 * 5 * 20  # inputs and weights of five forward passes
+    assert not (amp and device.channels_last[False])
+
+
+class Row(NamedTuple):
+    """The tables of a small step."""
+
+    x: Tensor  # (S, 4, 3, 6, 6)
+
+
+def small_training(optimizer: Named, capture: bool) -> tuple[Stepper, Row, torch.optim.Optimizer]:
+    """A stepper and tables that take a few milliseconds: convolution, BN, and an optimizer as runs with a graph have it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 2)).to(CUDA)
+    updates = build_optimizer(optimizer, model.parameters(), capturable=True)
+
+    def step(row: Row) -> Tensor:
+        updates.zero_grad(set_to_none=True)
+        loss = model(row.x).square().mean()
+        loss.backward()
+        updates.step()
+        return loss.detach().view(1)
+
+    tables = Row(torch.randn(3, 4, 3, 6, 6).to(CUDA))
+    return Stepper(step, partial(changed_tensors, model, updates), width=1, capture=capture), tables, updates
+
+
+def small_stepper() -> tuple[Stepper, Row]:
+    """The same with Adam and a graph."""
+    return small_training(ADAM, capture=True)[:2]
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, Named("SGD", SGD(momentum=0.9))], ids=["Adam", "SGD"])
+def test_a_schedule_reaches_the_captured_step(optimizer: Named) -> None:
+    """The learning rate that a schedule sets between two epochs is that of the replays: weights, moments and losses are those
+    of eager steps, bit for bit."""
+    results = []
+    for capture in (True, False):
+        with pretended_cuda() as device:
+            stepper, tables, updates = small_training(optimizer, capture)
+            schedule = build_scheduler(Named("multi_step", MultiStep(milestones=(1, 2))), updates, num_epochs=3)
+            assert schedule is not None
+            sums, rates = [], []
+            for _ in range(3):
+                sums.append(stepper.run(tables, quiet).tolist())
+                rates.append(float(updates.param_groups[0]["lr"]))
+                schedule.step()
+            assert len(device.graphs) == capture and (stepper.graph is not None) == capture and len({*rates}) == 3
+            results.append(([t.cpu() for t in stepper.changed()], sums, rates))
+    (ours, *others), (theirs, *same) = results
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)) and others == same
+
+
+def mixmatch_stepper() -> tuple[Stepper, Any]:
+    """The method's own stepper and tables of three steps."""
+    training = mixmatch(Kind("graph", graph=True))
+    training.stepper.insist = False
+    return training.stepper, training.draws()
+
+
+def trial(make: Callable[[], tuple[Stepper, Any]], change: Change) -> tuple[list[str], int]:
+    """Run steps whose graph is changed once it is captured; return the lines of the trial, and how often it is replayed."""
+    lines: list[str] = []
+    end = Graph.capture_end
+
+    def capture_end(graph: Graph) -> None:
+        end(graph)
+        graph.operations = change(graph.operations)
+
+    with pretended_cuda() as device, mock.patch.object(Graph, "capture_end", capture_end):
+        stepper, tables = make()
+        stepper.say = lines.append
+        stepper.run(tables, quiet)
+        return lines, device.graphs[0].replays
+
+
+def without(chosen: Callable[[Operation], bool]) -> Change:
+    """Leave operators out; there must be some."""
+
+    def change(operations: list[Operation]) -> list[Operation]:
+        kept = [operation for operation in operations if not chosen(operation)]
+        assert len(kept) < len(operations)
+        return kept
+
+    return change
+
+
+def is_optimizer(operation: Operation) -> bool:
+    return operation.name.startswith("aten::_fused_adam")
+
+
+def is_addition(operation: Operation, shape: tuple[int, ...]) -> bool:
+    """Whether an operator adds to a whole number of that shape."""
+    if operation.name != "aten::add_.Tensor":
+        return False
+    return operation.args[0].shape == shape and operation.args[0].dtype == torch.int64
+
+
+def rounded(operations: list[Operation]) -> list[Operation]:
+    """Let every product be off by a rounding to bf16, as if another kernel had made it."""
+
+    def run(func: Callable[..., object], *args: object, **kwargs: object) -> object:
+        out = func(*args, **kwargs)
+        for t in tensors_in(out):
+            t.mul_(1 + 2**-9 * (2 * torch.rand_like(t) - 1))
+        return out
+
+    chosen = [operation for operation in operations if operation.name in PRODUCTS]
+    assert chosen
+    for operation in chosen:
+        operation.func = partial(run, operation.func)
+    return operations
+
+
+@pytest.mark.parametrize(
+    ("make", "change"), [(small_stepper, list), pytest.param(mixmatch_stepper, rounded, marks=pytest.mark.slow)]
+)
+def test_the_trial_accepts_a_whole_graph(make: Callable[[], tuple[Stepper, Any]], change: Change) -> None:
+    """A graph that does all of the step is used, also if its kernels round in another way."""
+    assert trial(make, change) == ([], TRIAL + 3)
+
+
+DEFECTS: dict[str, tuple[str, Change]] = {
+    "no optimizer": ("weights", without(is_optimizer)),
+    "optimizer twice": ("weights", lambda operations: [*operations, *filter(is_optimizer, operations)]),
+    "row counter stands still": ("row counter", without(partial(is_addition, shape=(1,)))),
+    "BN counters stand still": ("num_batches_tracked", without(partial(is_addition, shape=()))),
+    "no gradients": ("", without(lambda operation: operation.name == "aten::convolution_backward")),
+    "nothing": ("", lambda operations: []),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_the_trial_refuses_a_graph_that_lacks_a_part(name: str) -> None:
+    """One line names the tensors that show it, and the steps run eagerly."""
+    kind, change = DEFECTS[name]  # of tensors
+    lines, replays = trial(small_stepper, change)
+    assert len(lines) == 1 and "\n" not in lines[0] and kind in lines[0]
+    assert replays == TRIAL
+
+
+@pytest.mark.slow
+def test_the_trial_of_mixmatch_refuses_a_graph_without_the_optimizer() -> None:
+    """The BN statistics and step counts of a whole network, far larger than its weights, hide nothing."""
+    lines, replays = trial(mixmatch_stepper, without(is_optimizer))
+    assert len(lines) == 1 and "weights" in lines[0] and replays == TRIAL
+
+
+def failing(step: Callable[[Any], Tensor]) -> tuple[list[str], list[object], list[float]]:
+    """Run three rows of a step that cannot be captured; return the lines, the streams of the last three steps, and the sum."""
+    lines: list[str] = []
+    streams: list[object] = []
+
+    def watched(row: Any) -> Tensor:
+        streams.append(torch.cuda.current_stream())
+        return step(row)
+
+    stepper = Stepper(watched, dict, width=1, capture=True, say=lines.append)
+    sums = stepper.run(Row(torch.arange(3.0).to(CUDA)), quiet)
+    return lines, streams[-3:], sums.tolist()
+
+
+def test_the_cause_of_a_failed_capture_is_shown() -> None:
+    """A step that cannot be captured runs eagerly, on the default stream. The line gives the first cause, not the error that
+    follows from it."""
+    with pretended_cuda():
+        (line,), streams, sums = failing(lambda row: row.x.view(1) + row.x.item())
+    assert streams == [Stream.default] * 3 and sums == [2 * (0 + 1 + 2)]
+    assert "operation not permitted when stream is capturing" in line and "previous error" not in line
+
+
+def test_the_place_of_a_failed_capture_is_shown() -> None:
+    """The line names the innermost line of the project that led to the error."""
+
+    def step(row: Row) -> Tensor:
+        device = running_device()
+        if device.capturing is not None:
+            device.capturing.broken = True
+            raise RuntimeError("no kernel for this\nand so on")
+        return row.x.view(1)
+
+    with pretended_cuda():
+        (line,), _, _ = failing(step)
+    number = step.__code__.co_firstlineno + 4
+    assert f"(no kernel for this, at tests/test_cuda_steps.py:{number})" in line
+
+
+def test_a_mistake_in_a_step_is_raised_as_it_is() -> None:
+    """What has nothing to do with the capture is not taken for it, and leaves the default stream current."""
+
+    def step(row: Row) -> Tensor:
+        device = running_device()
+        if device.capturing is not None:
+            device.capturing.broken = True
+            raise TypeError("a mistake")
+        return row.x.view(1)
+
+    with pretended_cuda():
+        with pytest.raises(TypeError, match="a mistake"):
+            failing(step)
+        assert torch.cuda.current_stream() is Stream.default
+
+
+@pytest.mark.slow
+def test_the_benchmark_proves_the_captured_step() -> None:
+    """The proof that only a CUDA device has: replays and eager steps give the same numbers in float64."""
+    with pretended_cuda():
+        assert bench_proofs.graph_replay(CUDA)
+
+
+@pytest.mark.slow
+def test_the_first_look_goes_on_without_a_graph(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the capture of one variant fails, it is named, and the others are measured."""
+    begin, tries, iteration, scoring = Graph.capture_begin, count(), first_look.iteration, first_look.scoring
+
+    def capture_begin(graph: Graph, *args: object, **kwargs: object) -> None:
+        if next(tries) == 0:
+            raise RuntimeError("CUDA error: out of luck")
+        begin(graph)
+
+    monkeypatch.setattr(Graph, "capture_begin", capture_begin)
+    monkeypatch.setattr("utils.machine.Machine.compiled", lambda self, function: function)
+    monkeypatch.setattr(first_look, "make_bench", lambda *_: make_bench(120, 8, 4, CUDA, 1))
+    monkeypatch.setattr(first_look, "iteration", lambda bench, kind, steps, found: iteration(bench, kind, 1, found))
+    monkeypatch.setattr(first_look, "scoring", lambda bench, batches: scoring(bench, (4,)))
+    monkeypatch.setattr(first_look, "milliseconds", lambda work, device: (work(), 1.0)[1])
+    monkeypatch.setattr(first_look, "step_time", lambda *_: 1.0)
+    monkeypatch.setattr("utils.benchmark.setup.iteration_gflop", lambda *_: 1.0)
+    for name in ("proofs", "ceilings", "virtual", "convolutions"):
+        monkeypatch.setattr(first_look, name, lambda *_: None)
+    with pretended_cuda() as device:
+        assert first_look.look(CUDA, 8, 4) == ["iteration: graph"]
+    printed = capsys.readouterr().out
+    assert "FAILED: UserError" in printed and "out of luck" in printed
+    assert printed.count("ms an iteration") == 2 and "folded graph" in printed
+    assert len(device.graphs) == 2  # of the third variant and of scoring
