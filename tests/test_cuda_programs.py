@@ -179,8 +179,8 @@ def turn_layouts(checkpoint: Path) -> int:
 
 @pytest.mark.slow
 def test_a_captured_run_equals_the_eager_run(captured: Outcome, tmp_path: Path) -> None:
-    """All MixMatch steps of all stages are replays of one graph, the virtual model's of another, and every figure and weight is that of eager steps, bit for
-    bit, also while a schedule changes the learning rate between the replays."""
+    """All MixMatch steps of all stages are replays of one graph, the virtual model's of another, and every figure and weight
+    is that of eager steps, bit for bit, also while a schedule changes the learning rate between the replays."""
     with mock.patch.object(Graph, "capture_begin", refuse):
         eager = train(tmp_path, COSINE)
     assert captured.code == eager.code == 0, captured.printed + eager.printed
