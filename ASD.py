@@ -237,8 +237,7 @@ def train_mixmatch(context: Context, epoch: int, state: State, clean_pool: Tenso
     state.model.train()
     with count_at_end(state.model, FORWARDS * count):
         sums = steps.run(draws.to(context.machine.device), lambda numbers: progress(numbers, "MixMatch", count))
-    # `sums` is read once: no step waits for the host.
-    means = dict(zip(("loss", "loss_x", "loss_u"), (sums / count).tolist(), strict=True))
+    means = dict(zip(("loss", "loss_x", "loss_u"), (sums / count).tolist(), strict=True))  # read once: no step waits for it
     return means | {"lambda_u": float(lambda_u.mean())}
 
 
