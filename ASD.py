@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before the imports, which take seconds: Ctrl-C and
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.augment import Pipeline
-from data.batches import MixMatchDraws, SupervisedDraws, batch_slices, draw_mixmatch, draw_scoring, draw_supervised, views
+from data.batches import MixMatchDraws, SupervisedDraws, draw_mixmatch, draw_scoring, draw_supervised, views
 from data.poison import TestSets, prepare
 from data.pools import check_pool_sizes, class_agnostic_split, class_aware_split, meta_split, per_class, rest
 from data.seeds import choose_seed_samples, complete_manifest
 from data.sets import COVER, POISONED, ImageSet, Oracle
 from loss.mixmatch import guess_labels, interleave_order, mixmatch_loss, mixup, ramp_up
 from loss.supervised import cross_entropy, symmetric_cross_entropy
-from model.classifier import Classifier, build_classifier, virtual_copy
+from model.batch_counters import count_at_end
+from model.classifier import Classifier, build_classifier, copy_values, virtual_copy
 from model.grouped_norm import forward_each, group, rows_per_group
-from model.optimizer import build_optimizer, build_scheduler
+from model.optimizer import build_optimizer, build_scheduler, restart
 from model.scoring import predict
 from model.sync_norm import synchronize
 from utils import checkpoint, config, manifest
@@ -51,6 +53,16 @@ from utils.schema import as_dict, stand_ins
 from utils.stepper import Stepper
 from utils.suspects import CSV as SUSPECTS
 from utils.suspects import Evidence
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is fixed for a run and known to the defender: no ground truth."""
+
+    config: Config
+    machine: Machine
+    train_set: ImageSet  # N images with the labels that they carry
+    augment: Pipeline  # the train augmentation
 
 
 def main() -> None:
@@ -99,20 +111,22 @@ def train(config: Config, run: Run, machine: Machine, resume: str, writer: check
         flags = data.oracle.flags if data.oracle else None
         report = Report(run, config, data.backdoor, data.class_names, flags, data.examples, data.caption, state.epoch)
     report.start(machine, state, *(len(part) if part else None for part in (tests.clean, tests.backdoor)))
-    steps = mixmatch_steps(config, state, train_set, augment, machine)
+    context = Context(config, machine, train_set, augment)
+    state.steps = mixmatch_steps(context, state) if config.defense == "asd" else supervised_steps(context, state)
+    virtual = build_virtual(context, state.model) if config.defense == "asd" else None
 
     trains = state.epoch < config.num_epochs
     for epoch in range(state.epoch, config.num_epochs):
         started = time.monotonic()
         torch.manual_seed(key_seed(config.seed.seed, "torch", epoch))  # for networks that drop units
         if config.defense == "asd":
-            clean_pool, split_values = split_pools(config, epoch, state.model, train_set, seeds, augment, machine)
+            clean_pool, split_values = split_pools(context, epoch, state.model, seeds, virtual)
             report.split(epoch, clean_pool, split_values)
-            losses = train_mixmatch(config, epoch, state, train_set, clean_pool, augment, machine, steps)
+            losses = train_mixmatch(context, epoch, state, clean_pool)
             state.clean_pool = clean_pool
             state.epochs_in_clean_pool[clean_pool] += 1
         else:
-            losses = train_undefended(config, epoch, state, train_set, augment, machine)
+            losses = train_undefended(context, epoch, state)
         machine.average_buffers(state.model)
         figures = evaluate(config, state.model, tests, plain, machine)
         finish_epoch(config, state, data.oracle, losses, figures, time.monotonic() - started)
@@ -120,29 +134,32 @@ def train(config: Config, run: Run, machine: Machine, resume: str, writer: check
             save(config, run, state, writer, report)
     writer.wait()
     if config.defense == "asd" and (trains or not (run.saved / SUSPECTS).exists()):
-        report.rank_suspects(weigh_images(config, state, train_set, plain, machine), train_set, data.names, data.class_names)
+        report.rank_suspects(weigh_images(context, state, plain), train_set, data.names, data.class_names)
     report.conclude(state)
 
 
 def split_pools(
-    config: Config, epoch: int, model: nn.Module, train_set: ImageSet, seeds: Tensor, augment: Pipeline, machine: Machine
+    context: Context, epoch: int, model: nn.Module, seeds: Tensor, virtual: State | None = None
 ) -> tuple[Tensor, Tensor]:
     """Split the training set for one epoch (paper section 3.2; asd.md section 6).
 
+    Args:
+        seeds: (S,) int64, on the CPU.
+        virtual: as for `train_virtual_model`.
     Returns:
         the clean pool, sorted indices (P,) int64, and the values (N,) that decided; both on the CPU.
     """
-    g, n = config.global_, len(train_set)
-    labels = train_set.labels.cpu()
-    losses = split_losses(config, epoch, "score", model, train_set, augment, machine)
+    config, n = context.config, len(context.train_set)
+    g, labels = config.global_, context.train_set.labels.cpu()
+    losses = split_losses(context, epoch, "score", model)
     if epoch < g.epoch_first:
         pool = class_aware_split(losses, labels, seeds, config.num_classes, per_class(epoch, g.n, g.t))
         return pool, losses
     if epoch < g.epoch_second:
         pool, values = class_agnostic_split(losses, g.epsilon), losses
     else:
-        virtual_model = train_virtual_model(config, epoch, model, train_set, augment, machine)
-        virtual_losses = split_losses(config, epoch, "score virtual", virtual_model, train_set, augment, machine)
+        virtual_model = train_virtual_model(context, epoch, model, virtual)
+        virtual_losses = split_losses(context, epoch, "score virtual", virtual_model)
         pool, values = meta_split(losses, virtual_losses, g.epsilon), losses - virtual_losses
     if g.keep_seeds:
         pool = torch.cat([pool, seeds]).unique()
@@ -150,11 +167,10 @@ def split_pools(
     return pool, values
 
 
-def split_losses(
-    config: Config, epoch: int, purpose: str, model: nn.Module, train_set: ImageSet, augment: Pipeline, machine: Machine
-) -> Tensor:
+def split_losses(context: Context, epoch: int, purpose: str, model: nn.Module) -> Tensor:
     """Return the split loss (N,) float32, on the CPU, of every image with the label it carries, under one augmented view."""
-    n, batch, sce = len(train_set), config.loader.batch_size, config.split.criterion.sce
+    config, machine, train_set, augment = context.config, context.machine, context.train_set, context.augment
+    n, batch, sce = len(train_set), machine.inference_batch(config.loader.batch_size), config.split.criterion.sce
     draws = draw_scoring(config.seed.seed, purpose, epoch, n, augment).to(machine.device)
     mine = machine.share(n)
     batches = views(train_set.part(mine), draws[mine], augment, batch)
@@ -171,73 +187,91 @@ def split_losses(
     return losses
 
 
-def train_virtual_model(
-    config: Config, epoch: int, model: nn.Module, train_set: ImageSet, augment: Pipeline, machine: Machine
-) -> Classifier:
-    """Return a copy of the model, trained a little on all images with the labels they carry (paper section 3.2.3)."""
+def train_virtual_model(context: Context, epoch: int, model: nn.Module, virtual: State | None = None) -> Classifier:
+    """Return a copy of the model, trained a little on all images with the labels they carry (paper section 3.2.3).
+
+    Args:
+        virtual: overwritten with the copy, whose model is returned; None: the copy is a new one.
+    """
+    virtual = virtual or build_virtual(context, model)
+    copy_values(model, virtual.model)
+    restart(virtual.optimizer)
+    batch, seed = context.config.loader.batch_size, context.config.seed.seed
+    for i in range(context.config.meta.epoch):
+        draws = draw_supervised(seed, f"virtual {i}", epoch, len(context.train_set), context.augment)
+        train_supervised(context, virtual, "virtual model", draws, batch)
+    context.machine.average_buffers(virtual.model)
+    assert isinstance(virtual.model, Classifier)
+    return virtual.model
+
+
+def build_virtual(context: Context, model: nn.Module) -> State:
+    """Return a copy of the model whose last layers can be trained.
+
+    One serves all epochs, each of which overwrites it: a captured step finds its tensors by their addresses.
+    """
     assert isinstance(model, Classifier)
+    config, machine = context.config, context.machine
     virtual_model, last_layers = virtual_copy(model)
-    parallel = machine.wrap(virtual_model)
-    optimizer = build_optimizer(config.meta.optimizer, last_layers)
-    for i in range(config.meta.epoch):
-        draws = draw_supervised(config.seed.seed, f"virtual {i}", epoch, len(train_set), augment)
-        train_supervised("virtual model", parallel, optimizer, train_set, draws, augment, config.loader.batch_size, machine)
-    machine.average_buffers(virtual_model)
-    return virtual_model
+    graph = machine.uses_graph(config.runtime.mode)
+    virtual = State(virtual_model, build_optimizer(config.meta.optimizer, last_layers, capturable=graph), scheduler=None)
+    virtual.parallel = machine.wrap(virtual_model)
+    virtual.steps = supervised_steps(context, virtual)
+    return virtual
 
 
-def train_mixmatch(
-    config: Config,
-    epoch: int,
-    state: State,
-    train_set: ImageSet,
-    clean_pool: Tensor,
-    augment: Pipeline,
-    machine: Machine,
-    steps: Stepper | None = None,
-) -> dict[str, float]:
+def train_mixmatch(context: Context, epoch: int, state: State, clean_pool: Tensor) -> dict[str, float]:
     """Train one epoch on both pools: labels of the clean pool are used, those of the polluted pool are not.
 
     Args:
         clean_pool: (P,) int64 on the CPU.
-        steps: runs `mixmatch_step` over the epoch's draws, as one CUDA graph a step where `runtime.mode` says so.
     Returns:
         the epoch's means of `loss`, `loss_x`, `loss_u`, `lambda_u`.
     """
-    s = config.semi
+    s = context.config.semi
     count = s.mixmatch.train_iteration
     lambda_u = ramp_up(epoch, count, s.criterion.mixmatch.lambda_u, s.criterion.mixmatch.rampup_length)  # (S,)
-    polluted_pool = rest(clean_pool, len(train_set))
-    draws = draw_mixmatch(config, epoch, clean_pool, polluted_pool, augment, lambda_u).to(machine.device)
-    steps = steps or mixmatch_steps(config, state, train_set, augment, machine)
+    polluted_pool = rest(clean_pool, len(context.train_set))
+    draws = draw_mixmatch(context.config, epoch, clean_pool, polluted_pool, context.augment, lambda_u)
+    steps = state.steps or mixmatch_steps(context, state)
     state.model.train()
-    sums = steps.run(draws, lambda numbers: progress(numbers, "MixMatch", count))  # read once: no step waits for the host
-    means = dict(zip(("loss", "loss_x", "loss_u"), (sums / count).tolist(), strict=True))
+    with count_at_end(state.model, FORWARDS * count):
+        sums = steps.run(draws.to(context.machine.device), lambda numbers: progress(numbers, "MixMatch", count))
+    means = dict(zip(("loss", "loss_x", "loss_u"), (sums / count).tolist(), strict=True))  # read once: no step waits for it
     return means | {"lambda_u": float(lambda_u.mean())}
 
 
-def mixmatch_steps(config: Config, state: State, train_set: ImageSet, augment: Pipeline, machine: Machine) -> Stepper:
-    """Return what runs the MixMatch steps of every epoch: eagerly, or as a CUDA graph captured once."""
-    losses = machine.compiled(mixmatch_losses) if config.runtime.compile else mixmatch_losses
+def mixmatch_steps(context: Context, state: State) -> Stepper:
+    """Return what runs the MixMatch steps of every epoch."""
+    losses = context.machine.compiled(mixmatch_losses) if context.config.runtime.compile else mixmatch_losses
 
     def step(draw: MixMatchDraws) -> Tensor:
-        return mixmatch_step(config, state.parallel, state.optimizer, train_set, draw, augment, machine, losses)
+        return mixmatch_step(context, state.parallel, state.optimizer, draw, losses)
 
-    graph = machine.uses_graph(config.runtime.mode)
-    if graph and config.runtime.mode == "graph" and not train_set.resident:
+    return build_stepper(context, state, step, width=3)
+
+
+def build_stepper(context: Context, state: State, step: Callable[[Any], Tensor], width: int) -> Stepper:
+    """Return what runs a step over tables of draws: eagerly, or as a CUDA graph captured once.
+
+    Args:
+        step: changes the tensors of `state`, returns (width,).
+    Raises:
+        UserError: `runtime.mode: graph` insists on a graph, and the images are not on the device.
+    """
+    mode, resident = context.config.runtime.mode, context.train_set.resident
+    graph = context.machine.uses_graph(mode)
+    if graph and mode == "graph" and not resident:
         raise UserError("runtime.mode: graph: needs the images on the device: set data.placement=device, or runtime.mode=auto")
-    capture = graph and train_set.resident  # to fetch images from elsewhere the step waits for the host
-    return Stepper(step, state.tensors, width=3, capture=capture, insist=config.runtime.mode == "graph")
+    capture = graph and resident  # to fetch images from elsewhere the step waits for the host
+    return Stepper(step, state.tensors, width, capture, insist=mode == "graph")
 
 
 def mixmatch_step(
-    config: Config,
+    context: Context,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    train_set: ImageSet,
     draw: MixMatchDraws,
-    augment: Pipeline,
-    machine: Machine,
     losses: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """One MixMatch step (asd.md section 7). B labelled and B unlabelled images, C classes.
@@ -247,9 +281,10 @@ def mixmatch_step(
     Returns:
         (3,): loss, Lx, Lu, detached.
     """
+    config, machine, train_set = context.config, context.machine, context.train_set
     b = draw.labelled.shape[0]
     index = torch.cat([draw.labelled, draw.unlabelled, draw.unlabelled])
-    inputs = machine.lay_out(augment(train_set.fetch(index), draw.views))  # (3B, 3, H, W): x, u1, u2
+    inputs = machine.lay_out(context.augment(train_set.fetch(index), draw.views))  # (3B, 3, H, W): x, u1, u2
     given = F.one_hot(train_set.labels[draw.labelled], config.num_classes)  # (B, C)
     order = interleave_order(b, 3, inputs.device)
 
@@ -261,6 +296,9 @@ def mixmatch_step(
     (loss * machine.size).backward()  # DistributedDataParallel divides the sum of the shares' gradients again
     optimizer.step()
     return torch.stack([loss.detach(), loss_x.detach(), loss_u.detach()])
+
+
+FORWARDS = 5  # of a MixMatch step: 2 guess labels, 3 train
 
 
 def mixmatch_losses(
@@ -287,7 +325,7 @@ def mixmatch_losses(
     mine = machine.share(b)
     _x, u1, u2 = inputs.split(b)
 
-    with torch.no_grad(), machine.autocast():  # in train mode: these statistics count too
+    with torch.no_grad(), machine.autocast(cast_once=True):  # in train mode: these statistics count too
         logits1, logits2 = forward_each(model, (u1[mine], u2[mine]))  # (B, C) each
     guessed = machine.gather(guess_labels(logits1, logits2, config.semi.mixmatch.temperature), b)  # (B, C)
     targets = torch.cat([given.to(guessed.dtype), guessed, guessed])  # (3B, C)
@@ -301,44 +339,48 @@ def mixmatch_losses(
     return mixmatch_loss(logits, mixed_targets, labelled=b)
 
 
-def train_undefended(
-    config: Config, epoch: int, state: State, train_set: ImageSet, augment: Pipeline, machine: Machine
-) -> dict[str, float]:
+def train_undefended(context: Context, epoch: int, state: State) -> dict[str, float]:
     """`defense: none`: one epoch of plain training on all images with the labels they carry."""
-    draws = draw_supervised(config.seed.seed, "undefended", epoch, len(train_set), augment)
-    batch = config.undefended.batch_size
-    return {"loss": train_supervised("training", state.parallel, state.optimizer, train_set, draws, augment, batch, machine)}
+    config = context.config
+    draws = draw_supervised(config.seed.seed, "undefended", epoch, len(context.train_set), context.augment)
+    return {"loss": train_supervised(context, state, "training", draws, config.undefended.batch_size)}
 
 
-def train_supervised(
-    name: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    train_set: ImageSet,
-    draws: SupervisedDraws,
-    augment: Pipeline,
-    batch: int,
-    machine: Machine,
-) -> float:
+def train_supervised(context: Context, state: State, name: str, draws: SupervisedDraws, batch: int) -> float:
     """Train one pass over all images with cross-entropy; return the mean loss."""
-    draws = draws.to(machine.device)
-    total = torch.zeros((), device=machine.device)
-    model.train()
-    slices = batch_slices(len(train_set), batch, least=2 * machine.size)
-    for part in progress(slices, name, len(slices)):
-        index, view = draws.order[part], draws.views[part]
-        count = len(index)
+    machine = context.machine
+    full, last = draws.to(machine.device).cut(batch, least=2 * machine.size)
+    steps = state.steps or supervised_steps(context, state)
+    total = torch.zeros(1, device=machine.device)
+    state.model.train()
+    with count_at_end(state.model, len(full.order) + (len(last.order) > 0)):
+        if len(full.order):
+            total = steps.run(full, lambda numbers: progress(numbers, name, len(full.order)))
+        if len(last.order):
+            total += steps.step(last)  # a graph is of fixed shapes: a batch of another size is no replay
+    return float(machine.sum(total)) / len(draws.order)
+
+
+def supervised_steps(context: Context, state: State) -> Stepper:
+    """Return what runs the steps of training with cross-entropy."""
+    machine, train_set = context.machine, context.train_set
+
+    def step(draw: SupervisedDraws) -> Tensor:
+        """Train on a batch of B images; return the sum of its losses (1,), this process' part."""
+        count = len(draw.order)
         mine = machine.share(count)
-        inputs = machine.lay_out(augment(train_set.fetch(index[mine]), view[mine]))  # (B, 3, H, W), its share
+        index = draw.order[mine]
+        inputs = machine.lay_out(context.augment(train_set.fetch(index), draw.views[mine]))  # (B, 3, H, W), its share
         with machine.autocast():
-            logits = model(inputs)  # (B, C)
-        losses = cross_entropy(logits, train_set.labels[index[mine]])  # (B,)
+            logits = state.parallel(inputs)  # (B, C)
+        losses = cross_entropy(logits, train_set.labels[index])  # (B,)
         mean = losses.sum() / count * machine.size
-        optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad(set_to_none=True)
         mean.backward()  # the mean over the shares is the mean over the batch
-        optimizer.step()
-        total += mean.detach() * (count / machine.size)
-    return float(machine.sum(total)) / len(train_set)
+        state.optimizer.step()
+        return mean.detach().view(1) * (count / machine.size)
+
+    return build_stepper(context, state, step, width=1)
 
 
 def evaluate(config: Config, model: nn.Module, tests: TestSets, plain: Pipeline, machine: Machine) -> dict[str, float | None]:
@@ -368,15 +410,16 @@ def evaluate(config: Config, model: nn.Module, tests: TestSets, plain: Pipeline,
 
 def plain_logits(config: Config, purpose: str, model: nn.Module, images: ImageSet, plain: Pipeline, machine: Machine) -> Tensor:
     """Return the logits (N, C) of this process' share of the images, without augmentation."""
-    n, batch = len(images), config.loader.batch_size
+    n, batch = len(images), machine.inference_batch(config.loader.batch_size)
     mine = machine.share(n)
     no_draws = torch.zeros(n, 0, device=images.labels.device)
     batches = views(images.part(mine), no_draws[mine], plain, batch)
     return predict(model, progress(batches, purpose, -(-n // machine.size // batch)), machine)
 
 
-def weigh_images(config: Config, state: State, train_set: ImageSet, plain: Pipeline, machine: Machine) -> Evidence:
+def weigh_images(context: Context, state: State, plain: Pipeline) -> Evidence:
     """Return what the finished model and the splits say of each training image: what the suspects are ranked by."""
+    config, machine, train_set = context.config, context.machine, context.train_set
     n, sce = len(train_set), config.split.criterion.sce
     logits = machine.gather(plain_logits(config, "suspects", state.model, train_set, plain, machine), n)  # (N, C)
     losses = symmetric_cross_entropy(logits, train_set.labels, sce.alpha, sce.beta)
@@ -403,8 +446,7 @@ def build_state(config: Config, machine: Machine, count: int) -> State:
     if config.runtime.merged:
         model = group(model)
     plan: Any = config if config.defense == "asd" else config.undefended
-    graph = config.defense == "asd" and machine.uses_graph(config.runtime.mode)
-    optimizer = build_optimizer(plan.optimizer, model.parameters(), capturable=graph)
+    optimizer = build_optimizer(plan.optimizer, model.parameters(), capturable=machine.uses_graph(config.runtime.mode))
     scheduler = build_scheduler(plan.lr_scheduler, optimizer, config.num_epochs)
     state = State(model, optimizer, scheduler, epochs_in_clean_pool=torch.zeros(count, dtype=torch.int32))
     state.parallel = machine.wrap(model)

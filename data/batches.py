@@ -66,7 +66,7 @@ def draw_mixmatch(
 
 
 class SupervisedDraws(NamedTuple):
-    """The draws of one pass over all N images."""
+    """The draws of one pass over all N images, or a part of it."""
 
     order: Tensor  # (N,) int64
     views: Tensor  # (N, k), in that order
@@ -75,22 +75,28 @@ class SupervisedDraws(NamedTuple):
         """Return the tables on a device."""
         return SupervisedDraws(self.order.to(device), self.views.to(device))
 
+    def cut(self, batch: int, least: int) -> tuple[SupervisedDraws, SupervisedDraws]:
+        """Cut the pass into S batches of equal size and a last one, which is what is left.
+
+        A rest of fewer than `least` images joins the batch before: batch normalization cannot train on a single value.
+
+        Returns:
+            the tables of the equal batches, (S, batch) and (S, batch, k), a row a step, and of the last one, (L,) and
+            (L, k); S or L may be 0.
+        """
+        count = len(self.order)
+        rest = count % batch
+        if 0 < rest < least and rest < count:
+            rest += batch
+        steps = (count - rest) // batch
+        equal = (table[: count - rest].view(steps, batch, *table.shape[1:]) for table in self)
+        return SupervisedDraws(*equal), SupervisedDraws(*(table[count - rest :] for table in self))
+
 
 def draw_supervised(seed: int, purpose: str, epoch: int, count: int, augment: Pipeline) -> SupervisedDraws:
     """Draw one pass of supervised training: a permutation of all images and a view of each."""
     rng = generator(seed, purpose, epoch)
     return SupervisedDraws(torch.randperm(count, generator=rng), augment.draw(count, rng))
-
-
-def batch_slices(count: int, batch: int, least: int) -> list[slice]:
-    """Return the slices of one pass over `count` images, `batch` in each; the last batch is what is left.
-
-    A rest of fewer than `least` images joins the batch before: batch normalization cannot train on a single value.
-    """
-    starts = list(range(0, count, batch))
-    if len(starts) > 1 and 0 < count % batch < least:
-        starts.pop()
-    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], count], strict=True)]
 
 
 def draw_scoring(seed: int, purpose: str, epoch: int, count: int, augment: Pipeline) -> Tensor:

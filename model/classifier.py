@@ -51,3 +51,11 @@ def virtual_copy(model: Classifier) -> tuple[Classifier, list[nn.Parameter]]:
     last = [virtual.backbone.get_submodule(name) for name in virtual.backbone.last_parts]  # type: ignore[union-attr]
     trained = [p for part in (*last, virtual.linear) for p in part.requires_grad_(True).parameters()]
     return virtual, trained
+
+
+@torch.no_grad()
+def copy_values(source: nn.Module, target: nn.Module) -> None:
+    """Give a copy the weights and buffers that the model has now, in place."""
+    theirs, own = ([*module.parameters(), *module.buffers()] for module in (source, target))
+    for to, value in zip(own, theirs, strict=True):
+        to.copy_(value)

@@ -37,13 +37,15 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         Args:
             means, variances: (G, C), unbiased, in the order of the groups.
         """
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+        if self.running_mean is None or self.running_var is None:
             return
         groups = means.shape[0]
-        self.num_batches_tracked += groups
+        if self.num_batches_tracked is not None:  # None: they are counted elsewhere (`model/batch_counters.py`)
+            self.num_batches_tracked += groups
         for running, new in ((self.running_mean, means), (self.running_var, variances)):
             new = new.to(running.dtype)
             if self.momentum is None:  # the mean of all batches so far
+                assert self.num_batches_tracked is not None
                 running += (new - running).sum(0) / self.num_batches_tracked
             else:
                 keep = 1 - self.momentum

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.schema import Named
 
@@ -25,6 +25,15 @@ def build_optimizer(chosen: Named, parameters: Iterable[nn.Parameter], capturabl
         settings |= {"capturable": True} if chosen.name == "Adam" else {}
     optimizer: torch.optim.Optimizer = kind(weights, **settings)
     return optimizer
+
+
+@torch.no_grad()
+def restart(optimizer: torch.optim.Optimizer) -> None:
+    """Set an optimizer back to its first step, in place: moments and step counts of 0 are those of a new one."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
 
 
 def build_scheduler(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data.augment import Pipeline
-from data.batches import MixMatchDraws, batch_slices, draw_mixmatch, draw_scoring, draw_supervised, endless_order, views
+from data.batches import MixMatchDraws, SupervisedDraws, draw_mixmatch, draw_scoring, draw_supervised, endless_order, views
 from data.sets import ImageSet
 from data.transforms import random_crop, random_horizontal_flip
 from utils import config
@@ -213,9 +213,12 @@ def test_views_come_in_order_and_none_is_lost(batch: int) -> None:
 @given(count=st.integers(1, 300), batch=st.integers(1, 70), least=st.integers(1, 8))
 def test_one_pass_takes_every_image_once_in_batches_that_can_be_normalized(count: int, batch: int, least: int) -> None:
     """All batches but the last are full; a rest of fewer than `least` joins the batch before it, a rest of `least` does not."""
-    slices = batch_slices(count, batch, least)
-    sizes = [s.stop - s.start for s in slices]
-    assert [i for s in slices for i in range(s.start, s.stop)] == list(range(count))
-    assert all(size == batch for size in sizes[:-1])
+    pass_ = SupervisedDraws(torch.randperm(count), torch.rand(count, 2))
+    equal, last = pass_.cut(batch, least)
+    sizes = [batch] * len(equal.order) + [len(last.order)] * bool(len(last.order))
+    assert torch.equal(torch.cat([equal.order.flatten(), last.order]), pass_.order)
+    assert torch.equal(torch.cat([equal.views.flatten(0, 1), last.views]), pass_.views)
+    assert equal.order.shape[1:] == (batch,) and equal.views.shape[1:] == (batch, 2)
     rest = count % batch
+    assert sum(sizes) == count
     assert sizes[-1] == (count if count < batch else batch + rest if 0 < rest < least else rest or batch)

@@ -317,7 +317,7 @@ def test_the_losses_of_a_step_are_one_traceable_function(merged: bool, amp: bool
     losses = torch.compile(ASD.mixmatch_losses, fullgraph=True, dynamic=False, backend="eager")
     draw = plain.draws().step(0)
     results = [
-        ASD.mixmatch_step(t.config, t.state.model, t.state.optimizer, bench.train_set, draw, bench.augment, t.machine, function)
+        ASD.mixmatch_step(t.context, t.state.model, t.state.optimizer, draw, function)
         for t, function in ((plain, ASD.mixmatch_losses), (traced, losses))
     ]
     assert torch.allclose(*results, rtol=1e-5)

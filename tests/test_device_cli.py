@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils import cli, machine
+from utils import cli, config, machine
 from utils.errors import UserError
 from utils.machine import Machine, choose_device, choose_machine
 
@@ -87,6 +89,40 @@ def test_every_weight_learns_after_a_pass_without_gradient(amp: bool) -> None:
         assert q.grad is not None
         if name != "0.bias":  # BN takes the convolution's bias away: its gradient is rounding alone
             assert float((p.grad - q.grad).norm()) <= (0.05 if amp else 0.0) * float(q.grad.norm()), name
+
+
+def test_weights_are_cast_once_for_all_passes_without_gradient() -> None:
+    """Where a context casts each weight to bf16 once, two passes without gradient give the same logits, bit for bit, and the
+    weights that a later pass with gradient trains all get one."""
+    casts: Counter[tuple[int, ...]] = Counter()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default:
+                casts[tuple(args[0].shape)] += 1
+            return func(*args, **(kwargs or {}))
+
+    machine, model = Machine(torch.device("cpu"), amp=True), small_network()
+    images = machine.lay_out(torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    logits = []
+    for once in (False, True):
+        casts.clear()
+        with Watch(), torch.no_grad(), machine.autocast(cast_once=once):
+            logits.append([model(images), model(images)])
+        assert casts[8, 3, 3, 3] == casts[4, 8 * 36] == (1 if once else 2)
+        assert casts[tuple(images.shape)] == 2
+    assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
+    with machine.autocast():
+        model(images).float().square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_batches_of_inference() -> None:
+    """On CUDA scoring and testing take 1,024 images at once by default, fewer where a small device has a smaller batch size;
+    on a CPU the batch size is as set."""
+    cuda, cpu = Machine(torch.device("cuda", 0)), Machine(torch.device("cpu"))
+    assert cuda.inference_batch(config.Loader().batch_size) == 1024
+    assert [cuda.inference_batch(2), cpu.inference_batch(2), cpu.inference_batch(128)] == [16, 2, 128]
 
 
 @pytest.mark.parametrize("amp", [False, True])

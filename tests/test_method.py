@@ -47,6 +47,11 @@ def settings(tiny: Path, *overrides: str) -> Config:
     return configuration.load(tiny, ["loader.batch_size=16", *overrides])
 
 
+def context(config: Config, train_set: ImageSet, augment: Pipeline | None = None) -> ASD.Context:
+    """Return what is fixed for a run, on the CPU in fp32; the augmentation is the configured one unless given."""
+    return ASD.Context(config, FP32, train_set, augment or build_pipelines(config, train_set)[0])
+
+
 def make_set(count: int = N, seed: int = 0) -> ImageSet:
     """Return random images with labels of every class."""
     rng = torch.Generator().manual_seed(seed)
@@ -227,7 +232,7 @@ def test_mixmatch_steps_are_those_of_the_paper(tiny: Path, batch: int, merged: b
     optimizer = ASD.build_optimizer(config.optimizer, model.parameters())
     adam = SlowAdam(list(slow.parameters()), 0.002, (0.9, 0.999), 0.001)
     for i in range(2):
-        figures = mixmatch_step(config, model, optimizer, train_set, draws.step(i), augment, FP32)
+        figures = mixmatch_step(context(config, train_set, augment), model, optimizer, draws.step(i))
         expected = slow_mixmatch_step(slow, adam, train_set, draws.step(i), augment, 0.4)
         assert not figures.requires_grad
         assert figures.tolist() == pytest.approx(expected, rel=1e-9)
@@ -250,7 +255,7 @@ def test_mixmatch_epoch_is_its_steps(tiny: Path) -> None:
     state.model.double().eval()  # as scoring might leave it
     slow = copy.deepcopy(state.model)
     adam = SlowAdam(list(slow.parameters()), 0.002, (0.9, 0.999), 0.001)
-    means = ASD.train_mixmatch(config, 3, state, train_set, pool, augment, FP32)
+    means = ASD.train_mixmatch(context(config, train_set, augment), 3, state, pool)
 
     weights = [15 * min((3 + i / 3) / 5, 1) for i in range(3)]
     draws = draw_mixmatch(config, 3, pool, rest(pool, N), augment, torch.tensor(weights, dtype=torch.float64))
@@ -265,13 +270,12 @@ def test_labels_of_the_polluted_pool_are_ignored(tiny: Path) -> None:
     """Other labels in the polluted pool change no weight; one other label in the clean pool does."""
     config = settings(tiny)
     train_set, pool = make_set(), torch.arange(20)
-    augment, _ = build_pipelines(config, train_set)
     results = []
     for changed in (slice(0, 0), slice(20, N), slice(0, 20)):
         labels = train_set.labels.clone()
         labels[changed] = (labels[changed] + 1) % C
         state = make_state(config, train_set)
-        ASD.train_mixmatch(config, 0, state, ImageSet(train_set.images, labels), pool, augment, FP32)
+        ASD.train_mixmatch(context(config, ImageSet(train_set.images, labels)), 0, state, pool)
         results.append(state.model.state_dict())
     own, polluted, clean = results
     assert all(torch.equal(own[name], polluted[name]) for name in own)
@@ -290,7 +294,7 @@ def test_virtual_model_is_a_plain_training_of_its_last_layers(tiny: Path, passes
     augment, _ = build_pipelines(config, train_set)
     model = make_model(config)
     before = copy.deepcopy(model.state_dict())
-    virtual = ASD.train_virtual_model(config, 4, model, train_set, augment, FP32)
+    virtual = ASD.train_virtual_model(context(config, train_set), 4, model)
     slow, trained = slow_virtual_model(config, 4, model, train_set, augment)
     own, theirs = virtual.state_dict(), slow.state_dict()
     for name, tensor in own.items():
@@ -303,6 +307,23 @@ def test_virtual_model_is_a_plain_training_of_its_last_layers(tiny: Path, passes
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("optimizer", ["{Adam: {lr: 0.015}}", "{SGD: {lr: 0.05, momentum: 0.9, nesterov: true}}"])
+def test_a_virtual_model_leaves_nothing_to_the_next(tiny: Path, optimizer: str) -> None:
+    """A virtual model made over that of an earlier epoch and another model, in the same tensors, equals a new one bit for
+    bit: weights, BN statistics and counters, whatever moments its optimizer had."""
+    config, train_set = settings(tiny, "meta.epoch=2", f"meta.optimizer={optimizer}"), make_set()
+    fixed, model, other = context(config, train_set), make_model(config), make_model(config, seed=2)
+    virtual = ASD.build_virtual(fixed, other)
+    ASD.train_virtual_model(fixed, 4, other, virtual)
+    addresses = [tensor.data_ptr() for kind in virtual.tensors().values() for tensor in kind]
+    again = ASD.train_virtual_model(fixed, 5, model, virtual)
+    assert again is virtual.model
+    assert [tensor.data_ptr() for kind in virtual.tensors().values() for tensor in kind] == addresses
+    new = ASD.train_virtual_model(fixed, 5, model).state_dict()
+    assert all(torch.equal(tensor, new[name]) for name, tensor in again.state_dict().items())
+    assert [p.requires_grad for p in again.parameters()] != [True] * len(list(again.parameters()))
+
+
 def test_undefended_epoch_is_a_plain_training(tiny: Path) -> None:
     """`defense: none` trains all layers by plain SGD with momentum and weight decay on every image once, and reports the
     mean loss of the images."""
@@ -311,7 +332,7 @@ def test_undefended_epoch_is_a_plain_training(tiny: Path) -> None:
     state = make_state(config, train_set)
     state.model.double()
     slow = copy.deepcopy(state.model)
-    losses = ASD.train_undefended(config, 0, state, train_set, augment, FP32)
+    losses = ASD.train_undefended(context(config, train_set, augment), 0, state)
 
     draws = draw_supervised(config.seed.seed, "undefended", 0, N, augment)
     velocity = [torch.zeros_like(p) for p in slow.parameters()]
@@ -344,7 +365,7 @@ def test_split_losses_are_those_of_single_images(tiny: Path) -> None:
     model = make_model(config)
     model.train()
     before = copy.deepcopy(model.state_dict())
-    losses = ASD.split_losses(config, 2, "score", model, train_set, augment, FP32)
+    losses = ASD.split_losses(context(config, train_set), 2, "score", model)
     draws = draw_scoring(config.seed.seed, "score", 2, N, augment)
     assert losses.dtype == torch.float32
     assert losses.std() > 0.01
@@ -353,17 +374,43 @@ def test_split_losses_are_those_of_single_images(tiny: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_the_size_of_scoring_batches_changes_no_decision(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger batches in scoring and testing, as on CUDA, give the split losses up to rounding, and the same shares exactly."""
+    config, images = settings(tiny), make_set()
+    fixed, model = context(config, images), make_model(config)
+    _, plain = build_pipelines(config, images)
+    tests = TestSets(images, ImageSet(images.images, images.labels.roll(1)), torch.arange(N))
+
+    def figures() -> tuple[Tensor, dict[str, float | None]]:
+        return ASD.split_losses(fixed, 2, "score", model), ASD.evaluate(config, model, tests, plain, FP32)
+
+    sizes: list[int] = []
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, _: sizes.append(len(inputs[0])) if isinstance(module, Classifier) else None
+    )
+    try:
+        losses, shares = figures()
+        assert max(sizes) == config.loader.batch_size
+        monkeypatch.setattr(Machine, "inference_batch", lambda self, batch: 8 * batch)
+        sizes.clear()
+        in_one, same = figures()
+        assert max(sizes) == N < 8 * config.loader.batch_size
+    finally:
+        hook.remove()
+    assert in_one.tolist() == pytest.approx(losses.tolist(), rel=1e-5)
+    assert same == shares
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_losses_that_are_not_finite_are_refused(tiny: Path, value: float) -> None:
     """A network that has diverged gives one line that names the epoch and the learning rate, not an arbitrary pool."""
     config = settings(tiny)
     train_set = make_set()
-    augment, _ = build_pipelines(config, train_set)
     model = make_model(config)
     with torch.no_grad():
         model.linear.weight[0, 0] = value
     with pytest.raises(UserError) as caught:
-        ASD.split_pools(config, 2, model, train_set, torch.arange(20), augment, FP32)
+        ASD.split_pools(context(config, train_set), 2, model, torch.arange(20))
     line = str(caught.value)
     assert "\n" not in line
     assert "epoch 2" in line
@@ -397,7 +444,6 @@ def test_stage_of_the_split_follows_the_epoch(
     plan = [f"global.epoch_first={first}", f"global.epoch_second={second}", f"global.epoch_third={third}"]
     config = settings(tiny, *plan, f"num_epochs={third}", f"global.keep_seeds={str(keep_seeds).lower()}")
     train_set, model = make_set(), make_model(config)
-    augment, _ = build_pipelines(config, train_set)
     rng = torch.Generator().manual_seed(9)
     losses, virtual_losses = torch.rand(2, N, generator=rng).round(decimals=1)  # with ties
     seeds, virtual, asked = torch.arange(20), nn.Identity(), []
@@ -407,7 +453,7 @@ def test_stage_of_the_split_follows_the_epoch(
         assert args[2] is model
         return virtual
 
-    def score(config: Config, epoch: int, purpose: str, which: nn.Module, *args: Any) -> Tensor:
+    def score(context: ASD.Context, epoch: int, purpose: str, which: nn.Module) -> Tensor:
         asked.append("virtual" if which is virtual else "model")
         assert which in (virtual, model)
         return virtual_losses if which is virtual else losses
@@ -416,7 +462,7 @@ def test_stage_of_the_split_follows_the_epoch(
     monkeypatch.setattr(ASD, "split_losses", score)
     for epoch in range(third):
         asked.clear()
-        pool, values = ASD.split_pools(config, epoch, model, train_set, seeds, augment, FP32)
+        pool, values = ASD.split_pools(context(config, train_set), epoch, model, seeds)
         if epoch < first:
             expected = class_aware(losses.tolist(), train_set.labels.tolist(), seeds.tolist(), 2 * epoch)  # n 2, t 1
         elif epoch < second:
@@ -443,7 +489,7 @@ def test_meta_split_by_hand(tiny: Path) -> None:
         for which, purpose in purposes
     )
     falls = [a - b for a, b in zip(one, two, strict=True)]
-    pool, values = ASD.split_pools(config, 5, model, train_set, torch.arange(20), augment, FP32)
+    pool, values = ASD.split_pools(context(config, train_set), 5, model, torch.arange(20))
     assert values.tolist() == pytest.approx(falls, rel=1e-3, abs=1e-3)
     assert pool.tolist() == lowest_share(values.tolist(), 0.5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -495,10 +541,12 @@ def test_accuracy_is_a_count(tiny: Path, batch: int) -> None:
         ASD.split_pools,
         ASD.split_losses,
         ASD.train_virtual_model,
+        ASD.build_virtual,
         ASD.train_mixmatch,
         ASD.mixmatch_step,
         ASD.train_undefended,
         ASD.train_supervised,
+        ASD.supervised_steps,
     ],
 )
 def test_ground_truth_cannot_reach_splits_and_training(function: Any) -> None:

@@ -21,6 +21,7 @@ from data.augment import Pipeline
 from data.batches import draw_supervised
 from data.sets import ImageSet
 from model.backbone import part_names
+from model.batch_counters import count_at_end
 from model.classifier import Classifier, build_classifier, virtual_copy
 from model.folding import fold
 from model.grouped_norm import forward_each, group, rows_per_group
@@ -510,6 +511,47 @@ def test_dropout_follows_the_global_seed(name: str) -> None:
     assert torch.equal(logits(1, still), logits(2, still))
 
 
+@normalized
+@pytest.mark.parametrize("grouped", [False, True])
+def test_batches_are_counted_at_the_end(name: str, grouped: bool) -> None:
+    """With the counters of batch normalization left out of the forward passes, statistics and counters end up the same, bit
+    for bit; they stay as they were where the passes are broken off."""
+    model = small(name, **({"dropout": 0.0} if name == "mobilenet_v2" else {})).train()
+    plain, counters = copy.deepcopy(model), [key for key in model.state_dict() if key.endswith("num_batches_tracked")]
+    if grouped:
+        group(model), group(plain)
+    at_end = copy.deepcopy(model)
+
+    def forward(network: Classifier) -> None:
+        with torch.no_grad(), rows_per_group(network, 2):
+            for seed in range(2):
+                forward_each(network, some_images(6, seed=seed).split(2))  # 3 batches in 3 passes, grouped in one
+
+    forward(plain)
+    with count_at_end(at_end, 6):
+        forward(at_end)
+        assert not any(key in at_end.state_dict() for key in counters)
+    expected = plain.state_dict()
+    assert list(at_end.state_dict()) == list(expected)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in at_end.state_dict().items())
+    before = copy.deepcopy(at_end.state_dict())
+    with pytest.raises(KeyboardInterrupt), count_at_end(at_end, 3):
+        raise KeyboardInterrupt
+    assert counters and all(torch.equal(at_end.state_dict()[key], before[key]) for key in counters)
+
+
+def test_a_mean_over_all_batches_counts_them_itself() -> None:
+    """Without momentum the running statistics are means over all batches, for which the counter is read in every pass."""
+    images = [torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    norm = nn.BatchNorm2d(2, momentum=None)
+    with count_at_end(norm, 3):
+        for batch in images:
+            norm(batch)
+    assert norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 3
+    assert norm.running_mean is not None
+    torch.testing.assert_close(norm.running_mean, torch.stack([batch.mean((0, 2, 3)) for batch in images]).mean(0))
+
+
 # All three stages.
 
 
@@ -526,9 +568,11 @@ def test_a_single_image_left_over_is_trained_on(name: str) -> None:
     train_set = ImageSet(torch.randint(0, 256, (33, 3, 32, 32), dtype=torch.uint8), torch.arange(33) % 10)
     to_tensor = Named("to_tensor", plugins.settings("data.transforms", "to_tensor")())
     augment = Pipeline((), (to_tensor,), 32, 32)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    state = State(model.train(), torch.optim.SGD(model.parameters(), lr=0.01), scheduler=None)
+    settings = config.Config(network=chosen(name), backdoor=config.Backdoor(Named("badnets", None)))
+    context = ASD.Context(settings, FP32, train_set, augment)
     draws = draw_supervised(0, "test", 0, 33, augment)
-    assert math.isfinite(ASD.train_supervised("test", model, optimizer, train_set, draws, augment, 32, FP32))
+    assert math.isfinite(ASD.train_supervised(context, state, "test", draws, 32))
 
 
 @every_network

@@ -26,7 +26,7 @@ from utils.files import write_atomically
 from utils.manifest import differences, other_data
 from utils.paths import is_dir, is_file
 from utils.schema import Reader, as_dict
-from utils.stepper import changed_tensors
+from utils.stepper import Stepper, changed_tensors
 
 # Settings that may differ between the run that wrote a checkpoint and the one that goes on from it.
 FREE = (
@@ -60,6 +60,7 @@ class State:
     about: dict[str, Any] = field(default_factory=dict)  # class names and image size: for test.py --images, not for training
     data: str = ""  # the manifest of the run's data (`utils/manifest.py`)
     parallel: Any = None  # the model as training calls it: wrapped where there are several processes; not saved
+    steps: Stepper | None = None  # runs the training steps; not saved
 
     def __post_init__(self) -> None:
         self.parallel = self.parallel or self.model

@@ -108,7 +108,9 @@ class Backdoor:
 
 @dataclass(frozen=True)
 class Loader:
-    batch_size: int = setting(128, "images a batch in scoring, testing and the virtual model's training", low=1)
+    batch_size: int = setting(
+        128, "images a batch in the virtual model's training; in scoring and testing too, on CUDA 8 times as many", low=1
+    )
     num_workers: int = setting(0, "accepted for the original's files; no worker is started", low=0)
     pin_memory: bool = setting(True, "accepted for the original's files; not needed")
 
@@ -209,7 +211,7 @@ class Undefended:
 class Runtime:
     mode: str = setting(
         "auto",
-        "a MixMatch step as one CUDA graph, or eager; auto: on one CUDA device the graph, if its trial equals the eager step",
+        "a training step as one CUDA graph, or eager; auto: on one CUDA device the graph, if its trial equals the eager step",
         options=("auto", "graph", "eager"),
     )
     merged: bool = setting(

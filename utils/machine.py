@@ -23,6 +23,11 @@ Say = Callable[[str], object]
 SILENCE = timedelta(seconds=600)  # a process that is not heard of for so long ends the run
 PATIENCE = timedelta(days=1)  # the first process may train an attacker's networks while the others wait
 
+# Batches of training in one of scoring or testing on CUDA: 8 x 128 images of 32 x 32 are what keeps a large device busy. They
+# take less memory than 128 in training, which keeps the outputs of all layers for the backward pass, so that a batch size
+# at which training fits is small enough for scoring too.
+INFERENCE = 8
+
 # DistributedDataParallel's option to copy the first process' buffers to the others in every forward pass: torch 2.13 gave it
 # a new name and warns of the old one.
 NAMES = ("forward_sync_buffers", "broadcast_buffers")
@@ -43,15 +48,17 @@ class Machine:
     size: int = 1
     patient: Any = None  # the same processes as a group that waits longer than `SILENCE`
 
-    def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """Return the context of one forward pass.
+    def autocast(self, cast_once: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Return the context of forward passes.
 
-        The cache of cast weights is off: a forward without gradient would fill it with weights that a later forward
-        with gradient then uses, and their gradients vanish without a word (pytorch issue 65766).
+        Args:
+            cast_once: cast each weight to bf16 once for all passes in the context. Only for passes without gradient: with
+                it a backward pass would add up their gradients in bf16, and a weight that was cast without gradient gets
+                none at all in a later pass (pytorch issue 65766).
         """
         if not self.amp:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=cast_once)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -69,6 +76,14 @@ class Machine:
     def share(self, count: int) -> slice:
         """Return this process' part of `count` rows: all of them where there is one process."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def inference_batch(self, batch: int) -> int:
+        """Return how many images a forward pass without gradients takes, where a training step takes `batch`.
+
+        On CUDA `INFERENCE` times as many. A CPU gains nothing by larger batches. In eval mode no image depends on the
+        others, so the results are the same up to rounding.
+        """
+        return INFERENCE * batch if self.device.type == "cuda" else batch
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
         """Return all `count` rows (count, ...) of which every process has its share, in order.

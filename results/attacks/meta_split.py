@@ -68,13 +68,14 @@ def main() -> None:
         count = f"{int(poisoned[pool].sum())} of {int(poisoned.sum())} poisoned in a clean pool of {len(pool)}"
         print(f"{what}: mean of clean images {clean:.2f}, of poisoned {bad:.2f}; {count}", flush=True)
 
+    context = ASD.Context(c, machine, train_set, augment)
     epoch, epsilon = c.global_.epoch_second, c.global_.epsilon
-    losses = ASD.split_losses(c, epoch, "score", model, train_set, augment, machine)
+    losses = ASD.split_losses(context, epoch, "score", model)
     told("split loss", class_agnostic_split(losses, epsilon), losses)
     for epochs in range(1, args.epochs + 1):  # each from the model anew, by the method's own function: same draws, same numbers
-        longer = replace(c, meta=replace(c.meta, epoch=epochs))
-        virtual = ASD.train_virtual_model(longer, epoch, model, train_set, augment, machine)
-        scored = ASD.split_losses(c, epoch, "score virtual", virtual, train_set, augment, machine)
+        longer = replace(context, config=replace(c, meta=replace(c.meta, epoch=epochs)))
+        virtual = ASD.train_virtual_model(longer, epoch, model)
+        scored = ASD.split_losses(context, epoch, "score virtual", virtual)
         told(f"fall after {epochs} virtual epochs", meta_split(losses, scored, epsilon), losses - scored)
         figures = ASD.evaluate(c, virtual, tests, plain, machine)
         acc, asr = figures["clean_accuracy"] or 0, figures["attack_success_rate"] or 0

@@ -64,7 +64,7 @@ def main() -> None:
             poisoned = poison_training_set(c, raw, build_attack(c, raw), Path(folder), placement)
         augment, _ = ASD.build_pipelines(c, poisoned.train)
         model = ASD.build_state(c, machine, len(poisoned.train)).model
-        losses = ASD.split_losses(c, 0, "score", model, poisoned.train, augment, machine)
+        losses = ASD.split_losses(ASD.Context(c, machine, poisoned.train, augment), 0, "score", model)
         results.append((poisoned.oracle.flags, losses))
         assert all(torch.equal(a, b) for a, b in zip(results[-1], results[0], strict=True)), placement
         print(f"{placement}: {int(poisoned.oracle.poisoned().sum())} poisoned, split losses equal", flush=True)

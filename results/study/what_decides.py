@@ -57,9 +57,10 @@ def measure(c: Config, base: Path, gpu: str) -> dict[str, Any]:
         return ASD.evaluate(c, network, tests, plain, machine)
 
     started, epoch = time.monotonic(), c.global_.epoch_second
-    losses = ASD.split_losses(c, epoch, "score", model, train_set, augment, machine)
-    virtual = ASD.train_virtual_model(c, epoch, model, train_set, augment, machine)
-    virtual_losses = ASD.split_losses(c, epoch, "score virtual", virtual, train_set, augment, machine)
+    context = ASD.Context(c, machine, train_set, augment)
+    losses = ASD.split_losses(context, epoch, "score", model)
+    virtual = ASD.train_virtual_model(context, epoch, model)
+    virtual_losses = ASD.split_losses(context, epoch, "score virtual", virtual)
     pool, fall = meta_split(losses, virtual_losses, c.global_.epsilon), losses - virtual_losses
     return {
         "poisoned": int(poisoned.sum()),

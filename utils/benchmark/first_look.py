@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import ASD
 from model.folding import fold
 from utils.benchmark import proofs as bench_proofs
 from utils.benchmark import setup as bench_setup
@@ -182,11 +183,11 @@ def virtual(bench: Bench) -> None:
     """Print the seconds of a virtual epoch and of a scoring pass over all images, as the method does them."""
     amp = has_bf16(bench.device)
     model = fresh_model(bench, amp)
-    few = bench.first(4 * bench.config.loader.batch_size)
-    bench_setup.virtual_epoch(few, model, amp)
-    bench_setup.score(few, model, amp)
-    for name, work in (("virtual epoch", bench_setup.virtual_epoch), ("scoring pass", bench_setup.score)):
-        took = bench_setup.seconds(partial(work, bench, model, amp), bench.device)
+    context = bench.context(amp)
+    virtual_epoch = partial(ASD.train_virtual_model, context, 0, model, ASD.build_virtual(context, model))
+    for name, work in (("virtual epoch", virtual_epoch), ("scoring pass", partial(bench_setup.score, bench, model, amp))):
+        work()  # untimed: a step is captured in its first run
+        took = bench_setup.seconds(work, bench.device)
         print(f"   {name} of {len(bench.train_set)} images: {took:.3f} s", flush=True)
 
 

@@ -90,10 +90,7 @@ def difference(a: nn.Module, b: nn.Module) -> float:
 def plain_loop(bench: Bench, model: nn.Module, draws: MixMatchDraws, capturable: bool = False) -> list[Tensor]:
     """Train with `ASD.mixmatch_step`, step by step; return what the steps return."""
     optimizer = build_optimizer(bench.config.optimizer, model.parameters(), capturable)
-    return [
-        ASD.mixmatch_step(bench.config, model, optimizer, bench.train_set, draws.step(i), bench.augment, bench.machine())
-        for i in range(STEPS)
-    ]
+    return [ASD.mixmatch_step(bench.context(), model, optimizer, draws.step(i)) for i in range(STEPS)]
 
 
 def reference_step(device: torch.device) -> bool:
@@ -129,7 +126,7 @@ def through_stepper(bench: Bench, model: nn.Module, draws: MixMatchDraws, captur
     optimizer = build_optimizer(bench.config.optimizer, model.parameters(), capturable=capture)
 
     def step(draw: MixMatchDraws) -> Tensor:
-        return ASD.mixmatch_step(bench.config, model, optimizer, bench.train_set, draw, bench.augment, bench.machine())
+        return ASD.mixmatch_step(bench.context(), model, optimizer, draw)
 
     stepper = Stepper(step, partial(changed_tensors, model, optimizer), width=3, capture=capture, insist=True)
     return stepper.run(draws, bench_setup.quiet)

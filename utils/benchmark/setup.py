@@ -18,15 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ASD
 from data.augment import Pipeline
-from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, draw_supervised, views
+from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, views
 from data.pools import rest
 from data.sets import ImageSet
 from data.transforms import normalize, random_crop, random_horizontal_flip, to_tensor
 from loss.mixmatch import ramp_up
 from loss.supervised import symmetric_cross_entropy
-from model.classifier import Classifier, build_classifier, virtual_copy
+from model.batch_counters import count_at_end
+from model.classifier import Classifier, build_classifier
 from model.networks import resnet18_cifar
-from model.optimizer import build_optimizer
 from utils.checkpoint import State
 from utils.config import (
     Backdoor,
@@ -64,6 +64,10 @@ class Bench:
     def machine(self, amp: bool = False) -> Machine:
         """Return the one process on that device."""
         return Machine(self.device, amp)
+
+    def context(self, amp: bool = False) -> ASD.Context:
+        """Return what a run on these images would have fixed."""
+        return ASD.Context(self.config, self.machine(amp), self.train_set, self.augment)
 
     def first(self, count: int) -> Bench:
         """Return the same bench with the first images only; no copy is made."""
@@ -159,7 +163,8 @@ class Training:
         self.state: State = ASD.build_state(self.config, self.machine, len(bench.train_set))
         self.state.model.train()
         self.epoch = 0
-        self.stepper = ASD.mixmatch_steps(self.config, self.state, bench.train_set, bench.augment, self.machine)
+        self.context = ASD.Context(self.config, self.machine, bench.train_set, bench.augment)
+        self.stepper = ASD.mixmatch_steps(self.context, self.state)
 
     def draws(self) -> MixMatchDraws:
         """Return the tables of the next steps, on the device."""
@@ -170,7 +175,8 @@ class Training:
 
     def __call__(self) -> float:
         """Train; return the milliseconds a step."""
-        took = seconds(lambda: self.stepper.run(self.draws(), quiet).tolist(), self.bench.device)
+        with count_at_end(self.state.model, ASD.FORWARDS * self.steps):  # as in an epoch
+            took = seconds(lambda: self.stepper.run(self.draws(), quiet).tolist(), self.bench.device)
         return 1000 * took / self.steps
 
 
@@ -191,7 +197,7 @@ def feed(bench: Bench, batch: int) -> float:
 
 def score(bench: Bench, model: nn.Module, amp: bool) -> Tensor:
     """Return the split losses (N,) as an epoch of the method finds them: BN folded."""
-    return ASD.split_losses(bench.config, 0, "score", model, bench.train_set, bench.augment, bench.machine(amp))
+    return ASD.split_losses(bench.context(amp), 0, "score", model)
 
 
 @torch.no_grad()
@@ -207,23 +213,6 @@ def score_unfolded(bench: Bench, model: nn.Module, amp: bool) -> Tensor:
             logits.append(model(images).float() if amp else model(images))
     model.train()
     return symmetric_cross_entropy(torch.cat(logits), bench.train_set.labels, sce.alpha, sce.beta).cpu()
-
-
-def virtual_epoch(bench: Bench, model: nn.Module, amp: bool) -> Classifier:
-    """Train the virtual model on all images of the bench once."""
-    return ASD.train_virtual_model(bench.config, 0, model, bench.train_set, bench.augment, bench.machine(amp))
-
-
-def virtual_epoch_unfrozen(bench: Bench, model: Classifier, amp: bool) -> Classifier:
-    """Train the same with gradients everywhere; the optimizer moves the last layers only."""
-    machine, n = bench.machine(amp), len(bench.train_set)
-    virtual_model, last_layers = virtual_copy(model)
-    virtual_model.requires_grad_(True)
-    optimizer = build_optimizer(bench.config.meta.optimizer, last_layers)
-    draws = draw_supervised(bench.config.seed.seed, "virtual 0", 0, n, bench.augment)
-    batch = bench.config.loader.batch_size
-    ASD.train_supervised("virtual model", virtual_model, optimizer, bench.train_set, draws, bench.augment, batch, machine)
-    return virtual_model
 
 
 def profile(training: Training, device: torch.device, rows: int = 25) -> str:
