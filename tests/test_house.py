@@ -141,15 +141,19 @@ def test_everything_public_has_a_docstring(source: str) -> None:
                 assert function.__doc__, f"{source}: {name}.{method}"
 
 
+# Pictures and TensorBoard, which may fail without harm to the results; parts of the benchmark, each a line of its report.
+REPORTS_FAILURES = ("utils/best_effort.py", "utils/benchmark/first_look.py", "utils/benchmark/proofs.py")
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_no_bare_except(source: str) -> None:
-    """No handler swallows everything but the one for what only shows results: all others raise again."""
+    """A handler of every exception raises again, but where the failure of a part is itself what is reported."""
     for node in ast.walk(parse(source)):
         if not isinstance(node, ast.ExceptHandler):
             continue
         assert node.type is not None, f"{source}:{node.lineno}"
         kinds = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
-        if kinds & {"Exception", "BaseException"} and (source, kinds) != ("utils/best_effort.py", {"Exception"}):
+        if kinds & {"Exception", "BaseException"} and not (source in REPORTS_FAILURES and kinds == {"Exception"}):
             assert any(isinstance(n, ast.Raise) for n in ast.walk(node)), f"{source}:{node.lineno}"
 
 
