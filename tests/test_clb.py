@@ -22,8 +22,7 @@ from data.sets import POISONED, RawData, Scene
 from model.networks import resnet18_cifar
 from utils import config
 from utils.errors import UserError
-from utils.layers import merge
-from utils.schema import Named
+from utils.schema import Named, merge
 
 TARGET = 1
 SMALL = Named("resnet18_cifar", resnet18_cifar.Settings(width=2, blocks=1))
@@ -448,9 +447,9 @@ def test_shipped_configuration_has_the_papers_numbers() -> None:
 def test_another_surrogate_replaces_that_of_the_base() -> None:
     """A YAML on top of another may name another surrogate, as it may another network; without a name it changes settings."""
     base = {"backdoor": {"clb": {"eps": 8, "surrogate": {"resnet18_cifar": {"width": 16}}}}}
-    other = merge(base, {"backdoor": {"clb": {"surrogate": {"resnet18": {}}}}})
+    other = merge(base, {"backdoor": {"clb": {"surrogate": {"resnet18": {}}}}}, config.Config)
     assert other == {"backdoor": {"clb": {"eps": 8, "surrogate": {"resnet18": {}}}}}
-    same = merge(base, {"backdoor": {"clb": {"surrogate": {"resnet18_cifar": {"blocks": 1}}}}})
+    same = merge(base, {"backdoor": {"clb": {"surrogate": {"resnet18_cifar": {"blocks": 1}}}}}, config.Config)
     assert same["backdoor"]["clb"]["surrogate"] == {"resnet18_cifar": {"width": 16, "blocks": 1}}
 
 

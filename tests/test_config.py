@@ -18,7 +18,7 @@ import data.attacks
 from utils import config
 from utils.config import Config
 from utils.errors import UserError
-from utils.layers import merge
+from utils.schema import merge
 
 ORIGINAL = """\
 ---
@@ -291,9 +291,9 @@ MISTAKES: list[tuple[str, Any, list[str]]] = [
     ("transform.test.remaining", None, ["to_tensor: true"]),
     ("transform.test.remaining", {"to_tensor": False}, ["to_tensor: true"]),
     ("transform.test.remaining", {"normalize": {}, "to_tensor": True}, ["to_tensor: true"]),
-    ("transform.test.primary", {"random_crop": {"size": 32}}, ["random_crop", "is random", "transform.train.primary"]),
-    ("transform.test.primary", {"gaussian_blur": {}}, ["gaussian_blur", "is random"]),
-    ("transform.pre", {"random_horizontal_flip": {}}, ["random_horizontal_flip", "is random"]),
+    ("transform.test.primary", {"random_crop": {"size": 32}}, ["random_crop", "belongs under", "transform.train.primary"]),
+    ("transform.test.primary", {"gaussian_blur": {}}, ["gaussian_blur", "transform.train.primary"]),
+    ("transform.pre", {"random_horizontal_flip": {}}, ["random_horizontal_flip", "transform.train.primary"]),
     ("transform.train.primary", {"to_tensor": True}, ["to_tensor", "transform.train.remaining"]),
     ("run", "../x", ["plain name"]),
     ("run", "a b", ["plain name"]),
@@ -652,7 +652,7 @@ def test_an_error_names_the_file_that_the_key_came_from(tmp_path: Path, in_base:
     if key.startswith("transform") and in_base:
         upper = {"seed": {"seed": 3}}  # a list of transforms given above replaces the base's
     (tmp_path / "deep").mkdir()
-    base_path = write(tmp_path / "deep" / "base.yaml", merge(tree, base))
+    base_path = write(tmp_path / "deep" / "base.yaml", merge(tree, base, Config))
     upper_path = write(tmp_path / "upper.yaml", {"base": "deep/base.yaml"} | upper)
     line = refusal(upper_path)
     assert line.startswith(f"{base_path if in_base else upper_path}: {key}")

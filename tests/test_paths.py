@@ -85,6 +85,7 @@ from data.loading import name_of_folder
 from data.picture import read_named
 from data.unlabelled import Pictures
 from utils import checkpoint
+from utils.config import Config
 from utils.layers import read_with_base
 from utils.run import Run
 locked, linked, yaml = (Path(p) for p in sys.argv[1:])
@@ -101,7 +102,7 @@ calls = {
     "images": lambda: Pictures(locked / "x", (), (5, 5)),
     "resume": lambda: run.checkpoint(f"{locked}/x.pt"),
     "read": lambda: checkpoint.read(locked / "x.pt"),
-    "base": lambda: read_with_base(yaml),
+    "base": lambda: read_with_base(yaml, Config),
     "link": lambda: listed(linked),
     "skipped": lambda: listed(linked, skip_unreadable=True).names,
     "label": lambda: (len(list(pictures.batches(9))), pictures.unreadable),

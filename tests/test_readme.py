@@ -1,4 +1,4 @@
-"""The README says what is so: its table of keys, its commands, its links."""
+"""The documentation says what is so: the list of settings, commands, links."""
 
 from __future__ import annotations
 
@@ -12,24 +12,61 @@ import pytest
 from conftest import REPOSITORY, run_script
 
 from data.sets import RawData
-from utils.config import Config
+from utils import plugins
+from utils.config import Config, documentation, load
+from utils.errors import UserError
 from utils.schema import describe
 
 README = (REPOSITORY / "README.md").read_text()
 
 
-@pytest.mark.parametrize("row", list(describe(Config)), ids=lambda row: row[0])
-def test_every_key_stands_in_the_table(row: tuple[str, str, str, str]) -> None:
-    """The table has every key with its kind, default and meaning, as `python -m utils.config` prints it."""
-    key, kind, default, text = row
-    assert f"| `{key}` | {kind} | {default} | {text} |" in README
+def test_the_list_of_settings_is_the_generated_one() -> None:
+    """docs/configuration.md is what `python -m utils.config` prints, and lists each key once."""
+    assert (REPOSITORY / "docs" / "configuration.md").read_text() == documentation()
+    keys = [key for key, *_ in describe(Config)]
+    assert len(keys) == len(set(keys))
 
 
-def test_the_table_has_no_key_that_does_not_exist() -> None:
-    """A key of the table that no setting has would mislead."""
-    table = README[README.index("## Every key") :]
-    told = re.findall(r"^\| `([\w.]+)` \|", table, re.M)
-    assert set(told) == {key for key, *_ in describe(Config)} and len(told) == len(set(told))
+MILESTONES = "{multi_step: {milestones: [0.5]}}"
+# Where a default alone is no YAML: values of keys that need one, or a key that needs another.
+SAMPLES = {
+    "network": ["network=resnet18_cifar"],
+    "backdoor": ["backdoor={blend: {}}"],
+    "dataset_dir": ["dataset=shapes", "dataset_dir=null"],
+    "lr_scheduler.multi_step.milestones": [f"lr_scheduler={MILESTONES}"],
+    "lr_scheduler.multi_step.gamma": [f"lr_scheduler={MILESTONES}", "lr_scheduler.multi_step.gamma=0.1"],
+    "undefended.lr_scheduler": [f"undefended.lr_scheduler={MILESTONES}"],
+    "transform.train.remaining": ["transform.train.remaining={to_tensor: true}"],
+    "transform.test.remaining": ["transform.test.remaining={to_tensor: true}"],
+}
+
+
+@pytest.mark.parametrize(("key", "default"), [(key, default) for key, _, default, _ in describe(Config)])
+def test_every_listed_key_is_accepted(key: str, default: str) -> None:
+    """A YAML may give any key of the list, with the default that the list names."""
+    overrides = SAMPLES.get(key, [f"{key}={default}"])
+    section, remaining, inner = key.partition(".remaining.")
+    if remaining:  # these steps are given together
+        name, setting = inner.split(".")
+        overrides = [f"{section}.remaining={{to_tensor: true, {name}: {{{setting}: {default}}}}}"]
+    load(REPOSITORY / "config" / "baseline_asd.yaml", overrides)
+
+
+PLACES = ("transform.pre", "transform.train.primary", "transform.train.remaining", "transform.test.primary")
+
+
+@pytest.mark.parametrize("name", plugins.names("data.transforms"))
+@pytest.mark.parametrize("place", [*PLACES, "transform.test.remaining"])
+def test_transforms_are_listed_only_where_they_are_accepted(place: str, name: str) -> None:
+    """Each transform is refused in every section that its file does not declare, and accepted in those that it does."""
+    first = "to_tensor: true, " if place.endswith(".remaining") and name != "to_tensor" else ""
+    steps = f"{{{first}{name}: {{}}}}"
+    override = [f"{place}={steps}"]
+    if place in plugins.load("data.transforms", name).PLACES:
+        load(REPOSITORY / "config" / "baseline_asd.yaml", override)
+    else:
+        with pytest.raises(UserError, match=f"{place}.{name}: .*belongs under transform"):
+            load(REPOSITORY / "config" / "baseline_asd.yaml", override)
 
 
 def test_every_link_leads_somewhere() -> None:
@@ -58,7 +95,6 @@ def test_every_command_exists() -> None:
 def test_the_yaml_example_loads(tmp_path: Path) -> None:
     """The README's example of another attack is a configuration that loads, and its trigger can be made."""
     from data.poison import build_attack
-    from utils.config import load
 
     example = re.findall(r"```yaml\n(.*?)```", README, re.S)[0]
     assert "base: baseline_asd.yaml" in example

@@ -18,6 +18,7 @@ import yaml
 
 from utils.errors import UserError
 from utils.paths import is_file
+from utils.schema import merge
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Layer:
     origin: dict[str, str] = field(default_factory=dict)  # dotted key: the file, or `--set key`, that gave it
     written: dict[str, str] = field(default_factory=dict)  # dotted key (`a.b`, `a.b[0]`): the text of a value that is no text
 
-    def under(self, over: Layer) -> Layer:
-        """Return this layer with another one on top."""
-        return Layer(merge(self.tree, over.tree), self.origin | over.origin, self.written | over.written)
+    def under(self, over: Layer, schema: type) -> Layer:
+        """Return this layer with another one on top, both of a schema."""
+        return Layer(merge(self.tree, over.tree, schema), self.origin | over.origin, self.written | over.written)
 
 
 class Loader(yaml.SafeLoader):
@@ -113,44 +114,6 @@ def problem(error: Exception) -> str:
     return " ".join(str(getattr(error, "problem", None) or error).split())
 
 
-CHOICE_KEYS = (
-    "network",
-    "dataset",
-    "optimizer",
-    "meta.optimizer",
-    "lr_scheduler",
-    "undefended.optimizer",
-    "undefended.lr_scheduler",
-    "backdoor.clb.surrogate",
-    "backdoor.iab.surrogate",
-)
-EITHER_OR = {"backdoor.badnets": {"trigger_path", "pattern"}}  # of these keys of a section one is given
-
-
-def merge(base: dict[str, Any], over: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Return `base` with `over` on top, section by section.
-
-    Where a section chooses one of several names (optimizer, network, the attack ...) another name replaces the base's
-    choice instead of standing beside it, and so does the other one of two keys that exclude each other. The order of
-    transforms is the upper file's.
-    """
-    out = dict(base)
-    if path in EITHER_OR and EITHER_OR[path] & set(over):
-        out = {k: v for k, v in base.items() if k not in EITHER_OR[path]}
-    if path in CHOICE_KEYS and set(over) - set(base):
-        return over
-    if path == "backdoor":
-        plain = {"poison_ratio", "target_label", "poison_mode"}
-        if set(over) - plain - set(base):
-            out = {k: v for k, v in base.items() if k in plain}
-    for key, value in over.items():
-        at = f"{path}.{key}" if path else str(key)
-        whole = at.startswith("transform.") and at.rpartition(".")[2] in ("pre", "primary", "remaining")
-        both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = merge(out[key], value, at) if both and not whole else value
-    return out
-
-
 def leaves(tree: Mapping[str, Any], path: str = "") -> list[str]:
     """Return the dotted paths of every key, sections included."""
     out: list[str] = []
@@ -162,7 +125,7 @@ def leaves(tree: Mapping[str, Any], path: str = "") -> list[str]:
     return out
 
 
-def read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> Layer:
+def read_with_base(path: Path, schema: type, seen: tuple[Path, ...] = ()) -> Layer:
     """Return a YAML laid over the chain of its bases."""
     if path.resolve() in seen:
         raise UserError(f"{path}: base: {path.name}: names itself in a circle: remove one base")
@@ -178,7 +141,7 @@ def read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> Layer:
         if resolved != path and resolved.is_file():  # a run keeps both; the copy of its YAML has lost its base
             remedy = f"for the settings of this run give --config {resolved}, which needs no base"
         raise UserError(f"{path}: base: {base}: no such file beside this one: {remedy}")
-    return read_with_base(path.parent / base, (*seen, path.resolve())).under(layer)
+    return read_with_base(path.parent / base, schema, (*seen, path.resolve())).under(layer, schema)
 
 
 def parse_override(text: str) -> Layer:

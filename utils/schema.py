@@ -35,14 +35,26 @@ class Named:
 
 @dataclass(frozen=True)
 class Choices:
-    """Where the names of a `Named` field come from: a table of dataclasses, or the files of a package."""
+    """Where the names of a `Named` field come from: a table of dataclasses, or the files of a package.
+
+    With a `place`, only those plug-ins that declare it in their `PLACES`.
+    """
 
     table: Mapping[str, type] | None = None
     package: str | None = None
+    place: str | None = None
 
     def names(self) -> list[str]:
         """Return the legal names."""
-        return list(self.table) if self.table is not None else plugins.names(str(self.package))
+        if self.table is not None:
+            return list(self.table)
+        return [name for name in plugins.names(str(self.package)) if self.place is None or self.place in self.places(name)]
+
+    def places(self, name: str) -> tuple[str, ...]:
+        """Return where the plug-in `name` may stand; nowhere if there is none of that name."""
+        if self.place is None or name not in plugins.names(str(self.package)):
+            return ()
+        return tuple(plugins.load(str(self.package), name).PLACES)
 
     def schema(self, name: str) -> type:
         """Return the dataclass of the settings of `name`."""
@@ -62,12 +74,13 @@ def setting(
     inline: bool = False,
     key: str | None = None,
     stands_for: str | None = None,
+    instead_of: str | None = None,
 ) -> Any:
     """Declare one key of the YAML.
 
     Args:
         default: the value when the key is absent; a dataclass type means that section with all its defaults.
-        help: one line for the README's table, with the unit.
+        help: one line for docs/configuration.md, with the unit.
         low, high: inclusive bounds; above, below: exclusive ones. They hold for every number of a tuple.
         options: the legal strings.
         choices: the legal names of a `Named` field.
@@ -75,9 +88,10 @@ def setting(
         key: the name in the YAML where Python does not allow it (`global`).
         stands_for: a run depends on what the value names, and goes on under another value if that is the same: `images`,
             which the manifest has (`utils/manifest.py`), or `files`, a file or folder whose bytes count.
+        instead_of: another key of the section; a YAML that gives this one takes back what its base gives for the other.
     """
     meta: dict[str, Any] = dict(help=help, low=low, high=high, above=above, below=below)
-    meta |= dict(options=options, choices=choices, inline=inline, key=key, stands_for=stands_for)
+    meta |= dict(options=options, choices=choices, inline=inline, key=key, stands_for=stands_for, instead_of=instead_of)
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
@@ -86,6 +100,53 @@ def setting(
 def yaml_key(field: dataclasses.Field[Any]) -> str:
     """Return the field's name as the YAML has it."""
     return field.metadata.get("key") or field.name
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], schema: type | None) -> dict[str, Any]:
+    """Return the mapping `base` with `over` on top, section by section.
+
+    Where a section chooses one of several names (an optimizer, a network, the attack), another name replaces the base's choice
+    instead of standing beside it, and a key declared `instead_of` another takes that one back. A list of names, as of
+    transforms, is `over`'s whole, in its order.
+
+    Args:
+        schema: of both; None: unknown, so that every key is a section or a value.
+    """
+    fields = {} if schema is None else {yaml_key(f): f for f in dataclasses.fields(schema)}
+    hints = {} if schema is None else typing.get_type_hints(schema)
+    replaced = {f.metadata["instead_of"] for key, f in fields.items() if key in over and f.metadata.get("instead_of")}
+    out = {key: value for key, value in base.items() if key not in replaced}
+    inline = next((f for f in fields.values() if f.metadata.get("inline")), None)
+    if inline is not None:
+        names = [key for key in over if key not in fields]
+        if set(names) - set(base):
+            out = {key: value for key, value in out.items() if key in fields}
+    for key, value in over.items():
+        below = out.get(key)
+        if not isinstance(value, Mapping) or not isinstance(below, Mapping):
+            out[key] = value
+        elif key in fields:
+            out[key] = merge_value(below, value, hints[fields[key].name], fields[key].metadata.get("choices"))
+        else:
+            out[key] = merge(below, value, schema_of(inline.metadata["choices"], key) if inline else None)
+    return out
+
+
+def merge_value(base: Mapping[str, Any], over: Mapping[str, Any], hint: Any, choices: Choices | None) -> Mapping[str, Any]:
+    """Merge the two mappings that a base and a YAML on top of it give for one field of the type `hint`."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    inner = kinds[0] if typing.get_origin(hint) in (types.UnionType, typing.Union) else hint
+    if choices is None:
+        return merge(base, over, typing.cast(type, inner) if dataclasses.is_dataclass(inner) else None)
+    if inner is not Named or set(over) - set(base):
+        return over
+    both = {n: v for n, v in over.items() if isinstance(v, Mapping) and isinstance(base[n], Mapping)}
+    return {**base, **over, **{n: merge(base[n], v, schema_of(choices, n)) for n, v in both.items()}}
+
+
+def schema_of(choices: Choices, name: str) -> type | None:
+    """Return the schema of a choice's settings; None where there is no such choice, which the reader says later."""
+    return choices.schema(name) if name in choices.names() else None
 
 
 class Reader:
@@ -145,6 +206,8 @@ class Reader:
         for name, value in raw.items():
             if name not in choices.names():
                 at = f"{path}.{name}" if path else str(name)
+                if places := choices.places(name):
+                    self.fail(at, value, f"belongs under {' or '.join(places)}")
                 self.fail(at, value, f"unknown key; {nearest(name, [*choices.names(), *(also or ())])}")
         if len(raw) > 1:
             self.fail(path, raw, f"{len(raw)} names where one is chosen: keep one of {', '.join(map(str, raw))}")
@@ -273,28 +336,30 @@ def stand_ins(settings: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
                 yield from stand_ins(item, at)
 
 
-def describe(schema: type, path: str = "", told: set[int | str] | None = None) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (key, type, default, help) of every key below `schema`: the README's table.
+def describe(schema: type, path: str = "", described: set[type] | None = None) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (key, type, default, help) of every key below `schema`, for the documentation.
 
-    The settings of a set of choices (the optimizers, the transforms) are told once, at its first place.
+    The settings of a choice (an optimizer, a transform) are described once, at the first place that takes it.
     """
     hints = typing.get_type_hints(schema)
-    told = set() if told is None else told
+    described = set() if described is None else described
     for f in dataclasses.fields(schema):
         meta, hint = f.metadata, hints[f.name]
         at = path if meta.get("inline") else (f"{path}.{yaml_key(f)}" if path else yaml_key(f))
         optional = [a for a in typing.get_args(hint) if a is not type(None)]
         inner = optional[0] if typing.get_origin(hint) in (types.UnionType, typing.Union) else hint
         if dataclasses.is_dataclass(inner) and inner is not Named:
-            yield from describe(typing.cast(type, inner), at, told)
+            if inner is not hint:  # a section that may be null
+                yield at, "section", default_text(f), meta["help"]
+            yield from describe(typing.cast(type, inner), at, described)
         elif meta.get("choices") is not None:
             if not meta.get("inline"):
                 yield at, "one of" if inner is Named else "any of", default_text(f), meta["help"]
-            of_choices = meta["choices"].package or id(meta["choices"])
-            if of_choices not in told:
-                told.add(of_choices)
-                for name in meta["choices"].names():
-                    yield from describe(meta["choices"].schema(name), f"{at}.{name}", told)
+            for name in meta["choices"].names():
+                chosen = meta["choices"].schema(name)
+                if chosen not in described:
+                    described.add(chosen)
+                    yield from describe(chosen, f"{at}.{name}", described)
         else:
             kind = str(getattr(inner, "__name__", inner)) if typing.get_origin(inner) is None else "list"
             yield at, (" / ".join(meta["options"]) if meta.get("options") else kind), default_text(f), meta["help"]
@@ -305,4 +370,6 @@ def default_text(field: dataclasses.Field[Any]) -> str:
     if field.default is REQUIRED:
         return "required" if field.default_factory is REQUIRED else ""
     value = as_dict(field.default)
+    if isinstance(value, float) and "e" in repr(value):
+        return with_point(repr(value))
     return ", ".join(value) if isinstance(value, dict) else json.dumps(value)

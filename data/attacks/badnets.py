@@ -31,12 +31,13 @@ HUES = np.array([[255, 0, 0], [255, 255, 0], [0, 255, 0], [0, 255, 255], [0, 0, 
 @dataclass(frozen=True)
 class Settings:
     trigger_path: str | None = setting(
-        None, "a PNG of the images' size; black pixels mean `no trigger here`", stands_for="files"
+        None, "a PNG of the images' size; black pixels mean `no trigger here`", stands_for="files", instead_of="pattern"
     )
     pattern: str | None = setting(
         None,
         "a built-in patch instead of a picture; null: block2x2, from 64 px on glyph, of 32 x 32 pixels by the seed",
         options=("block2x2", "corner3x3", "checker3x3", "glyph"),
+        instead_of="trigger_path",
     )
 
 

@@ -6,7 +6,8 @@
 - `apply(images, draws)` maps uint8 (B, 3, H, W) and its rows of the table to uint8 (B, 3, H', W'); or
 - `remap(rows, cols, draws)` for transforms that only move pixels: they are fused into one gather.
 
-Those that `transform.pre` may name (nothing in them is random) also take a PIL picture in `apply` and return one.
+`PLACES` names the sections of the YAML that a transform may stand in. One of `transform.pre` or `transform.test.primary` draws
+nothing; one of `transform.pre` also takes a PIL picture in `apply` and returns one.
 
 The draws are made outside, so that every device, an interrupted run and a reference see the same ones. `apply` and `remap`
 run within a step that CUDA captures as a graph: their operators and shapes depend on shapes and settings alone, and nothing

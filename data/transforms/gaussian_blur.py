@@ -12,6 +12,8 @@ from torch import Tensor
 from data.transforms._levels import to_uint8
 from utils.schema import setting
 
+PLACES = ("transform.train.primary",)
+
 
 @dataclass(frozen=True)
 class Settings:

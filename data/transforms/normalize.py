@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from utils.schema import setting
 
+PLACES = ("transform.train.remaining", "transform.test.remaining")
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -12,6 +12,8 @@ from utils.schema import setting
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
+PLACES = ("transform.train.primary",)
+
 
 @dataclass(frozen=True)
 class Settings:

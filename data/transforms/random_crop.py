@@ -10,6 +10,8 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.schema import setting
 
+PLACES = ("transform.train.primary",)
+
 
 @dataclass(frozen=True)
 class Settings:

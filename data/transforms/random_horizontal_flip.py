@@ -9,6 +9,8 @@ from torch import Tensor
 
 from utils.schema import setting
 
+PLACES = ("transform.train.primary",)
+
 
 @dataclass(frozen=True)
 class Settings:

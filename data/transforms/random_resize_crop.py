@@ -13,6 +13,8 @@ from utils.schema import setting
 
 ATTEMPTS = 10  # then the whole image, its shape bounded, as in torchvision
 
+PLACES = ("transform.train.primary",)
+
 
 @dataclass(frozen=True)
 class Settings:

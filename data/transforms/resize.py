@@ -10,6 +10,8 @@ from torchvision.transforms.v2 import functional as F
 
 from utils.schema import setting
 
+PLACES = ("transform.pre", "transform.train.primary", "transform.test.primary")
+
 
 @dataclass(frozen=True)
 class Settings:

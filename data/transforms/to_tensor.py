@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PLACES = ("transform.train.remaining", "transform.test.remaining")
+
 
 @dataclass(frozen=True)
 class Settings:
