@@ -78,19 +78,24 @@ class SupervisedDraws(NamedTuple):
     def cut(self, batch: int, least: int) -> tuple[SupervisedDraws, SupervisedDraws]:
         """Cut the pass into S batches of equal size and a last one, which is what is left.
 
-        A rest of fewer than `least` images joins the batch before: batch normalization cannot train on a single value.
-
         Returns:
             the tables of the equal batches, (S, batch) and (S, batch, k), a row a step, and of the last one, (L,) and
             (L, k); S or L may be 0.
         """
-        count = len(self.order)
-        rest = count % batch
-        if 0 < rest < least and rest < count:
-            rest += batch
-        steps = (count - rest) // batch
-        equal = (table[: count - rest].view(steps, batch, *table.shape[1:]) for table in self)
-        return SupervisedDraws(*equal), SupervisedDraws(*(table[count - rest :] for table in self))
+        steps, _ = count_batches(len(self.order), batch, least)
+        equal = (table[: steps * batch].view(steps, batch, *table.shape[1:]) for table in self)
+        return SupervisedDraws(*equal), SupervisedDraws(*(table[steps * batch :] for table in self))
+
+
+def count_batches(count: int, batch: int, least: int) -> tuple[int, int]:
+    """Return how many full batches a pass over `count` images has, and how many images its last, other one.
+
+    A rest of fewer than `least` images joins the batch before: batch normalization cannot train on a single value.
+    """
+    rest = count % batch
+    if 0 < rest < least and rest < count:
+        rest += batch
+    return (count - rest) // batch, rest
 
 
 def draw_supervised(seed: int, purpose: str, epoch: int, count: int, augment: Pipeline) -> SupervisedDraws:

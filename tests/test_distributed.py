@@ -212,9 +212,9 @@ def test_a_step_of_one_process_is_refused_before_several_start(
     config = load(tiny, [*settings, f"sync_bn={sync_bn}"])
     check_processes(config, 1)
     started: list[Any] = []
+    monkeypatch.setattr("torch.distributed.run.main", started.append)
     for name, fact in {"is_available": True, "device_count": 2, "set_device": None}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, fact=fact: fact)
-    monkeypatch.setattr("subprocess.call", lambda command: started.append(command) or 0)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(UserError) as caught:
         start_processes("0,1", lambda count: check_processes(config, count))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from data.batches import batch_slices
+from data.batches import count_batches
 from data.loading import dataset_of
 from utils import checkpoint, config, suspects
 from utils.benchmark.cli import processor
@@ -84,8 +84,8 @@ def collect(run: str, source: Path, weights: Path, facts: dict[str, str], out: P
         write_text(out / run / name, text)
     yamls = [path for path in source.glob("*.yaml") if path.name != "config.yaml"]
     newest = max(yamls, key=lambda path: path.stat().st_mtime, default=source / "config.yaml").name
-    images, batch = len(saved["epochs_in_clean_pool"]), c.undefended.batch_size
-    steps = c.semi.mixmatch.train_iteration if c.defense == "asd" else len(batch_slices(images, batch, least=2))
+    full, rest = count_batches(len(saved["epochs_in_clean_pool"]), c.undefended.batch_size, least=2)
+    steps = c.semi.mixmatch.train_iteration if c.defense == "asd" else full + (rest > 0)
     card = {
         "attack": c.attack.name if c.attacker.poison_ratio else "none",
         "defense": c.defense,
