@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 SMALL = Sizes(120, 10, 12, 12, 1, 1, (120, 240), least=0.001)
 
 
+@pytest.mark.slow
 def test_a_report_has_all_that_readers_look_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -146,6 +146,7 @@ def test_views_are_the_same_on_a_device() -> None:
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_the_losses_of_a_step_are_one_traceable_function(grouped: bool, amp: bool) -> None:
