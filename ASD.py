@@ -35,8 +35,8 @@ from loss.supervised import cross_entropy, symmetric_cross_entropy
 from model.batch_counters import count_at_end
 from model.classifier import Classifier, build_classifier, copy_values, virtual_copy
 from model.grouped_norm import forward_each, group, rows_per_group
+from model.inference import predict
 from model.optimizer import build_optimizer, build_scheduler, restart
-from model.scoring import predict
 from model.sync_norm import synchronize
 from utils import checkpoint, config, manifest
 from utils.checkpoint import State

@@ -24,7 +24,7 @@ from data.augment import Pipeline
 from data.poison import prepare_tests
 from data.unlabelled import Pictures, label_table
 from model.classifier import build_classifier
-from model.scoring import predict
+from model.inference import predict
 from utils import checkpoint, config
 from utils.cli import command, parse_arguments
 from utils.config import Config

@@ -1,1 +1,1 @@
-"""Networks, their optimizers, scoring and the virtual model. Stands on utils; knows neither data nor losses."""
+"""Networks, their optimizers, inference and the virtual model. Stands on utils; knows neither data nor losses."""

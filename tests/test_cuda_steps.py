@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
@@ -11,13 +14,17 @@ from unittest import mock
 import pytest
 import torch
 from fake_cuda import CUDA, Graph, Operation, Stream, pretended_cuda, running_device, tensors_in
+from test_equality import check_captured
 from torch import Tensor, nn
 
+import ASD
+from benchmark import first_look, workload
+from benchmark.workload import in_runtime, make_context
+from data.batches import draw_mixmatch
+from data.pools import rest
+from loss.mixmatch import ramp_up
 from model.optimizer import build_optimizer, build_scheduler
-from utils.benchmark import first_look
-from utils.benchmark import proofs as bench_proofs
-from utils.benchmark.setup import Kind, Training, make_bench, quiet
-from utils.config import SGD, Adam, MultiStep
+from utils.config import SGD, Adam, MixMatch, MultiStep, Runtime
 from utils.schema import Named
 from utils.stepper import TRIAL, Stepper, changed_tensors
 
@@ -26,9 +33,21 @@ ADAM = Named("Adam", Adam())
 Change = Callable[[list[Operation]], list[Operation]]
 
 
-def mixmatch(kind: Kind, blocks: int = 1, steps: int = 3) -> Training:
-    """MixMatch on random images, for a network of width 8: narrower ones crash torch 2.14 without AVX-512."""
-    return Training(make_bench(120, 8, 8, CUDA, blocks), 20, steps, kind)
+def mixmatch_stepper(mode: str, amp: bool = False, blocks: int = 1, steps: int = 3) -> tuple[Stepper, Any]:
+    """The method's own stepper and tables, for a network of width 8: narrower ones crash torch 2.14 without AVX-512."""
+    context = in_runtime(make_context(120, 8, 8, CUDA, blocks), Runtime(mode, amp=amp))
+    semi = replace(context.config.semi, mixmatch=MixMatch(train_iteration=steps))
+    context = replace(context, config=replace(context.config, semi=semi))
+    state = ASD.build_state(context.config, context.machine, 120)
+    state.model.train()
+    pool = torch.arange(20)
+    draws = draw_mixmatch(context.config, 1, pool, rest(pool, 120), context.augment, ramp_up(1, steps, 15.0, 120))
+    return ASD.mixmatch_steps(context, state), draws.to(CUDA)
+
+
+def quiet(numbers: Iterable[int]) -> Iterable[int]:
+    """Show no progress."""
+    return numbers
 
 
 @pytest.mark.parametrize("amp", [False, True])
@@ -36,12 +55,11 @@ def test_a_step_never_waits_for_the_host(amp: bool) -> None:
     """A MixMatch step of ResNet-18 reads nothing from the device and sends nothing to it. It starts 900 operators at most
     (with bf16 1,120), and in bf16 every convolution gets its images and weights with the channels last."""
     with pretended_cuda() as device:
-        training = mixmatch(Kind("eager", amp), blocks=2, steps=1)
-        draws = training.draws()
-        training.stepper.run(draws, quiet)
+        stepper, draws = mixmatch_stepper("eager", amp, blocks=2, steps=1)
+        stepper.run(draws, quiet)
         for counter in (device.reads, device.uploads, device.launches, device.channels_last):
             counter.clear()
-        training.stepper.run(draws, quiet)
+        stepper.run(draws, quiet)
     assert not device.reads and not device.uploads
     assert sum(device.launches.values()) <= (1120 if amp else 900)
     assert device.channels_last.total() == 2 * 5 * 20  # inputs and weights of five forward passes
@@ -97,11 +115,7 @@ def test_a_schedule_reaches_the_captured_step(optimizer: Named) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)) and others == same
 
 
-def mixmatch_stepper() -> tuple[Stepper, Any]:
-    """The method's own stepper and tables of three steps."""
-    training = mixmatch(Kind("graph", graph=True))
-    training.stepper.insist = False
-    return training.stepper, training.draws()
+mixmatch_graph = partial(mixmatch_stepper, "auto")
 
 
 def trial(make: Callable[[], tuple[Stepper, Any]], change: Change) -> tuple[list[str], int]:
@@ -159,7 +173,7 @@ def rounded(operations: list[Operation]) -> list[Operation]:
 
 
 @pytest.mark.parametrize(
-    ("make", "change"), [(small_stepper, list), pytest.param(mixmatch_stepper, rounded, marks=pytest.mark.slow)]
+    ("make", "change"), [(small_stepper, list), pytest.param(mixmatch_graph, rounded, marks=pytest.mark.slow)]
 )
 def test_the_trial_accepts_a_whole_graph(make: Callable[[], tuple[Stepper, Any]], change: Change) -> None:
     """A graph that does all of the step is used, also if its kernels round in another way."""
@@ -188,7 +202,7 @@ def test_the_trial_refuses_a_graph_that_lacks_a_part(name: str) -> None:
 @pytest.mark.slow
 def test_the_trial_of_mixmatch_refuses_a_graph_without_the_optimizer() -> None:
     """The BN statistics and step counts of a whole network, far larger than its weights, hide nothing."""
-    lines, replays = trial(mixmatch_stepper, without(is_optimizer))
+    lines, replays = trial(mixmatch_graph, without(is_optimizer))
     assert len(lines) == 1 and "weights" in lines[0] and replays == TRIAL
 
 
@@ -248,16 +262,16 @@ def test_a_mistake_in_a_step_is_raised_as_it_is() -> None:
 
 
 @pytest.mark.slow
-def test_the_benchmark_proves_the_captured_step() -> None:
-    """The proof that only a CUDA device has: replays and eager steps give the same numbers in float64."""
+def test_replays_are_eager_steps() -> None:
+    """Replays of a captured MixMatch step and eager steps give the same numbers in float64."""
     with pretended_cuda():
-        assert bench_proofs.graph_replay(CUDA)
+        check_captured(CUDA)
 
 
 @pytest.mark.slow
 def test_the_first_look_goes_on_without_a_graph(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Where the capture of one variant fails, it is named, and the others are measured."""
-    begin, tries, iteration, scoring = Graph.capture_begin, count(), first_look.iteration, first_look.scoring
+    begin, tries = Graph.capture_begin, count()
 
     def capture_begin(graph: Graph, *args: object, **kwargs: object) -> None:
         if next(tries) == 0:
@@ -266,17 +280,17 @@ def test_the_first_look_goes_on_without_a_graph(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(Graph, "capture_begin", capture_begin)
     monkeypatch.setattr("utils.machine.Machine.compiled", lambda self, function: function)
-    monkeypatch.setattr(first_look, "make_bench", lambda *_: make_bench(120, 8, 4, CUDA, 1))
-    monkeypatch.setattr(first_look, "iteration", lambda bench, kind, steps, found: iteration(bench, kind, 1, found))
-    monkeypatch.setattr(first_look, "scoring", lambda bench, batches: scoring(bench, (4,)))
-    monkeypatch.setattr(first_look, "milliseconds", lambda work, device: (work(), 1.0)[1])
-    monkeypatch.setattr(first_look, "step_time", lambda *_: 1.0)
-    monkeypatch.setattr("utils.benchmark.setup.iteration_gflop", lambda *_: 1.0)
-    for name in ("proofs", "ceilings", "virtual", "convolutions"):
+    monkeypatch.setattr(workload, "make_context", lambda *_: make_context(120, 8, 4, CUDA, 1))
+    monkeypatch.setattr(workload, "step_gflop", lambda *_: 1.0)
+    monkeypatch.setattr(first_look, "timer", time.perf_counter)  # torch's own waits for a driver
+    monkeypatch.setattr(first_look, "timed", lambda work: argparse.Namespace(median=1.0))
+    monkeypatch.setattr(first_look, "STEPS", 1)
+    monkeypatch.setattr(first_look, "SIDE", 32)
+    for name in ("inference", "virtual"):
         monkeypatch.setattr(first_look, name, lambda *_: None)
     with pretended_cuda() as device:
-        assert first_look.look(CUDA, 8, 4) == ["iteration: graph"]
+        assert first_look.look(CUDA, 8, 4) == ["step: graph"]
     printed = capsys.readouterr().out
-    assert "FAILED: UserError" in printed and "out of luck" in printed
-    assert printed.count("ms an iteration") == 2 and "folded graph" in printed
-    assert len(device.graphs) == 2  # of the third variant and of scoring
+    assert "warning: step: graph" in printed and "out of luck" in printed
+    assert printed.count("ms a step") == 2
+    assert len(device.graphs) == 1  # of the third variant

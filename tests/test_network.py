@@ -6,6 +6,7 @@ import copy
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 
 from model.backbone import NarrowProjection, is_narrow_projection
 from model.classifier import Classifier, build_classifier, virtual_copy
+from model.inference import predict
 from model.networks.resnet18_cifar import Settings
 from model.optimizer import build_optimizer, build_scheduler
-from model.scoring import predict
 from utils.config import SGD, Adam, CosineAnnealing, MultiStep
 from utils.machine import Machine
 from utils.schema import Named
@@ -164,14 +165,17 @@ def test_forward_is_the_network_of_the_paper(width: int, blocks: int, classes: i
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_predict_scores_in_eval_mode_and_changes_nothing(training: bool) -> None:
-    """Logits of unequal batches come in order, each image on its own, and mode and BN statistics are as before."""
+def test_predict_is_in_eval_mode_and_changes_nothing(training: bool) -> None:
+    """Logits of unequal batches come in order, each image on its own. Afterwards every module has the mode that it had, also
+    where modes differ, and BN statistics are as before."""
     model = used(network(blocks=1))
     model.train(training)
+    model.backbone.bn1.train(not training)
+    modes = [module.training for module in model.modules()]
     before = copy.deepcopy(model.state_dict())
     images = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     logits = predict(model, iter([images[:3], images[3:6], images[6:]]), FP32)
-    assert all(module.training == training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
     assert all(p.requires_grad for p in model.parameters())
     assert logits.shape == (7, 10)
     assert logits.std(0).min() > 1e-3  # the images matter
@@ -182,6 +186,19 @@ def test_predict_scores_in_eval_mode_and_changes_nothing(training: bool) -> None
     for i in range(7):
         alone = slow_forward(weights, images[i : i + 1].double(), 2, 1)
         torch.testing.assert_close(logits[i : i + 1].double(), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_modes_are_restored_after_an_error() -> None:
+    """Where a batch cannot be read, the model does not stay in eval mode."""
+
+    def batches() -> Iterator[Tensor]:
+        yield torch.zeros(2, 3, 32, 32)
+        raise OSError("unreadable")
+
+    model = network(blocks=1).train()
+    with pytest.raises(OSError, match="unreadable"):
+        predict(model, batches(), FP32)
+    assert all(module.training for module in model.modules())
 
 
 def test_virtual_model_learns_in_its_last_layers_only() -> None:

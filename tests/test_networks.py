@@ -1,4 +1,4 @@
-"""The networks by name: sizes, shapes, weights, parts, folding, grouped statistics, and all three stages with each."""
+"""The networks by name: sizes, shapes, weights, parts, grouped statistics, and all three stages with each."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ from data.sets import ImageSet
 from model.backbone import part_names
 from model.batch_counters import count_at_end
 from model.classifier import Classifier, build_classifier, virtual_copy
-from model.folding import fold
 from model.grouped_norm import forward_each, group, rows_per_group
-from model.scoring import predict
+from model.inference import predict
 from utils import config, plugins
 from utils.checkpoint import State
 from utils.errors import UserError
@@ -422,19 +421,7 @@ def test_images_of_a_wrong_size_are_refused(name: str, settings: dict[str, Any],
     assert "\n" not in str(caught.value)
 
 
-# Scoring, merged forwards, precision, dropout.
-
-UNFOLDED = {"densenet121": 12, "preact_resnet18": 5, "wide_resnet": 3}  # normalizations that no convolution alone leads to
-
-
-@every_network
-def test_scoring_folds_what_may_be_folded(name: str) -> None:
-    """Folding changes no logit of any network, and leaves just the normalizations that come after a sum or a concatenation."""
-    model = small(name).eval()
-    images = some_images(3)
-    folded = fold(model, images[:1])
-    torch.testing.assert_close(folded(images), model(images), rtol=1e-9, atol=1e-9)
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == UNFOLDED.get(name, 0)
+# Inference, merged forwards, precision, dropout.
 
 
 @every_network

@@ -43,7 +43,7 @@ def signalled(process: subprocess.Popen[str], *numbers: signal.Signals) -> tuple
 
 
 @SIGNALS
-@pytest.mark.parametrize("command", [["ASD.py"], ["test.py"], ["-m", "data.poison"], ["-m", "utils.benchmark"]], ids=str)
+@pytest.mark.parametrize("command", [["ASD.py"], ["test.py"], ["-m", "data.poison"], ["-m", "benchmark"]], ids=str)
 def test_a_command_is_stopped_while_it_is_imported(
     tmp_path: Path, command: list[str], number: signal.Signals, code: int
 ) -> None:

@@ -19,11 +19,11 @@ import yaml
 from data.batches import count_batches
 from data.loading import dataset_of
 from utils import checkpoint, config, suspects
-from utils.benchmark.cli import processor
 from utils.cli import Parser, command
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import write_text
+from utils.machine import processor
 from utils.run import LATEST
 
 HERE = Path(__file__).parent

@@ -1,12 +1,12 @@
-"""`python -m utils.benchmark`."""
+"""`python -m benchmark`."""
 
 if __name__ == "__main__":  # before the imports, which take seconds
     from utils.startup import begin
 
-    begin("utils.benchmark")
+    begin("benchmark")
 
-from utils.benchmark.cli import main
+from benchmark.run import main
 from utils.cli import command
 
 if __name__ == "__main__":
-    command("utils.benchmark", main)
+    command("benchmark", main)

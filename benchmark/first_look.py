@@ -1,0 +1,91 @@
+"""The first minutes on a new CUDA device: the step in its variants, inference, the virtual epoch.
+
+Each part prints as it goes. A part that fails is one line, the next one begins, and the end names what failed.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch.utils.benchmark import timer
+
+import ASD
+from benchmark import workload
+from benchmark.workload import Work, in_runtime, timed
+from utils.best_effort import BestEffort
+from utils.config import Loader, Runtime
+from utils.machine import has_bf16
+
+IMAGES, STEPS, SIDE = 50_000, 200, 8192  # of the training set, of an epoch, of the matrices whose product is the ceiling
+
+
+def look(device: torch.device, width: int, batch: int) -> list[str]:
+    """Run all parts on the device; return the names of those that failed."""
+    context = workload.make_context(IMAGES, width, batch, device)
+    amp = has_bf16(device)
+    fast, ceiling = in_runtime(context, Runtime("graph", amp=amp)), product_tflops(device, amp)
+    parts: dict[str, Work] = {
+        f"step: {name}": partial(step, in_runtime(context, runtime), ceiling) for name, runtime in variants(amp).items()
+    }
+    parts["inference"] = partial(inference, fast, (16, 32, 64, 128, 256, 512))
+    parts["virtual epoch"] = partial(virtual, fast)
+    attempts, began = BestEffort(print), time.monotonic()
+    for name, part in parts.items():
+        print(f"-- {name} (at {time.monotonic() - began:.0f} s)", flush=True)
+        attempts.attempt(name, part)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return [name for name in parts if name in attempts.failed]
+
+
+def variants(amp: bool) -> dict[str, Runtime]:
+    """Return the settings to compare, the one that takes longest to set up last; `amp`: in bf16."""
+    return {
+        "eager": Runtime("eager", amp=amp),
+        "graph": Runtime("graph", amp=amp),
+        "graph + merged + compile": Runtime("graph", merged=True, compile=True, amp=amp),
+    }
+
+
+def product_tflops(device: torch.device, amp: bool) -> float:
+    """Print and return the rate of a square matrix product in TFLOP/s, the ceiling of the steps."""
+    dtype = torch.bfloat16 if amp else torch.float32
+    a, b = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
+    rate = 2 * SIDE**3 / timed(lambda: torch.mm(a, b)).median / 1e12
+    print(f"matrix product, {dtype}: {rate:.3g} TFLOP/s", flush=True)
+    return rate
+
+
+def step(context: ASD.Context, ceiling: float) -> None:
+    """Print one variant's milliseconds a step, its rate beside the ceiling in TFLOP/s, its memory, and its first epoch."""
+    config, device = context.config, context.machine.device
+    batch = config.semi.loader.batch_size
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start, work = timer(), workload.mixmatch(max(100, batch), STEPS, context)
+    work()
+    set_up = timer() - start
+    took = timed(work).median / STEPS
+    rate = workload.step_gflop(config.network.settings.width, batch) / took / 1000
+    share = f"{rate:.3g} TFLOP/s ({100 * rate / ceiling:.0f} % of the product)"
+    memory = f", peak {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB" if device.type == "cuda" else ""
+    print(f"   {1000 * took:.3f} ms a step, {share}{memory}, first epoch with its set-up {set_up:.1f} s", flush=True)
+
+
+def inference(context: ASD.Context, batches: tuple[int, ...]) -> None:
+    """Print images a second in eval mode for several values of `loader.batch_size`."""
+    for batch in batches:
+        config = replace(context.config, loader=Loader(batch))
+        took = timed(workload.inference(replace(context, config=config))).median
+        at_once, rate = context.machine.inference_batch(batch), len(context.train_set) / took
+        print(f"   batches of {at_once:5d}: {rate:9.0f} images a second", flush=True)
+
+
+def virtual(context: ASD.Context) -> None:
+    """Print the seconds of a virtual epoch over all images."""
+    work = workload.virtual_epoch(context)
+    work()  # untimed: a step is captured in its first run
+    print(f"   {len(context.train_set)} images: {timed(work).median:.3f} s", flush=True)

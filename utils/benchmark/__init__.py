@@ -1,1 +1,0 @@
-"""How fast the parts of a run are, beside the way most research scripts do them; a tool on the top floor."""
