@@ -513,6 +513,7 @@ def save(config: Config, run: Run, state: State, writer: checkpoint.Writer, repo
     if acc is not None and acc > state.best_acc:
         state.best_acc, state.best_epoch, best = acc, state.epoch, [run.checkpoints / BEST]
     history = list(state.history)
+    report.record(history[-1])
     writer.save(run.checkpoints / LATEST, state, as_dict(config), best, lambda: report.epoch(history))
 
 

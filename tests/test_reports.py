@@ -132,6 +132,7 @@ def test_tensorboard_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture
     log.start("num_epochs: 3\n", poisoned)
     for e in range(3):
         log.losses(split + e, flags, e)
+        log.record(history[e])
         log.epoch(history[: e + 1], 3)
     log.finish({"seed.seed": 7, "optimizer.Adam.lr": 0.5, "run": "tiny", "betas": [0.9, 0.999], "limit": None}, history[-1])
 
@@ -168,12 +169,14 @@ def test_tensorboard_forgets_what_a_killed_run_wrote_too_much(tmp_path: Path) ->
     history = rows(4)
     log = RunLog(tmp_path, 0)
     for e in range(3):
+        log.record(history[e])
         log.epoch(history[: e + 1], 4)
     log.close()
     history[2]["loss"] = 99.0
     time.sleep(1.1)  # TensorBoard reads its files in the order of their names, which hold the second
     log = RunLog(tmp_path, 2)
     for e in range(2, 4):
+        log.record(history[e])
         log.epoch(history[: e + 1], 4)
     log.close()
     values = [(s.step, s.value) for s in read_board(tmp_path / "tensorboard").Scalars("loss")]
@@ -185,6 +188,7 @@ def test_a_run_without_poisoned_images_is_logged(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
     log.start("", np.zeros((0, 32, 32, 3), np.uint8))
     log.losses(torch.ones(4), torch.zeros(4), 0)
+    log.record(rows(1, "none")[0])
     log.epoch(rows(1, "none"), 1)
     log.finish({"a": 1}, rows(1, "none")[0])
     board = read_board(tmp_path / "tensorboard")
@@ -353,6 +357,7 @@ def test_a_run_goes_on_without_tensorboard(
     log.start("num_epochs: 3\n", np.zeros((1, 8, 8, 3), np.uint8))
     for e in range(3):
         log.losses(torch.ones(4), None, e)
+        log.record(rows(e + 1)[e])
         log.epoch(rows(e + 1), 3)
     log.finish({"a": 1}, rows(3)[-1])
     lines = capsys.readouterr().out.splitlines()
@@ -369,6 +374,7 @@ def test_a_writer_of_tensorboard_that_dies_is_one_line(
     log = RunLog(tmp_path, 0)
     log.board().file_writer.event_writer._async_writer._writer.write = lambda data: 1 / 0
     for e in range(9):
+        log.record(rows(e + 1)[e])
         log.epoch(rows(e + 1), 9)
     log.close()
     out, error = capsys.readouterr()

@@ -91,6 +91,10 @@ class Report:
             drawn = (values.numpy(), flags, clean_pool.numpy(), label, title)
             self.attempt(str(path), pictures.draw_losses, path, *drawn)
 
+    def record(self, row: dict[str, Any]) -> None:
+        """Add an epoch to TensorBoard, before its checkpoint is written."""
+        self.log.record(row)
+
     def epoch(self, history: list[dict[str, Any]]) -> None:
         """Report the last row of the history, in the thread that has just written its checkpoint."""
         self.log.epoch(history, self.config.num_epochs)

@@ -56,11 +56,18 @@ class RunLog:
         self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
         self.file.flush()
 
+    def record(self, row: dict[str, Any]) -> None:
+        """Add the scalars of an epoch to TensorBoard.
+
+        This comes before the epoch's checkpoint: what a killed run recorded beyond its last checkpoint is purged when it goes
+        on, while nothing would add a row that is missing.
+        """
+        self.to_board(add_row, row)
+
     def epoch(self, history: list[dict[str, Any]], num_epochs: int) -> None:
-        """Report the last row of the history: a line, `metrics.jsonl`, TensorBoard scalars."""
+        """Report the last row of the history: a line, and `metrics.jsonl`."""
         self.say(epoch_line(history[-1], num_epochs))
         write_metrics(self.folder, history)
-        self.to_board(add_row, history[-1])
 
     def losses(self, losses: torch.Tensor, flags: torch.Tensor | None, epoch: int) -> None:
         """Add histograms of the split loss, (N,), for each kind of images by their flags, (N,); None: unknown, for all."""
