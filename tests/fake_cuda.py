@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -387,8 +388,10 @@ def pretended_cuda() -> Iterator[Device]:
 
 def clear_caches() -> None:
     """Empty the project's function caches: some hold tensors by their device."""
+    cached = type(functools.cache(lambda: None))
     for module in list(sys.modules.values()):
-        if str(getattr(module, "__file__", None) or "").startswith(f"{REPOSITORY}/"):
+        file = Path(getattr(module, "__file__", None) or "/")
+        if file.is_relative_to(REPOSITORY) and "site-packages" not in file.parts:  # the environment may lie inside
             for value in list(vars(module).values()):
-                if hasattr(value, "cache_clear") and getattr(value, "__module__", None) == module.__name__:
+                if isinstance(value, cached) and value.__module__ == module.__name__:
                     value.cache_clear()
