@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ASD import build_pipelines, evaluate
 from data.augment import Pipeline
 from data.poison import prepare_tests
 from data.unlabelled import Pictures, label_table
+from engine.context import build_context
+from engine.evaluation import evaluate
 from model.classifier import build_classifier
 from model.inference import predict
 from utils import checkpoint, config
@@ -71,8 +72,7 @@ def test(settings: Config, model: nn.Module, run: Run, result: dict[str, object]
     clean, backdoor = tests.clean, tests.backdoor
     if clean is None:
         raise UserError(f"dataset_dir: {settings.dataset_dir}: no test images: add some, or label pictures with --images DIR")
-    _, plain = build_pipelines(settings, clean)
-    figures = evaluate(settings, model, tests, plain, machine)
+    figures = evaluate(build_context(settings, machine, clean), model, tests)
     result |= figures | {"clean_total": len(clean), "backdoor_total": None if backdoor is None else len(backdoor)}
     shares = {name: f"{100 * share:.2f} %" for name, share in figures.items() if share is not None}
     print(f"ACC {shares['clean_accuracy']} of {len(clean)} clean test images")

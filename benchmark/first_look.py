@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from torch.utils.benchmark import timer
 
-import ASD
 from benchmark import workload
 from benchmark.workload import Work, in_runtime, timed
+from engine.context import Context
 from utils.best_effort import BestEffort
 from utils.config import Loader, Runtime
 from utils.machine import has_bf16
@@ -59,7 +59,7 @@ def product_tflops(device: torch.device, amp: bool) -> float:
     return rate
 
 
-def step(context: ASD.Context, ceiling: float) -> None:
+def step(context: Context, ceiling: float) -> None:
     """Print one variant's milliseconds a step, its rate beside the ceiling in TFLOP/s, its memory, and its first epoch."""
     config, device = context.config, context.machine.device
     batch = config.semi.loader.batch_size
@@ -75,7 +75,7 @@ def step(context: ASD.Context, ceiling: float) -> None:
     print(f"   {1000 * took:.3f} ms a step, {share}{memory}, first epoch with its set-up {set_up:.1f} s", flush=True)
 
 
-def inference(context: ASD.Context, batches: tuple[int, ...]) -> None:
+def inference(context: Context, batches: tuple[int, ...]) -> None:
     """Print images a second in eval mode for several values of `loader.batch_size`."""
     for batch in batches:
         config = replace(context.config, loader=Loader(batch))
@@ -84,7 +84,7 @@ def inference(context: ASD.Context, batches: tuple[int, ...]) -> None:
         print(f"   batches of {at_once:5d}: {rate:9.0f} images a second", flush=True)
 
 
-def virtual(context: ASD.Context) -> None:
+def virtual(context: Context) -> None:
     """Print the seconds of a virtual epoch over all images."""
     work = workload.virtual_epoch(context)
     work()  # untimed: a step is captured in its first run

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms as T
 
-import ASD
 from benchmark.workload import CLASSES, SIDE
 from data.sets import ImageSet
+from engine.context import Context
 from model.classifier import build_classifier
 
 TRANSFORM = T.Compose([
@@ -64,7 +64,7 @@ class Script:
         workers: of its loaders.
     """
 
-    def __init__(self, context: ASD.Context, workers: int) -> None:
+    def __init__(self, context: Context, workers: int) -> None:
         self.config, self.device, self.workers = context.config, context.machine.device, workers
         self.data = pictures(context.train_set)
         self.model = build_classifier(self.config.network, CLASSES, self.config.seed.seed).to(self.device)
@@ -116,7 +116,7 @@ class Script:
 class MixMatchScript(Script):
     """The same script's training with a clean pool of the first images; a call trains `steps` steps."""
 
-    def __init__(self, context: ASD.Context, pool: int, steps: int, workers: int) -> None:
+    def __init__(self, context: Context, pool: int, steps: int, workers: int) -> None:
         super().__init__(context, workers)
         self.steps, self.batch = steps, self.config.semi.loader.batch_size
         self.labeled = self.endless(self.data.part(slice(0, pool)))

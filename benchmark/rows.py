@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-import ASD
 from benchmark import reference, workload
 from benchmark.reference import MixMatchScript, Script
 from benchmark.workload import Work, first, in_runtime, timed
 from data.pools import class_agnostic_split, rest
+from engine.context import Context
 from utils.config import Runtime
 from utils.machine import has_bf16
 
@@ -83,7 +83,7 @@ class Row:
         return lines
 
 
-def rows(context: ASD.Context, sizes: Sizes, workers: list[int]) -> Iterator[Row]:
+def rows(context: Context, sizes: Sizes, workers: list[int]) -> Iterator[Row]:
     """Yield the rows one by one, so that only one holds its models."""
 
     def baselines(make: Callable[[int], Work]) -> dict[str, Make]:
@@ -116,7 +116,7 @@ def rows(context: ASD.Context, sizes: Sizes, workers: list[int]) -> Iterator[Row
     yield Row(f"split, {n} images", copied, {"tensors": lambda: lambda: rest(class_agnostic_split(losses, 0.5), n)})
 
 
-def in_ways(context: ASD.Context, chosen: dict[str, Runtime], make: Callable[[ASD.Context], Work]) -> dict[str, Make]:
+def in_ways(context: Context, chosen: dict[str, Runtime], make: Callable[[Context], Work]) -> dict[str, Make]:
     """Return the same work under each of the chosen settings."""
     return {name: partial(make, in_runtime(context, runtime)) for name, runtime in chosen.items()}
 
@@ -136,14 +136,14 @@ def step_runtimes(device: torch.device, few: bool) -> dict[str, Runtime]:
     return precisions(device, "eager") | precisions(device, "graph") | {"graph + merged + compile, bf16": fastest}
 
 
-def growth(make: Callable[[int], ASD.Context], sizes: Sizes) -> dict[str, dict[str, Any]]:
+def growth(make: Callable[[int], Context], sizes: Sizes) -> dict[str, dict[str, Any]]:
     """Return how the times of a step and of inference grow with the number of images N: ms for each N, and the exponent.
 
     A step should not depend on N (0); inference is in proportion to it (1).
     """
     contexts = [make(n) for n in sizes.growth]
     batch = contexts[0].config.semi.loader.batch_size
-    parts: dict[str, Callable[[ASD.Context], Work]] = {
+    parts: dict[str, Callable[[Context], Work]] = {
         "step": partial(workload.mixmatch, max(100, batch), sizes.steps),
         "inference": workload.inference,
     }

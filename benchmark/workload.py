@@ -15,10 +15,10 @@ from torch.utils.benchmark import Measurement, Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import ASD
-from data.augment import Pipeline
 from data.batches import draw_scoring, views
 from data.sets import ImageSet
 from data.transforms import normalize, random_crop, random_horizontal_flip, to_tensor
+from engine.context import Context, build_context, build_state
 from model.classifier import Classifier, build_classifier
 from model.networks import resnet18_cifar
 from utils.config import Backdoor, Config, Loader, Runtime, Semi, SemiLoader, Transform, TransformTest, TransformTrain
@@ -32,7 +32,7 @@ SIDE = 32
 Work = Callable[[], object]
 
 
-def make_context(images: int, width: int, batch: int, device: torch.device, blocks: int = 2) -> ASD.Context:
+def make_context(images: int, width: int, batch: int, device: torch.device, blocks: int = 2) -> Context:
     """Return what a run on so many random images has fixed, for a network of that width, in fp32.
 
     Inference and the virtual model use batches twice as large as MixMatch, as the paper does.
@@ -51,22 +51,21 @@ def make_context(images: int, width: int, batch: int, device: torch.device, bloc
     rng = generator(0, "benchmark", images)
     pixels = torch.randint(0, 256, (images, 3, SIDE, SIDE), dtype=torch.uint8, generator=rng)
     labels = torch.randint(0, CLASSES, (images,), generator=rng)
-    augment = Pipeline((crop, flip), remaining, SIDE, SIDE)
-    return ASD.Context(config, Machine(device), ImageSet(pixels, labels).to(device), augment)
+    return build_context(config, Machine(device), ImageSet(pixels, labels).to(device))
 
 
-def in_runtime(context: ASD.Context, runtime: Runtime) -> ASD.Context:
+def in_runtime(context: Context, runtime: Runtime) -> Context:
     """Return the same run with other settings of `runtime`."""
     config = replace(context.config, runtime=runtime)
     return replace(context, config=config, machine=replace(context.machine, amp=runtime.amp))
 
 
-def first(context: ASD.Context, images: int) -> ASD.Context:
+def first(context: Context, images: int) -> Context:
     """Return the same run on the first images only; nothing is copied."""
     return replace(context, train_set=context.train_set.part(slice(0, images)))
 
 
-def fresh_model(context: ASD.Context) -> Classifier:
+def fresh_model(context: Context) -> Classifier:
     """Return the network with its first weights, in the layout that runs have on the device."""
     model = build_classifier(context.config.network, CLASSES, context.config.seed.seed)
     return model.to(context.machine.device).to(memory_format=context.machine.memory_format)
@@ -75,35 +74,35 @@ def fresh_model(context: ASD.Context) -> Classifier:
 # -- The parts of an epoch ---------------------------------------------------------------------------------------------
 
 
-def feed(context: ASD.Context) -> Work:
+def feed(context: Context) -> Work:
     """Draw and make one augmented view of every image."""
     n, batch = len(context.train_set), context.config.semi.loader.batch_size
 
     def work() -> None:
-        draws = draw_scoring(0, "feed", 0, n, context.augment).to(context.machine.device)
-        for _ in views(context.train_set, draws, context.augment, batch):
+        draws = draw_scoring(0, "feed", 0, n, context.train_transform).to(context.machine.device)
+        for _ in views(context.train_set, draws, context.train_transform, batch):
             pass
 
     return work
 
 
-def mixmatch(pool: int, steps: int, context: ASD.Context) -> Work:
+def mixmatch(pool: int, steps: int, context: Context) -> Work:
     """Train an epoch of so many MixMatch steps, its draws included; the clean pool is the first `pool` images."""
     semi = context.config.semi
     semi = replace(semi, mixmatch=replace(semi.mixmatch, train_iteration=steps))
     context = replace(context, config=replace(context.config, semi=semi))
-    state = ASD.build_state(context.config, context.machine, len(context.train_set))
+    state = build_state(context.config, context.machine, len(context.train_set))
     state.steps = ASD.mixmatch_steps(context, state)  # for all calls: captured in the first
     epochs, clean_pool = count(), torch.arange(pool)
     return lambda: ASD.train_mixmatch(context, next(epochs), state, clean_pool)
 
 
-def inference(context: ASD.Context) -> Work:
+def inference(context: Context) -> Work:
     """Find the split losses of all images."""
     return partial(ASD.split_losses, context, 0, "score", fresh_model(context))
 
 
-def virtual_epoch(context: ASD.Context) -> Work:
+def virtual_epoch(context: Context) -> Work:
     """Train a virtual model on all images."""
     model = fresh_model(context)
     virtual = ASD.build_virtual(context, model)  # for all calls: captured in the first

@@ -8,7 +8,7 @@ those of the five passes. Statistics over all 2B or 3B rows would be another met
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -82,24 +82,9 @@ def is_grouped(model: nn.Module) -> bool:
     return any(isinstance(module, GroupedBatchNorm2d) for module in model.modules())
 
 
-def forward_each(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
-    """Return the logits (B, C) of several batches (B, 3, H, W), each normalized by its own batch statistics.
-
-    A forward pass for each of them; inside `rows_per_group`, where the model's normalizations are grouped
-    (`runtime.merged`), one for all of them: the same numbers up to rounding, running statistics included.
-    """
-    if not is_grouped(model):
-        return [model(batch) for batch in batches]
-    logits: Tensor = model(torch.cat(list(batches)))
-    return list(logits.split(batches[0].shape[0]))
-
-
 @contextlib.contextmanager
 def rows_per_group(model: nn.Module, rows: int) -> Iterator[None]:
-    """Inside the block, every grouped normalization of the model takes `rows` rows as one batch; others are not touched.
-
-    It encloses a whole step, not one forward: inside a compiled function an attribute must not change.
-    """
+    """Inside the block, every grouped normalization of the model takes `rows` rows as one batch; others are not touched."""
     norms = [module for module in model.modules() if isinstance(module, GroupedBatchNorm2d)]
     for norm in norms:
         norm.rows = rows

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-import ASD
 from benchmark import first_look, reference, rows, run, workload
 from benchmark.rows import Row, Sizes
 from benchmark.workload import in_runtime, make_context
 from data.pools import class_agnostic_split, rest
+from engine.context import build_state
 from model.grouped_norm import is_grouped
 from utils.checkpoint import State
 from utils.config import Runtime
@@ -182,7 +182,7 @@ def test_the_parts_of_the_first_look_run(capsys: pytest.CaptureFixture[str], mon
 def test_a_variant_is_what_its_settings_say(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """Precision and merging follow the variant's own settings alone: bf16 does not merge, merging keeps the precision."""
     built: list[State] = []
-    monkeypatch.setattr(ASD, "build_state", lambda *args, build=ASD.build_state: built.append(build(*args)) or built[-1])
+    monkeypatch.setattr(workload, "build_state", lambda *args, build=build_state: built.append(build(*args)) or built[-1])
     context = in_runtime(make_context(40, 2, 4, CPU, blocks=1), runtime)
     workload.mixmatch(12, 1, context)()
     assert context.config.runtime == runtime and context.machine.amp == runtime.amp

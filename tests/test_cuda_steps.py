@@ -22,6 +22,7 @@ from benchmark import first_look, workload
 from benchmark.workload import in_runtime, make_context
 from data.batches import draw_mixmatch
 from data.pools import rest
+from engine.context import build_state
 from loss.mixmatch import ramp_up
 from model.optimizer import build_optimizer, build_scheduler
 from utils.config import SGD, Adam, MixMatch, MultiStep, Runtime
@@ -38,10 +39,10 @@ def mixmatch_stepper(mode: str, amp: bool = False, blocks: int = 1, steps: int =
     context = in_runtime(make_context(120, 8, 8, CUDA, blocks), Runtime(mode, amp=amp))
     semi = replace(context.config.semi, mixmatch=MixMatch(train_iteration=steps))
     context = replace(context, config=replace(context.config, semi=semi))
-    state = ASD.build_state(context.config, context.machine, 120)
+    state = build_state(context.config, context.machine, 120)
     state.model.train()
     pool = torch.arange(20)
-    draws = draw_mixmatch(context.config, 1, pool, rest(pool, 120), context.augment, ramp_up(1, steps, 15.0, 120))
+    draws = draw_mixmatch(context.config, 1, pool, rest(pool, 120), context.train_transform, ramp_up(1, steps, 15.0, 120))
     return ASD.mixmatch_steps(context, state), draws.to(CUDA)
 
 

@@ -15,6 +15,9 @@ from torch import Tensor
 
 import ASD
 from data.sets import ImageSet
+from engine import supervised
+from engine.context import Context, build_context, build_state
+from engine.supervised import supervised_steps
 from model.classifier import Classifier
 from utils import config as configuration
 from utils.errors import UserError
@@ -45,13 +48,13 @@ def device_that(captures: bool) -> Iterator[Device]:
         yield device
 
 
-def make_context(tiny: Path, *overrides: str, resident: bool = True, amp: bool = False) -> ASD.Context:
+def make_context(tiny: Path, *overrides: str, resident: bool = True, amp: bool = False) -> Context:
     """Return random images on the simulated device and the tiny settings."""
     settings = configuration.load(tiny, [f"loader.batch_size={BATCH}", f"undefended.batch_size={BATCH}", NARROW, *overrides])
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (N, 3, 32, 32), generator=rng).to(torch.uint8)
     train_set = ImageSet(images, torch.arange(N) % C, "device" if resident else "host").to(CUDA)
-    return ASD.Context(settings, Machine(CUDA, amp), train_set, ASD.build_pipelines(settings, train_set)[0])
+    return build_context(settings, Machine(CUDA, amp), train_set)
 
 
 def kept(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -59,9 +62,9 @@ def kept(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
-def train_virtual(context: ASD.Context, after_epoch: Callable[[], object]) -> tuple[list[dict[str, Tensor]], list[float]]:
+def train_virtual(context: Context, after_epoch: Callable[[], object]) -> tuple[list[dict[str, Tensor]], list[float]]:
     """Train the virtual model of two epochs, between which the model changes, in the same place."""
-    model = ASD.build_state(context.config, context.machine, N).model
+    model = build_state(context.config, context.machine, N).model
     assert isinstance(model, Classifier)
     virtual, out = ASD.build_virtual(context, model), []
     for epoch in range(2):
@@ -75,13 +78,13 @@ def train_virtual(context: ASD.Context, after_epoch: Callable[[], object]) -> tu
     return out, []
 
 
-def train_undefended(context: ASD.Context, after_epoch: Callable[[], object]) -> tuple[list[dict[str, Tensor]], list[float]]:
+def train_undefended(context: Context, after_epoch: Callable[[], object]) -> tuple[list[dict[str, Tensor]], list[float]]:
     """Train two epochs without a defense, the second with another learning rate."""
-    state = ASD.build_state(context.config, context.machine, N)
-    state.steps = ASD.supervised_steps(context, state)
+    state = build_state(context.config, context.machine, N)
+    state.steps = supervised_steps(context, state)
     out, losses = [], []
     for epoch in range(2):
-        losses.append(ASD.train_undefended(context, epoch, state)["loss"])
+        losses.append(supervised.train_undefended(context, epoch, state)["loss"])
         out.append(kept(state.model))
         after_epoch()
         state.optimizer.param_groups[0]["lr"].fill_(0.01)
@@ -143,7 +146,7 @@ def test_a_captured_step_counts_no_batches(name: str, tiny: Path) -> None:
     with device_that(True) as device:
         context = make_context(tiny, "semi.loader.batch_size=4", "semi.mixmatch.train_iteration=2")
         if name == "mixmatch":
-            state = ASD.build_state(context.config, context.machine, N)
+            state = build_state(context.config, context.machine, N)
             ASD.train_mixmatch(context, 0, state, torch.arange(8))
         else:
             train_virtual(context, lambda: None)
@@ -157,9 +160,9 @@ def test_graphs_that_are_insisted_on_need_images_on_the_device(tiny: Path) -> No
     """`runtime.mode: graph` is refused in one line where images stay with the host, for every kind of training."""
     with device_that(True):
         context = make_context(tiny, "runtime.mode=graph", resident=False)
-        model = ASD.build_state(context.config, context.machine, N).model
-        for build in (ASD.mixmatch_steps, ASD.supervised_steps):
+        model = build_state(context.config, context.machine, N).model
+        for build in (ASD.mixmatch_steps, supervised_steps):
             with pytest.raises(UserError, match=r"runtime\.mode: graph: [^\n]*data\.placement"):
-                build(context, ASD.build_state(context.config, context.machine, N))
+                build(context, build_state(context.config, context.machine, N))
         with pytest.raises(UserError, match=r"runtime\.mode: graph"):
             ASD.build_virtual(context, model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from benchmark.workload import fresh_model, in_runtime, make_context, mixmatch
 from data.augment import Pipeline
 from data.batches import MixMatchDraws, draw_mixmatch
 from data.pools import rest
+from engine.context import Context, build_state
 from loss.mixmatch import ramp_up
 from model.grouped_norm import group
 from model.optimizer import build_optimizer
@@ -39,7 +41,7 @@ class DoublePipeline(Pipeline):
         return super().normalize(images).double()
 
 
-def small_run(device: torch.device) -> tuple[ASD.Context, MixMatchDraws]:
+def small_run(device: torch.device) -> tuple[Context, MixMatchDraws]:
     """Return a run on 40 images in float64 and the draws of three steps."""
     context = make_context(40, 2, BATCH, device, blocks=1)
     primary, remaining = context.config.transform.train.primary, context.config.transform.train.remaining
@@ -48,40 +50,40 @@ def small_run(device: torch.device) -> tuple[ASD.Context, MixMatchDraws]:
     pool, weights = torch.arange(2 * BATCH), ramp_up(60, STEPS, 15.0, 120)
     draws = draw_mixmatch(config, 0, pool, rest(pool, 40), augment, weights).to(device)
     draws = draws._replace(lam=draws.lam.double(), lambda_u=draws.lambda_u.double())
-    return replace(context, config=config, augment=augment), draws
+    return replace(context, config=config, train_transform=augment), draws
 
 
-def double_model(context: ASD.Context) -> nn.Module:
+def double_model(context: Context) -> nn.Module:
     """Return the network in float64, in train mode."""
     return fresh_model(context).double().train()
 
 
-def plain_loop(context: ASD.Context, model: nn.Module, draws: MixMatchDraws, capturable: bool = False) -> Tensor:
+def plain_loop(context: Context, model: nn.Module, draws: MixMatchDraws, capturable: bool = False) -> Tensor:
     """Train with `ASD.mixmatch_step`, step by step; return (STEPS, 3) losses."""
     optimizer = build_optimizer(context.config.optimizer, model.parameters(), capturable)
     return torch.stack([ASD.mixmatch_step(context, model, optimizer, draws.step(i)) for i in range(STEPS)])
 
 
-def merged(context: ASD.Context, model: nn.Module, draws: MixMatchDraws) -> Tensor:
+def merged(context: Context, model: nn.Module, draws: MixMatchDraws) -> Tensor:
     """Train with the forward passes merged."""
     return plain_loop(context, group(model), draws)
 
 
-def baseline(context: ASD.Context, model: nn.Module, draws: MixMatchDraws) -> Tensor:
+def baseline(context: Context, model: nn.Module, draws: MixMatchDraws) -> Tensor:
     """Train with the step of the benchmark's baseline."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.002)
     losses = []
     for i in range(STEPS):
         draw = draws.step(i)
         index = torch.cat([draw.labelled, draw.unlabelled, draw.unlabelled])
-        x, u1, u2 = context.augment(context.train_set.images[index], draw.views).split(BATCH)
+        x, u1, u2 = context.train_transform(context.train_set.images[index], draw.views).split(BATCH)
         batch = (x, context.train_set.labels[draw.labelled], u1, u2)
         mix = float(draw.lam), draw.permutation
         losses.append(reference.mixmatch_step(model, optimizer, batch, mix, float(draw.lambda_u)))
     return torch.tensor(losses, dtype=torch.float64, device=draws.lam.device)
 
 
-def captured(context: ASD.Context, model: nn.Module, draws: MixMatchDraws) -> None:
+def captured(context: Context, model: nn.Module, draws: MixMatchDraws) -> None:
     """Train with a captured step, replayed."""
     optimizer = build_optimizer(context.config.optimizer, model.parameters(), capturable=True)
 
@@ -138,45 +140,48 @@ def test_views_are_the_same_on_a_device() -> None:
     """All 9 x 9 x 2 crops and flips are those of torchvision on PIL images, up to a rounding (CUDA divides by multiplying)."""
     context = make_context(162, 2, BATCH, CUDA)
     rows = [(top, left, mirrored) for top in range(9) for left in range(9) for mirrored in (0, 1)]
-    made = context.augment(context.train_set.images, torch.tensor(rows, dtype=torch.float64, device=CUDA)).cpu()
+    made = context.train_transform(context.train_set.images, torch.tensor(rows, dtype=torch.float64, device=CUDA)).cpu()
     for image, view, (top, left, mirrored) in zip(context.train_set.images.cpu(), made, rows, strict=True):
         picture = TF.crop(TF.pad(to_pil_image(image), 4, padding_mode="reflect"), top, left, 32, 32)
         picture = TF.hflip(picture) if mirrored else picture
-        expected = TF.normalize(TF.to_tensor(picture), context.augment.mean, context.augment.std)
+        expected = TF.normalize(TF.to_tensor(picture), context.train_transform.mean, context.train_transform.std)
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_the_losses_of_a_step_are_one_traceable_function(grouped: bool, amp: bool) -> None:
-    """They trace without a break, so that a graph can hold them compiled (`runtime.compile`); same numbers."""
+def test_the_forward_passes_of_a_step_are_traceable(grouped: bool, amp: bool) -> None:
+    """The network traces without a break, so that a graph can hold it compiled (`runtime.compile`); same numbers."""
     context = in_runtime(make_context(40, 1, 4, CPU, blocks=1), Runtime("eager", merged=grouped, amp=amp))
     pool = torch.arange(20)
-    draw = draw_mixmatch(context.config, 0, pool, rest(pool, 40), context.augment, torch.ones(1024)).step(0)
-    traced = torch.compile(ASD.mixmatch_losses, fullgraph=True, dynamic=False, backend="eager")
+    draw = draw_mixmatch(context.config, 0, pool, rest(pool, 40), context.train_transform, torch.ones(1024)).step(0)
     results = []
-    for losses in (ASD.mixmatch_losses, traced):
-        state = ASD.build_state(context.config, context.machine, 40)
-        state.model.train()
-        results.append(ASD.mixmatch_step(context, state.model, state.optimizer, draw, losses))
+    for compiled in (False, True):
+        state = build_state(context.config, context.machine, 40)
+        network: Any = state.model.train()
+        if compiled:
+            network = torch.compile(network, fullgraph=True, dynamic=False, backend="eager")
+        results.append(ASD.mixmatch_step(context, network, state.optimizer, draw))
     assert torch.allclose(*results, rtol=1e-5)
 
 
-def test_a_compiled_run_calls_the_compiled_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`runtime.compile` hands the losses of the step to the compiler and runs what it gives back."""
-    called: list[str] = []
+def test_a_compiled_run_calls_the_compiled_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`runtime.compile` hands the network to the compiler and trains with what it gives back."""
+    called: list[int] = []
 
-    def compiler(self: object, function: Callable[..., object]) -> Callable[..., object]:
-        def run(*arguments: object) -> object:
-            called.append(function.__name__)
-            return function(*arguments)
+    class Compiled(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
 
-        return run
+        def forward(self, images: Tensor) -> Tensor:
+            called.append(len(images))
+            return self.network(images)
 
-    monkeypatch.setattr("utils.machine.Machine.compiled", compiler)
+    monkeypatch.setattr("utils.machine.Machine.compiled", lambda self, network: Compiled(network))
     context = make_context(40, 1, 4, CPU, blocks=1)
     mixmatch(12, 2, in_runtime(context, Runtime("eager", compile=True)))()
-    assert called == ["mixmatch_losses"] * 2
+    assert called == [4] * ASD.FORWARDS * 2
     mixmatch(12, 2, context)()
-    assert len(called) == 2
+    assert len(called) == ASD.FORWARDS * 2

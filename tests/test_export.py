@@ -21,8 +21,8 @@ from conftest import REPOSITORY, TINY, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from training import train_here
 
-import ASD
 import data.attacks
 from data import contact_sheet, loading, poison
 from data.datasets import shapes
@@ -31,8 +31,6 @@ from data.poison import prepare, prepare_tests
 from utils import config, files
 from utils.config import Config
 from utils.errors import UserError
-from utils.machine import Machine
-from utils.run import open_run
 
 FILES = ("train.npz", "clean_test.npz", "backdoor_test.npz")
 ARRAYS = ("images", "labels", "original_labels", "flags", "indices")
@@ -309,9 +307,7 @@ def test_a_set_is_written_whole_or_not_at_all(tiny: Path, tmp_path: Path, monkey
 
 def train(plan: Config, yaml_path: Path) -> dict[str, Any]:
     """Train in this process; return the last checkpoint."""
-    run, lock = open_run(plan, yaml_path, True, print)
-    ASD.train(plan, run, Machine(torch.device("cpu")), "False")
-    lock.close()
+    run = train_here(plan, yaml_path, "False")
     loaded: dict[str, Any] = torch.load(run.checkpoints / "latest_model.pt", weights_only=True)
     loaded["index"] = torch.from_numpy(np.load(run.saved / "poison_idx.npy"))
     loaded["lines"] = (run.log / "asd.log").read_text()

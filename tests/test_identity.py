@@ -14,15 +14,13 @@ import torch
 import yaml
 from conftest import TINY
 from PIL import Image
+from training import train_here
 
-import ASD
 from data import digests, poison
 from data.loading import load_data
 from utils import checkpoint, config, manifest
 from utils.errors import UserError
-from utils.machine import Machine
 from utils.manifest import Row
-from utils.run import locate, open_run
 from utils.schema import as_dict, stand_ins
 
 CLASSES, TRAIN, TEST = ("ant", "bee", "cat"), 8, 2
@@ -64,10 +62,7 @@ def plan(folder: Path, data: Path, **changes: Any) -> Path:
 def run(path: Path, *overrides: str, resume: str = "") -> dict[str, Any]:
     """Run ASD in this process; return the latest checkpoint."""
     settings = config.load(path, overrides)
-    _, lock = open_run(settings, path, resume == "False", print)
-    with lock:
-        ASD.train(settings, locate(settings), Machine(torch.device("cpu")), resume)
-    return checkpoint.read(locate(settings).checkpoint("latest_model.pt"))
+    return checkpoint.read(train_here(settings, path, resume).checkpoint("latest_model.pt"))
 
 
 def refusal(path: Path, *overrides: str, resume: str = "") -> str:

@@ -15,15 +15,19 @@ import torch
 from torch import Tensor, nn
 
 import ASD
-from ASD import build_pipelines, mixmatch_step
+from ASD import mixmatch_step
 from data import poison
 from data.augment import Pipeline
 from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, draw_supervised
 from data.poison import TestSets
 from data.pools import rest
 from data.sets import ImageSet, Oracle, Part, PoisonedSet, RawData
+from engine.context import Context, build_context, build_state, build_transforms
+from engine.evaluation import evaluate
+from engine.supervised import supervised_steps, train_supervised, train_undefended
 from model.classifier import Classifier, build_classifier
 from model.grouped_norm import group
+from model.optimizer import build_optimizer
 from utils import config as configuration
 from utils.checkpoint import State
 from utils.config import Config
@@ -47,9 +51,10 @@ def settings(tiny: Path, *overrides: str) -> Config:
     return configuration.load(tiny, ["loader.batch_size=16", *overrides])
 
 
-def context(config: Config, train_set: ImageSet, augment: Pipeline | None = None) -> ASD.Context:
+def context(config: Config, train_set: ImageSet, augment: Pipeline | None = None) -> Context:
     """Return what is fixed for a run, on the CPU in fp32; the augmentation is the configured one unless given."""
-    return ASD.Context(config, FP32, train_set, augment or build_pipelines(config, train_set)[0])
+    fixed = build_context(config, FP32, train_set)
+    return fixed if augment is None else dataclasses.replace(fixed, train_transform=augment)
 
 
 def make_set(count: int = N, seed: int = 0) -> ImageSet:
@@ -229,7 +234,7 @@ def test_mixmatch_steps_are_those_of_the_paper(tiny: Path, batch: int, merged: b
     slow = copy.deepcopy(model)
     if merged:
         group(model)
-    optimizer = ASD.build_optimizer(config.optimizer, model.parameters())
+    optimizer = build_optimizer(config.optimizer, model.parameters())
     adam = SlowAdam(list(slow.parameters()), 0.002, (0.9, 0.999), 0.001)
     for i in range(2):
         figures = mixmatch_step(context(config, train_set, augment), model, optimizer, draws.step(i))
@@ -242,7 +247,7 @@ def test_mixmatch_steps_are_those_of_the_paper(tiny: Path, batch: int, merged: b
 
 def make_state(config: Config, train_set: ImageSet) -> State:
     """Return a run's state with used BN statistics."""
-    state = ASD.build_state(config, FP32, len(train_set))
+    state = build_state(config, FP32, len(train_set))
     state.model.load_state_dict(make_model(config).state_dict())
     return state
 
@@ -291,7 +296,7 @@ def test_virtual_model_is_a_plain_training_of_its_last_layers(tiny: Path, passes
     smaller batch included; freezing the first layers changes no bit; the model itself stays as it was."""
     config = settings(tiny, f"meta.epoch={passes}")
     train_set = make_set()
-    augment, _ = build_pipelines(config, train_set)
+    augment, _ = build_transforms(config, train_set)
     model = make_model(config)
     before = copy.deepcopy(model.state_dict())
     virtual = ASD.train_virtual_model(context(config, train_set), 4, model)
@@ -332,7 +337,7 @@ def test_undefended_epoch_is_a_plain_training(tiny: Path) -> None:
     state = make_state(config, train_set)
     state.model.double()
     slow = copy.deepcopy(state.model)
-    losses = ASD.train_undefended(context(config, train_set, augment), 0, state)
+    losses = train_undefended(context(config, train_set, augment), 0, state)
 
     draws = draw_supervised(config.seed.seed, "undefended", 0, N, augment)
     velocity = [torch.zeros_like(p) for p in slow.parameters()]
@@ -361,7 +366,7 @@ def test_split_losses_are_those_of_single_images(tiny: Path) -> None:
     the model nor its mode."""
     config = settings(tiny)
     train_set = make_set()
-    augment, _ = build_pipelines(config, train_set)
+    augment, _ = build_transforms(config, train_set)
     model = make_model(config)
     model.train()
     before = copy.deepcopy(model.state_dict())
@@ -378,11 +383,10 @@ def test_the_size_of_scoring_batches_changes_no_decision(tiny: Path, monkeypatch
     """Larger batches in scoring and testing, as on CUDA, give the split losses up to rounding, and the same shares exactly."""
     config, images = settings(tiny), make_set()
     fixed, model = context(config, images), make_model(config)
-    _, plain = build_pipelines(config, images)
     tests = TestSets(images, ImageSet(images.images, images.labels.roll(1)), torch.arange(N))
 
     def figures() -> tuple[Tensor, dict[str, float | None]]:
-        return ASD.split_losses(fixed, 2, "score", model), ASD.evaluate(config, model, tests, plain, FP32)
+        return ASD.split_losses(fixed, 2, "score", model), evaluate(fixed, model, tests)
 
     sizes: list[int] = []
     hook = nn.modules.module.register_module_forward_hook(
@@ -453,7 +457,7 @@ def test_stage_of_the_split_follows_the_epoch(
         assert args[2] is model
         return virtual
 
-    def score(context: ASD.Context, epoch: int, purpose: str, which: nn.Module) -> Tensor:
+    def score(context: Context, epoch: int, purpose: str, which: nn.Module) -> Tensor:
         asked.append("virtual" if which is virtual else "model")
         assert which in (virtual, model)
         return virtual_losses if which is virtual else losses
@@ -480,7 +484,7 @@ def test_meta_split_by_hand(tiny: Path) -> None:
     """The third stage keeps the half whose split loss a real virtual model lowers least, and drops the virtual model."""
     config = settings(tiny)
     train_set, model = make_set(), make_model(config)
-    augment, _ = build_pipelines(config, train_set)
+    augment, _ = build_transforms(config, train_set)
     before = copy.deepcopy(model.state_dict())
     virtual, _ = slow_virtual_model(config, 5, model, train_set, augment)
     purposes = (model, "score"), (virtual, "score virtual")
@@ -500,7 +504,7 @@ def test_accuracy_is_a_count(tiny: Path, batch: int) -> None:
     """Accuracy is the number of images that get their label over the number of images, also where the last batch is small."""
     config = settings(tiny, f"loader.batch_size={batch}")
     test_set = make_set(43, seed=5)
-    _, plain = build_pipelines(config, test_set)
+    fixed = context(config, test_set)
     model = make_model(config)
     model.train()
     before = copy.deepcopy(model.state_dict())
@@ -516,7 +520,7 @@ def test_accuracy_is_a_count(tiny: Path, batch: int) -> None:
     assert right == 22
     assert len(set(predicted)) > 1
     labelled = ImageSet(test_set.images, torch.tensor(labels))
-    figures = ASD.evaluate(config, model, TestSets(labelled, None), plain, FP32)
+    figures = evaluate(fixed, model, TestSets(labelled, None))
     assert figures["clean_accuracy"] == right / 43
     assert {name for name, share in figures.items() if share is not None} == {"clean_accuracy"}
     assert model.training
@@ -524,7 +528,7 @@ def test_accuracy_is_a_count(tiny: Path, batch: int) -> None:
     # The triggered images are other test images, so it is known what the model makes of each.
     shown, origin, wanted = torch.arange(20), torch.arange(20, 40), torch.arange(20) % C
     tests = TestSets(labelled, ImageSet(test_set.images[shown], wanted), origin)
-    assert ASD.evaluate(config, model, tests, plain, FP32) == {
+    assert evaluate(fixed, model, tests) == {
         "clean_accuracy": right / 43,
         "attack_success_rate": sum(predicted[i] == i % C for i in range(20)) / 20,
         "robust_accuracy": sum(predicted[i] == labels[20 + i] for i in range(20)) / 20,
@@ -544,9 +548,9 @@ def test_accuracy_is_a_count(tiny: Path, batch: int) -> None:
         ASD.build_virtual,
         ASD.train_mixmatch,
         ASD.mixmatch_step,
-        ASD.train_undefended,
-        ASD.train_supervised,
-        ASD.supervised_steps,
+        train_undefended,
+        train_supervised,
+        supervised_steps,
     ],
 )
 def test_ground_truth_cannot_reach_splits_and_training(function: Any) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -15,22 +16,24 @@ import yaml
 from conftest import TINY
 from torch import Tensor, nn
 from torchvision import models
+from training import train_here
 
-import ASD
 from data.augment import Pipeline
 from data.batches import draw_supervised
 from data.sets import ImageSet
+from engine import session
+from engine.context import Context
+from engine.supervised import train_supervised
 from model.backbone import part_names
 from model.batch_counters import count_at_end
 from model.classifier import Classifier, build_classifier, virtual_copy
-from model.grouped_norm import forward_each, group, rows_per_group
+from model.forward import forward
+from model.grouped_norm import group
 from model.inference import predict
 from utils import config, plugins
 from utils.checkpoint import State
 from utils.errors import UserError
 from utils.machine import Machine
-from utils.report import Silence
-from utils.run import open_run
 from utils.schema import Named
 
 FP32 = Machine(torch.device("cpu"))
@@ -441,8 +444,7 @@ def test_merged_forwards_are_separate_forwards(name: str) -> None:
     separate, merged = small(name, **still).train(), group(small(name, **still)).train()
     batches = list(some_images(9).split(3))
     expected = [separate(batch) for batch in batches]
-    with rows_per_group(merged, 3):
-        logits = forward_each(merged, batches)
+    logits = forward(merged, batches, FP32)
     for own, theirs in zip(logits, expected, strict=True):
         torch.testing.assert_close(own, theirs, rtol=1e-7, atol=1e-8)
     (torch.cat(logits) ** 2).sum().backward()
@@ -467,8 +469,7 @@ def test_bf16_with_channels_last_is_the_same_network(name: str, merged: bool) ->
     if merged:
         group(model)
     images = some_images(16).float()
-    with rows_per_group(model, 8), BF16.autocast():
-        logits = torch.cat(forward_each(model, [BF16.lay_out(part) for part in images.split(8)])).float()
+    logits = torch.cat(forward(model, images.split(8), BF16)).float()
     expected = torch.cat([plain(part) for part in images.split(8)])
     rounded = copy.deepcopy(plain)
     for p in rounded.parameters():
@@ -509,14 +510,14 @@ def test_batches_are_counted_at_the_end(name: str, grouped: bool) -> None:
         group(model), group(plain)
     at_end = copy.deepcopy(model)
 
-    def forward(network: Classifier) -> None:
-        with torch.no_grad(), rows_per_group(network, 2):
+    def passes(network: Classifier) -> None:
+        with torch.no_grad():
             for seed in range(2):
-                forward_each(network, some_images(6, seed=seed).split(2))  # 3 batches in 3 passes, grouped in one
+                forward(network, some_images(6, seed=seed).split(2), FP32)  # 3 batches in 3 passes, grouped in one
 
-    forward(plain)
+    passes(plain)
     with count_at_end(at_end, 6):
-        forward(at_end)
+        passes(at_end)
         assert not any(key in at_end.state_dict() for key in counters)
     expected = plain.state_dict()
     assert list(at_end.state_dict()) == list(expected)
@@ -557,9 +558,9 @@ def test_a_single_image_left_over_is_trained_on(name: str) -> None:
     augment = Pipeline((), (to_tensor,), 32, 32)
     state = State(model.train(), torch.optim.SGD(model.parameters(), lr=0.01), scheduler=None)
     settings = config.Config(network=chosen(name), backdoor=config.Backdoor(Named("badnets", None)))
-    context = ASD.Context(settings, FP32, train_set, augment)
+    context = Context(settings, FP32, train_set, augment, augment)
     draws = draw_supervised(0, "test", 0, 33, augment)
-    assert math.isfinite(ASD.train_supervised(context, state, "test", draws, 32))
+    assert math.isfinite(train_supervised(context, state, "test", draws, 32))
 
 
 @every_network
@@ -580,12 +581,11 @@ def test_all_three_stages_run(name: str, runs: Path, monkeypatch: pytest.MonkeyP
     path = runs / f"{name}.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
     loaded = config.load(path)
-    run, lock = open_run(loaded, path, True, print)
     states: list[State] = []
-    monkeypatch.setattr(ASD, "Report", lambda *args: Silence())  # pictures and checkpoints take longer than the run
-    monkeypatch.setattr(ASD, "save", lambda config, run, state, *_: states.append(state))
-    with lock:
-        ASD.train(loaded, run, FP32, "False")
+    monkeypatch.setattr(session, "Report", lambda *args: MagicMock())  # pictures and checkpoints take longer than the run
+    monkeypatch.setattr(session, "save", lambda config, state, *_: states.append(state))
+    monkeypatch.setattr(session, "weigh_images", lambda *_: None)
+    train_here(loaded, path, "False")
     rows, weights = states[-1].history, states[-1].model.state_dict()
     assert [row["stage"] for row in rows] == ["class-aware", "class-agnostic", "meta-split"]
     assert all(math.isfinite(row["loss"]) for row in rows)

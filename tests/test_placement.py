@@ -14,8 +14,8 @@ import torch
 import yaml
 from conftest import REPOSITORY
 from PIL import Image
+from training import train_here
 
-import ASD
 from data import loading, placement, poison
 from data.datasets import shapes
 from data.placement import choose_placement
@@ -23,8 +23,7 @@ from data.sets import ImageSet, Mapped, RawData, to_set
 from data.tables import table_of_array
 from utils import config
 from utils.errors import UserError
-from utils.machine import Machine
-from utils.run import locate, open_run
+from utils.run import locate
 
 CPU = torch.device("cpu")
 PLACEMENTS = ("device", "host", "disk")
@@ -33,9 +32,7 @@ PLACEMENTS = ("device", "host", "disk")
 def train(tiny: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor], np.ndarray]:
     """Train the tiny run in this process; return its metrics without times, its last weights and poisoned images."""
     settings = config.load(tiny, overrides)
-    run, lock = open_run(settings, tiny, False, print)
-    ASD.train(settings, run, Machine(CPU), "False")
-    lock.close()
+    run = train_here(settings, tiny, "False")
     rows = [json.loads(line) for line in (run.log / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         del row["seconds"]

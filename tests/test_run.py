@@ -16,13 +16,12 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, TINY
+from training import train_here
 
-import ASD
 from utils import checkpoint, config, files
 from utils import run as run_module
 from utils.config import Config
 from utils.errors import UserError
-from utils.machine import Machine
 from utils.run import Run, locate, open_run
 
 
@@ -34,9 +33,10 @@ def load(tiny: Path, *overrides: str) -> Config:
 def enter(tiny: Path, *overrides: str, fresh: bool = False) -> tuple[Run, list[str]]:
     """Open a run and let go of it again; return it with what was said."""
     said: list[str] = []
-    run, lock = open_run(load(tiny, *overrides), tiny, fresh, said.append)
-    lock.close()
-    return run, said
+    settings = load(tiny, *overrides)
+    run = locate(settings, tiny)
+    with open_run(run, settings, fresh, said.append):
+        return run, said
 
 
 def fill(run: Run, mark: str) -> list[bytes]:
@@ -86,7 +86,8 @@ def test_the_kept_yaml_can_be_given_again(tiny: Path) -> None:
     before = everything(run.saved)
     for name in ("tiny.yaml", "config.yaml"):
         c = config.load(run.saved / name, ["run=tiny"])
-        open_run(c, run.saved / name, False, print)[1].close()
+        with open_run(locate(c, run.saved / name), c, False, print):
+            pass
         after = everything(run.saved)
         assert after[Path("tiny.yaml")] == before[Path("tiny.yaml")]
         assert yaml.safe_load(after[Path("config.yaml")]) == yaml.safe_load(before[Path("config.yaml")])
@@ -291,11 +292,7 @@ def test_a_missing_checkpoint_is_answered_with_those_of_the_run(tiny: Path, name
 
 def train(tiny: Path, *overrides: str, resume: str = "") -> Run:
     """Train in this process as ASD.py does; return the run."""
-    plan = load(tiny, *overrides)
-    run, lock = open_run(plan, tiny, resume == "False", print)
-    with lock, checkpoint.Writer() as writer:
-        ASD.train(plan, run, Machine(torch.device("cpu")), resume, writer)
-    return run
+    return train_here(load(tiny, *overrides), tiny, resume)
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,12 @@ import torch
 import yaml
 from conftest import REPOSITORY, TINY, run_script
 from PIL import Image
+from training import train_here
 
-import ASD
 from data import poison, seeds, sets
 from data.datasets import shapes
 from utils import compare, config
 from utils.errors import UserError
-from utils.machine import Machine
-from utils.run import locate, open_run
 
 CLASSES, EACH, SEEDS = ("disc", "ring", "square"), 20, 3
 SMALL: dict[str, Any] = {
@@ -67,10 +65,7 @@ def plan(folder: Path, **changes: Any) -> Path:
 def train(path: Path, resume: str = "") -> Path:
     """Run ASD in this process; return the run's folder."""
     plan = config.load(path)
-    _, lock = open_run(plan, path, resume == "False", print)
-    ASD.train(plan, locate(plan), Machine(torch.device("cpu")), resume)
-    lock.close()
-    return locate(plan).saved
+    return train_here(plan, path, resume).saved
 
 
 def run_test_py(*arguments: object) -> str:

@@ -104,6 +104,13 @@ class Machine:
         parts[self.rank] = rows
         return torch.cat(parts)
 
+    def backward(self, loss: Tensor) -> None:
+        """Add up the gradients of a mean over a batch that the processes share.
+
+        DistributedDataParallel divides the sum of their gradients by their number, which is undone beforehand.
+        """
+        (loss * self.size).backward()  # type: ignore[no-untyped-call]
+
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes."""
         if self.size > 1:

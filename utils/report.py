@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,26 +20,31 @@ from utils.schema import as_dict
 from utils.suspects import Evidence
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What a report tells of the data: the attack, and the ground truth where it is known."""
+
+    backdoor: Backdoor | None  # None: unknown
+    class_names: tuple[str, ...]
+    names: tuple[str, ...] | None  # (N,) of the training images; None: they have numbers only
+    flags: Tensor | None  # (N,) uint8 ground truth, as `KINDS` has it; None: unknown
+    examples: np.ndarray  # (2, n, H, W, 3) uint8, some images before and after the attack
+    caption: str  # what the examples are
+
+
 class Report:
     """The report of one run; it alone, beside the drawing of the seed samples, reads the ground truth.
 
     Args:
-        backdoor: the attack on this set; None: unknown.
-        class_names: of the data set.
-        flags: (N,) uint8 ground truth, as `KINDS` has it; None: unknown.
-        examples: (2, n, H, W, 3) uint8, some images before and after the attack.
-        caption: what the examples are.
         start_epoch: the first epoch of this process.
     """
 
-    def __init__(
-        self, run: Run, config: Config, backdoor: Backdoor | None, class_names: tuple[str, ...], flags: Tensor | None,
-        examples: np.ndarray, caption: str, start_epoch: int,
-    ) -> None:  # fmt: skip
-        self.run, self.config, self.flags, self.examples, self.caption = run, config, flags, examples, caption
+    def __init__(self, run: Run, config: Config, subject: Subject, start_epoch: int) -> None:
+        self.run, self.config, self.subject, self.flags = run, config, subject, subject.flags
         self.log = RunLog(run.log, start_epoch)
         self.attempt = self.log.best_effort.attempt
-        target = f", target class {class_text(backdoor.target_label, class_names)}" if backdoor else ""
+        backdoor = subject.backdoor
+        target = f", target class {class_text(backdoor.target_label, subject.class_names)}" if backdoor else ""
         self.attack = f"attack {backdoor.attack.name if backdoor else 'unknown'}{target}"
         self.title = f"{run.name}: {self.attack}, defense {config.defense}"
 
@@ -65,12 +71,12 @@ class Report:
         elif state.epoch:
             self.log.say(f"going on after epoch {state.epoch}/{c.num_epochs}")
         else:
-            self.log.start(to_yaml(c), self.examples[1])
+            self.log.start(to_yaml(c), self.subject.examples[1])
         if state.history:
             write_metrics(self.run.log, state.history)  # a run killed after its checkpoint has not written its last row
-        if self.examples.shape[1]:
+        if self.subject.examples.shape[1]:
             path = self.run.log / "triggered.png"
-            self.attempt(str(path), pictures.draw_triggered, path, self.examples, self.caption)
+            self.attempt(str(path), pictures.draw_triggered, path, self.subject.examples, self.subject.caption)
 
     def composition(self) -> str:
         """Return e.g. ` (2250 poisoned, 4500 cover)`, or nothing where the truth is unknown."""
@@ -99,29 +105,37 @@ class Report:
         """Report the last row of the history, in the thread that has just written its checkpoint."""
         self.log.epoch(history, self.config.num_epochs)
 
-    def rank_suspects(
-        self, evidence: Evidence, images: Any, names: tuple[str, ...] | None, class_names: tuple[str, ...]
-    ) -> None:
+    def truth_of_pool(self, clean_pool: Tensor | None) -> dict[str, int | None]:
+        """Return how many poisoned images the clean pool has, and how many cover images where the set has any."""
+        flags = self.flags
+        kinds = {"poisoned_in_clean_pool": KINDS["poisoned"]}
+        if flags is not None and bool((flags == KINDS["cover"]).any()):
+            kinds["cover_in_clean_pool"] = KINDS["cover"]
+        if flags is None or clean_pool is None:
+            return dict.fromkeys(kinds)
+        return {key: int((flags[clean_pool] == flag).sum()) for key, flag in kinds.items()}
+
+    def rank_suspects(self, evidence: Evidence, images: Any) -> None:
         """Rank the training images, write `suspects.csv` and its picture, and how good the ranking is if that is known.
 
         Args:
             images: the training set, of which some are fetched for the picture.
-            names: (N,) of the images; None: they have numbers only.
         """
         if self.flags is not None:
             found = suspects.quality(evidence, self.flags.numpy())
             suspects.write_quality(self.run.saved / suspects.QUALITY, found)
             self.log.say(suspects.quality_line(found))
-        suspects.write_table(self.run.saved / suspects.CSV, evidence, names, class_names)
+        suspects.write_table(self.run.saved / suspects.CSV, evidence, self.subject.names, self.subject.class_names)
         self.log.say(f"suspects: {self.run.saved / suspects.CSV} ranks all training images, {suspects.PICTURE} shows the first")
-        self.attempt(str(self.run.saved / suspects.PICTURE), self.draw_suspects, evidence, images, class_names)
+        self.attempt(str(self.run.saved / suspects.PICTURE), self.draw_suspects, evidence, images)
 
-    def draw_suspects(self, evidence: Evidence, images: Any, class_names: tuple[str, ...]) -> None:
+    def draw_suspects(self, evidence: Evidence, images: Any) -> None:
         """Draw the most suspect images, each with its label and the model's."""
         first = suspects.order(evidence.scores()["score"])[: suspects.FIRST]
         shown = images.fetch(torch.from_numpy(first)).permute(0, 2, 3, 1).cpu().numpy()
         title = f"{self.run.name}: the {len(first)} most suspect of {len(evidence.labels)} images, label \u2192 model's label"
-        pictures.draw_suspects(self.run.saved / suspects.PICTURE, shown, suspects.captions(evidence, first, class_names), title)
+        captions = suspects.captions(evidence, first, self.subject.class_names)
+        pictures.draw_suspects(self.run.saved / suspects.PICTURE, shown, captions, title)
 
     def conclude(self, state: State) -> None:
         """Say what came out and draw the run's pictures."""
@@ -140,10 +154,3 @@ class Report:
             share, path = float((self.flags == 1).float().mean()), self.run.log / "purity.png"
             self.attempt(str(path), pictures.draw_purity, path, state.history, share, self.title)
         self.log.finish(flatten(as_dict(self.config)), row)
-
-
-class Silence:
-    """The report of the other processes: every method is there and does nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: None

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -18,7 +18,7 @@ from utils.checkpoint import State
 from utils.config import Config, to_yaml
 from utils.errors import UserError
 from utils.files import cannot_write, link, remove_leftovers, try_lock, write_atomically, write_text
-from utils.paths import is_file, user_path
+from utils.paths import exists, is_file, user_path
 
 SUSPECTS = (suspects.CSV, suspects.PICTURE, suspects.QUALITY)
 FACTS = ("data.csv", "poison_idx.npy", "set.json", "seed_samples.txt", *SUSPECTS)
@@ -60,6 +60,13 @@ class Run:
         listed = f"{self.checkpoints} has {there}" if there else f"{self.checkpoints} has none: train first, without --resume"
         raise UserError(f"--resume {name}: no such checkpoint: {listed}")
 
+    def resume(self, name: str) -> Path | None:
+        """Return the checkpoint that training goes on from: the one that is named, or without a name the latest, if any."""
+        latest = self.checkpoints / LATEST
+        if name:
+            return self.checkpoint(name)
+        return latest if exists(latest, "--resume") else None
+
 
 def locate(config: Config, yaml: Path | None = None) -> Run:
     """Return the run's folders; creates nothing."""
@@ -68,32 +75,31 @@ def locate(config: Config, yaml: Path | None = None) -> Run:
     return Run(name, saved / name, storage / name / "checkpoint", yaml)
 
 
-def open_run(config: Config, yaml_path: Path, fresh: bool, say: Say) -> tuple[Run, IO[str]]:
-    """Make the run's folders and take the run for this process.
+@contextlib.contextmanager
+def open_run(run: Run, config: Config, fresh: bool, say: Say) -> Iterator[None]:
+    """Make the run's folders and lock the run for the block.
+
+    The configuration file is kept with the run beside the resolved `config.yaml`. A run that has checkpoints keeps its
+    earlier ones until `make_ready`: this command may be refused.
 
     Args:
-        yaml_path: the configuration file, kept with the run beside the resolved `config.yaml`. A run that has checkpoints
-            keeps its earlier ones until `keep_settings`: this command may be refused.
         fresh: `--resume False`: an earlier run is moved aside first.
-    Returns:
-        the run, and its lock, held as long as the file is open.
     """
-    run = locate(config, yaml_path)
     try:
         run.log.mkdir(parents=True, exist_ok=True)
         run.checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be made ({error.strerror}): change saved_dir or storage_dir") from None
-    lock = take(run, say)
-    for folder in (run.saved, run.log, run.checkpoints):
-        remove_leftovers(folder)
-    if fresh:
-        move_aside(run, say)
-        run.log.mkdir(parents=True, exist_ok=True)
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-    if not any(run.checkpoints.glob("*.pt")):
-        keep_settings(run, config)
-    return run, lock
+    with take(run, say):
+        for folder in (run.saved, run.log, run.checkpoints):
+            remove_leftovers(folder)
+        if fresh:
+            move_aside(run, say)
+            run.log.mkdir(parents=True, exist_ok=True)
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+        if not any(run.checkpoints.glob("*.pt")):
+            keep_settings(run, config)
+        yield
 
 
 def make_ready(run: Run, config: Config, loaded: Path, state: State, say: Say | None) -> bool:

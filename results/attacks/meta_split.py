@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 import ASD
-from data.augment import Pipeline
 from data.poison import TestSets, prepare
 from data.pools import class_agnostic_split, meta_split
 from data.sets import ImageSet
+from engine.context import build_context, build_state
+from engine.evaluation import evaluate
 from utils import checkpoint, config
 from utils.cli import Parser, command
 from utils.config import Config
@@ -35,8 +36,6 @@ class Subject(NamedTuple):
     train_set: ImageSet
     tests: TestSets
     poisoned: Tensor  # (N,) bool, the ground truth
-    augment: Pipeline
-    plain: Pipeline
 
 
 def build(c: Config, base: Path, machine: Machine) -> Subject:
@@ -45,9 +44,9 @@ def build(c: Config, base: Path, machine: Machine) -> Subject:
         data = prepare(c, Path(folder), machine.device)
     assert data.oracle is not None
     train_set = data.train.to(machine.device)
-    model = ASD.build_state(c, machine, len(train_set)).model
+    model = build_state(c, machine, len(train_set)).model
     checkpoint.load_weights(model, checkpoint.read(base), base)
-    return Subject(model, train_set, data.tests.to(machine.device), data.oracle.poisoned(), *ASD.build_pipelines(c, train_set))
+    return Subject(model, train_set, data.tests.to(machine.device), data.oracle.poisoned())
 
 
 def main() -> None:
@@ -61,14 +60,14 @@ def main() -> None:
     args = parser.parse_args()
     c = config.load(args.config, args.set)
     machine = choose_machine(args.gpu, c.runtime.amp, print)
-    model, train_set, tests, poisoned, augment, plain = build(c, Path(args.resume), machine)
+    model, train_set, tests, poisoned = build(c, Path(args.resume), machine)
 
     def told(what: str, pool: torch.Tensor, values: torch.Tensor) -> None:
         clean, bad = float(values[~poisoned].mean()), float(values[poisoned].mean())
         count = f"{int(poisoned[pool].sum())} of {int(poisoned.sum())} poisoned in a clean pool of {len(pool)}"
         print(f"{what}: mean of clean images {clean:.2f}, of poisoned {bad:.2f}; {count}", flush=True)
 
-    context = ASD.Context(c, machine, train_set, augment)
+    context = build_context(c, machine, train_set)
     epoch, epsilon = c.global_.epoch_second, c.global_.epsilon
     losses = ASD.split_losses(context, epoch, "score", model)
     told("split loss", class_agnostic_split(losses, epsilon), losses)
@@ -77,7 +76,7 @@ def main() -> None:
         virtual = ASD.train_virtual_model(longer, epoch, model)
         scored = ASD.split_losses(context, epoch, "score virtual", virtual)
         told(f"fall after {epochs} virtual epochs", meta_split(losses, scored, epsilon), losses - scored)
-        figures = ASD.evaluate(c, virtual, tests, plain, machine)
+        figures = evaluate(context, virtual, tests)
         acc, asr = figures["clean_accuracy"] or 0, figures["attack_success_rate"] or 0
         print(f"virtual model: ACC {100 * acc:.1f} %, ASR {100 * asr:.1f} %", flush=True)
 

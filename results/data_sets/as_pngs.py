@@ -23,6 +23,7 @@ from data.datasets import cifar10
 from data.loading import load_raw
 from data.poison import build_attack, poison_training_set
 from data.sets import RawData
+from engine.context import build_context, build_state
 from utils import config
 from utils.machine import Machine
 
@@ -62,9 +63,8 @@ def main() -> None:
     for raw, placement in ((wanted, "device"), (found, "device"), (found, "host"), (found, "disk")):
         with tempfile.TemporaryDirectory() as folder:
             poisoned = poison_training_set(c, raw, build_attack(c, raw), Path(folder), placement)
-        augment, _ = ASD.build_pipelines(c, poisoned.train)
-        model = ASD.build_state(c, machine, len(poisoned.train)).model
-        losses = ASD.split_losses(ASD.Context(c, machine, poisoned.train, augment), 0, "score", model)
+        model = build_state(c, machine, len(poisoned.train)).model
+        losses = ASD.split_losses(build_context(c, machine, poisoned.train), 0, "score", model)
         results.append((poisoned.oracle.flags, losses))
         assert all(torch.equal(a, b) for a, b in zip(results[-1], results[0], strict=True)), placement
         print(f"{placement}: {int(poisoned.oracle.poisoned().sum())} poisoned, split losses equal", flush=True)

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import ASD
 from data.pools import meta_split
+from engine.context import build_context
+from engine.evaluation import evaluate
 from results.attacks.meta_split import build
 from utils import config
 from utils.cli import Parser, command
@@ -51,13 +52,9 @@ def main() -> None:
 def measure(c: Config, base: Path, gpu: str) -> dict[str, Any]:
     """Return one row: the settings of the virtual model, and what its split does."""
     machine = choose_machine(gpu, c.runtime.amp, print)
-    model, train_set, tests, poisoned, augment, plain = build(c, base, machine)
-
-    def tested(network: nn.Module) -> dict[str, float | None]:
-        return ASD.evaluate(c, network, tests, plain, machine)
-
+    model, train_set, tests, poisoned = build(c, base, machine)
     started, epoch = time.monotonic(), c.global_.epoch_second
-    context = ASD.Context(c, machine, train_set, augment)
+    context = build_context(c, machine, train_set)
     losses = ASD.split_losses(context, epoch, "score", model)
     virtual = ASD.train_virtual_model(context, epoch, model)
     virtual_losses = ASD.split_losses(context, epoch, "score virtual", virtual)
@@ -69,8 +66,8 @@ def measure(c: Config, base: Path, gpu: str) -> dict[str, Any]:
         "by_chance": round(len(pool) * float(poisoned.float().mean())),
         "fall_of_clean": float(fall[~poisoned].mean()),
         "fall_of_poisoned": float(fall[poisoned].mean()),
-        "base": tested(model),
-        "virtual": tested(virtual),
+        "base": evaluate(context, model, tests),
+        "virtual": evaluate(context, virtual, tests),
         "network": {c.network.name: {k: getattr(c.network.settings, k) for k in ("width", "blocks", "last_parts")}},
         "meta": {"lr": c.meta.optimizer.settings.lr, "epoch": c.meta.epoch},
         "seconds": round(time.monotonic() - started),

@@ -1,0 +1,77 @@
+"""What is fixed for a run and known to the defender, and how a run's model, optimizer and captured step are built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.augment import Pipeline
+from data.sets import ImageSet
+from model.classifier import build_classifier
+from model.grouped_norm import group
+from model.optimizer import build_optimizer, build_scheduler
+from model.sync_norm import synchronize
+from utils.checkpoint import State
+from utils.config import Config
+from utils.errors import UserError
+from utils.machine import Machine
+from utils.stepper import Stepper
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is fixed for a run and known to the defender: no ground truth."""
+
+    config: Config
+    machine: Machine
+    train_set: ImageSet  # N images with the labels that they carry
+    train_transform: Pipeline
+    eval_transform: Pipeline
+
+
+def build_context(config: Config, machine: Machine, train_set: ImageSet) -> Context:
+    """Return the context of a run on these images, which are on the machine's device."""
+    return Context(config, machine, train_set, *build_transforms(config, train_set))
+
+
+def build_transforms(config: Config, images: ImageSet) -> tuple[Pipeline, Pipeline]:
+    """Return the train and the eval transform of images of this size."""
+    height, width = images.images.shape[2:]
+    train, test = config.transform.train, config.transform.test
+    return Pipeline(train.primary, train.remaining, height, width), Pipeline(test.primary, test.remaining, height, width)
+
+
+def build_state(config: Config, machine: Machine, count: int) -> State:
+    """Return the state before the first epoch on `count` images: fresh weights, optimizer, schedule."""
+    model: nn.Module = build_classifier(config.network, config.num_classes, config.seed.seed)
+    model = model.to(machine.device).to(memory_format=machine.memory_format)
+    if config.sync_bn and machine.size > 1:
+        model = synchronize(model, machine.device)
+    if config.runtime.merged:
+        model = group(model)
+    plan: Any = config if config.defense == "asd" else config.undefended
+    optimizer = build_optimizer(plan.optimizer, model.parameters(), capturable=machine.uses_graph(config.runtime.mode))
+    scheduler = build_scheduler(plan.lr_scheduler, optimizer, config.num_epochs)
+    state = State(model, optimizer, scheduler, epochs_in_clean_pool=torch.zeros(count, dtype=torch.int32))
+    state.parallel = machine.compiled(model) if config.runtime.compile else machine.wrap(model)
+    return state
+
+
+def build_stepper(context: Context, state: State, step: Callable[[Any], Tensor], width: int) -> Stepper:
+    """Return what runs a step over tables of draws: eagerly, or as a CUDA graph captured once.
+
+    Args:
+        step: changes the tensors of `state`, returns (width,).
+    Raises:
+        UserError: `runtime.mode: graph` insists on a graph, and the images are not on the device.
+    """
+    mode, resident = context.config.runtime.mode, context.train_set.resident
+    graph = context.machine.uses_graph(mode)
+    if graph and mode == "graph" and not resident:
+        raise UserError("runtime.mode: graph: needs the images on the device: set data.placement=device, or runtime.mode=auto")
+    capture = graph and resident  # to fetch images from elsewhere the step waits for the host
+    return Stepper(step, state.tensors, width, capture, insist=mode == "graph")

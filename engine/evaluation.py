@@ -1,0 +1,64 @@
+"""What a model does with the test images, and what it and the splits say of each training image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from data.batches import views
+from data.poison import TestSets
+from data.sets import ImageSet
+from engine.context import Context
+from loss.supervised import symmetric_cross_entropy
+from model.inference import predict
+from utils.checkpoint import State
+from utils.runlog import progress
+from utils.suspects import Evidence
+
+
+def evaluate(context: Context, model: nn.Module, tests: TestSets) -> dict[str, float | None]:
+    """Return the shares of the test images that count; None where the test set is missing.
+
+    Returns:
+        `clean_accuracy`: ACC, clean images that get their label. Of the triggered images: `attack_success_rate`, ASR, those
+        that get the label the attacker wants; `robust_accuracy`, RA, those that get the label of the image they were made
+        from; `clean_as_target`, those that get the attacker's label without the trigger, which an ASR is to be compared with.
+    """
+    figures = dict.fromkeys(("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target"))
+    if tests.clean is None:
+        return figures
+    guessed = infer(context, "test", model, tests.clean).argmax(1)  # (M,)
+    hits = {"clean_accuracy": guessed == tests.clean.labels}
+    if tests.backdoor is not None and tests.origin is not None:
+        triggered = infer(context, "test", model, tests.backdoor).argmax(1)  # (M',)
+        wanted = tests.backdoor.labels  # (M',)
+        hits["attack_success_rate"] = triggered == wanted
+        hits["robust_accuracy"] = triggered == tests.clean.labels[tests.origin]
+        hits["clean_as_target"] = guessed[tests.origin] == wanted
+    return figures | {name: int(hit.sum()) / len(hit) for name, hit in hits.items()}
+
+
+def infer(context: Context, purpose: str, model: nn.Module, images: ImageSet, draws: Tensor | None = None) -> Tensor:
+    """Return the logits (N, C) of the images in eval mode; every process does its share of them.
+
+    Args:
+        purpose: what the progress bar says.
+        draws: (N, k) of the train transform, one view of each image; None: the eval transform.
+    """
+    machine, n = context.machine, len(images)
+    transform = context.eval_transform if draws is None else context.train_transform
+    draws = torch.zeros(n, 0, device=images.labels.device) if draws is None else draws
+    batch, mine = machine.inference_batch(context.config.loader.batch_size), machine.share(n)
+    batches = views(images.part(mine), draws[mine], transform, batch)
+    return machine.gather(predict(model, progress(batches, purpose, -(-n // machine.size // batch)), machine), n)
+
+
+def weigh_images(context: Context, state: State) -> Evidence:
+    """Return what the finished model and the splits say of each training image: what the suspects are ranked by."""
+    train_set, sce = context.train_set, context.config.split.criterion.sce
+    logits = infer(context, "suspects", state.model, train_set)  # (N, C)
+    losses = symmetric_cross_entropy(logits, train_set.labels, sce.alpha, sce.beta)
+    carried, probabilities = train_set.labels[:, None], logits.double().softmax(1)  # of sure ones float32 gives ties
+    own, rival = probabilities.gather(1, carried).squeeze(1), probabilities.scatter(1, carried, -1).amax(1)
+    columns = (train_set.labels, logits.argmax(1), own, rival, losses, state.epochs_in_clean_pool)  # (N,) each
+    return Evidence(*(column.cpu().numpy() for column in columns))

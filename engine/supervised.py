@@ -1,0 +1,58 @@
+"""Plain training with cross-entropy on the labels that the images carry: the virtual model, and `defense: none`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from data.batches import SupervisedDraws, draw_supervised
+from engine.context import Context, build_stepper
+from loss.supervised import cross_entropy
+from model.batch_counters import count_at_end
+from utils.checkpoint import State
+from utils.runlog import progress
+from utils.stepper import Stepper
+
+
+def train_undefended(context: Context, epoch: int, state: State) -> dict[str, float]:
+    """`defense: none`: one epoch of plain training on all images."""
+    config = context.config
+    draws = draw_supervised(config.seed.seed, "undefended", epoch, len(context.train_set), context.train_transform)
+    return {"loss": train_supervised(context, state, "training", draws, config.undefended.batch_size)}
+
+
+def train_supervised(context: Context, state: State, name: str, draws: SupervisedDraws, batch: int) -> float:
+    """Train one pass over all images with cross-entropy; return the mean loss."""
+    machine = context.machine
+    full, last = draws.to(machine.device).cut(batch, least=2 * machine.size)
+    steps = state.steps or supervised_steps(context, state)
+    total = torch.zeros(1, device=machine.device)
+    state.model.train()
+    with count_at_end(state.model, len(full.order) + (len(last.order) > 0)):
+        if len(full.order):
+            total = steps.run(full, lambda numbers: progress(numbers, name, len(full.order)))
+        if len(last.order):
+            total += steps.step(last)  # a graph is of fixed shapes: a batch of another size is no replay
+    return float(machine.sum(total)) / len(draws.order)
+
+
+def supervised_steps(context: Context, state: State) -> Stepper:
+    """Return what runs the steps of training with cross-entropy."""
+    machine, train_set = context.machine, context.train_set
+
+    def step(draw: SupervisedDraws) -> Tensor:
+        """Train on a batch of B images; return the sum of its losses (1,), this process' part."""
+        count = len(draw.order)
+        mine = machine.share(count)
+        index = draw.order[mine]
+        inputs = machine.lay_out(context.train_transform(train_set.fetch(index), draw.views[mine]))  # (B, 3, H, W), its share
+        with machine.autocast():
+            logits = state.parallel(inputs)  # (B, C)
+        losses = cross_entropy(logits, train_set.labels[index])  # (B,)
+        mean = losses.sum() / count
+        state.optimizer.zero_grad(set_to_none=True)
+        machine.backward(mean)
+        state.optimizer.step()
+        return mean.detach().view(1) * count
+
+    return build_stepper(context, state, step, width=1)
