@@ -1,4 +1,4 @@
-"""All random draws of an epoch as tables, made before it starts (asd.md section 7).
+"""All random draws of an epoch as tables, made before it starts.
 
 A table is a function of (seed, epoch) and of the pools. The loop reads one row a step: no random number is drawn inside
 it, nothing waits for the host, and a resumed run sees the rows that an uninterrupted one would.

@@ -1,4 +1,4 @@
-"""Seed samples and the three splits: which images keep their label in an epoch (paper section 3.2; asd.md section 6).
+"""Seed samples and the three splits: which images keep their label in an epoch (paper section 3.2).
 
 A split is a pure function of per-image losses. It returns the clean pool as sorted indices; the polluted pool is the rest.
 Ties go to the lower index.

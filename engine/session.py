@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,24 +30,20 @@ from utils.schema import as_dict, stand_ins
 from utils.suspects import CSV as SUSPECTS
 
 
+@dataclass
 class Session:
-    """A run in progress.
+    """A run in progress."""
 
-    Args:
-        context: what is fixed for the run.
-        state: where the run stands.
-        seeds: (S,) int64, the seed samples, on the CPU.
-        tests: on the device.
-        report: of the first process; None in the others.
-        writer: of the checkpoints.
-    """
+    context: Context
+    state: State
+    seeds: Tensor  # (S,) int64, the seed samples, on the CPU
+    tests: TestSets  # on the device
+    report: Report | None  # None in all processes but the first
+    writer: checkpoint.Writer  # of the checkpoints
 
-    def __init__(
-        self, context: Context, state: State, seeds: Tensor, tests: TestSets, report: Report | None, writer: checkpoint.Writer
-    ) -> None:
-        self.context, self.state, self.seeds, self.tests = context, state, seeds, tests
-        self.report, self.writer = report, writer
-        self.started, self.trains = time.monotonic(), state.epoch < context.config.num_epochs
+    def __post_init__(self) -> None:
+        self.trains = self.state.epoch < self.context.config.num_epochs
+        self.started = time.monotonic()
 
     def epochs(self) -> Iterator[int]:
         """Yield the numbers of the epochs that are still to do; `finish_epoch` ends each of them."""

@@ -1,4 +1,4 @@
-"""MixMatch (Berthelot et al., NeurIPS 2019) as pure functions; random numbers are arguments (asd.md sections 4 and 7)."""
+"""MixMatch (Berthelot et al., NeurIPS 2019) as pure functions; random numbers are arguments (paper section 3.3)."""
 
 from __future__ import annotations
 

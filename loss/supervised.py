@@ -1,4 +1,4 @@
-"""Losses of single images against the label that they carry: always (B,), the caller reduces (asd.md section 4)."""
+"""Losses of single images against the label that they carry: always (B,), the caller reduces (paper section 3.2)."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Classifier(nn.Module):
 
 
 def build_classifier(network: Named, num_classes: int, seed: int) -> Classifier:
-    """Build the configured network; the same seed gives the authors' initial weights (asd.md section 3).
+    """Build the configured network; the same seed gives the authors' initial weights.
 
     Torch's global generator is left as it was found.
     """

@@ -1,6 +1,6 @@
 """Batch normalization by groups of rows: one forward pass of several batches that equals several passes, one a batch.
 
-MixMatch guesses labels in two forward passes of B images and trains on three (asd.md section 7); every pass has its own
+MixMatch guesses labels in two forward passes of B images and trains on three (`ASD.mixmatch_step`); every pass has its own
 BN statistics. With statistics by groups of B rows the two become one pass of 2B, the three one of 3B, and the numbers stay
 those of the five passes. Statistics over all 2B or 3B rows would be another method.
 """

@@ -281,7 +281,7 @@ class Config:
         return self.attacker.attack
 
     def stage(self, epoch: int) -> str:
-        """Return the stage that a 0-based epoch belongs to (asd.md section 6: the split is a function of the epoch)."""
+        """Return the stage that a 0-based epoch belongs to: the split is a function of the epoch (paper section 3.2)."""
         if self.defense == "none":
             return "undefended"
         if epoch < self.global_.epoch_first:

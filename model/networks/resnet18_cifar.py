@@ -1,4 +1,4 @@
-"""ResNet-18 (He et al., CVPR 2016) for 32 x 32 images: a 3 x 3 stem and no max-pool (asd.md section 3)."""
+"""ResNet-18 (He et al., CVPR 2016) for 32 x 32 images: a 3 x 3 stem and no max-pool (as the authors have it)."""
 
 from __future__ import annotations
 
