@@ -41,7 +41,7 @@ class Named:
 class Choices:
     """Where the names of a `Named` field come from: a table of dataclasses, or the files of a package.
 
-    With a `place`, only the plug-ins whose `PLACES` contain it.
+    With a `place`, only those plug-ins that declare it in their `PLACES`.
     """
 
     table: Mapping[str, type] | None = None
@@ -55,7 +55,7 @@ class Choices:
         return [name for name in plugins.names(str(self.package)) if self.place is None or self.place in self.places(name)]
 
     def places(self, name: str) -> tuple[str, ...]:
-        """Return the sections that accept the plug-in `name`; none if there is no such plug-in."""
+        """Return where the plug-in `name` may stand; nowhere if there is none of that name."""
         if self.place is None or name not in plugins.names(str(self.package)):
             return ()
         return tuple(plugins.load(str(self.package), name).PLACES)
@@ -77,6 +77,7 @@ class Key:
     high: float | None = None
     above: float | None = None  # exclusive bounds
     below: float | None = None
+    count: int | None = None  # length of a tuple
     options: tuple[str, ...] = ()  # the legal strings
     choices: Choices = Choices(table={})  # the legal names of a `Named` field
     inline: bool = False  # the name is a key of the section itself, as the attack's under `backdoor`
@@ -260,6 +261,8 @@ class Reader:
         item_kind = typing.get_args(kind)[0]
         if not is_list:
             self.fail(path, raw, f"give a list, e.g. {f'[{raw}]' if item_kind is str else '[0.1, 0.2]'}")
+        if key.count is not None and len(raw) != key.count:
+            self.fail(path, raw, f"give {key.count} numbers")
         return tuple(self.scalar(key, item_kind, item, f"{path}[{i}]") for i, item in enumerate(raw))
 
     def several(self, choices: Choices, raw: Any, path: str) -> tuple[Named, ...]:
