@@ -26,7 +26,7 @@ NETWORKS = Choices(package="model.networks")
 @dataclass(frozen=True)
 class Adam:
     lr: float = setting(0.002, "learning rate", above=0)
-    betas: tuple[float, ...] = setting((0.9, 0.999), "decay rates of the two moments", low=0, below=1)
+    betas: tuple[float, ...] = setting((0.9, 0.999), "decay rates of the two moments", low=0, below=1, count=2)
     eps: float = setting(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = setting(0.0, "L2 penalty", low=0)
 
@@ -66,20 +66,18 @@ class Seed:
 
 @dataclass(frozen=True)
 class Data:
-    train_limit: int | None = setting(
-        None, "keep so many training images: the first; of picture files some of every class", low=1
-    )
-    test_limit: int | None = setting(None, "keep so many test images: the first; of picture files some of every class", low=1)
+    train_limit: int | None = setting(None, "keep only so many training images; of image files, some of each class", low=1)
+    test_limit: int | None = setting(None, "keep only so many test images; of image files, some of each class", low=1)
     placement: str = setting(
         "auto",
-        "where the images lie during the run; auto: the first of device, host memory, disk that they fit into",
+        "where the images are kept during the run; auto: the first of device, host memory, disk with enough space",
         options=("auto", "device", "host", "disk"),
     )
-    cache_dir: str | None = setting(None, "folder of decoded pictures, kept for other runs; null: <saved_dir>/tables")
+    cache_dir: str | None = setting(None, "folder of decoded images, reused by other runs; null: <saved_dir>/tables")
 
 
 def transforms(place: str) -> Choices:
-    """Return the transforms that may stand in one section of the YAML."""
+    """Return the transforms that one section of the YAML accepts."""
     return Choices(package="data.transforms", place=place)
 
 
@@ -111,23 +109,23 @@ class Backdoor:
     attack: Named = setting(REQUIRED, "the attack", choices=ATTACKS, inline=True)
     poison_ratio: float = setting(0.05, "share of the training images that the attacker may alter", low=0, high=1)
     target_label: int = setting(3, "the class that the trigger leads to", low=0)
-    poison_mode: str = setting("bernoulli", "a coin for each image, or an exact count", options=("bernoulli", "exact"))
+    poison_mode: str = setting("bernoulli", "a draw for each image, or an exact count", options=("bernoulli", "exact"))
 
 
 @dataclass(frozen=True)
 class Loader:
     batch_size: int = setting(
-        128, "images a batch in the virtual model's training; in scoring and testing too, on CUDA 8 times as many", low=1
+        128, "batch size of the virtual model's training; for inference and testing on CUDA 8 times as large", low=1
     )
-    num_workers: int = setting(0, "accepted for the original's files; no worker is started", low=0)
-    pin_memory: bool = setting(True, "accepted for the original's files; not needed")
+    num_workers: int = setting(0, "accepted for the authors' YAML files; no worker is started", low=0)
+    pin_memory: bool = setting(True, "accepted for the authors' YAML files; not needed")
 
 
 @dataclass(frozen=True)
 class SemiLoader:
-    batch_size: int = setting(64, "labelled, and as many unlabelled, images of a MixMatch step", low=2)
-    num_workers: int = setting(0, "accepted for the original's files", low=0)
-    pin_memory: bool = setting(True, "accepted for the original's files")
+    batch_size: int = setting(64, "labeled images of a MixMatch step, and as many unlabeled ones", low=2)
+    num_workers: int = setting(0, "accepted for the authors' YAML files", low=0)
+    pin_memory: bool = setting(True, "accepted for the authors' YAML files")
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ class Split:
 
 @dataclass(frozen=True)
 class MixMatchLoss:
-    lambda_u: float = setting(15.0, "weight of the unlabelled loss at full strength", low=0)
+    lambda_u: float = setting(15.0, "weight of the unlabeled loss at full strength", low=0)
     rampup_length: float = setting(120, "epochs over which lambda_u grows from 0; 0: full strength at once", low=0)
 
 
@@ -175,7 +173,7 @@ class Semi:
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    reduction: str = setting("mean", "how the batch's losses are put together", options=("mean",))
+    reduction: str = setting("mean", "how the losses of a batch are reduced", options=("mean",))
 
 
 @dataclass(frozen=True)
@@ -206,12 +204,12 @@ class Meta:
 class Undefended:
     """`defense: none`: the same network on the same poisoned set, without ASD."""
 
-    batch_size: int = setting(128, "images a step", low=2)
+    batch_size: int = setting(128, "batch size", low=2)
     optimizer: Named = setting(
-        Named("SGD", SGD(lr=0.1, momentum=0.9, weight_decay=5e-4)), "without defense", choices=OPTIMIZERS
+        Named("SGD", SGD(lr=0.1, momentum=0.9, weight_decay=5e-4)), "the optimizer without defense", choices=OPTIMIZERS
     )
     lr_scheduler: Named | None = setting(
-        Named("multi_step", MultiStep(milestones=(0.5, 0.75))), "without defense", choices=SCHEDULERS
+        Named("multi_step", MultiStep(milestones=(0.5, 0.75))), "the schedule without defense", choices=SCHEDULERS
     )
 
 
@@ -219,15 +217,15 @@ class Undefended:
 class Runtime:
     mode: str = setting(
         "auto",
-        "a training step as one CUDA graph, or eager; auto: on one CUDA device the graph, if its trial equals the eager step",
+        "training steps as one CUDA graph, or eager; auto: on one CUDA device the graph, if a trial step equals the eager one",
         options=("auto", "graph", "eager"),
     )
     merged: bool = setting(
         False,
-        "with runtime.compile: the 2 and the 3 forward passes of a step as one each, BN by groups of rows; equal but for "
-        "dropped units",
+        "with runtime.compile: merge the 2 and the 3 forward passes of a step into one each, with grouped BN; equal except "
+        "under dropout",
     )
-    compile: bool = setting(False, "torch.compile the losses of a MixMatch step: one process, minutes at the start")
+    compile: bool = setting(False, "torch.compile the losses of a MixMatch step: one process only; takes minutes at the start")
     amp: bool = setting(False, "bf16 for the convolutions (also --amp); weights, BN and losses stay fp32")
 
 
@@ -237,24 +235,24 @@ class Config:
 
     network: Named = setting(REQUIRED, "the classifier", choices=NETWORKS)
     backdoor: Backdoor | None = setting(
-        REQUIRED, "the attack that poisons the training set; null: unknown (or as set.json has it)"
+        REQUIRED, "the attack that poisons the training set; null: unknown, or recorded in set.json"
     )
     num_classes: int = setting(10, "classes of the data set", low=1)
     seed: Seed = setting(Seed)
     dataset: Named | None = setting(
-        None, "the data set; null: known from dataset_dir's name", choices=DATASETS, stands_for="images"
+        None, "the data set; null: inferred from dataset_dir's name", choices=DATASETS, stands_for="images"
     )
     dataset_dir: str | None = setting(None, "folder of the data set's files", stands_for="images")
-    download: bool = setting(False, "fetch the data set into dataset_dir's parent if it is not there")
+    download: bool = setting(False, "download the data set into dataset_dir's parent if it is not there")
     data: Data = setting(Data)
     seed_samples: str | None = setting(
         None, "list or folder of images known to be clean; null: seed_num of each class, drawn", stands_for="images"
     )
     transform: Transform = setting(Transform)
-    prefetch: bool = setting(True, "accepted for the original's files; see data.placement")
-    defense: str = setting("asd", "asd, or none: the undefended twin", options=("asd", "none"))
+    prefetch: bool = setting(True, "accepted for the authors' YAML files; see data.placement")
+    defense: str = setting("asd", "asd, or none: training without defense", options=("asd", "none"))
     num_epochs: int = setting(120, "epochs of the run", low=1)
-    optimizer: Named = setting(Named("Adam", Adam()), "one for the whole run", choices=OPTIMIZERS)
+    optimizer: Named = setting(Named("Adam", Adam()), "one optimizer for the whole run", choices=OPTIMIZERS)
     lr_scheduler: Named | None = setting(None, "learning rate by epoch; null: constant", choices=SCHEDULERS)
     criterion: Criterion = setting(Criterion)
     split: Split = setting(Split)
@@ -264,7 +262,7 @@ class Config:
     undefended: Undefended = setting(Undefended)
     loader: Loader = setting(Loader)
     sync_bn: bool = setting(False, "several processes: BN statistics over the whole batch")
-    saved_dir: str = setting("./saved_data", "logs and the run's facts: <saved_dir>/<run>/")
+    saved_dir: str = setting("./saved_data", "logs and results: <saved_dir>/<run>/")
     storage_dir: str = setting("./storage", "checkpoints: <storage_dir>/<run>/checkpoint/")
     run: str | None = setting(None, "the run's name; null: from the YAML's path")
     runtime: Runtime = setting(Runtime)
@@ -333,7 +331,7 @@ def check(config: Config, reader: Reader) -> None:
             remedy = "nobody can draw them for backdoor: null: name a list (an image's name a line) or a folder of clean images"
             reader.fail("seed_samples", None, remedy)
     elif config.backdoor.target_label >= c:
-        reader.fail("backdoor.target_label", config.backdoor.target_label, f"is no class: give 0 to {c - 1}")
+        reader.fail("backdoor.target_label", config.backdoor.target_label, f"must be in 0..{c - 1}")
     if not g.epoch_first <= g.epoch_second:
         reader.fail("global.epoch_second", g.epoch_second, f"give at least epoch_first ({g.epoch_first})")
     if not g.epoch_second <= g.epoch_third:
@@ -358,12 +356,6 @@ def check(config: Config, reader: Reader) -> None:
         reader.fail("runtime.merged", True, "is slower without runtime.compile: set that to true too, or leave this out")
     if config.dataset is None and config.dataset_dir is None:
         reader.fail("dataset_dir", None, "missing; name the data set's folder, or `dataset: shapes` for the built-in one")
-    for key in ("optimizer", "meta.optimizer", "undefended.optimizer"):
-        chosen = config
-        for part_name in key.split("."):
-            chosen = getattr(chosen, part_name)
-        if chosen.name == "Adam" and len(chosen.settings.betas) != 2:  # type: ignore[attr-defined]
-            reader.fail(f"{key}.Adam.betas", list(chosen.settings.betas), "give two numbers")  # type: ignore[attr-defined]
     try:
         with torch.device("meta"):  # no memory, no random number; 60 ms, and imports that the optimizer needs anyway
             plugins.load("model.networks", config.network.name).build(config.network.settings)

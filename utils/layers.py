@@ -18,7 +18,7 @@ import yaml
 
 from utils.errors import UserError
 from utils.paths import is_file
-from utils.schema import merge
+from utils.schema import join, merge
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def written_in(node: yaml.Node, path: str) -> dict[str, str]:
     out: dict[str, str] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:  # those of `<<` come first, the mapping's own after them
-            out |= written_in(value, f"{path}.{key.value}" if path else key.value)
+            out |= written_in(value, join(path, key.value))
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             out |= written_in(value, f"{path}[{i}]")
@@ -118,7 +118,7 @@ def leaves(tree: Mapping[str, Any], path: str = "") -> list[str]:
     """Return the dotted paths of every key, sections included."""
     out: list[str] = []
     for key, value in tree.items():
-        at = f"{path}.{key}" if path else str(key)
+        at = join(path, key)
         out.append(at)
         if isinstance(value, Mapping):
             out += leaves(value, at)
@@ -182,9 +182,7 @@ def dropped(value: str) -> str:
     """Return what of a YAML text is no part of its value: a comment, an anchor, a tag, a directive; usually nothing."""
     tokens = list(yaml.scan(value, Loader))  # not those of comments: a comment is a gap between two tokens
     for token in tokens:
-        if isinstance(
-            token, (yaml.AnchorToken, yaml.TagToken, yaml.DirectiveToken, yaml.DocumentStartToken, yaml.DocumentEndToken)
-        ):
+        if isinstance(token, NO_VALUES):
             return f"{value[token.start_mark.index : token.end_mark.index]} is no part of the value"
     for one, other in pairwise(tokens):
         gap = value[one.end_mark.index : other.start_mark.index].strip()
