@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -11,13 +12,15 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, run_script
 
-from data.sets import RawData
+from data.sets import RawData, Scene
 from utils import plugins
 from utils.config import Config, documentation, load
 from utils.errors import UserError
 from utils.schema import describe
 
 README = (REPOSITORY / "README.md").read_text()
+GUIDES = [Path("README.md"), Path("CONTRIBUTING.md"), *(path.relative_to(REPOSITORY) for path in REPOSITORY.glob("docs/*.md"))]
+PAGES = [*GUIDES, *(path.relative_to(REPOSITORY) for path in REPOSITORY.glob("results/*/README.md"))]
 
 
 def test_the_list_of_settings_is_the_generated_one() -> None:
@@ -69,41 +72,94 @@ def test_transforms_are_listed_only_where_they_are_accepted(place: str, name: st
             load(REPOSITORY / "config" / "baseline_asd.yaml", override)
 
 
-def test_every_link_leads_somewhere() -> None:
-    """Links and pictures of README and CONTRIBUTING are files of the repository or addresses."""
-    for document in ("README.md", "CONTRIBUTING.md"):
-        for link in re.findall(r"\]\(([^)#]+)\)", (REPOSITORY / document).read_text()):
-            assert link.startswith("https://") or (REPOSITORY / link).exists(), f"{document}: {link}"
+def anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_every_command_exists() -> None:
-    """Scripts, configurations, options and make targets of the README's commands are there."""
-    options = run_script("ASD.py", "--help").stdout + run_script("test.py", "--help").stdout
-    for block in re.findall(r"```sh\n(.*?)```", README, re.S):
+def test_the_readme_is_short() -> None:
+    """The README has at most 150 lines."""
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_link_resolves(page: Path) -> None:
+    """Links and images of all pages are addresses or files of the repository, and their anchors are headings."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", (REPOSITORY / page).read_text()):
+        if link.startswith("https://"):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (REPOSITORY / page).parent / target if target else REPOSITORY / page
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path.read_text()), link
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=str)
+def test_every_named_function_is_in_the_linked_file(page: Path) -> None:
+    """A link whose text is a name leads to the Python file that defines it."""
+    for name, target in re.findall(r"\[`(\w+)`\]\(([^)]+\.py)\)", (REPOSITORY / page).read_text()):
+        source = ((REPOSITORY / page).parent / target).read_text()
+        assert re.search(rf"^(def|class) {name}\b", source, re.M), f"{name} in {target}"
+
+
+@pytest.fixture(scope="module")
+def options() -> str:
+    """The options of both scripts."""
+    return run_script("ASD.py", "--help").stdout + run_script("test.py", "--help").stdout
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=str)
+def test_every_command_exists(page: Path, options: str) -> None:
+    """Scripts, modules, configurations, options and make targets of the commands are there."""
+    for block in re.findall(r"```sh\n(.*?)```", (REPOSITORY / page).read_text(), re.S):
         for line in block.splitlines():
             words = line.partition("#")[0].split()
-            for word in words:
+            for before, word in zip(["", *words], words, strict=False):
                 if word.endswith((".py", ".yaml")):
                     assert (REPOSITORY / word).is_file(), line
-                if re.fullmatch(r"--[a-z]+", word) and "ASD.py" in words:
+                if re.fullmatch(r"--[a-z]+", word) and {"ASD.py", "test.py"} & {*words}:
                     assert word in options, line
+                if before == "-m" and word != "venv":
+                    place = REPOSITORY / word.replace(".", "/")
+                    assert place.is_dir() or place.with_suffix(".py").is_file(), line
             if words[:1] == ["make"]:
                 dry = subprocess.run(["make", "-n", words[1]], cwd=REPOSITORY, capture_output=True, text=True)
                 assert dry.returncode == 0, dry.stderr
 
 
-def test_the_yaml_example_loads(tmp_path: Path) -> None:
-    """The README's example of another attack is a configuration that loads, and its trigger can be made."""
+@pytest.mark.parametrize("page", GUIDES, ids=str)
+def test_every_yaml_example_loads(page: Path, tmp_path: Path) -> None:
+    """The examples of all pages are configurations that load, beside the shipped ones."""
+    for i, example in enumerate(re.findall(r"```yaml\n(.*?)```", (REPOSITORY / page).read_text(), re.S)):
+        assert example.startswith("base: ")
+        path = tmp_path / f"example{i}.yaml"
+        path.write_text(example.replace("base: ", f"base: {REPOSITORY / 'config'}/"))
+        load(path)
+
+
+def test_the_trigger_of_the_readmes_example_can_be_made(tmp_path: Path) -> None:
+    """The README's example of another attack stamps nine pixels into the lower right corner."""
     from data.poison import build_attack
 
-    example = re.findall(r"```yaml\n(.*?)```", README, re.S)[0]
-    assert "base: baseline_asd.yaml" in example
     path = tmp_path / "mine.yaml"
-    path.write_text(example.replace("base: ", f"base: {REPOSITORY / 'config'}/"))
-    c = load(path)
+    path.write_text(re.findall(r"```yaml\n(.*?)```", README, re.S)[0].replace("base: ", f"base: {REPOSITORY / 'config'}/"))
     images, labels = np.zeros((10, 32, 32, 3), np.uint8), np.arange(10)
-    attack: Any = build_attack(c, RawData(images, labels, images, labels, tuple("abcdefghij")))
+    attack: Any = build_attack(load(path), RawData(images, labels, images, labels, tuple("abcdefghij")))
     assert attack.mask.sum() == 9 and attack.mask[-3:, -3:].all()
+
+
+def test_the_example_of_a_new_attack_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attack that docs/attacks.md writes out makes a column white and leaves the given images alone."""
+    (tmp_path / "stripe.py").write_text(
+        re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/attacks.md").read_text(), re.S)[0]
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    stripe = importlib.import_module("stripe")
+    images, labels = np.zeros((2, 8, 8, 3), np.uint8), np.arange(2)
+    scene = Scene(RawData(images, labels, images, labels, ("a", "b")), 0, 2, 7, tmp_path)
+    altered = stripe.Attack(stripe.Settings(column=5), scene).apply(images, labels, "train")
+    assert (altered[:, :, 5] == 255).all() and altered.sum() == 2 * 8 * 3 * 255 and not images.any()
 
 
 def test_nothing_of_the_repository_speaks_of_a_machine() -> None:

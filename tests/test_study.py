@@ -281,7 +281,7 @@ def test_figures_of_the_files_stand_on_the_page(tmp_path: Path) -> None:
     for line in (
         "| BadNets | 88.00 | 99.99 | 90.00 | 1.00 | 2.00 | met |",
         "| `badnets/asd` | ACC >= 83 | 90.00 | 86.00 | met |",
-        "| `badnets/asd` | ASR above the share <= 3 | -1.00 | 0.60 | met |",
+        "| `badnets/asd` | ASR excess <= 3 | -1.00 | 0.60 | met |",
         "| `badnets/asd` | end of class-aware, epoch 4 | 40.65 | 3.00 | 2.00 | 80.00 | 190 of 25000 |",
         "| `badnets/asd` | end of meta-split, epoch 21 | 90.00 | 1.00 | 2.00 | 80.00 | 700 of 25000 (stage: 370 to 700) |",
         "| `badnets/asd` | mean of the last 5 | 86.00 | 2.60 | 2.00 | 80.00 | - |",
@@ -298,8 +298,8 @@ def test_figures_of_the_files_stand_on_the_page(tmp_path: Path) -> None:
     ("attack", "twin", "own", "expected"),
     [
         ("blend", (0.88, 0.95), (0.83, 0.05), "met"),  # every bound just kept: 3 points above the share of 2
-        ("blend", (0.88, 0.95), (0.8299, 0.05), "missed: ACC below the twin's, ACC"),
-        ("blend", (0.88, 0.9499), (0.83, 0.0501), "missed: undefended ASR, ASR above the share"),
+        ("blend", (0.88, 0.95), (0.8299, 0.05), "missed: ACC drop, ACC"),
+        ("blend", (0.88, 0.9499), (0.83, 0.0501), "missed: undefended ASR, ASR excess"),
         ("wanet", (0.85, 0.90), (0.84, 0.02), "met"),
         ("no_attack", (0.80, 0.02), (0.75, 0.99), "met"),
         ("gtsrb_badnets", (0.99, 1.0), (0.93, 0.03), "met"),
@@ -318,17 +318,17 @@ def test_targets(tmp_path: Path, attack: str, twin: tuple[float, float], own: tu
 
 
 def test_the_last_five_epochs_count_too(tmp_path: Path) -> None:
-    """A run whose last epoch alone keeps a bound misses the target; without its twin nothing is judged."""
+    """A run whose last epoch alone keeps a bound misses the target; without the undefended run nothing is judged."""
     folder = make_study(tmp_path / "study")
     make_run(folder, "blend/asd", 0.85)
-    assert report.verdict(report.Runs(folder)["blend/asd"], report.Runs(folder)) == "twin not run"
+    assert report.verdict(report.Runs(folder)["blend/asd"], report.Runs(folder)) == "undefended not run"
     make_run(folder, "blend/undefended", 0.88, 1.0)
     path = folder / "blend/asd/metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[-3]["attack_success_rate"] = 0.5
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = report.Runs(folder)
-    assert report.verdict(runs["blend/asd"], runs) == "missed: ASR above the share"
+    assert report.verdict(runs["blend/asd"], runs) == "missed: ASR excess"
     status = " ".join(report.status(runs).split())
     assert "met against: none" in status and "missed against: Blend" in status and "has run 1 of" in status
 

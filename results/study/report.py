@@ -99,7 +99,7 @@ class Target(NamedTuple):
     name: str
     sense: str  # >= or <=
     bound: float
-    value: Callable[[Row, Row], float]  # of the figures of the run with ASD and of its undefended twin
+    value: Callable[[Row, Row], float]  # of the figures of the run with ASD and of the undefended run
 
     def holds(self, values: Iterable[float]) -> bool:
         """Return whether all values keep the bound; 3 points of difference may be a little more in binary."""
@@ -108,7 +108,7 @@ class Target(NamedTuple):
 
 def targets(attack: str) -> list[Target]:
     """Return what is to be reached against an attack."""
-    gap = Target("ACC below the twin's", "<=", 5, lambda own, twin: twin["clean_accuracy"] - own["clean_accuracy"])
+    gap = Target("ACC drop", "<=", 5, lambda own, twin: twin["clean_accuracy"] - own["clean_accuracy"])
     if attack == "no_attack":
         return [gap]
     if attack not in SIX:
@@ -120,12 +120,12 @@ def targets(attack: str) -> list[Target]:
         Target("undefended ASR", ">=", 90 if attack == "wanet" else 95, lambda _, twin: twin["attack_success_rate"]),
         gap,
         Target("ACC", ">=", 83, lambda own, _: own["clean_accuracy"]),
-        Target("ASR above the share", "<=", 3, lambda own, _: own["attack_success_rate"] - own["clean_as_target"]),
+        Target("ASR excess", "<=", 3, lambda own, _: own["attack_success_rate"] - own["clean_as_target"]),
     ]
 
 
 def judge(run: Run, runs: Runs) -> list[tuple[Target, list[float]]]:
-    """Return a run's targets with its values, of the last epoch and of the last five; nothing without its twin."""
+    """Return a run's targets with its values, of the last epoch and of the last five; nothing without the undefended run."""
     twin = runs.of(run.attack)[0]
     pairs = list(zip(run.ends, twin.ends, strict=True)) if twin else []
     return [(target, [target.value(*pair) for pair in pairs]) for target in targets(run.attack) if pairs]
@@ -136,7 +136,7 @@ def verdict(run: Run | None, runs: Runs) -> str:
     found = judge(run, runs) if run else []
     missed = [target.name for target, values in found if not target.holds(values)]
     if not found:
-        return "twin not run" if run else NOT_RUN
+        return "undefended not run" if run else NOT_RUN
     return f"missed: {', '.join(missed)}" if missed else "met"
 
 
@@ -258,13 +258,13 @@ def status(runs: Runs) -> str:
         ", ".join(SIX[attack] for attack in SIX if verdicts[attack].startswith(word)) or "none" for word in ("met", "missed")
     )
     sentences = (
-        "**Status.** The paper's own figures, by ResNet-18 of full width in 120 epochs of 1,024 steps, have not been "
-        "reproduced: that takes a GPU, and no such run has been made.",
-        "[A study](results/study/README.md) at a quarter of the width, which a CPU core does in hours, has run "
-        f"{len(SIX.keys() & set(both))} of the paper's six attacks with ASD and without.",
-        "All of its targets (ACC within 5 points of the undefended network and at least 83 %, ASR at most 3 points above the "
-        f"share that gets the attacker's label without a trigger) are met against: {met}; one or more are missed against: "
-        f"{missed}.",
+        "**Status.** The paper's own figures (ResNet-18 of full width, 120 epochs of 1,024 steps) have not been reproduced: "
+        "that takes a GPU, and no such run has been made.",
+        "[A study](results/study/README.md) at a quarter of the width, which one CPU core can do in hours, has run "
+        f"{len(SIX.keys() & set(both))} of the paper's six attacks with and without ASD.",
+        "Its targets are an ACC of at least 83 % and within 5 points of the undefended network, and an ASR at most 3 points "
+        "above the share of the same images that are classified as the target class without a trigger.",
+        f"All targets are met against: {met}; at least one is missed against: {missed}.",
         f"ASD without any attack: {verdicts['no_attack']}; against BadNets on GTSRB: {verdicts['gtsrb_badnets']}.",
     )
     text = textwrap.fill(" ".join(sentences), 125, break_long_words=False, break_on_hyphens=False)
