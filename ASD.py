@@ -33,7 +33,7 @@ from data.sets import COVER, POISONED, ImageSet, Oracle
 from loss.mixmatch import guess_labels, interleave_order, mixmatch_loss, mixup, ramp_up
 from loss.supervised import cross_entropy, symmetric_cross_entropy
 from model.batch_counters import count_at_end
-from model.classifier import Classifier, build_classifier, copy_values, virtual_copy
+from model.classifier import Classifier, build_classifier, copy_values, new_classifier, virtual_copy
 from model.grouped_norm import forward_each, group, rows_per_group
 from model.inference import predict
 from model.optimizer import build_optimizer, build_scheduler, restart
@@ -91,7 +91,7 @@ def train(config: Config, run: Run, machine: Machine, resume: str, writer: check
         names = {key for key, _, _ in stand_ins(config)}
         checkpoint.refuse_other_settings(latest, saved, as_dict(config), names)  # before anything is decoded or made
     with machine.first_alone():  # it makes what is kept with the run, the others read it
-        data = prepare(config, run.saved, machine.device, print if machine.rank == 0 else mute, machine.size)
+        data = prepare(config, run.saved, machine.device, print if machine.rank == 0 else mute, machine.size, new_classifier)
         seeds = choose_seed_samples(config, data, run.saved)
     tests, train_set = data.tests.to(machine.device), data.train.to(machine.device)
     augment, plain = build_pipelines(config, train_set)

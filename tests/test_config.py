@@ -249,7 +249,7 @@ MISTAKES: list[tuple[str, Any, list[str]]] = [
     ("saved_dir", None, ["wrong type (NoneType)", "a text"]),
     ("seed", 100, ["section of keys"]),
     ("optimizer.Adam.betas", 0.9, ["give a list"]),
-    ("optimizer.Adam.betas", [0.9], ["two numbers"]),
+    ("optimizer.Adam.betas", [0.9], ["2 numbers"]),
     ("transform.train.primary", ["random_crop"], ["section of names", "random_crop"]),
     ("num_epochs", 0, ["out of range", ">= 1"]),
     ("seed.seed", -1, ["out of range", ">= 0"]),

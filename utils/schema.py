@@ -8,6 +8,7 @@ A field is declared with `setting(default, help, ...)`. Its type says what the Y
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import re
@@ -35,30 +36,44 @@ class Named:
 
 @dataclass(frozen=True)
 class Choices:
-    """Where the names of a `Named` field come from: a table of dataclasses, or the files of a package.
+    """Where the names of a `Named` field come from: a table of dataclasses, or the plug-ins of a kind.
 
     With a `place`, only those plug-ins that declare it in their `PLACES`.
     """
 
     table: Mapping[str, type] | None = None
-    package: str | None = None
+    kind: str | None = None
     place: str | None = None
+
+    @property
+    def package(self) -> str:
+        """The package of the plug-ins."""
+        return plugins.package_of(str(self.kind))
 
     def names(self) -> list[str]:
         """Return the legal names."""
         if self.table is not None:
             return list(self.table)
-        return [name for name in plugins.names(str(self.package)) if self.place is None or self.place in self.places(name)]
+        if self.place is None:
+            return plugins.names(self.package)
+        return [name for name, places in self.declared("PLACES").items() if self.place in places]
 
     def places(self, name: str) -> tuple[str, ...]:
-        """Return where the plug-in `name` may stand; nowhere if there is none of that name."""
-        if self.place is None or name not in plugins.names(str(self.package)):
-            return ()
-        return tuple(plugins.load(str(self.package), name).PLACES)
+        """Return where the plug-in `name` may stand; nowhere if there is none of that name or the place does not matter."""
+        return tuple(self.declared("PLACES").get(name, ())) if self.place is not None else ()
 
     def schema(self, name: str) -> type:
         """Return the dataclass of the settings of `name`."""
-        return self.table[name] if self.table is not None else plugins.settings(str(self.package), name)
+        return self.table[name] if self.table is not None else plugins.settings(self.package, name)
+
+    def declared(self, attribute: str) -> dict[str, Any]:
+        """Return what the plug-ins declare under a name, by plug-in."""
+        return {} if self.kind is None else plugins.declared(self.package, attribute)
+
+    def check(self, name: str, settings: Any) -> None:
+        """Let `check(plugin, settings)` of the plug-ins' package, where there is one, refuse settings by a UserError."""
+        if self.kind is not None and hasattr(package := importlib.import_module(self.package), "check"):
+            package.check(plugins.load(self.package, name), settings)
 
 
 def setting(
@@ -69,6 +84,8 @@ def setting(
     high: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    count: int | None = None,
+    ascending: bool = False,
     options: tuple[str, ...] | None = None,
     choices: Choices | None = None,
     inline: bool = False,
@@ -79,9 +96,11 @@ def setting(
     """Declare one key of the YAML.
 
     Args:
-        default: the value when the key is absent; a dataclass type means that section with all its defaults.
+        default: the value when the key is absent; a dataclass type means that section with all its defaults, the name of a
+            plug-in among `choices` that plug-in with all its defaults.
         help: one line for docs/configuration.md, with the unit.
         low, high: inclusive bounds; above, below: exclusive ones. They hold for every number of a tuple.
+        count, ascending: how many numbers a tuple has, and whether none may be less than the one before it.
         options: the legal strings.
         choices: the legal names of a `Named` field.
         inline: the `Named` key stands among the other keys of its section, as the attack does under `backdoor`.
@@ -90,7 +109,9 @@ def setting(
             which the manifest has (`utils/manifest.py`), or `files`, a file or folder whose bytes count.
         instead_of: another key of the section; a YAML that gives this one takes back what its base gives for the other.
     """
-    meta: dict[str, Any] = dict(help=help, low=low, high=high, above=above, below=below)
+    if choices is not None and isinstance(default, str):
+        default = Named(default, choices.schema(default)())
+    meta: dict[str, Any] = dict(help=help, low=low, high=high, above=above, below=below, count=count, ascending=ascending)
     meta |= dict(options=options, choices=choices, inline=inline, key=key, stands_for=stands_for, instead_of=instead_of)
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=meta)
@@ -212,7 +233,14 @@ class Reader:
         if len(raw) > 1:
             self.fail(path, raw, f"{len(raw)} names where one is chosen: keep one of {', '.join(map(str, raw))}")
         ((name, value),) = raw.items()
-        return Named(name, self.section(choices.schema(name), value, f"{path}.{name}" if path else str(name)))
+        prefix = f"{path}." if path else ""
+        settings = self.section(choices.schema(name), value, f"{prefix}{name}")
+        try:
+            choices.check(name, settings)
+        except UserError as error:  # `NAME.KEY: ...`
+            line = f"{prefix}{error}"
+            raise UserError(f"{self.where(line.partition(': ')[0])}: {line}") from None
+        return Named(name, settings)
 
     def value(self, hint: Any, raw: Any, path: str, meta: Mapping[str, Any]) -> Any:
         """Build one value of the type `hint`, in the range that `meta` gives."""
@@ -244,7 +272,10 @@ class Reader:
             return tuple(self.named(meta["choices"], {k: v}, path) for k, v in switched_on.items())
         if not isinstance(raw, (list, tuple)):
             self.fail(path, raw, f"give a list, e.g. {f'[{raw}]' if kind is str else '[0.1, 0.2]'}")
-        return tuple(self.scalar(kind, item, f"{path}[{i}]", meta) for i, item in enumerate(raw))
+        out = tuple(self.scalar(kind, item, f"{path}[{i}]", meta) for i, item in enumerate(raw))
+        if len(out) != (meta.get("count") or len(out)) or (meta.get("ascending") and list(out) != sorted(out)):
+            self.fail(path, list(raw), f"give {meta['count']} numbers{', the least first' if meta['ascending'] else ''}")
+        return out
 
     def scalar(self, kind: type, raw: Any, path: str, meta: Mapping[str, Any]) -> Any:
         """Build an int, float, bool or str and check its range; a text is what is written, also where YAML sees a number."""
