@@ -24,7 +24,7 @@ from data.poison import prepare_tests
 from data.unlabelled import Pictures, label_table
 from engine.context import build_context
 from engine.evaluation import evaluate
-from model.classifier import build_classifier
+from model.classifier import build_classifier, new_classifier
 from model.inference import predict
 from utils import checkpoint, config
 from utils.cli import command, parse_arguments
@@ -68,7 +68,7 @@ def test(settings: Config, model: nn.Module, run: Run, result: dict[str, object]
     A model that is not perfect takes some images for the target class without any trigger. What the ASR is to be compared
     with is that share of the clean test images of other classes: `clean_as_target`.
     """
-    tests = prepare_tests(settings, machine.device).to(machine.device)
+    tests = prepare_tests(settings, machine.device, new_classifier=new_classifier).to(machine.device)
     clean, backdoor = tests.clean, tests.backdoor
     if clean is None:
         raise UserError(f"dataset_dir: {settings.dataset_dir}: no test images: add some, or label pictures with --images DIR")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -15,11 +14,9 @@ from torch import nn
 
 from data.digests import digests_of
 from data.sets import RawData, Scene
-from utils import plugins
 from utils.errors import UserError
 from utils.files import remove_leftovers, write_atomically
 from utils.manifest import TRAIN
-from utils.schema import Named
 
 BATCH = 256  # images that are altered at a time, so that 224 px fit into memory as floats
 CACHED = 2**17  # pixels at a time where it is mere arithmetic: stays in the cache, at 224 px 3 times faster than BATCH
@@ -128,12 +125,6 @@ def checksum(arrays: Arrays) -> str:
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape} ".encode())
         digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()
-
-
-def build_surrogate(network: Named, num_classes: int) -> nn.Module:
-    """Return the attacker's own classifier, images (B, 3, H, W) to logits (B, C): from torch's global generator."""
-    backbone = plugins.load("model.networks", network.name).build(network.settings)
-    return nn.Sequential(OrderedDict(backbone=backbone, linear=nn.Linear(int(backbone.feature_dim), num_classes)))
 
 
 def weights_of(network: nn.Module) -> Arrays:

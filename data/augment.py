@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
 from utils.schema import Named
 
 # Transforms compute in float32 on so many numbers at a time. It bounds the memory, and on a CPU the numbers stay in the
@@ -28,11 +27,9 @@ class Pipeline:
 
     def __init__(self, primary: Sequence[Named], remaining: Sequence[Named], height: int, width: int) -> None:
         self.steps: list[Any] = [item.settings for item in primary]
-        normalize = [item.settings for item in remaining if item.name == "normalize"]
+        normalize = [item.settings for item in remaining if hasattr(item.settings, "mean")]
         self.mean: tuple[float, ...] = normalize[0].mean if normalize else (0.0, 0.0, 0.0)
         self.std: tuple[float, ...] = normalize[0].std if normalize else (1.0, 1.0, 1.0)
-        if len(self.mean) != 3 or len(self.std) != 3:
-            raise UserError("transform: normalize: give three numbers for mean and three for std, one a channel")
         self.sizes: list[tuple[int, int]] = []  # height and width of what reaches each step
         self.columns: list[int] = []  # random numbers that each step needs
         self.constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -106,8 +103,7 @@ def gather_pixels(images: Tensor, moves: list[tuple[Any, Tensor]]) -> Tensor:
     h, w = rows.shape[1], cols.shape[1]
     at = (rows.clamp(min=0)[:, :, None] * width + cols.clamp(min=0)[:, None, :]).view(b, 1, h * w)
     out = images.reshape(b, channels, height * width).gather(2, at.expand(b, channels, h * w)).view(b, channels, h, w)
-    black = any(getattr(transform, "padding_mode", "") == "constant" and transform.padding for transform, _ in moves)
-    if black:
+    if any(getattr(transform, "pads_black", False) for transform, _ in moves):
         inside = (rows >= 0)[:, :, None] & (cols >= 0)[:, None, :]  # (B, h, w)
         out = out * inside[:, None]
     return out

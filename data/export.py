@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -37,6 +37,7 @@ KEYS: dict[str, type] = {
     "backdoor": dict, "dataset": dict, "data": dict, "seed": int, "num_classes": int, "class_names": list,
     "transform_pre": dict, "counts": dict, "files": dict,
 }  # fmt: skip
+PLAIN = {key: kind for key, kind in get_type_hints(Backdoor).items() if kind is not Named}  # poison_ratio and the like
 REMEDY = "make the set again with python -m data.poison, under another name"
 
 
@@ -186,12 +187,11 @@ def contradiction(parts: PoisonedSet, target: int, num_classes: int) -> str | No
 
 def backdoor_of(path: Path, described: dict[str, Any]) -> Backdoor:
     """Return the `backdoor` section of `set.json`; the attack's own settings are kept as they are."""
-    plain = {"poison_ratio": float, "target_label": int, "poison_mode": str}
-    attacks = [key for key in described if key not in plain]
-    if len(attacks) != 1 or any(type(described.get(key)) is not kind for key, kind in plain.items()):
-        raise UserError(f"{path}: backdoor: does not name one attack with {', '.join(plain)}: {REMEDY}")
+    attacks = [key for key in described if key not in PLAIN]
+    if len(attacks) != 1 or any(type(described.get(key)) is not kind for key, kind in PLAIN.items()):
+        raise UserError(f"{path}: backdoor: does not name one attack with {', '.join(PLAIN)}: {REMEDY}")
     (name,) = attacks
-    return Backdoor(Named(name, described[name]), *(described[key] for key in plain))
+    return Backdoor(Named(name, described[name]), **{key: described[key] for key in PLAIN})
 
 
 def disagreement(given: Backdoor, stored: Backdoor) -> str | None:
@@ -206,7 +206,7 @@ def disagreement(given: Backdoor, stored: Backdoor) -> str | None:
     for key, value in then[name].items() if isinstance(then[name], dict) else ():
         if key in now[name] and now[name][key] != value:
             return f"backdoor.{name}.{key}: {now[name][key]}: the set has {value}"
-    for key in ("poison_ratio", "target_label", "poison_mode"):
+    for key in PLAIN:
         if now[key] != then[key]:
             return f"backdoor.{key}: {now[key]}: the set has {then[key]}"
     return None

@@ -18,7 +18,7 @@ from utils.paths import is_file, user_path
 from utils.schema import Named
 
 Say = Callable[[str], object]
-NAMES_IN_FOLDERS = {"cifar-?100": "cifar100", "cifar": "cifar10", "gtsrb": "gtsrb", "imagenet|vggface2?": "folder"}
+PACKAGE = "data.datasets"
 
 
 def load_data(config: Config, say: Say = print) -> RawData | StoredSet:
@@ -28,7 +28,7 @@ def load_data(config: Config, say: Say = print) -> RawData | StoredSet:
     kept so in `data.cache_dir`.
     """
     dataset = dataset_of(config)
-    module = plugins.load("data.datasets", dataset.name)
+    module = plugins.load(PACKAGE, dataset.name)
     data: RawData | Listing | StoredSet = module.load(dataset.settings, config.dataset_dir, config.download)
     if isinstance(data, StoredSet):
         refuse_disagreement(config, data)
@@ -49,7 +49,8 @@ def load_raw(config: Config) -> RawData:
     """Return `load_data` where it must be raw: a set that is poisoned already is refused."""
     data = load_data(config)
     if isinstance(data, StoredSet):
-        raise UserError("dataset: poisoned_set: is poisoned already: give the YAML of the data set that it was made of")
+        name = dataset_of(config).name
+        raise UserError(f"dataset: {name}: is poisoned already: give the YAML of the data set that it was made of")
     return data
 
 
@@ -58,16 +59,18 @@ def dataset_of(config: Config) -> Named:
     if config.dataset is not None:
         return config.dataset
     name = name_of_folder(str(config.dataset_dir))
-    return Named(name, plugins.settings("data.datasets", name)())
+    return Named(name, plugins.settings(PACKAGE, name)())
 
 
 def name_of_folder(folder: str) -> str:
     """Return the data set that a folder's name, or one above it, speaks of, as in the original ("cifar" -> cifar10)."""
     if is_file(user_path(folder, "dataset_dir") / DESCRIPTION, "dataset_dir"):
-        raise UserError(f"dataset_dir: {folder}: looks like a set that is poisoned already: add `dataset: poisoned_set`")
+        (name,) = plugins.declared(PACKAGE, "POISONED")
+        raise UserError(f"dataset_dir: {folder}: looks like a set that is poisoned already: add `dataset: {name}`")
     for part in reversed(Path(folder).parts):
-        for pattern, name in NAMES_IN_FOLDERS.items():
+        for name, pattern in plugins.declared(PACKAGE, "FOLDER_NAMES").items():
             if re.search(pattern, part.lower()):
                 return name
     last = Path(folder).name.lower()
-    raise UserError(f"dataset_dir: {last}: does not tell which data set it is: add `dataset: cifar10` or another")
+    known = ", ".join(plugins.names(PACKAGE))
+    raise UserError(f"dataset_dir: {last}: does not tell which data set it is: add `dataset: NAME`, one of {known}")

@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,20 @@ from data.export import (
 )
 from data.loading import dataset_of, load_data, load_raw
 from data.placement import choose_placement
-from data.sets import CLEAN, COVER, POISONED, ImageSet, Oracle, Part, PoisonedSet, RawData, Scene, to_set
+from data.sets import (
+    CLEAN,
+    COVER,
+    POISONED,
+    ImageSet,
+    NewClassifier,
+    Oracle,
+    Part,
+    PoisonedSet,
+    RawData,
+    Scene,
+    no_network,
+    to_set,
+)
 from data.tables import own_copy, read_table
 from utils import manifest, plugins
 from utils.best_effort import BestEffort
@@ -48,6 +62,7 @@ from utils.names import class_text
 from utils.paths import exists, is_dir, user_path
 
 Say = Callable[[str], object]
+ATTACKS = "data.attacks"
 EXAMPLES = 16  # poisoned images kept for the pictures
 
 
@@ -93,7 +108,12 @@ class PoisonedData:
 
 
 def prepare(
-    config: Config, folder: Path, device: torch.device | None = None, say: Say = print, processes: int = 1
+    config: Config,
+    folder: Path,
+    device: torch.device | None = None,
+    say: Say = print,
+    processes: int = 1,
+    new_classifier: NewClassifier = no_network,
 ) -> PoisonedData:
     """Return the configured data: raw images that the attack poisons here, or a set that was poisoned before.
 
@@ -102,6 +122,7 @@ def prepare(
         device: where an attack makes its assets; none: the CPU.
         say: is told, in a line, what is made and what is used again, and where the images lie.
         processes: of the run, on this computer.
+        new_classifier: `model.classifier`'s, for attacks that train a network.
     Raises:
         UserError: also where the run in `folder` was begun with other data.
     """
@@ -121,7 +142,7 @@ def prepare(
     if config.backdoor is None:
         train, none = given_images(data, placement), data.train_images[None, :0].repeat(2, 0)
         return PoisonedData(train, given_tests(data, placement), None, None, none, "", data.class_names, data.names, known)
-    attack = build_attack(config, data, device, say)
+    attack = build_attack(config, data, device, say, new_classifier)
     tests = build_test_sets(config, data, attack, placement)  # refused before anything is kept with the run
     poisoned = poison_training_set(config, data, attack, folder, placement)
     caption = f"{config.attack.name}: {training_caption(config.attacker, attack, data.class_names)}"
@@ -131,7 +152,9 @@ def prepare(
     )
 
 
-def prepare_tests(config: Config, device: torch.device | None = None, say: Say = print) -> TestSets:
+def prepare_tests(
+    config: Config, device: torch.device | None = None, say: Say = print, new_classifier: NewClassifier = no_network
+) -> TestSets:
     """Return the test sets of `prepare` without the training set; a run's folder stays as it is."""
     data = load_data(config, say)
     placement = place(config, data, device, 1, say)
@@ -139,7 +162,7 @@ def prepare_tests(config: Config, device: torch.device | None = None, say: Say =
         return test_sets(data.parts, placement)
     if config.backdoor is None:
         return given_tests(data, placement)
-    return build_test_sets(config, data, build_attack(config, data, device, say), placement)
+    return build_test_sets(config, data, build_attack(config, data, device, say, new_classifier), placement)
 
 
 def place(config: Config, data: RawData | StoredSet, device: torch.device | None, processes: int, say: Say) -> str:
@@ -170,17 +193,25 @@ def training_caption(backdoor: Backdoor, attack: AttackBase, class_names: tuple[
     return f"poisoned training images, labelled {label}"
 
 
-def build_attack(config: Config, raw: RawData, device: torch.device | None = None, say: Say = print) -> AttackBase:
+def build_attack(
+    config: Config,
+    raw: RawData,
+    device: torch.device | None = None,
+    say: Say = print,
+    new_classifier: NewClassifier = no_network,
+) -> AttackBase:
     """Make the configured attack; assets that it makes are kept in `<saved_dir>/assets`, for all runs there.
 
     Args:
         device: where assets are made; none: the CPU.
         say: is told, in a line, what is made and what is used again.
+        new_classifier: as for `prepare`.
     """
-    module = plugins.load("data.attacks", config.attack.name)
+    module = plugins.load(ATTACKS, config.attack.name)
     folder = user_path(config.saved_dir, "saved_dir") / "assets"
     device = device or torch.device("cpu")
-    scene = Scene(raw, config.attacker.target_label, config.num_classes, config.seed.seed, folder, device, say)
+    b = config.attacker
+    scene = Scene(raw, b.target_label, config.num_classes, config.seed.seed, folder, device, say, new_classifier)
     attack: AttackBase = module.Attack(config.attack.settings, scene)
     return attack
 
@@ -258,7 +289,7 @@ def trigger_images(config: Config, raw: RawData, attack: AttackBase) -> Part:
     return Part(images, np.full(n, target), raw.test_labels[others].astype(np.int64), np.full(n, POISONED, np.uint8), others)
 
 
-def export(config: Config, out: Path, device: torch.device, say: Say) -> None:
+def export(config: Config, out: Path, device: torch.device, say: Say, new_classifier: NewClassifier = no_network) -> None:
     """Write the poisoned set into a folder of its own (`data/export.py`); one that is there already is verified.
 
     Raises:
@@ -272,7 +303,7 @@ def export(config: Config, out: Path, device: torch.device, say: Say) -> None:
             return
         raise UserError(f"--out {out}: is not empty and holds no set of the same settings: give another name")
     raw = load_raw(config)
-    attack = build_attack(config, raw, device, say)
+    attack = build_attack(config, raw, device, say, new_classifier)
     b = config.attacker
     index = draw_poisoned(raw.train_labels, b.target_label, b.poison_ratio, config.seed.seed, b.poison_mode, attack.clean_label)
     parts = PoisonedSet(poison_images(config, raw, attack, index), clean_images(raw), trigger_images(config, raw, attack))
@@ -311,7 +342,7 @@ def sheet_groups(config: Config, raw: RawData, attack: AttackBase, parts: Poison
     return groups
 
 
-def main() -> None:
+def main(new_classifier: NewClassifier) -> None:
     """Read the command line and write the set."""
     parser = Parser(prog="data.poison", description="Write a poisoned data set by itself.", allow_abbrev=False)
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="YAML", help=f"settings (default {DEFAULT_CONFIG})")
@@ -323,9 +354,12 @@ def main() -> None:
     device = choose_device(args.gpu, 0, print)
     set_determinism(config.seed.deterministic, config.seed.benchmark)
     if config.backdoor is None:
-        raise UserError("backdoor: null: there is no attack to poison with: name one, e.g. badnets: {}")
-    export(config, user_path(args.out, "--out").resolve(), device, print)
+        raise UserError(f"backdoor: null: there is no attack to poison with: name one of {', '.join(plugins.names(ATTACKS))}")
+    export(config, user_path(args.out, "--out").resolve(), device, print, new_classifier)
 
 
 if __name__ == "__main__":
-    command("data.poison", main, kept="What an attack has finished making is kept: the same command uses it.")
+    from model.classifier import new_classifier  # the command line, not this module, stands above the networks
+
+    kept = "What an attack has finished making is kept: the same command uses it."
+    command("data.poison", partial(main, new_classifier), kept=kept)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.datasets.folder import visible
 from data.digests import short
 from data.poison import PoisonedData
 from data.pools import draw_seed_samples
@@ -21,7 +20,7 @@ from utils.errors import UserError
 from utils.files import write_atomically
 from utils.manifest import with_input
 from utils.names import Names, class_text
-from utils.paths import is_dir, require_file, user_path
+from utils.paths import is_dir, require_file, user_path, visible
 
 KEPT = "seed_samples.txt"  # in the run's folder: the given ones
 MARKS = {  # what a text may begin with, and its encoding; UTF-32's first, for it begins with UTF-16's

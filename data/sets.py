@@ -9,7 +9,9 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from utils.schema import Named
 
 CLEAN, POISONED, COVER = 0, 1, 2  # ground-truth flags; a cover image is altered and keeps its label
 
@@ -165,6 +167,14 @@ class PoisonedSet:
     backdoor_test: Part  # the test images of other classes, triggered, labelled as the target
 
 
+NewClassifier = Callable[[Named, int], nn.Module]
+
+
+def no_network(network: Named, num_classes: int) -> nn.Module:
+    """Stand where nobody passed a function that builds networks."""
+    raise NotImplementedError(f"{network.name}: no function that builds networks was passed")
+
+
 @dataclass(frozen=True)
 class Scene:
     """What an attack may know when it is made."""
@@ -176,6 +186,7 @@ class Scene:
     assets: Path  # folder where made assets are kept, for all runs beside one another
     device: torch.device = torch.device("cpu")  # where assets are made
     say: Callable[[str], object] = print
+    new_classifier: NewClassifier = no_network  # builds a network of a section of the YAML, for so many classes
 
 
 def to_set(images: np.ndarray, labels: np.ndarray, placement: str = "device") -> ImageSet:

@@ -40,6 +40,7 @@ from PIL import Image
 from data.digests import file_digest, pixel_digests, short
 from data.picture import depth_line, prepared, read_prepared
 from data.sets import Listing, Mapped, RawData
+from utils.config import transforms
 from utils.errors import UserError
 from utils.files import remove_leftovers, write_atomically, write_text
 from utils.runlog import progress
@@ -466,7 +467,7 @@ def several_sizes(root: Path, first: str, shape: Sequence[int], other: str, othe
     """Return the error of pictures that make no table."""
     return UserError(
         f"{root}: pictures of several sizes: {first} is {shape[1]} x {shape[0]} pixels, {other} is {other_shape[1]} x "
-        f"{other_shape[0]}: bring them to one in transform.pre, e.g. {{resize: {{size: 256}}, center_crop: {{size: 224}}}}"
+        f"{other_shape[0]}: bring them to one in transform.pre by {' or '.join(transforms('transform.pre').names())}"
     )
 
 

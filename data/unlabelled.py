@@ -13,11 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.datasets.folder import is_folder, visible
 from data.picture import depth_line, read_prepared
 from data.tables import LISTED, decoded, shown
 from utils.errors import UserError
-from utils.paths import is_dir
+from utils.paths import is_dir, is_folder, visible
 from utils.suspects import class_name
 
 HEAD = ("path", "label", "confidence", "label_2", "confidence_2", "label_3", "confidence_3")

@@ -18,6 +18,7 @@ from data.pools import check_pool_sizes
 from data.seeds import choose_seed_samples, complete_manifest
 from engine.context import Context, build_context, build_state
 from engine.evaluation import evaluate, weigh_images
+from model.classifier import new_classifier
 from utils import checkpoint, config, manifest
 from utils.checkpoint import State
 from utils.config import Config, check_processes
@@ -150,7 +151,7 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, write
         names = {key for key, _, _ in stand_ins(config)}
         checkpoint.refuse_other_settings(resume, saved, as_dict(config), names)  # before anything is decoded or made
     with machine.first_alone():  # it makes what is kept with the run, the others read it
-        data = prepare(config, run.saved, machine.device, print if first else mute, machine.size)
+        data = prepare(config, run.saved, machine.device, print if first else mute, machine.size, new_classifier)
         seeds = choose_seed_samples(config, data, run.saved)
     if config.defense == "asd":
         check_pool_sizes(config, data.train.labels, seeds)

@@ -89,5 +89,5 @@ def refuse_small(network: str, least: int, backbone: nn.Module, inputs: tuple[Te
     if min(height, width) < least:
         raise UserError(
             f"network: {network}: the images are {height} x {width} and it needs {least} x {least} at least: give "
-            "transform.pre a resize, or choose a network for small images, e.g. resnet18_cifar"
+            "transform.pre a resize, or choose a network for small images"
         )

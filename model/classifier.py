@@ -37,8 +37,12 @@ def build_classifier(network: Named, num_classes: int, seed: int) -> Classifier:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = plugins.load("model.networks", network.name).build(network.settings)
-        return Classifier(backbone, num_classes)
+        return new_classifier(network, num_classes)
+
+
+def new_classifier(network: Named, num_classes: int) -> Classifier:
+    """Build a network whose weights are torch's next random numbers; attacks that train a network receive this function."""
+    return Classifier(plugins.load("model.networks", network.name).build(network.settings), num_classes)
 
 
 def virtual_copy(model: Classifier) -> tuple[Classifier, list[nn.Parameter]]:

@@ -18,7 +18,7 @@ def build_optimizer(chosen: Named, parameters: Iterable[nn.Parameter], capturabl
     Args:
         capturable: for a CUDA graph: fused kernels, step count and learning rate on the device.
     """
-    kind: Any = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}[chosen.name]
+    kind: Any = getattr(torch.optim, chosen.name)
     weights, settings = list(parameters), dataclasses.asdict(chosen.settings)
     if capturable:
         settings |= {"fused": True, "lr": torch.tensor(settings["lr"], device=weights[0].device)}

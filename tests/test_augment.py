@@ -245,11 +245,11 @@ def test_a_crop_that_cannot_be_is_refused_before_training(step: Any, key: str) -
         pipeline(step, height=32, width=32)
 
 
-@pytest.mark.parametrize("wrong", [normalize.Settings((0.5,), STD), normalize.Settings(MEAN, (0.2, 0.2))])
-def test_normalize_needs_three_numbers(wrong: Any) -> None:
+@pytest.mark.parametrize(("key", "value"), [("mean", [0.5]), ("std", [0.2, 0.2])])
+def test_normalize_needs_three_numbers(tiny: Path, key: str, value: list[float]) -> None:
     """A mean or deviation that is not one number a channel is an error, not a broadcast."""
-    with pytest.raises(UserError, match="normalize: give three numbers"):
-        Pipeline((), (Named("normalize", wrong),), 8, 8)
+    with pytest.raises(UserError, match=f"normalize.{key}: .*give 3 numbers"):
+        config.load(tiny, [f"transform.train.remaining.normalize.{key}={value}"])
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_normalize_needs_three_numbers(wrong: Any) -> None:
 )
 def test_a_pair_of_numbers_that_is_none_is_refused_at_the_start(tiny: Path, section: str, key: str) -> None:
     """Ranges and sizes that are not two numbers, least first, are found while the YAML is read, in one line with the key."""
-    with pytest.raises(UserError, match=rf"transform: {key}: .*give two numbers") as caught:
+    with pytest.raises(UserError, match=rf"transform\.train\.primary\.{key}: .*give 2 numbers") as caught:
         config.load(tiny, [f"transform.train.primary={{{section}}}"])
     assert "\n" not in str(caught.value)
 

@@ -19,6 +19,7 @@ from data.attacks import badnets, clb
 from data.attacks.clb import Attack, Settings, build_trigger, pgd, rise_and_fall, to_uint8, train_surrogate
 from data.poison import build_test_sets, poison_training_set
 from data.sets import POISONED, RawData, Scene
+from model.classifier import new_classifier
 from model.networks import resnet18_cifar
 from utils import config
 from utils.errors import UserError
@@ -49,7 +50,7 @@ def make(
 ) -> Attack:
     """The attack on a small world; what it says is collected in `told`."""
     lines = [] if told is None else told
-    return Attack(chosen, Scene(raw or world(), TARGET, 3, seed, folder, say=lines.append))
+    return Attack(chosen, Scene(raw or world(), TARGET, 3, seed, folder, say=lines.append, new_classifier=new_classifier))
 
 
 def victims(attack: Attack) -> tuple[np.ndarray, np.ndarray]:
@@ -281,7 +282,7 @@ def test_adversarial_training_gives_a_robust_surrogate(tmp_path: Path, training:
     raw = robust_or_not()
     wider = Named("resnet18_cifar", resnet18_cifar.Settings(width=8, blocks=1))  # of 2 channels the outcome hangs on rounding
     chosen = Settings(surrogate=wider, training=training, epochs=8, batch_size=32, learning_rate=0.1)
-    attack = Attack(chosen, Scene(raw, 1, 2, 0, tmp_path, say=lambda line: None))
+    attack = Attack(chosen, Scene(raw, 1, 2, 0, tmp_path, say=lambda line: None, new_classifier=new_classifier))
     network = attack.surrogate()
     sign = (2 * raw.train_labels - 1)[:, None, None, None]
     turned = (raw.train_images - 8 * sign * RED_LESS_BLUE).astype(np.uint8)  # every tint is now the other class's

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import random
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from conftest import REPOSITORY, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -124,6 +130,127 @@ def test_the_repositorys_plugins_are_found(package: str, has: str) -> None:
     folder = Path(importlib.import_module(package).__path__[0])
     expected = sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
     assert plugins.names(package) == expected and has in expected
+
+
+DROPPED = {
+    "data/attacks/framed.py": """
+from dataclasses import dataclass
+import torch
+from data.attack import AttackBase
+from utils.config import NETWORKS
+from utils.schema import Named, setting
+
+@dataclass(frozen=True)
+class Settings:
+    width: int = setting(2, "pixels of the frame", low=1)
+    helper: Named = setting("colour_mean", "a network of the attacker's", choices=NETWORKS)
+
+class Attack(AttackBase):
+    def __init__(self, settings, scene):
+        self.width = settings.width
+        logits = scene.new_classifier(settings.helper, scene.num_classes)(torch.zeros(2, 3, 16, 16))
+        scene.say(f"framed: the helper gives {tuple(logits.shape)}")
+
+    def apply(self, images, index, split):
+        out = images.copy()
+        out[:, : self.width] = 255
+        return out
+""",
+    "data/datasets/tinted_noise.py": """
+from dataclasses import dataclass
+import numpy as np
+from data.sets import RawData
+
+FOLDER_NAMES = "tinted"
+
+@dataclass(frozen=True)
+class Settings:
+    pass
+
+def load(settings, dataset_dir, download):
+    def part(count, seed):
+        labels = np.arange(count) % 4
+        noise = np.random.default_rng(seed).integers(0, 60, (count, 16, 16, 3))
+        return (noise + 45 * labels[:, None, None, None]).astype(np.uint8), labels
+    return RawData(*part(80, 0), *part(20, 1), ("a", "b", "c", "d"))
+""",
+    "data/transforms/negative.py": """
+from dataclasses import dataclass
+import torch
+
+PLACES = ("transform.train.primary",)
+
+@dataclass(frozen=True)
+class Settings:
+    def draw(self, count, height, width, generator):
+        return torch.rand(count, 1, generator=generator, dtype=torch.float64)
+
+    def apply(self, images, draws):
+        return torch.where(draws[:, :, None, None] < 0.5, images, 255 - images)
+""",
+    "model/networks/colour_mean.py": """
+from dataclasses import dataclass
+from torch import nn
+from model.backbone import finish
+from utils.schema import setting
+
+@dataclass(frozen=True)
+class Settings:
+    channels: int = setting(5, "features", low=1)
+
+def build(settings):
+    n = settings.channels
+    parts = nn.Conv2d(3, n, 3, padding=1), nn.BatchNorm2d(n), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return finish("colour_mean", nn.Sequential(*parts), n, None, ["0"])
+""",
+}
+
+
+@pytest.mark.slow
+def test_the_programs_run_what_is_dropped_into_the_folders(tmp_path: Path) -> None:
+    """An attack that builds a network, a data set, a network and a transform are four new files: no other file changes.
+
+    ASD.py trains on them through all stages, test.py tests the checkpoint, `python -m data.poison` writes the same attack's
+    set.
+    """
+    program = tmp_path / "program"
+    for folder in ("data", "loss", "model", "utils"):
+        shutil.copytree(REPOSITORY / folder, program / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for script in ("ASD.py", "test.py"):
+        shutil.copy(REPOSITORY / script, program)
+    for name, text in DROPPED.items():
+        assert not (program / name).exists()
+        (program / name).write_text(text)
+    (tmp_path / "my-tinted-pictures").mkdir()
+    plan = {key: value for key, value in TINY.items() if key != "dataset"} | {
+        "dataset_dir": str(tmp_path / "my-tinted-pictures"),
+        "num_classes": 4,
+        "network": {"colour_mean": {"channels": 6}},
+        "backdoor": {"poison_ratio": 0.2, "target_label": 1, "framed": {"width": 3}},
+        "transform": {key: {"remaining": {"to_tensor": True}} for key in ("train", "test")},
+        "num_epochs": 3,
+        "global": {"epoch_first": 1, "epoch_second": 2, "epoch_third": 3, "seed_num": 2, "t": 1, "n": 2},
+        "saved_dir": str(tmp_path / "saved"),
+        "storage_dir": str(tmp_path / "storage"),
+    }
+    plan["transform"]["train"]["primary"] = {"negative": {}}  # type: ignore[index]
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    said = []
+    for command in (["ASD.py"], ["test.py"], ["-m", "data.poison", "--out", str(tmp_path / "set")]):
+        line = [sys.executable, *command, "--config", str(tmp_path / "plan.yaml"), "--gpu", "cpu"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+        done = subprocess.run(line, cwd=program, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert all("framed: the helper gives (2, 4)" in text for text in said)
+    saved = tmp_path / "saved" / "plan"
+    resolved = yaml.safe_load((saved / "config.yaml").read_text())
+    assert resolved["backdoor"]["framed"] == {"width": 3, "helper": {"colour_mean": {"channels": 5}}}
+    rows = [json.loads(row) for row in (saved / "log" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["class-aware", "class-agnostic", "meta-split"]
+    assert json.loads((saved / "log" / "test.json").read_text())["backdoor_total"] == 15
+    described = json.loads((tmp_path / "set" / "set.json").read_text())
+    assert list(described["dataset"]) == ["tinted_noise"] and "framed" in described["backdoor"]
 
 
 def test_nearest_names() -> None:

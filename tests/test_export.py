@@ -28,6 +28,7 @@ from data import contact_sheet, loading, poison
 from data.datasets import shapes
 from data.export import read_set
 from data.poison import prepare, prepare_tests
+from data.sets import no_network
 from utils import config, files
 from utils.config import Config
 from utils.errors import UserError
@@ -639,7 +640,7 @@ def test_where_the_attack_must_be_named(tiny: Path, good: Path, tmp_path: Path, 
     unnamed = config.load(tiny, ["dataset=null", f"dataset_dir={good}"])
     refused(lambda: prepare(unnamed, tmp_path), "add `dataset: poisoned_set`")
     monkeypatch.setattr(sys, "argv", ["poison", "--config", str(tmp_path / "on_set.yaml"), "--out", str(tmp_path / "new")])
-    refused(poison.main, "backdoor", "no attack")
+    refused(lambda: poison.main(no_network), "backdoor", "no attack")
     assert not (tmp_path / "new").exists()
 
 

@@ -1,4 +1,4 @@
-"""The house: which folder may import which, and that everything public says what it is."""
+"""The house: which folder may import which, which file may name a plug-in, and that everything public says what it is."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from conftest import REPOSITORY
+
+from utils import plugins
 
 FOLDERS = ("utils", "data", "model", "loss", "engine", "benchmark")
 SCRIPTS = ("ASD.py", "test.py")
@@ -37,6 +41,9 @@ OUTSIDE = {
     "test": {"torch"},
     "benchmark": {"torch", "torchvision", "numpy", "PIL"},
 }
+KINDS = {kind: plugins.package_of(kind) for kind in ("attacks", "datasets", "networks", "transforms")}
+PLUGINS = {name for package in KINDS.values() for name in plugins.names(package)}
+WORDS = {"blend", "folder", "normalize", "resize", "shapes"}  # English too: a name where they stand alone or as a YAML key
 
 
 def parse(source: str) -> ast.Module:
@@ -49,17 +56,63 @@ def module_name(source: str) -> str:
     return source.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def imported(source: str) -> set[str]:
-    """Return every module that a file imports, also inside functions; `from a import b` counts as a.b if that is a file."""
+def imported(tree: ast.AST, choices: bool = True) -> set[str]:
+    """Return every module that a file imports, also inside functions and by a text.
+
+    `from a import b` counts as a.b if that is a file. By a text: what a function that imports is called with, the name of a
+    package inside a folder wherever it stands, and the kind of that package's plug-ins.
+
+    Args:
+        choices: whether a kind counts that `Choices` declares a YAML may choose from.
+    """
     out = set()
-    for node in ast.walk(parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             out |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{source}: relative imports hide which folder they mean"
+            assert node.level == 0, "relative imports hide which folder they mean"
             assert node.module is not None
             out |= {f"{node.module}.{alias.name}" for alias in node.names if is_own(f"{node.module}.{alias.name}")}
             out.add(node.module)
+        elif isinstance(node, ast.Call):
+            called, texts = ast.unparse(node.func).rpartition(".")[2], set(literals(node))
+            if called in ("import_module", "__import__", "find_spec", "run_module"):
+                out |= {text.rstrip(".") for text in texts} - {""}
+            elif called == "package_of" or (called == "Choices" and choices):
+                out |= {plugins.package_of(kind) for kind in texts & KINDS.keys()}
+    packages = {text.rstrip(".") for text in literals(tree) if re.fullmatch(r"\w+(\.\w+)+\.?", text)}
+    return out | {name for name in packages if (REPOSITORY / name.replace(".", "/") / "__init__.py").is_file()}
+
+
+def literals(tree: ast.AST) -> Iterator[str]:
+    """Yield the texts of a file, those of f-strings piece by piece; docstrings are none."""
+    idle = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in idle:
+            yield node.value
+
+
+def strays(tree: ast.Module, folder: str) -> set[str]:
+    """Return what a file of a folder imports and must not. What runs as a command stands above all folders, as ASD.py does."""
+    commands = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"]
+    rest = [node for node in tree.body if node not in commands]
+    out = set()
+    for part, own in ((rest, MAY_IMPORT[folder]), (commands, MAY_IMPORT[folder] | MAY_IMPORT["ASD"])):
+        for name in imported(ast.Module(list(part), []), choices=folder != "utils"):
+            top = name.partition(".")[0]
+            if top not in (own if is_own(top) else OUTSIDE[folder] | sys.stdlib_module_names):
+                out.add(name)
+    return out
+
+
+def named_plugins(tree: ast.AST) -> set[str]:
+    """Return the plug-ins that a file names in a text or imports."""
+    out = {name.rpartition(".")[2] for name in imported(tree) if name.rpartition(".")[0] in KINDS.values()}
+    for text in literals(tree):
+        for name in PLUGINS:
+            pattern = rf"dataset: {name}\b|\b{name}: {{" if name in WORDS else rf"(?<!\w){name}(?!\w)"
+            if text == name or re.search(pattern, text):
+                out.add(name)
     return out
 
 
@@ -91,18 +144,69 @@ def test_every_source_file_is_seen() -> None:
 @pytest.mark.parametrize("source", SOURCES)
 def test_folders_import_only_what_lies_below_them(source: str) -> None:
     """utils stands on nothing of the project, data, model and loss never on one another, only the scripts on all of it."""
-    folder = module_name(source).partition(".")[0]
-    for name in imported(source):
-        top = name.partition(".")[0]
-        if is_own(top):
-            assert top in MAY_IMPORT[folder], f"{source} imports {name}"
-        elif top not in sys.stdlib_module_names:
-            assert top in OUTSIDE[folder], f"{source} imports {name}"
+    assert strays(parse(source), module_name(source).partition(".")[0]) == set()
+
+
+@pytest.mark.parametrize(
+    ("folder", "line", "caught"),
+    [
+        ("data", "def f():\n    from model.classifier import Classifier", True),
+        ("data", 'importlib.import_module("model.classifier")', True),
+        ("data", '__import__(f"model.{name}")', True),
+        ("data", 'x = plugins.load("model.networks", name).build(settings)', True),
+        ("data", 'PACKAGE = "model.networks"', True),
+        ("data", 'x = f"model.networks.{name}"', True),
+        ("data", 'x = plugins.load(plugins.package_of("networks"), name)', True),
+        ("data", 'NETWORKS = Choices(kind="networks")', True),
+        ("model", 'x = plugins.names("data.attacks")', True),
+        ("utils", 'x = plugins.settings("data.transforms", name)', True),
+        ("utils", 'x = plugins.package_of(kind="attacks")', True),
+        ("loss", 'importlib.import_module("utils.schema")', True),
+        ("data", 'if __name__ == "__main__":\n    from benchmark import run', True),
+        ("data", 'if __name__ == "__main__":\n    from model.classifier import Classifier', False),
+        ("data", 'PACKAGE = "data.attacks"', False),
+        ("model", 'x = plugins.load("model.networks", name)', False),
+        ("utils", 'NETWORKS = Choices(kind="networks")', False),
+        ("ASD", 'x = plugins.load("model.networks", name)', False),
+        ("data", 'x = "data.placement"', False),
+        ("utils", '"""As plugins.load("model.networks", name) does."""', False),
+    ],
+)
+def test_an_import_by_text_is_an_import(folder: str, line: str, caught: bool) -> None:
+    """The rule above sees an import through the name of a package or of a kind of plug-ins, however it is written."""
+    assert bool(strays(ast.parse(line), folder)) == caught
+
+
+CORE = [s for s in SOURCES if module_name(s).rpartition(".")[0] not in KINDS.values() and not s.startswith("benchmark")]
+
+
+@pytest.mark.parametrize("source", CORE)
+def test_only_its_own_file_names_a_plugin(source: str) -> None:
+    """What the core must know of a plug-in its file declares; the name of the plug-in is nowhere else."""
+    assert named_plugins(parse(source)) == set()
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('if config.dataset.name == "folder": pass', {"folder"}),
+        ('x = {"cifar-?100": "cifar100"}', {"cifar100"}),
+        ('fail(f"{key}: choose another, e.g. resnet18_cifar")', {"resnet18_cifar"}),
+        ('fail("use {resize: {size: 256}, center_crop: {size: 224}}")', {"resize", "center_crop"}),
+        ("from data.attacks import badnets", {"badnets"}),
+        ("from data.attacks.badnets import BLOCK", {"badnets"}),
+        ('fail(f"{path}: is a folder: resize it")', set()),
+        ('def f():\n    """As badnets does."""', set()),
+    ],
+)
+def test_a_plugins_name_is_found(line: str, found: set[str]) -> None:
+    """The rule above sees a name in a comparison, a table, an example in a message and an import; prose is free."""
+    assert named_plugins(ast.parse(line)) == found
 
 
 def test_no_circular_imports() -> None:
     """Every file can be read with the files below it alone: the imports form no circle."""
-    below = {module_name(s): {n for n in imported(s) if is_own(n)} for s in SOURCES}
+    below = {module_name(s): {n for n in imported(parse(s), choices=False) if is_own(n)} for s in SOURCES}
     while below:
         free = {name for name, needs in below.items() if not needs & (below.keys() - {name})}
         assert free, f"a circle among {sorted(below)}"

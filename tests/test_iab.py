@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from data.attacks import iab
+from data.attacks._iab_networks import EncoderDecoder, blend, density_loss, diversity_loss, sharpen
 from data.attacks.iab import Attack, Settings
 from data.datasets import shapes
-from data.iab_networks import EncoderDecoder, blend, density_loss, diversity_loss, sharpen
 from data.sets import RawData, Scene
+from model.classifier import new_classifier
 from model.networks.resnet18_cifar import Settings as Network
 from utils import config
 from utils.errors import UserError
@@ -37,7 +38,7 @@ def scene(folder: Path, count: int = 60, seed: int = 0, side: int = 32, lines: l
     train, test = (np.tile(i, (1, times, times, 1))[:, :side, :side] for i in (raw.train_images, raw.test_images))
     raw = RawData(train, raw.train_labels, test, raw.test_labels, raw.class_names)
     say: Callable[[str], object] = [].append if lines is None else lines.append
-    return Scene(raw, 3, 10, seed, folder, torch.device("cpu"), say)
+    return Scene(raw, 3, 10, seed, folder, torch.device("cpu"), say, new_classifier)
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +267,7 @@ def test_generator_training_equals_a_plain_loop(tmp_path: Path) -> None:
     assert all(torch.equal(w, before[name]) for name, w in mask_network.state_dict().items())  # frozen
 
     with iab.seeded(place.seed, "generator"):
-        network, surrogate = EncoderDecoder(3, 2), iab.build_surrogate(QUICK.surrogate, 10)
+        network, surrogate = EncoderDecoder(3, 2), new_classifier(QUICK.surrogate, 10)
     g_step = torch.optim.Adam(network.parameters(), lr=0.01, betas=(0.5, 0.9))
     c_step = torch.optim.SGD(surrogate.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     images, labels = as_pixels(place.raw.train_images), torch.from_numpy(place.raw.train_labels)

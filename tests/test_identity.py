@@ -384,7 +384,7 @@ def test_remedies_for_settings_of_the_data_work(tmp_path: Path) -> None:
 
     assert "raise it" in line("num_classes=2")
     assert len(prepared(path, "num_classes=3").train) == 3 * TRAIN
-    assert "add `dataset: cifar10` or another" in line("dataset=null")
+    assert "add `dataset: NAME`" in line("dataset=null")
     assert len(prepared(path, "dataset=folder").train) == 3 * TRAIN
 
     attack = "backdoor={badnets: {pattern: corner3x3}, target_label: 1, poison_ratio: 0.5}"

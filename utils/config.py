@@ -10,17 +10,15 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 import yaml
 
-from utils import plugins
 from utils.errors import UserError
 from utils.layers import parse_override, read_with_base
 from utils.schema import REQUIRED, Choices, Named, Reader, as_dict, describe, setting
 
-ATTACKS = Choices(package="data.attacks")
-DATASETS = Choices(package="data.datasets")
-NETWORKS = Choices(package="model.networks")
+ATTACKS = Choices(kind="attacks")
+DATASETS = Choices(kind="datasets")
+NETWORKS = Choices(kind="networks")
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Data:
 
 def transforms(place: str) -> Choices:
     """Return the transforms that one section of the YAML accepts."""
-    return Choices(package="data.transforms", place=place)
+    return Choices(kind="transforms", place=place)
 
 
 @dataclass(frozen=True)
@@ -86,13 +84,17 @@ class TransformTrain:
     primary: tuple[Named, ...] = setting(
         (), "augmentation of raw images, in this order", choices=transforms("transform.train.primary")
     )
-    remaining: tuple[Named, ...] = setting((), "to_tensor and normalize", choices=transforms("transform.train.remaining"))
+    remaining: tuple[Named, ...] = setting(
+        (), "from bytes to normalized numbers", choices=transforms("transform.train.remaining")
+    )
 
 
 @dataclass(frozen=True)
 class TransformTest:
     primary: tuple[Named, ...] = setting((), "resize or crop of test images", choices=transforms("transform.test.primary"))
-    remaining: tuple[Named, ...] = setting((), "to_tensor and normalize", choices=transforms("transform.test.remaining"))
+    remaining: tuple[Named, ...] = setting(
+        (), "from bytes to normalized numbers", choices=transforms("transform.test.remaining")
+    )
 
 
 @dataclass(frozen=True)
@@ -326,7 +328,7 @@ def check(config: Config, reader: Reader) -> None:
         if value is not None and value != c:
             reader.fail(key, value, f"num_classes is {c}: give {c} or leave the key out")
     if config.backdoor is None:
-        tells = config.dataset is not None and config.dataset.name == "poisoned_set"
+        tells = config.dataset is not None and config.dataset.name in DATASETS.declared("POISONED")
         if config.defense == "asd" and config.seed_samples is None and not tells:
             remedy = "nobody can draw them for backdoor: null: name a list (an image's name a line) or a folder of clean images"
             reader.fail("seed_samples", None, remedy)
@@ -342,26 +344,17 @@ def check(config: Config, reader: Reader) -> None:
     if config.defense == "asd" and g.seed_num < 1 and g.epoch_first > 0 and config.seed_samples is None:
         reader.fail("global.seed_num", g.seed_num, "the first clean pool would be empty: give at least 1")
     for name in ("train", "test"):
-        part = getattr(config.transform, name)
-        if [item.name for item in part.remaining] not in (["to_tensor"], ["to_tensor", "normalize"]):
-            listed = ", ".join(item.name for item in part.remaining) or "nothing"
-            reader.fail(f"transform.{name}.remaining", listed, "give to_tensor: true, and normalize after it if wanted")
-    for item in (*config.transform.pre, *config.transform.train.primary, *config.transform.test.primary):
-        for key in ("size", "scale", "ratio", "sigma"):
-            pair = getattr(item.settings, key, None)
-            if isinstance(pair, tuple) and (len(pair) != 2 or (key != "size" and pair[0] > pair[1])):
-                wanted = "height and width" if key == "size" else "the least and the greatest"
-                reader.fail(f"transform: {item.name}.{key}", list(pair), f"give two numbers, {wanted}")
+        key, steps = f"transform.{name}.remaining", getattr(config.transform, name).remaining
+        positions = transforms(key).declared("POSITION")
+        if not steps or [positions[step.name] for step in steps] != list(range(len(steps))):
+            first, *others = sorted(positions, key=lambda step: positions[step])
+            listed = ", ".join(step.name for step in steps) or "nothing"
+            reader.fail(key, listed, f"give {first}: true, and after it, if wanted, {' or '.join(others)}")
     if config.runtime.merged and not config.runtime.compile:
         reader.fail("runtime.merged", True, "is slower without runtime.compile: set that to true too, or leave this out")
     if config.dataset is None and config.dataset_dir is None:
-        reader.fail("dataset_dir", None, "missing; name the data set's folder, or `dataset: shapes` for the built-in one")
-    try:
-        with torch.device("meta"):  # no memory, no random number; 60 ms, and imports that the optimizer needs anyway
-            plugins.load("model.networks", config.network.name).build(config.network.settings)
-    except UserError as error:
-        line = f"network.{error}"
-        raise UserError(f"{reader.where(line.partition(': ')[0])}: {line}") from None
+        built_in = ", ".join(DATASETS.declared("BUILT_IN"))
+        reader.fail("dataset_dir", None, f"missing; name the data set's folder, or a built-in `dataset`: {built_in}")
     if (config.run is not None and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", config.run)) or ".." in (config.run or ""):
         reader.fail("run", config.run, "give a plain name, e.g. asd-seed-1")
 

@@ -14,6 +14,11 @@ KINDS = {
     stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device",
     stat.S_ISBLK: "a device",
 }  # fmt: skip
+# What Windows, macOS, ext4 and network storage put into a folder without being asked; in lower case.
+LEFT_BY_PROGRAMS = (
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "__macosx", "icon\r", "lost+found",
+    "@eadir", "#recycle", "#snapshot", "@recycle", "@__thumb",
+)  # fmt: skip
 
 
 def user_path(name: str | Path, key: str) -> Path:
@@ -78,3 +83,21 @@ def require_file(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = next((kind for test, kind in KINDS.items() if test(mode)), "something else")
         raise OSError(errno.EINVAL, f"is {kind} and not a regular file", str(path))
+
+
+def visible(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what lies in a folder, sorted by name, without hidden files and what programs leave."""
+    try:
+        with os.scandir(folder) as entries:
+            kept = [e for e in entries if not e.name.startswith(".") and e.name.lower() not in LEFT_BY_PROGRAMS]
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed ({error.strerror}): make it readable") from None
+    return sorted(kept, key=lambda entry: entry.name)
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder; a link that nobody can follow is a file, whose reading will fail."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False

@@ -1,13 +1,25 @@
-"""Plug-ins found by file name: a new attack, data set or network is one new file, and no list names it."""
+"""Plug-ins found by file name: a new attack, data set or network is one new file, and no list names it.
+
+What the rest of the program must know of a plug-in, its file declares; no other file has the plug-in's name.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from utils.errors import UserError, nearest
+
+
+@functools.cache
+def package_of(kind: str) -> str:
+    """Return the package that holds the plug-ins of a kind: `attacks` -> `data.attacks`, from the folder `*/attacks/`."""
+    (found,) = Path(__file__).resolve().parents[1].glob(f"*/{kind}/__init__.py")
+    return ".".join(found.parts[-3:-1])
 
 
 def names(package: str) -> list[str]:
@@ -25,6 +37,12 @@ def load(package: str, name: str) -> ModuleType:
     if name not in names(package):
         raise UserError(f"{name!r} is no file in {package.replace('.', '/')}/: {nearest(name, names(package))}")
     return importlib.import_module(f"{package}.{name}")
+
+
+def declared(package: str, attribute: str) -> dict[str, Any]:
+    """Return the value of a module's attribute by plug-in, of those that have it."""
+    modules = {name: load(package, name) for name in names(package)}
+    return {name: getattr(module, attribute) for name, module in modules.items() if hasattr(module, attribute)}
 
 
 def settings(package: str, name: str) -> type[Any]:

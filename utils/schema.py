@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import operator
@@ -39,30 +40,44 @@ class Named:
 
 @dataclass(frozen=True)
 class Choices:
-    """Where the names of a `Named` field come from: a table of dataclasses, or the files of a package.
+    """Where the names of a `Named` field come from: a table of dataclasses, or the plug-ins of a kind.
 
     With a `place`, only those plug-ins that declare it in their `PLACES`.
     """
 
     table: Mapping[str, type] | None = None
-    package: str | None = None
+    kind: str | None = None
     place: str | None = None
+
+    @property
+    def package(self) -> str:
+        """The package of the plug-ins."""
+        return plugins.package_of(str(self.kind))
 
     def names(self) -> list[str]:
         """Return the legal names."""
         if self.table is not None:
             return list(self.table)
-        return [name for name in plugins.names(str(self.package)) if self.place is None or self.place in self.places(name)]
+        if self.place is None:
+            return plugins.names(self.package)
+        return [name for name, places in self.declared("PLACES").items() if self.place in places]
 
     def places(self, name: str) -> tuple[str, ...]:
-        """Return where the plug-in `name` may stand; nowhere if there is none of that name."""
-        if self.place is None or name not in plugins.names(str(self.package)):
-            return ()
-        return tuple(plugins.load(str(self.package), name).PLACES)
+        """Return where the plug-in `name` may stand; nowhere if there is none of that name or the place does not matter."""
+        return tuple(self.declared("PLACES").get(name, ())) if self.place is not None else ()
 
     def schema(self, name: str) -> type:
         """Return the dataclass of the settings of `name`."""
-        return self.table[name] if self.table is not None else plugins.settings(str(self.package), name)
+        return self.table[name] if self.table is not None else plugins.settings(self.package, name)
+
+    def declared(self, attribute: str) -> dict[str, Any]:
+        """Return what the plug-ins declare under a name, by plug-in."""
+        return {} if self.kind is None else plugins.declared(self.package, attribute)
+
+    def check(self, name: str, settings: Any) -> None:
+        """Let `check(plugin, settings)` of the plug-ins' package, where there is one, refuse settings by a UserError."""
+        if self.kind is not None and hasattr(package := importlib.import_module(self.package), "check"):
+            package.check(plugins.load(self.package, name), settings)
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,7 @@ class Key:
     above: float | None = None  # exclusive bounds
     below: float | None = None
     count: int | None = None  # length of a tuple
+    ascending: bool = False  # no number of a tuple is less than the one before it
     options: tuple[str, ...] = ()  # the legal strings
     choices: Choices = Choices(table={})  # the legal names of a `Named` field
     inline: bool = False  # the name is a key of the section itself, as the attack's under `backdoor`
@@ -108,10 +124,14 @@ def setting(default: Any = REQUIRED, help: str = "", **declared: Any) -> Any:
     """Declare one key of the YAML.
 
     Args:
-        default: the value when the key is absent; a dataclass type means that section with all its defaults.
+        default: the value when the key is absent; a dataclass type means that section with all its defaults, the name of a
+            plug-in among `choices` that plug-in with all its defaults.
         help, declared: see `Key`.
     """
     metadata = {"help": help, **declared}
+    choices = declared.get("choices")
+    if choices is not None and isinstance(default, str):
+        default = Named(default, choices.schema(default)())
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -239,7 +259,13 @@ class Reader:
         if len(raw) > 1:
             self.fail(path, raw, f"{len(raw)} names where one is chosen: keep one of {', '.join(map(str, raw))}")
         ((name, value),) = raw.items()
-        return Named(name, self.section(choices.schema(name), value, join(path, name)))
+        settings = self.section(choices.schema(name), value, join(path, name))
+        try:
+            choices.check(name, settings)
+        except UserError as error:  # `NAME.KEY: ...`
+            line = join(path, error)
+            raise UserError(f"{self.where(line.partition(': ')[0])}: {line}") from None
+        return Named(name, settings)
 
     def value(self, key: Key, raw: Any, path: str) -> Any:
         """Build the value of a key."""
@@ -261,9 +287,10 @@ class Reader:
         item_kind = typing.get_args(kind)[0]
         if not is_list:
             self.fail(path, raw, f"give a list, e.g. {f'[{raw}]' if item_kind is str else '[0.1, 0.2]'}")
-        if key.count is not None and len(raw) != key.count:
-            self.fail(path, raw, f"give {key.count} numbers")
-        return tuple(self.scalar(key, item_kind, item, f"{path}[{i}]") for i, item in enumerate(raw))
+        out = tuple(self.scalar(key, item_kind, item, f"{path}[{i}]") for i, item in enumerate(raw))
+        if len(out) != (key.count or len(out)) or (key.ascending and list(out) != sorted(out)):
+            self.fail(path, list(raw), f"give {key.count} numbers{', the least first' if key.ascending else ''}")
+        return out
 
     def several(self, choices: Choices, raw: Any, path: str) -> tuple[Named, ...]:
         """Build several choices from a mapping, in its order; `true` means the defaults, false and null leave one out."""

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.attack import Arrays, AttackBase, build_surrogate, fingerprint, keep_asset, weights_of
+from data.attack import Arrays, AttackBase, fingerprint, keep_asset, weights_of
 from data.attacks.badnets import BLOCK
 from data.augment import Pipeline
 from data.batches import endless_order
@@ -51,11 +51,7 @@ class Settings:
     trigger: str = setting(
         "corners", "four 3 x 3 patches in the corners, or BadNets' coloured block", options=("corners", "block2x2")
     )
-    surrogate: Named = setting(
-        Named("resnet18_cifar", plugins.settings("model.networks", "resnet18_cifar")()),
-        "the network that the perturbation is made against",
-        choices=NETWORKS,
-    )
+    surrogate: Named = setting("resnet18_cifar", "the network that the perturbation is made against", choices=NETWORKS)
     training: str = setting(
         "pgd",
         "the surrogate's: against PGD of 7 steps, against one step (a quarter of the time), or without an adversary (weak)",
@@ -137,7 +133,7 @@ class Attack(AttackBase):
         """Return the surrogate in eval mode and without gradients: the kept weights, or trained now."""
         kept = keep_asset(self.scene, "clb_surrogate", self.surrogate_key(), lambda: train_surrogate(self.settings, self.scene))
         with torch.random.fork_rng(devices=[]):
-            network = build_surrogate(self.settings.surrogate, self.scene.num_classes)
+            network = self.scene.new_classifier(self.settings.surrogate, self.scene.num_classes)
         network.load_state_dict({name: torch.from_numpy(array) for name, array in kept.items()})
         return network.to(self.scene.device).requires_grad_(False).eval()
 
@@ -219,7 +215,7 @@ def train_surrogate(settings: Settings, scene: Scene) -> Arrays:
     steps, step_size = ADVERSARIES[s.training]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(key_seed(scene.seed, "clb surrogate"))
-        network = build_surrogate(s.surrogate, scene.num_classes).to(device).train()
+        network = scene.new_classifier(s.surrogate, scene.num_classes).to(device).train()
         optimizer = torch.optim.SGD(network.parameters(), lr=s.learning_rate, momentum=0.9, weight_decay=5e-4)
         triangle = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rise_and_fall((i + 0.5) / total))
         right = torch.zeros((), dtype=torch.int64, device=device)

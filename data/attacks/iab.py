@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.attack import Arrays, AttackBase, build_surrogate, fingerprint, in_batches, keep_asset, weights_of
-from data.iab_networks import EncoderDecoder, blend, density_loss, diversity_loss, sharpen, standardize
+from data.attack import Arrays, AttackBase, fingerprint, in_batches, keep_asset, weights_of
+from data.attacks._iab_networks import EncoderDecoder, blend, density_loss, diversity_loss, sharpen, standardize
 from data.sets import Scene
-from utils import plugins
 from utils.config import NETWORKS
 from utils.draws import generator, key_seed, numpy_generator
 from utils.errors import UserError
@@ -47,11 +46,7 @@ class Settings:
     lambda_density: float = setting(100.0, "weight of the mask's density", low=0)
     lambda_diversity: float = setting(1.0, "weight of the diversity of masks, and of patterns", low=0)
     width: int = setting(32, "channels of the first stage of generator and mask network", low=1)
-    surrogate: Named = setting(
-        Named("resnet18_cifar", plugins.settings("model.networks", "resnet18_cifar")()),
-        "the classifier that the generator learns to mislead",
-        choices=NETWORKS,
-    )
+    surrogate: Named = setting("resnet18_cifar", "the classifier that the generator learns to mislead", choices=NETWORKS)
 
 
 class Attack(AttackBase):
@@ -132,7 +127,7 @@ def train_generator(settings: Settings, scene: Scene, mask_network: nn.Module) -
     """
     with seeded(scene.seed, "generator"):
         network = EncoderDecoder(3, settings.width).to(scene.device).train()
-        surrogate = build_surrogate(settings.surrogate, scene.num_classes).to(scene.device).train()
+        surrogate = scene.new_classifier(settings.surrogate, scene.num_classes).to(scene.device).train()
         optimizers = (
             torch.optim.Adam(network.parameters(), settings.generator_lr, (0.5, 0.9)),
             torch.optim.SGD(surrogate.parameters(), settings.surrogate_lr, momentum=0.9, weight_decay=5e-4),

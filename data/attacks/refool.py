@@ -7,6 +7,7 @@ reflected scene either twice, from its front and its back (a ghost), or out of f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ LINEAR = (np.arange(256) / 255) ** GAMMA  # (256,) linear light of a pixel's val
 DRAWS = 9  # random numbers an image
 SUFFIXES = (".png", ".bmp", ".jpg", ".jpeg", ".webp", ".ppm")
 
+bounds = partial(setting, low=0, count=2, ascending=True)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -39,25 +42,21 @@ class Settings:
     )
     count: int = setting(200, "how many pictures are reflected, if there are so many", low=1)
     ghost_probability: float = setting(0.49, "a ghost; else the reflection is out of focus", low=0, high=1)
-    reflectance: tuple[float, ...] = setting((0.05, 0.45), "share of the image's light that the pane takes", low=0, high=1)
-    ghost_weight: tuple[float, ...] = setting((0.15, 0.5), "weight of the fainter of a ghost's two copies", low=0, high=1)
-    shift: tuple[float, ...] = setting(
-        (0.0054, 0.0143), "distance of the copies on each axis, of the side (3 to 8 of 560 px); at least 1 px", low=0, high=0.5
+    reflectance: tuple[float, ...] = bounds((0.05, 0.45), "share of the image's light that the pane takes", high=1)
+    ghost_weight: tuple[float, ...] = bounds((0.15, 0.5), "weight of the fainter of a ghost's two copies", high=1)
+    shift: tuple[float, ...] = bounds(
+        (0.0054, 0.0143), "distance of the copies on each axis, of the side (3 to 8 of 560 px); at least 1 px", high=0.5
     )
-    sigma: tuple[float, ...] = setting(
-        (0.0018, 0.0089), "blur out of focus, of the side (1 to 5 of 560 px); at least 1 px", low=0, high=0.25
+    sigma: tuple[float, ...] = bounds(
+        (0.0018, 0.0089), "blur out of focus, of the side (1 to 5 of 560 px); at least 1 px", high=0.25
     )
-    attenuation: tuple[float, ...] = setting((1.08, 1.18), "out of focus: weight of what is subtracted", low=0)
+    attenuation: tuple[float, ...] = bounds((1.08, 1.18), "out of focus: weight of what is subtracted")
 
 
 class Attack(AttackBase):
     """Reflections (count, H, W, 3) uint8; which one an image gets, and how, is drawn for each image."""
 
     def __init__(self, settings: Settings, scene: Scene) -> None:
-        for name in ("reflectance", "ghost_weight", "shift", "sigma", "attenuation"):
-            pair = getattr(settings, name)
-            if len(pair) != 2 or pair[0] > pair[1]:
-                raise UserError(f"backdoor.refool.{name}: {list(pair)}: give two numbers, the least and the greatest")
         self.settings, self.seed = settings, scene.seed
         height, width = scene.raw.train_images.shape[1:3]
         if settings.reflections is not None:

@@ -12,6 +12,7 @@ from data.unpickle import read_pickle
 from utils.errors import UserError
 from utils.paths import is_file, user_path
 
+FOLDER_NAMES = "^(?!.*cifar-?100).*cifar"
 FOLDER = "cifar-10-batches-py"
 TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 TEST = ("test_batch",)

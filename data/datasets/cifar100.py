@@ -11,6 +11,7 @@ from data.unpickle import read_pickle
 from utils.errors import UserError
 from utils.paths import user_path
 
+FOLDER_NAMES = "cifar-?100"
 FOLDER = "cifar-100-python"
 COUNT = 100
 

@@ -7,7 +7,6 @@ is a picture.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,10 @@ import numpy as np
 from data.sets import Listing
 from utils.errors import UserError, nearest
 from utils.names import Names
-from utils.paths import exists, is_dir, user_path
+from utils.paths import exists, is_dir, is_folder, user_path, visible
 from utils.schema import setting
 
-# What Windows, macOS, ext4 and network storage put into a folder without being asked; in lower case.
-LEFT_BY_PROGRAMS = (
-    "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "__macosx", "icon\r", "lost+found",
-    "@eadir", "#recycle", "#snapshot", "@recycle", "@__thumb",
-)  # fmt: skip
+FOLDER_NAMES = "imagenet|vggface2?"
 
 
 @dataclass(frozen=True)
@@ -52,24 +47,6 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> Listing
     return Listing(
         "folder", root, train_files, train_labels, test_files, test_labels, tuple(names), (), settings.skip_unreadable
     )
-
-
-def visible(folder: Path) -> list[os.DirEntry[str]]:
-    """Return what lies in a folder, sorted by name, without hidden files and what programs leave."""
-    try:
-        with os.scandir(folder) as entries:
-            kept = [e for e in entries if not e.name.startswith(".") and e.name.lower() not in LEFT_BY_PROGRAMS]
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be listed ({error.strerror}): make it readable") from None
-    return sorted(kept, key=lambda entry: entry.name)
-
-
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a folder; a link that nobody can follow is a file, whose reading will fail."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
 
 
 def class_folders(part: Path) -> list[str]:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data.datasets.folder import is_folder, visible
 from data.sets import Listing
 from data.transforms import resize
 from utils.errors import UserError
-from utils.paths import exists, is_dir, require_file, user_path
+from utils.paths import exists, is_dir, is_folder, require_file, user_path, visible
 from utils.schema import setting
 
+FOLDER_NAMES = "gtsrb"
 SIDE = 32
 TEST_CSV = "GT-final_test.csv"
 CLASSES = (

@@ -8,6 +8,8 @@ from data.export import StoredSet, read_set
 from utils.errors import UserError
 from utils.paths import user_path
 
+POISONED = True  # and knows which of its images are
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -14,6 +14,7 @@ from data.sets import RawData
 from utils.draws import numpy_generator
 from utils.schema import setting
 
+BUILT_IN = True  # needs no dataset_dir
 CLASSES = ("disc", "ring", "square", "frame", "diamond", "triangle", "plus", "saltire", "bars", "columns")
 SIDE = 32
 

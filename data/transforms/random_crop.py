@@ -19,6 +19,11 @@ class Settings:
     padding: int = setting(0, "pixels added on every side first", low=0)
     padding_mode: str = setting("constant", "what the padding shows", options=("constant", "edge", "reflect", "symmetric"))
 
+    @property
+    def pads_black(self) -> bool:
+        """Whether the crop may show black from outside the image."""
+        return self.padding > 0 and self.padding_mode == "constant"
+
     def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
         """Return (count, 2): the crop's top and left corner in the padded image."""
         spare = [side + 2 * self.padding - self.size for side in (height, width)]

@@ -19,8 +19,10 @@ PLACES = ("transform.train.primary",)
 @dataclass(frozen=True)
 class Settings:
     size: int = setting(224, "side of the result in pixels", low=1)
-    scale: tuple[float, ...] = setting((0.08, 1.0), "least and greatest share of the area", above=0, high=1)
-    ratio: tuple[float, ...] = setting((0.75, 4 / 3), "least and greatest width / height", above=0)
+    scale: tuple[float, ...] = setting(
+        (0.08, 1.0), "least and greatest share of the area", above=0, high=1, count=2, ascending=True
+    )
+    ratio: tuple[float, ...] = setting((0.75, 4 / 3), "least and greatest width / height", above=0, count=2, ascending=True)
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
         """Return (count, 4): top, left, height and width of each crop in pixels."""

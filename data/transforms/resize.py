@@ -15,7 +15,7 @@ PLACES = ("transform.pre", "transform.train.primary", "transform.test.primary")
 
 @dataclass(frozen=True)
 class Settings:
-    size: int | tuple[int, ...] = setting(256, "shorter side, or [height, width], in pixels", low=1)
+    size: int | tuple[int, ...] = setting(256, "shorter side, or [height, width], in pixels", low=1, count=2)
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
         """Return (count, 0): nothing is random."""

@@ -1,10 +1,11 @@
-"""uint8 0..255 to floating point 0..1. Done by `data.augment.Pipeline` in one step with normalize."""
+"""uint8 0..255 to floating point 0..1. Done by `data.augment.Pipeline` in one step with what follows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 PLACES = ("transform.train.remaining", "transform.test.remaining")
+POSITION = 0
 
 
 @dataclass(frozen=True)

@@ -4,3 +4,14 @@
 the names of its submodules that the virtual model trains, together with the linear layer. `finish` of model/backbone.py
 sets both. No network comes with trained weights.
 """
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+def check(network: ModuleType, settings: Any) -> None:
+    """Refuse settings that the network cannot be built from, while the YAML is read."""
+    with torch.device("meta"):  # no memory, no random number; 60 ms
+        network.build(settings)

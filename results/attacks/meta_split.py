@@ -23,6 +23,7 @@ from data.pools import class_agnostic_split, meta_split
 from data.sets import ImageSet
 from engine.context import build_context, build_state
 from engine.evaluation import evaluate
+from model.classifier import new_classifier
 from utils import checkpoint, config
 from utils.cli import Parser, command
 from utils.config import Config
@@ -41,7 +42,7 @@ class Subject(NamedTuple):
 def build(c: Config, base: Path, machine: Machine) -> Subject:
     """Return the configuration's poisoned set with the weights of the checkpoint `base`; nothing is kept on disk."""
     with tempfile.TemporaryDirectory() as folder:
-        data = prepare(c, Path(folder), machine.device)
+        data = prepare(c, Path(folder), machine.device, new_classifier=new_classifier)
     assert data.oracle is not None
     train_set = data.train.to(machine.device)
     model = build_state(c, machine, len(train_set)).model
