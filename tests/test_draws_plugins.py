@@ -214,7 +214,7 @@ def test_the_programs_run_what_is_dropped_into_the_folders(tmp_path: Path) -> No
     set.
     """
     program = tmp_path / "program"
-    for folder in ("data", "loss", "model", "utils"):
+    for folder in ("data", "engine", "loss", "model", "utils"):
         shutil.copytree(REPOSITORY / folder, program / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for script in ("ASD.py", "test.py"):
         shutil.copy(REPOSITORY / script, program)
