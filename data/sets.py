@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
@@ -175,7 +174,6 @@ class Scene:
     seed: int
     assets: Path  # folder where made assets are kept, for all runs beside one another
     device: torch.device = torch.device("cpu")  # where assets are made
-    say: Callable[[str], object] = print
 
 
 def to_set(images: np.ndarray, labels: np.ndarray, placement: str = "device") -> ImageSet:
