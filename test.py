@@ -46,7 +46,7 @@ def main() -> None:
     if args.out and is_dir(user_path(args.out, "--out"), "--out"):
         raise UserError(f"--out {args.out}: is a folder: give the name of a file, e.g. --out {Path(args.out) / 'labels.csv'}")
     settings = config.load(args.config, args.set)
-    machine = choose_machine(args.gpu, settings.runtime.amp, print, alone=True)
+    machine = choose_machine(args.gpu, settings.runtime.amp, alone=True)
     set_determinism(settings.seed.deterministic, settings.seed.benchmark)
     run = locate(settings)
     path = run.checkpoint(args.resume or LATEST)

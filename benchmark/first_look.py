@@ -32,7 +32,7 @@ def look(device: torch.device, width: int, batch: int) -> list[str]:
     }
     parts["inference"] = partial(inference, fast, (16, 32, 64, 128, 256, 512))
     parts["virtual epoch"] = partial(virtual, fast)
-    attempts, began = BestEffort(print), time.monotonic()
+    attempts, began = BestEffort(), time.monotonic()
     for name, part in parts.items():
         print(f"-- {name} (at {time.monotonic() - began:.0f} s)", flush=True)
         attempts.attempt(name, part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from hashlib import sha256
@@ -18,6 +19,7 @@ from utils.errors import UserError
 from utils.files import remove_leftovers, write_atomically
 from utils.manifest import TRAIN
 
+logger = logging.getLogger(__name__)
 BATCH = 256  # images that are altered at a time, so that 224 px fit into memory as floats
 CACHED = 2**17  # pixels at a time where it is mere arithmetic: stays in the cache, at 224 px 3 times faster than BATCH
 Arrays = dict[str, np.ndarray]
@@ -92,14 +94,14 @@ def keep_asset(scene: Scene, name: str, depends_on: Mapping[str, Any], make: Cal
     if path.exists():
         kept = read_asset(path, key)
         if kept is not None:
-            scene.say(f"{name}: uses {path}, made before with the same settings")
+            logger.info(f"{name}: uses {path}, made before with the same settings")
             return kept
-        scene.say(f"{name}: {path} is damaged: it is made again")
+        logger.info(f"{name}: {path} is damaged: it is made again")
     remove_leftovers(scene.assets)
     arrays = make()
     stored = arrays | {"_key": np.array(key), "_sha256": np.array(checksum(arrays))}
     write_atomically(path, lambda file: np.savez(file, **stored))  # type: ignore[arg-type]
-    scene.say(f"{name}: made {path}")
+    logger.info(f"{name}: made {path}")
     return arrays
 
 

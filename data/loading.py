@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +16,10 @@ from utils.names import class_text
 from utils.paths import is_file, user_path
 from utils.schema import Named
 
-Say = Callable[[str], object]
 PACKAGE = "data.datasets"
 
 
-def load_data(config: Config, say: Say = print) -> RawData | StoredSet:
+def load_data(config: Config) -> RawData | StoredSet:
     """Load the configured data set; cut it to `data.train_limit` and `data.test_limit`, check that the YAML fits it.
 
     `transform.pre` is applied to raw data; a set that is poisoned already went through it. Picture files are decoded, and
@@ -42,7 +40,7 @@ def load_data(config: Config, say: Say = print) -> RawData | StoredSet:
             raise UserError(f"num_classes: {config.num_classes}: the {part} set has the label {label}: raise it")
     cache = config.data.cache_dir
     folder = user_path(cache, "data.cache_dir") if cache else user_path(config.saved_dir, "saved_dir") / "tables"
-    return to_raw(data, [step.settings for step in config.transform.pre], folder, config.data.placement == "disk", say)
+    return to_raw(data, [step.settings for step in config.transform.pre], folder, config.data.placement == "disk")
 
 
 def load_raw(config: Config) -> RawData:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,14 @@ import torch
 from data.sets import Mapped
 from utils.errors import UserError
 
-Say = Callable[[str], object]
+logger = logging.getLogger(__name__)
 SHARE = 0.5  # of the free memory that images may take: the rest is for the network, its activations and passing copies
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
 
 
-def choose_placement(
-    wanted: str, train: np.ndarray, tests: Sequence[np.ndarray], device: torch.device, processes: int, say: Say
-) -> str:
-    """Return `device`, `host` or `disk`, and say in a line where the images lie.
+def choose_placement(wanted: str, train: np.ndarray, tests: Sequence[np.ndarray], device: torch.device, processes: int) -> str:
+    """Return `device`, `host` or `disk`, and log where the images are.
 
     `auto` takes the first of them in which all images fill at most half of the memory that is free; `disk` only images
     that lie in a mapped table. Host memory is that of all processes of the run together.
@@ -49,7 +48,7 @@ def choose_placement(
         "disk": "in mapped tables on disk and are fetched by index",
     }
     memory = f"{gigabytes(host)} of host memory" + ("" if device.type == "cpu" else f", {gigabytes(free)} on {device}")
-    say(
+    logger.info(
         f"{len(train)} training and {sum(map(len, tests))} test images of {train.shape[2]} x {train.shape[1]} pixels, "
         f"{gigabytes(size)}, lie {places[placement]} (data.placement: {wanted}; free: {memory})"
     )

@@ -12,8 +12,8 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
     begin("data.poison")
 
+import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,7 +61,7 @@ from utils.machine import choose_device, set_determinism
 from utils.names import class_text
 from utils.paths import exists, is_dir, user_path
 
-Say = Callable[[str], object]
+logger = logging.getLogger(__name__)
 ATTACKS = "data.attacks"
 EXAMPLES = 16  # poisoned images kept for the pictures
 
@@ -111,7 +111,6 @@ def prepare(
     config: Config,
     folder: Path,
     device: torch.device | None = None,
-    say: Say = print,
     processes: int = 1,
     new_classifier: NewClassifier = no_network,
 ) -> PoisonedData:
@@ -120,19 +119,18 @@ def prepare(
     Args:
         folder: the run's, where `poison_idx.npy` is kept, and `set.json` of a set poisoned before.
         device: where an attack makes its assets; none: the CPU.
-        say: is told, in a line, what is made and what is used again, and where the images lie.
         processes: of the run, on this computer.
         new_classifier: `model.classifier`'s, for attacks that train a network.
     Raises:
         UserError: also where the run in `folder` was begun with other data.
     """
-    data = load_data(config, say)
+    data = load_data(config)
     known = manifest_of(config, data)
     manifest.check(folder, known)
-    placement = place(config, data, device, processes, say)
+    placement = place(config, data, device, processes)
     if isinstance(data, StoredSet):
         keep_with_run(folder, data)
-        say(f"{data.folder}: a set poisoned by {data.backdoor.attack.name}; its files are as set.json says")
+        logger.info(f"{data.folder}: a set poisoned by {data.backdoor.attack.name}; its files are as set.json says")
         examples, caption = examples_of(data, EXAMPLES)
         parts = data.parts
         return PoisonedData(
@@ -142,7 +140,7 @@ def prepare(
     if config.backdoor is None:
         train, none = given_images(data, placement), data.train_images[None, :0].repeat(2, 0)
         return PoisonedData(train, given_tests(data, placement), None, None, none, "", data.class_names, data.names, known)
-    attack = build_attack(config, data, device, say, new_classifier)
+    attack = build_attack(config, data, device, new_classifier)
     tests = build_test_sets(config, data, attack, placement)  # refused before anything is kept with the run
     poisoned = poison_training_set(config, data, attack, folder, placement)
     caption = f"{config.attack.name}: {training_caption(config.attacker, attack, data.class_names)}"
@@ -152,26 +150,24 @@ def prepare(
     )
 
 
-def prepare_tests(
-    config: Config, device: torch.device | None = None, say: Say = print, new_classifier: NewClassifier = no_network
-) -> TestSets:
+def prepare_tests(config: Config, device: torch.device | None = None, new_classifier: NewClassifier = no_network) -> TestSets:
     """Return the test sets of `prepare` without the training set; a run's folder stays as it is."""
-    data = load_data(config, say)
-    placement = place(config, data, device, 1, say)
+    data = load_data(config)
+    placement = place(config, data, device, 1)
     if isinstance(data, StoredSet):
         return test_sets(data.parts, placement)
     if config.backdoor is None:
         return given_tests(data, placement)
-    return build_test_sets(config, data, build_attack(config, data, device, say, new_classifier), placement)
+    return build_test_sets(config, data, build_attack(config, data, device, new_classifier), placement)
 
 
-def place(config: Config, data: RawData | StoredSet, device: torch.device | None, processes: int, say: Say) -> str:
+def place(config: Config, data: RawData | StoredSet, device: torch.device | None, processes: int) -> str:
     """Return where the images lie (`data.placement`); the backdoor test set counts as large as the clean one."""
     if isinstance(data, StoredSet):
         train, tests = data.parts.train.images, [data.parts.clean_test.images, data.parts.backdoor_test.images]
     else:
         train, tests = data.train_images, [data.test_images] * (1 if config.backdoor is None else 2)
-    return choose_placement(config.data.placement, train, tests, device or torch.device("cpu"), processes, say)
+    return choose_placement(config.data.placement, train, tests, device or torch.device("cpu"), processes)
 
 
 def test_sets(parts: PoisonedSet, placement: str) -> TestSets:
@@ -197,21 +193,19 @@ def build_attack(
     config: Config,
     raw: RawData,
     device: torch.device | None = None,
-    say: Say = print,
     new_classifier: NewClassifier = no_network,
 ) -> AttackBase:
     """Make the configured attack; assets that it makes are kept in `<saved_dir>/assets`, for all runs there.
 
     Args:
         device: where assets are made; none: the CPU.
-        say: is told, in a line, what is made and what is used again.
         new_classifier: as for `prepare`.
     """
     module = plugins.load(ATTACKS, config.attack.name)
     folder = user_path(config.saved_dir, "saved_dir") / "assets"
     device = device or torch.device("cpu")
     b = config.attacker
-    scene = Scene(raw, b.target_label, config.num_classes, config.seed.seed, folder, device, say, new_classifier)
+    scene = Scene(raw, b.target_label, config.num_classes, config.seed.seed, folder, device, new_classifier)
     attack: AttackBase = module.Attack(config.attack.settings, scene)
     return attack
 
@@ -289,7 +283,7 @@ def trigger_images(config: Config, raw: RawData, attack: AttackBase) -> Part:
     return Part(images, np.full(n, target), raw.test_labels[others].astype(np.int64), np.full(n, POISONED, np.uint8), others)
 
 
-def export(config: Config, out: Path, device: torch.device, say: Say, new_classifier: NewClassifier = no_network) -> None:
+def export(config: Config, out: Path, device: torch.device, new_classifier: NewClassifier = no_network) -> None:
     """Write the poisoned set into a folder of its own (`data/export.py`); one that is there already is verified.
 
     Raises:
@@ -299,11 +293,11 @@ def export(config: Config, out: Path, device: torch.device, say: Say, new_classi
     settings = settings_of_set(config, dataset_of(config))
     if exists(out, "--out") and (not is_dir(out, "--out") or any(out.iterdir())):
         if holds_same_set(out, settings):
-            say(f"{out}: holds this set already, made with the same settings; its files are as set.json says")
+            logger.info(f"{out}: holds this set already, made with the same settings; its files are as set.json says")
             return
         raise UserError(f"--out {out}: is not empty and holds no set of the same settings: give another name")
     raw = load_raw(config)
-    attack = build_attack(config, raw, device, say, new_classifier)
+    attack = build_attack(config, raw, device, new_classifier)
     b = config.attacker
     index = draw_poisoned(raw.train_labels, b.target_label, b.poison_ratio, config.seed.seed, b.poison_mode, attack.clean_label)
     parts = PoisonedSet(poison_images(config, raw, attack, index), clean_images(raw), trigger_images(config, raw, attack))
@@ -311,11 +305,11 @@ def export(config: Config, out: Path, device: torch.device, say: Say, new_classi
     class_names = {"class_names": list(raw.class_names)}
 
     def draw_sheet(path: Path) -> None:
-        BestEffort(say).attempt(path.name, draw_contact_sheet, path, groups)
+        BestEffort().attempt(path.name, draw_contact_sheet, path, groups)
 
     write_set(out, parts, settings | class_names, draw_sheet)
     counts = count(parts.train)
-    say(
+    logger.info(
         f"{out}: {counts['clean']} clean, {counts['poisoned']} poisoned and {counts['cover']} cover training images, "
         f"{len(parts.clean_test)} test images, {len(parts.backdoor_test)} triggered ones; {time.monotonic() - started:.1f} s"
     )
@@ -351,11 +345,11 @@ def main(new_classifier: NewClassifier) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the YAML")
     args = parser.parse_args()
     config = load_config(args.config, args.set)
-    device = choose_device(args.gpu, 0, print)
+    device = choose_device(args.gpu, 0)
     set_determinism(config.seed.deterministic, config.seed.benchmark)
     if config.backdoor is None:
         raise UserError(f"backdoor: null: there is no attack to poison with: name one of {', '.join(plugins.names(ATTACKS))}")
-    export(config, user_path(args.out, "--out").resolve(), device, print, new_classifier)
+    export(config, user_path(args.out, "--out").resolve(), device, new_classifier)
 
 
 if __name__ == "__main__":

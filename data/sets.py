@@ -185,7 +185,6 @@ class Scene:
     seed: int
     assets: Path  # folder where made assets are kept, for all runs beside one another
     device: torch.device = torch.device("cpu")  # where assets are made
-    say: Callable[[str], object] = print
     new_classifier: NewClassifier = no_network  # builds a network of a section of the YAML, for so many classes
 
 

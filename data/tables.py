@@ -21,6 +21,7 @@ is made again.
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import os
 import random
@@ -45,8 +46,8 @@ from utils.errors import UserError
 from utils.files import remove_leftovers, write_atomically, write_text
 from utils.runlog import progress
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
-Say = Callable[[str], object]
 Decode = Callable[[int], "np.ndarray | str"]  # a picture's number -> (H, W, 3) uint8, or why it cannot be read
 
 FORMAT = 4  # whatever changes the pixels or the description raises it
@@ -76,14 +77,13 @@ class Pictures:
     decode: Decode
 
 
-def to_raw(found: RawData | Listing, pre: Sequence[Any], folder: Path, on_disk: bool, say: Say) -> RawData:
+def to_raw(found: RawData | Listing, pre: Sequence[Any], folder: Path, on_disk: bool) -> RawData:
     """Return a data set as two tables of one size.
 
     Args:
         pre: the settings of `transform.pre`; each takes a PIL picture, as torchvision's transform of that name does.
         folder: where tables are kept.
         on_disk: keep tables also of data that are in memory already and need no pre-transform.
-        say: is told, in a line, what is made, what is used again, and each picture that cannot be read.
     Raises:
         UserError: pictures of several sizes; pictures that cannot be read, unless the listing skips them.
     """
@@ -91,7 +91,7 @@ def to_raw(found: RawData | Listing, pre: Sequence[Any], folder: Path, on_disk: 
         if not pre and not on_disk:
             return found
         train, test = (
-            table_of_array(images, pre, folder, name, say)
+            table_of_array(images, pre, folder, name)
             for images, name in ((found.train_images, "train"), (found.test_images, "test"))
         )
         return replace(
@@ -99,9 +99,9 @@ def to_raw(found: RawData | Listing, pre: Sequence[Any], folder: Path, on_disk: 
         )
     pre = pre or found.pre
     limits = found.limits
-    train = table_of_files(found.root, found.train_files, pre, folder, f"{found.name}-train", say, limits[0])
-    test = table_of_files(found.root, found.test_files, pre, folder, f"{found.name}-test", say, limits[1])
-    tell_unreadable(found, train, test, say)
+    train = table_of_files(found.root, found.train_files, pre, folder, f"{found.name}-train", limits[0])
+    test = table_of_files(found.root, found.test_files, pre, folder, f"{found.name}-test", limits[1])
+    tell_unreadable(found, train, test)
     if len(test.images) and train.images.shape[1:] != test.images.shape[1:]:
         first, other = found.train_files[train.kept[0]], found.test_files[test.kept[0]]
         raise several_sizes(found.root, shown(first), train.images.shape[1:], shown(other), test.images.shape[1:])
@@ -126,7 +126,7 @@ def name_of(file: str) -> str:
 
 
 def table_of_files(
-    root: Path, files: Sequence[str], pre: Sequence[Any], folder: Path, name: str, say: Say, limit: int | None = None
+    root: Path, files: Sequence[str], pre: Sequence[Any], folder: Path, name: str, limit: int | None = None
 ) -> Table:
     """Return the table of picture files, paths relative to `root`.
 
@@ -142,14 +142,14 @@ def table_of_files(
     pictures = Pictures(files, [mark_of(path) for path in paths], lambda i: file_digest(paths[i]), decode)
     classes = sorted({file.rpartition("/")[0] for file in files})
     key = digest_of([os.path.realpath(root), classes, limit, described_steps(pre)])
-    table = keep_table(root, folder / f"{name}-{key}.u8", name, recipe_of(pre), pictures, say)
+    table = keep_table(root, folder / f"{name}-{key}.u8", name, recipe_of(pre), pictures)
     scaled = depth_line(depths, len(files))
     if scaled:
-        say(f"{name}: {scaled}")
+        logger.info(f"{name}: {scaled}")
     return table
 
 
-def table_of_array(images: np.ndarray, pre: Sequence[Any], folder: Path, name: str, say: Say) -> Table:
+def table_of_array(images: np.ndarray, pre: Sequence[Any], folder: Path, name: str) -> Table:
     """Return the table of (N, H, W, 3) uint8 images that are in memory."""
 
     def decode(i: int) -> np.ndarray:
@@ -158,7 +158,7 @@ def table_of_array(images: np.ndarray, pre: Sequence[Any], folder: Path, name: s
     digests = pixel_digests(images)
     pictures = Pictures([f"image {i}" for i in range(len(images))], digests, lambda i: digests[i], decode)
     key = digest_of([images.shape, digests, described_steps(pre)])
-    return keep_table(folder, folder / f"array-{name}-{key}.u8", f"array-{name}", recipe_of(pre), pictures, say)
+    return keep_table(folder, folder / f"array-{name}-{key}.u8", f"array-{name}", recipe_of(pre), pictures)
 
 
 def mark_of(path: Path) -> str | None:
@@ -246,7 +246,7 @@ class KeptTable:
         return image if short(np.ascontiguousarray(image).data) == self.described["digests"][row] else None
 
 
-def keep_table(root: Path, path: Path, name: str, recipe: str, pictures: Pictures, say: Say) -> Table:
+def keep_table(root: Path, path: Path, name: str, recipe: str, pictures: Pictures) -> Table:
     """Return the table of these pictures: a kept one, else made and kept. A line says which.
 
     Args:
@@ -265,12 +265,12 @@ def keep_table(root: Path, path: Path, name: str, recipe: str, pictures: Picture
         kept = None if described is None else open_table(candidate, described)
         if kept is None:
             if candidate == path and path.exists() and path.with_suffix(".json").exists():
-                say(f"{name}: {path} is damaged: it is made again")
+                logger.info(f"{name}: {path} is damaged: it is made again")
             continue
         unreadable = kept.unreadable(pictures) if kept.is_of(pictures) else None
         if unreadable is not None:
             note(candidate, kept, pictures)
-            say(f"{name}: uses {candidate}, decoded before from the same pictures")
+            logger.info(f"{name}: uses {candidate}, decoded before from the same pictures")
             return as_table(kept, unreadable)
         if candidate == path:
             earlier = kept
@@ -281,7 +281,7 @@ def keep_table(root: Path, path: Path, name: str, recipe: str, pictures: Picture
         raise UserError(f"{path}: does not hold what was just written into it: check the disk, or set data.cache_dir")
     total = sum(file.stat().st_size for file in path.parent.glob("*.u8"))
     size = f"{made.images.nbytes / 1e9:.2f} GB; all tables there take {total / 1e9:.2f} GB and may be deleted"
-    say(f"{name}: made {path} ({size})")
+    logger.info(f"{name}: made {path} ({size})")
     return as_table(made, made.described["unreadable"])
 
 
@@ -471,8 +471,8 @@ def several_sizes(root: Path, first: str, shape: Sequence[int], other: str, othe
     )
 
 
-def tell_unreadable(listing: Listing, train: Table, test: Table, say: Say) -> None:
-    """Say by name which pictures cannot be read, and refuse them unless the listing skips them."""
+def tell_unreadable(listing: Listing, train: Table, test: Table) -> None:
+    """Log by name which pictures cannot be read, and refuse them unless the listing skips them."""
     lines = [
         f"{shown(files[i])}: {shown(reason)}"
         for files, table in ((listing.train_files, train), (listing.test_files, test))
@@ -481,9 +481,9 @@ def tell_unreadable(listing: Listing, train: Table, test: Table, say: Say) -> No
     if not lines:
         return
     for line in lines[:LISTED]:
-        say(f"cannot be read: {line}")
+        logger.info(f"cannot be read: {line}")
     if len(lines) > LISTED:
-        say(f"cannot be read: {len(lines) - LISTED} more")
+        logger.info(f"cannot be read: {len(lines) - LISTED} more")
     total = len(listing.train_files) + len(listing.test_files)
     if not listing.skip_unreadable or len(train.kept) == 0:
         raise UserError(
@@ -491,7 +491,7 @@ def tell_unreadable(listing: Listing, train: Table, test: Table, say: Say) -> No
             f"or leave them out with --set dataset.{listing.name}.skip_unreadable=true; without them a run that was begun with "
             "them needs another name, --set run=NAME"
         )
-    say(f"{len(lines)} of {total} pictures are left out (dataset.{listing.name}.skip_unreadable)")
+    logger.info(f"{len(lines)} of {total} pictures are left out (dataset.{listing.name}.skip_unreadable)")
 
 
 def shown(text: str) -> str:

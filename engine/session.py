@@ -24,7 +24,7 @@ from utils.checkpoint import State
 from utils.config import Config, check_processes
 from utils.draws import key_seed
 from utils.errors import UserError
-from utils.machine import Machine, choose_machine, mute, set_determinism, start_processes
+from utils.machine import Machine, choose_machine, set_determinism, start_processes
 from utils.report import Report, Subject
 from utils.run import BEST, LATEST, Run, locate, make_ready, open_run
 from utils.schema import as_dict, stand_ins
@@ -121,26 +121,26 @@ def open_session(args: argparse.Namespace) -> Iterator[Session | None]:
     """
     settings = config.load(args.config, args.set)
     start_processes(args.gpu, partial(check_processes, settings))
-    machine = choose_machine(args.gpu, settings.runtime.amp, print)
+    machine = choose_machine(args.gpu, settings.runtime.amp)
     set_determinism(settings.seed.deterministic, settings.seed.benchmark)
     check_processes(settings, machine.size)
     run, fresh = locate(settings, Path(args.config)), args.resume == "False"
     with contextlib.ExitStack() as stack:
         if machine.rank == 0:
-            stack.enter_context(open_run(run, settings, fresh, print))
+            stack.enter_context(open_run(run, settings, fresh))
         machine.wait()
         resume = None if fresh else run.resume(args.resume)
-        writer = stack.enter_context(checkpoint.Writer())  # it finishes what it is writing, however the run ends
-        yield start(settings, run, machine, resume, writer)
+        yield start(settings, run, machine, resume, stack)
     machine.leave()
 
 
-def start(config: Config, run: Run, machine: Machine, resume: Path | None, writer: checkpoint.Writer) -> Session | None:
+def start(config: Config, run: Run, machine: Machine, resume: Path | None, stack: contextlib.ExitStack) -> Session | None:
     """Prepare the data and the state of a run.
 
     Args:
         run: whose folders are there.
         resume: the checkpoint to go on from; None: from the first epoch.
+        stack: closes the run's log and finishes the checkpoint that is being written, however the run ends.
     Returns:
         None: the checkpoint has all epochs and the run has more, so that all of it stays as it is.
     """
@@ -151,7 +151,7 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, write
         names = {key for key, _, _ in stand_ins(config)}
         checkpoint.refuse_other_settings(resume, saved, as_dict(config), names)  # before anything is decoded or made
     with machine.first_alone():  # it makes what is kept with the run, the others read it
-        data = prepare(config, run.saved, machine.device, print if first else mute, machine.size, new_classifier)
+        data = prepare(config, run.saved, machine.device, machine.size, new_classifier)
         seeds = choose_seed_samples(config, data, run.saved)
     if config.defense == "asd":
         check_pool_sizes(config, data.train.labels, seeds)
@@ -162,7 +162,7 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, write
     state.data = complete_manifest(config, data, seeds)
     if saved is not None and resume is not None:
         checkpoint.load(resume, state, as_dict(config), saved)
-    if not make_ready(run, config, resume or run.checkpoints / LATEST, state, print if first else None):
+    if not make_ready(run, config, resume or run.checkpoints / LATEST, state, first):
         return None
     tests, report = data.tests.to(machine.device), None
     if first:
@@ -170,7 +170,9 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, write
         flags = data.oracle.flags if data.oracle else None
         subject = Subject(data.backdoor, data.class_names, data.names, flags, data.examples, data.caption)
         report = Report(run, config, subject, state.epoch)
+        stack.callback(report.close)
         report.start(machine, state, *(len(part) if part else None for part in (tests.clean, tests.backdoor)))
+    writer = stack.enter_context(checkpoint.Writer())  # after the report, which has a line on each checkpoint
     return Session(context, state, seeds, tests, report, writer)
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+
+from utils.logs import attach, detach
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -43,6 +48,34 @@ TINY = {
 def _one_thread() -> None:
     """Tiny tensors: more threads only cost time."""
     torch.set_num_threads(1)
+
+
+class Lines(logging.Handler):
+    """Collects messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one message."""
+        self.lines.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[list[str]]:
+    """The lines that this project logs in the block."""
+    handler = Lines()
+    attach(handler)
+    yield handler.lines
+    detach(handler)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The lines that this project logs during the test."""
+    with logged() as lines:
+        yield lines
 
 
 @pytest.fixture

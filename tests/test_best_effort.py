@@ -11,16 +11,10 @@ import pytest
 from utils.best_effort import BestEffort
 
 
-@pytest.fixture
-def said() -> list[str]:
-    """What was said."""
-    return []
-
-
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), ImportError("no module"), ValueError("a\nb"), MemoryError()])
 def test_a_failure_is_one_line(said: list[str], error: Exception) -> None:
     """Whatever fails is named with its reason in one line, and is not tried again; others go on."""
-    best_effort, calls = BestEffort(said.append), []
+    best_effort, calls = BestEffort(), []
 
     def fail(number: int) -> None:
         calls.append(number)
@@ -42,7 +36,7 @@ def test_a_stop_is_no_failure(said: list[str], stop: type[BaseException]) -> Non
         raise stop
 
     with pytest.raises(stop):
-        BestEffort(said.append).attempt("a", interrupt)
+        BestEffort().attempt("a", interrupt)
     assert said == []
 
 
@@ -55,14 +49,14 @@ def test_warnings_are_one_line(said: list[str], capsys: pytest.CaptureFixture[st
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        assert BestEffort(said.append).attempt("log/a.png", warn)
+        assert BestEffort().attempt("log/a.png", warn)
     assert len(said) == 1 and said[0].startswith("warning: log/a.png: ") and "6 more" in said[0]
     assert capsys.readouterr().err == ""
 
 
 def test_threads_do_not_lose_warnings(said: list[str]) -> None:
     """Two threads that overlap leave the warnings of everybody else as they were."""
-    best_effort = BestEffort(said.append)
+    best_effort = BestEffort()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         threads = [threading.Thread(target=best_effort.attempt, args=(str(t), time.sleep, t)) for t in (0.1, 0.2)]

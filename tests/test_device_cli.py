@@ -22,23 +22,17 @@ from utils.errors import UserError
 from utils.machine import Machine, choose_device, choose_machine
 
 
-@pytest.fixture
-def said() -> list[str]:
-    """What was said."""
-    return []
-
-
 @pytest.mark.parametrize("text", ["cpu", "CPU", " cpu "])
 def test_the_cpu_can_be_asked_for(said: list[str], text: str) -> None:
     """`--gpu cpu` computes on the CPU, also where there is a GPU, and needs no remark."""
-    assert choose_device(text, 0, said.append) == torch.device("cpu") and said == []
+    assert choose_device(text, 0) == torch.device("cpu") and said == []
 
 
 @pytest.mark.parametrize("text", ["gpu", "-1", "0,,1", "1.0", "", "cuda:0", "0x1", "²"])
 def test_a_gpu_that_is_no_number_is_refused(said: list[str], text: str) -> None:
     """What is neither a number nor `cpu` is refused in one line with the legal values."""
     with pytest.raises(UserError) as caught:
-        choose_device(text, 0, said.append)
+        choose_device(text, 0)
     line = str(caught.value)
     assert line.startswith(f"--gpu {text}:") and "--gpu 0" in line and "--gpu cpu" in line and "\n" not in line
 
@@ -47,7 +41,7 @@ def test_a_gpu_that_is_no_number_is_refused(said: list[str], text: str) -> None:
 def test_without_cuda_the_cpu_computes(monkeypatch: pytest.MonkeyPatch, said: list[str], number: str) -> None:
     """The original's `--gpu 0` runs on a machine without CUDA, and one line says on what."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device(number, 0, said.append) == torch.device("cpu")
+    assert choose_device(number, 0) == torch.device("cpu")
     assert len(said) == 1 and "CPU" in said[0] and "\n" not in said[0]
 
 
@@ -57,10 +51,10 @@ def test_with_cuda_the_numbered_device_computes(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
-    assert choose_device("1", 0, said.append) == torch.device("cuda", 1)
+    assert choose_device("1", 0) == torch.device("cuda", 1)
     assert made_current == [1] and said == []
     with pytest.raises(UserError, match=r"--gpu 2: .*give 0 to 1,"):
-        choose_device("2", 0, said.append)
+        choose_device("2", 0)
 
 
 def small_network() -> nn.Module:
@@ -144,7 +138,7 @@ def test_the_memory_format_of_each_device(device: str, amp: bool, last: bool) ->
 def test_amp_falls_back_where_bf16_is_slow(monkeypatch: pytest.MonkeyPatch, said: list[str], amp: bool, has: bool) -> None:
     """--amp on a device without bf16 runs in fp32 and says so; otherwise what was asked for is done silently."""
     monkeypatch.setattr(machine, "has_bf16", lambda chosen: has)
-    assert choose_machine("cpu", amp, said.append).amp == (amp and has)
+    assert choose_machine("cpu", amp).amp == (amp and has)
     assert len(said) == (amp and not has)
     if said:
         assert "--amp" in said[0] and "fp32" in said[0] and "\n" not in said[0]

@@ -99,7 +99,7 @@ from torch import nn
 from model.sync_norm import synchronize
 from utils.machine import choose_machine
 
-machine = choose_machine("cpu", False, print)
+machine = choose_machine("cpu", False)
 torch.manual_seed(0)
 net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).double()
 images = torch.randn(7, 2, 6, 6, dtype=torch.float64)

@@ -16,7 +16,6 @@ from typing import IO, Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import REPOSITORY
 
 from data.attack import keep_asset
@@ -339,7 +338,7 @@ def test_two_runs_make_the_same_asset(tmp_path: Path) -> None:
     raw = RawData(
         np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1, np.int64), np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1), ("a",)
     )
-    scene = Scene(raw, 0, 1, 0, tmp_path / "assets", torch.device("cpu"), lambda line: None)
+    scene = Scene(raw, 0, 1, 0, tmp_path / "assets")
     scene.assets.mkdir()
     (scene.assets / f".mask-old.npz.{files.boot()}-0123456789ab.part").write_bytes(b"half")
     meet, got = threading.Barrier(2), []

@@ -57,9 +57,9 @@ def small_tree(root: Path, test: str = "test") -> Path:
     return write_tree(root, files)
 
 
-def read(root: Path, cache: Path, pre: Any = PRE, say: Any = print, **settings: Any) -> RawData:
+def read(root: Path, cache: Path, pre: Any = PRE, **settings: Any) -> RawData:
     """Load and decode as a run does."""
-    return tables.to_raw(folder.load(folder.Settings(**settings), str(root), False), pre, cache, False, say)
+    return tables.to_raw(folder.load(folder.Settings(**settings), str(root), False), pre, cache, False)
 
 
 def refusal(root: Path, cache: Path, pre: Any = PRE, **settings: Any) -> str:
@@ -180,15 +180,14 @@ def broken_files() -> dict[str, bytes]:
     return out
 
 
-def test_pictures_that_cannot_be_read_are_all_named(tmp_path: Path) -> None:
+def test_pictures_that_cannot_be_read_are_all_named(tmp_path: Path, said: list[str]) -> None:
     """Truncated, empty and foreign files are each named with a reason, and the error says how to leave them out."""
     root = small_tree(tmp_path / "data")
     broken = broken_files()
     write_tree(root, {f"train/cat/{name}": content for name, content in broken.items()})
     (root / "test/dog/link.png").symlink_to("nowhere")
-    said: list[str] = []
     with pytest.raises(UserError, match=r"9 of 25 pictures cannot be read .*skip_unreadable=true"):
-        read(root, tmp_path / "cache", say=said.append)
+        read(root, tmp_path / "cache")
     told = [line for line in said if line.startswith("cannot be read: ")]
     assert sorted(line.split(": ")[1] for line in told) == sorted([*(f"train/cat/{n}" for n in broken), "test/dog/link.png"])
     assert all(len(line.split(": ", 2)[2]) > 3 and "\n" not in line for line in told)
@@ -311,25 +310,25 @@ def test_two_classes_that_look_alike_are_told_apart_by_their_very_names(tmp_path
     assert read(root, tmp_path / "cache", classes=(DECOMPOSED,)).class_names == (DECOMPOSED,)
 
 
-def test_odd_names_cannot_forge_a_line(tmp_path: Path) -> None:
+def test_odd_names_cannot_forge_a_line(tmp_path: Path, said: list[str]) -> None:
     """A file name with a line break or terminal codes is shown quoted."""
     root = small_tree(tmp_path / "data")
     write_tree(root, {"train/cat/x\n\x1b[2Jall is well.png": b""})
-    said: list[str] = []
     with pytest.raises(UserError) as caught:
-        read(root, tmp_path / "cache", say=said.append)
+        read(root, tmp_path / "cache")
     assert str(caught.value).isprintable() and all(line.isprintable() for line in said)
 
 
 # -- the kept table ----------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     """The decoded table is used again, and the line says so; pictures are not opened."""
-    root, said = small_tree(tmp_path / "data"), []
+    root = small_tree(tmp_path / "data")
     first = read(root, tmp_path / "cache")
+    said.clear()
     monkeypatch.setattr(picture_files, "read_picture", None)
-    again = read(root, tmp_path / "cache", say=said.append)
+    again = read(root, tmp_path / "cache")
     assert np.array_equal(again.train_images, first.train_images) and np.array_equal(again.test_images, first.test_images)
     assert len(said) == 2 and all("decoded before" in line for line in said)
 
@@ -358,10 +357,11 @@ def assert_fresh(raw: RawData, fresh: RawData) -> None:
 
 
 @pytest.mark.parametrize("damage", ["byte", "cut", "longer", "emptied", "json", "json gone", "half json", "json label"])
-def test_a_damaged_table_is_noticed_and_made_again(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_table_is_noticed_and_made_again(tmp_path: Path, damage: str, said: list[str]) -> None:
     """Whatever happens to one of the two files, the images are right and a line says that the table was damaged."""
-    root, said = small_tree(tmp_path / "data"), []
+    root = small_tree(tmp_path / "data")
     good = read(root, tmp_path / "cache")
+    said.clear()
     wanted = np.array(good.train_images)
     (path,) = (tmp_path / "cache").glob("folder-train-*.u8")
     content, side = bytearray(path.read_bytes()), path.with_suffix(".json")
@@ -378,7 +378,7 @@ def test_a_damaged_table_is_noticed_and_made_again(tmp_path: Path, damage: str) 
         side.write_text(
             side.read_text().replace('"unreadable": []', '"unreadable": [[0, "x"]]') if damage == "json label" else "{}"
         )
-    assert np.array_equal(read(root, tmp_path / "cache", say=said.append).train_images, wanted)
+    assert np.array_equal(read(root, tmp_path / "cache").train_images, wanted)
     assert damage == "json gone" or any("damaged" in line for line in said)
     assert any("made" in line for line in said)
 
@@ -423,13 +423,14 @@ def flip(path: Path, place: int, mtime: int | None) -> None:
         os.utime(path, ns=(mtime, mtime))
 
 
-def test_a_copied_table_is_checked_whole_and_then_trusted(tmp_path: Path) -> None:
+def test_a_copied_table_is_checked_whole_and_then_trusted(tmp_path: Path, said: list[str]) -> None:
     """A table whose time of change differs, as a copy's does, is used once every block was found right."""
-    root, said = small_tree(tmp_path / "data"), []
+    root = small_tree(tmp_path / "data")
     read(root, tmp_path / "cache")
     (path,) = (tmp_path / "cache").glob("folder-train-*.u8")
     os.utime(path, ns=(1, 1))
-    read(root, tmp_path / "cache", say=said.append)
+    said.clear()
+    read(root, tmp_path / "cache")
     assert all("decoded before" in line for line in said)
     described = tables.read_description(path)
     assert described is not None and described["mtime_ns"] == 1
@@ -554,19 +555,22 @@ def test_marks_alone_are_not_believed(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("how", ["moved", "copied", "touched"])
-def test_equal_pictures_elsewhere_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_equal_pictures_elsewhere_are_not_decoded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, said: list[str]
+) -> None:
     """A set that was moved, copied with or without its times, or touched uses the table that there is."""
     root = small_tree(tmp_path / "set")
     wanted = np.array(read(root, tmp_path / "cache").train_images)
     kept = sorted(path.name for path in (tmp_path / "cache").iterdir())
-    opened, said = count_decoded(monkeypatch), []
+    opened = count_decoded(monkeypatch)
+    said.clear()
     if how == "touched":
         for path in root.rglob("*.*"):
             os.utime(path, (5, 5))
     else:
         (shutil.move if how == "moved" else shutil.copytree)(root, tmp_path / how)
         root = tmp_path / how
-    assert np.array_equal(read(root, tmp_path / "cache", say=said.append).train_images, wanted)
+    assert np.array_equal(read(root, tmp_path / "cache").train_images, wanted)
     assert not opened and all("decoded before" in line for line in said)
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == kept
 
@@ -646,17 +650,18 @@ def test_a_failure_to_read_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monke
     assert_fresh(raw, read(root, tmp_path / "fresh"))
 
 
-def test_one_that_stays_unreadable_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_stays_unreadable_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     """A picture that is still broken is the only one that is opened at the next start, and the table is not made again."""
     root = small_tree(tmp_path / "data")
     write_tree(root, {"train/cat/99.png": b"no picture"})
     read(root, tmp_path / "cache", skip_unreadable=True)
-    opened, said = count_decoded(monkeypatch), []
-    read(root, tmp_path / "cache", say=said.append, skip_unreadable=True)
+    opened = count_decoded(monkeypatch)
+    said.clear()
+    read(root, tmp_path / "cache", skip_unreadable=True)
     assert {Path(path).name for path in opened} == {"99.png"} and not any("made" in line for line in said)
 
 
-def test_a_read_only_folder_of_tables_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_folder_of_tables_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     """An intact table in a folder that may not be written to serves, also copied and for pictures at another place: what
     would be noted in it for speed is left out."""
     wanted = np.array(read(small_tree(tmp_path / "set"), tmp_path / "cache").train_images)
@@ -668,9 +673,9 @@ def test_a_read_only_folder_of_tables_is_used(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(tables, "write_text", refuse)
     monkeypatch.setattr(tables, "write_atomically", refuse)
-    said: list[str] = []
+    said.clear()
     for _ in range(2):
-        raw = read(tmp_path / "mine", tmp_path / "shared", say=said.append)
+        raw = read(tmp_path / "mine", tmp_path / "shared")
         assert np.array_equal(raw.train_images, wanted)
     assert len(said) == 4 and all("decoded before" in line for line in said)
 

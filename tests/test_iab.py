@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, logged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -31,14 +31,13 @@ SMALL = Named("resnet18_cifar", Network(width=2, blocks=1))
 QUICK = Settings(mask_epochs=1, generator_epochs=1, batch_size=20, width=2, surrogate=SMALL)
 
 
-def scene(folder: Path, count: int = 60, seed: int = 0, side: int = 32, lines: list[str] | None = None) -> Scene:
-    """A scene of drawn shapes, tiled or cut to the given side; what it says goes into `lines`."""
+def scene(folder: Path, count: int = 60, seed: int = 0, side: int = 32) -> Scene:
+    """A scene of drawn shapes, tiled or cut to the given side."""
     raw = shapes.load(shapes.Settings(train_size=count, test_size=40), None, False)
     times = -(-side // 32)
     train, test = (np.tile(i, (1, times, times, 1))[:, :side, :side] for i in (raw.train_images, raw.test_images))
     raw = RawData(train, raw.train_labels, test, raw.test_labels, raw.class_names)
-    say: Callable[[str], object] = [].append if lines is None else lines.append
-    return Scene(raw, 3, 10, seed, folder, torch.device("cpu"), say, new_classifier)
+    return Scene(raw, 3, 10, seed, folder, torch.device("cpu"), new_classifier)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +52,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Attack, list[str]
         width=8,
         surrogate=Named("resnet18_cifar", Network(width=4, blocks=1)),
     )
-    lines: list[str] = []
-    return Attack(chosen, scene(tmp_path_factory.mktemp("iab"), 600, lines=lines)), lines
+    with logged() as lines:
+        return Attack(chosen, scene(tmp_path_factory.mktemp("iab"), 600)), lines
 
 
 def as_pixels(images: np.ndarray) -> Tensor:
@@ -321,8 +320,8 @@ def test_assets_are_made_again_only_for_what_changes_them(tmp_path: Path) -> Non
     """cover_ratio changes no weights, generator settings leave the mask network; its own, or other data, make all anew."""
 
     def made(changes: dict[str, float], **place: int) -> list[str]:
-        lines: list[str] = []
-        Attack(dataclasses.replace(QUICK, **changes), scene(tmp_path, lines=lines, **place))
+        with logged() as lines:
+            Attack(dataclasses.replace(QUICK, **changes), scene(tmp_path, **place))
         return [line.partition(":")[0] for line in lines if ": made " in line]
 
     both = ["iab_mask", "iab_generator"]

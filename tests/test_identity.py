@@ -204,11 +204,11 @@ def test_a_trigger_picture_counts_by_its_contents(tmp_path: Path) -> None:
         pixels[:size, :size] = 255
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     settings = {n: attacked(tmp_path, data, {"badnets": {"trigger_path": str(tmp_path / f"{n}.png")}}) for n in "abc"}
-    first = poison.prepare(settings["a"], facts, say=lambda line: None)
+    first = poison.prepare(settings["a"], facts)
     manifest.keep(facts, first.manifest)
-    assert poison.prepare(settings["b"], facts, say=lambda line: None).manifest == first.manifest
+    assert poison.prepare(settings["b"], facts).manifest == first.manifest
     with pytest.raises(UserError, match=r"backdoor\.badnets\.trigger_path has other contents"):
-        poison.prepare(settings["c"], facts, say=lambda line: None)
+        poison.prepare(settings["c"], facts)
     keys = {key for key, _, _ in stand_ins(settings["a"])}
     assert keys == {"dataset", "dataset_dir", "seed_samples", "backdoor.badnets.trigger_path"}
     saved = {"config": as_dict(settings["a"]), "data": first.manifest}
@@ -236,12 +236,12 @@ def test_a_folder_of_reflections_counts_by_its_pictures(tmp_path: Path) -> None:
 def test_other_poisoned_images_are_other_data(tmp_path: Path) -> None:
     """`poison_idx.npy` belongs to the data of a checkpoint: another choice is named."""
     settings = attacked(tmp_path, draw_set(tmp_path / "set"), {"badnets": {"pattern": "corner3x3"}})
-    first = poison.prepare(settings, tmp_path / "facts", say=lambda line: None).manifest
+    first = poison.prepare(settings, tmp_path / "facts").manifest
     index = np.load(tmp_path / "facts/poison_idx.npy")
     at, other = np.flatnonzero(index)[0], np.flatnonzero((index == 0) & (np.arange(len(index)) >= 2 * TRAIN))[0]
     index[[at, other]] = index[[other, at]]
     np.save(tmp_path / "facts/poison_idx.npy", index)
-    second = poison.prepare(settings, tmp_path / "facts", say=lambda line: None).manifest
+    second = poison.prepare(settings, tmp_path / "facts").manifest
     assert manifest.differences(first, second) == ["poison_idx.npy has other contents"]
 
 
@@ -369,7 +369,7 @@ def test_other_seed_samples_name_remedies_that_work(place: Path) -> None:
 
 def prepared(path: Path, *overrides: str) -> poison.PoisonedData:
     """Return the data of a YAML, without a run."""
-    return poison.prepare(config.load(path, overrides), path.parent / "facts", say=lambda line: None)
+    return poison.prepare(config.load(path, overrides), path.parent / "facts")
 
 
 def test_remedies_for_settings_of_the_data_work(tmp_path: Path) -> None:

@@ -214,11 +214,11 @@ settings = config.load({yaml!r}, ["data.placement={place}"])
 def memory(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
-prepare(settings, Path({warm!r}), torch.device("cpu"), lambda line: None)  # the table is made here, the libraries are loaded
+prepare(settings, Path({warm!r}), torch.device("cpu"))  # the table is made here, the libraries are loaded
 import gc; gc.collect()
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
 before = memory("VmRSS")
-data = prepare(settings, Path({folder!r}), torch.device("cpu"), lambda line: None)
+data = prepare(settings, Path({folder!r}), torch.device("cpu"))
 gc.collect()
 fetched = [data.train.fetch(torch.arange(i, i + 16)) for i in (0, 100, 40)]
 print(memory("VmRSS") - before, memory("VmHWM") - before, memory("RssAnon"))

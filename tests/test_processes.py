@@ -59,15 +59,14 @@ def test_a_launch_that_makes_no_sense_is_one_line(monkeypatch: pytest.MonkeyPatc
     assert processes.rank() == 0
 
 
-def test_leftovers_are_ignored_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_are_ignored_in_one_line(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     """A run with a WORLD_SIZE that some cluster left is one process and says so; test.py never looks at it."""
     monkeypatch.setenv("WORLD_SIZE", "4")
-    said: list[str] = []
-    assert machine.choose_machine("cpu", False, said.append).size == 1
+    assert machine.choose_machine("cpu", False).size == 1
     assert len(said) == 1 and said[0].startswith("warning: WORLD_SIZE=4: ")
     for name, value in (MEETING | {"RANK": "1"}).items():
         monkeypatch.setenv(name, value)
-    assert machine.choose_machine("cpu", False, said.append, alone=True) == machine.Machine(torch.device("cpu"))
+    assert machine.choose_machine("cpu", False, alone=True) == machine.Machine(torch.device("cpu"))
     assert len(said) == 1
 
 
@@ -76,5 +75,5 @@ def test_processes_that_do_not_meet_are_one_line(monkeypatch: pytest.MonkeyPatch
     for name, value in (MEETING | {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "none"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as caught:
-        machine.choose_machine("cpu", False, print)
+        machine.choose_machine("cpu", False)
     assert "localhost:none" in str(caught.value) and "torchrun" in str(caught.value) and "\n" not in str(caught.value)

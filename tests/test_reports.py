@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -122,7 +123,7 @@ def read_board(folder: Path) -> EventAccumulator:
     return board
 
 
-def test_tensorboard_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tensorboard_shows_the_run(tmp_path: Path, said: list[str]) -> None:
     """TensorBoard has each number of each epoch, a histogram of each kind, the poisoned images and the hyper-parameters."""
     history = rows(3)
     split = torch.tensor([0.0, 1, 2, 3, 10, 11])
@@ -135,6 +136,7 @@ def test_tensorboard_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture
         log.record(history[e])
         log.epoch(history[: e + 1], 3)
     log.finish({"seed.seed": 7, "optimizer.Adam.lr": 0.5, "run": "tiny", "betas": [0.9, 0.999], "limit": None}, history[-1])
+    log.close()
 
     board = read_board(tmp_path / "tensorboard")
     names = ["clean_accuracy", "attack_success_rate", "clean_pool_size", "poisoned_in_clean_pool", "loss", "loss_x", "loss_u"]
@@ -158,7 +160,7 @@ def test_tensorboard_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture
     assert board.Scalars("final/attack_success_rate")[0].value == pytest.approx(history[-1]["attack_success_rate"])
 
     lines = [epoch_line(row, 3) for row in history]
-    assert capsys.readouterr().out.splitlines() == lines
+    assert said == lines
     kept = (tmp_path / "asd.log").read_text().splitlines()
     assert [line.partition("  ")[2] for line in kept] == lines
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
@@ -191,6 +193,7 @@ def test_a_run_without_poisoned_images_is_logged(tmp_path: Path) -> None:
     log.record(rows(1, "none")[0])
     log.epoch(rows(1, "none"), 1)
     log.finish({"a": 1}, rows(1, "none")[0])
+    log.close()
     board = read_board(tmp_path / "tensorboard")
     assert board.Tags()["histograms"] == ["split_loss/clean"] and board.Tags()["images"] == []
     assert "clean_pool_size" not in board.Tags()["scalars"]
@@ -344,9 +347,7 @@ class BrokenDisk:
 
 
 @pytest.mark.parametrize("kind", ["missing", "full"])
-def test_a_run_goes_on_without_tensorboard(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
+def test_a_run_goes_on_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], kind: str) -> None:
     """Where TensorBoard cannot be imported or written one line says so, once; the run's own files are complete."""
     if kind == "missing":
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -360,14 +361,14 @@ def test_a_run_goes_on_without_tensorboard(
         log.record(rows(e + 1)[e])
         log.epoch(rows(e + 1), 3)
     log.finish({"a": 1}, rows(3)[-1])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.startswith("warning: TensorBoard: ") for line in lines] == [True, False, False, False]
+    log.close()
+    assert [line.startswith("warning: TensorBoard: ") for line in said] == [True, False, False, False]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     assert BrokenDisk.calls == (kind == "full")
 
 
 def test_a_writer_of_tensorboard_that_dies_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], said: list[str]
 ) -> None:
     """TensorBoard writes in a thread of its own: when that dies nobody waits for it, and no traceback is printed."""
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
@@ -377,15 +378,14 @@ def test_a_writer_of_tensorboard_that_dies_is_one_line(
         log.record(rows(e + 1)[e])
         log.epoch(rows(e + 1), 9)
     log.close()
-    out, error = capsys.readouterr()
-    assert sum(line.startswith("warning: TensorBoard: ") for line in out.splitlines()) == 1 and error == ""
+    assert sum(line.startswith("warning: TensorBoard: ") for line in said) == 1 and capsys.readouterr().err == ""
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 9
 
 
 def test_a_name_that_is_no_text_is_kept_in_the_log(tmp_path: Path) -> None:
     """asd.log holds the escape of what is no UTF-8."""
     log = RunLog(tmp_path, 0)
-    log.say("b\udce9e")
+    logging.getLogger("data").info("b\udce9e")
     log.close()
     assert "b\\udce9e" in (tmp_path / "asd.log").read_text(encoding="utf-8")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, TINY
+from conftest import REPOSITORY, TINY, logged
 from training import train_here
 
 from utils import checkpoint, config, files
@@ -32,10 +32,9 @@ def load(tiny: Path, *overrides: str) -> Config:
 
 def enter(tiny: Path, *overrides: str, fresh: bool = False) -> tuple[Run, list[str]]:
     """Open a run and let go of it again; return it with what was said."""
-    said: list[str] = []
     settings = load(tiny, *overrides)
     run = locate(settings, tiny)
-    with open_run(run, settings, fresh, said.append):
+    with logged() as said, open_run(run, settings, fresh):
         return run, said
 
 
@@ -86,7 +85,7 @@ def test_the_kept_yaml_can_be_given_again(tiny: Path) -> None:
     before = everything(run.saved)
     for name in ("tiny.yaml", "config.yaml"):
         c = config.load(run.saved / name, ["run=tiny"])
-        with open_run(locate(c, run.saved / name), c, False, print):
+        with open_run(locate(c, run.saved / name), c, False):
             pass
         after = everything(run.saved)
         assert after[Path("tiny.yaml")] == before[Path("tiny.yaml")]
@@ -330,14 +329,13 @@ def rows(folder: Path) -> list[int]:
     return [json.loads(line)["epoch"] for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_going_back_keeps_what_was_there(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_going_back_keeps_what_was_there(finished: Path, tmp_path: Path, said: list[str]) -> None:
     """`--resume best_model.pt` over a run that has later epochs first copies all of the run and says where to; then the
     run goes on from there, to the very epochs that were trained before."""
     run = locate(load(finished))
     before, weights = everything(run.saved), everything(run.checkpoints)
-    capsys.readouterr()
     train(finished, "num_epochs=4", resume="best_model.pt")
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if ".earlier-" in line]
+    (line,) = [line for line in said if ".earlier-" in line]
     assert "from epoch 6 to epoch 2" in line
     (saved,), (storage,) = ([*(tmp_path / name).glob("tiny.earlier-*")] for name in ("saved_data", "storage"))
     assert str(saved) in line and str(storage) in line
@@ -364,13 +362,12 @@ def test_going_back_keeps_what_was_there(finished: Path, tmp_path: Path, capsys:
     assert len(list((tmp_path / "saved_data").glob("tiny.earlier-*"))) == 1
 
 
-def test_nothing_to_do_changes_nothing(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_do_changes_nothing(finished: Path, tmp_path: Path, said: list[str]) -> None:
     """An earlier checkpoint that has all epochs of the command already leaves the whole run as it is."""
     run = locate(load(finished))
     before = everything(tmp_path)
     train(finished, "num_epochs=2", resume="best_model.pt")
-    said = capsys.readouterr().out
-    assert "nothing to do" in said and "has 6" in said
+    assert any("nothing to do" in line and "has 6" in line for line in said)
     after = everything(tmp_path)
     lock = (run.saved / ".lock").relative_to(tmp_path)
     assert {k: v for k, v in after.items() if k != lock} == {k: v for k, v in before.items() if k != lock}

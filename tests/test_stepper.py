@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import logged
 from torch import Tensor
 
 from utils.errors import UserError
@@ -84,10 +85,10 @@ def trained(how: str, monkeypatch: pytest.MonkeyPatch, insist: bool = False) -> 
     def tensors() -> dict[str, list[Tensor]]:
         return changed_tensors(model, optimizer)
 
-    said: list[str] = []
-    stepper = Stepper(step, tensors, 1, capture=how != "eager", insist=insist, say=said.append)
+    stepper = Stepper(step, tensors, 1, capture=how != "eager", insist=insist)
     rows = Rows(torch.arange(12.0).view(4, 3) / 12, torch.arange(4.0))
-    sums = [stepper.run(rows, lambda numbers: numbers) for _ in range(2)]
+    with logged() as said:
+        sums = [stepper.run(rows, lambda numbers: numbers) for _ in range(2)]
     return [*stepper.changed(), *sums], said, stepper
 
 

@@ -167,14 +167,13 @@ def test_runs_of_unknown_truth_can_be_compared(own: Path, tmp_path: Path, monkey
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 
-def test_without_a_test_folder_the_last_model_is_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_test_folder_the_last_model_is_the_result(tmp_path: Path, said: list[str]) -> None:
     """A tree without test/ trains: no accuracy anywhere, no best_model.pt, and one line says so; test.py then says what it
     needs; given back the same command, a finished run makes its suspects again where they are gone, and only then."""
     write_tree(tmp_path / "tree", test=False)
     path = plan(tmp_path)
     saved = train(path)
-    said = capsys.readouterr().out
-    assert "no accuracy is told and no best_model.pt kept" in said and "ACC" not in said and "None" not in said
+    assert any("no best_model.pt" in line for line in said) and not any("ACC" in line or "None" in line for line in said)
     assert [p.name for p in (tmp_path / "storage" / "own" / "checkpoint").iterdir()] == ["latest_model.pt"]
     assert not (saved / "log" / "accuracy.png").exists()
     with pytest.raises(UserError, match=r"no test images.*--images"):

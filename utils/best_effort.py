@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 
 class BestEffort:
-    """Calls functions that a run can do without; several threads may ask for it.
+    """Calls functions that a run can do without; several threads may ask for it."""
 
-    Args:
-        say: prints a line.
-    """
-
-    def __init__(self, say: Callable[[str], object]) -> None:
-        self.say = say
+    def __init__(self) -> None:
         self.failed: set[str] = set()
         self.lock = threading.RLock()  # warnings are caught for the whole process: one function at a time
 
     def attempt(self, what: str, function: Callable[..., object], *args: Any) -> bool:
-        """Call `function(*args)` and return whether it worked; the first failure is said in a line.
+        """Call `function(*args)` and return whether it worked; the first failure is logged in a line.
 
         What has failed once is not tried again, for a writer that has lost its file fails every time. Warnings of
         libraries come as one line that names `what`.
@@ -33,11 +31,11 @@ class BestEffort:
                 function(*args)
             except Exception as error:  # whatever libraries raise, missing ones included
                 self.failed.add(what)
-                self.say(f"warning: {what}: cannot be made ({reason(error)}): left out")
+                logger.warning(f"warning: {what}: cannot be made ({reason(error)}): left out")
                 return False
         if caught:
             more = f" and {len(caught) - 1} more" if len(caught) > 1 else ""
-            self.say(f"warning: {what}: {reason(caught[0].message)}{more}")
+            logger.warning(f"warning: {what}: {reason(caught[0].message)}{more}")
         return True
 
 

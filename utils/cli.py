@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from utils.errors import UserError
+from utils.logs import on_screen
 from utils.processes import Place, find_place, rank
 from utils.startup import Stopped, prepare_streams, stoppable
 
@@ -53,13 +55,13 @@ def command(name: str, main: Callable[[], None], kept: str = "") -> NoReturn:
     """Run a script's main function and leave with its exit code.
 
     0: done. 2: a mistake that the user can mend, told in one line. 130: Ctrl-C, 143: SIGTERM, in one line. Anything else
-    is a defect of this project and keeps its traceback.
+    is a defect of this project and keeps its traceback. Of several processes only the first shows more than warnings.
 
     Args:
         kept: what is said after a stop of what is there.
     """
     prepare_streams()
-    with stoppable():
+    with stoppable(), on_screen(logging.WARNING if rank() > 0 else logging.INFO):
         try:
             run(name, main)
         except KeyboardInterrupt as stop:

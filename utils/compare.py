@@ -108,7 +108,7 @@ def main() -> None:
     print(render(table(groups), args.markdown))
     if args.picture:
         histories = [[run["rows"] for run in runs] for runs in groups]
-        if not BestEffort(print).attempt(str(args.picture), draw_comparison, args.picture, histories):
+        if not BestEffort().attempt(str(args.picture), draw_comparison, args.picture, histories):
             raise UserError(f"--picture {args.picture}: was not drawn, see above: mend that, or leave it out")
         print(f"picture: {args.picture}")
 

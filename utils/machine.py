@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import os
 import platform
 import sys
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.errors import UserError
 from utils.processes import Place, find_place, launched, leftovers
 
-Say = Callable[[str], object]
+logger = logging.getLogger(__name__)
 SILENCE = timedelta(seconds=600)  # a process that is not heard of for so long ends the run
 PATIENCE = timedelta(days=1)  # the first process may train an attacker's networks while the others wait
 
@@ -168,7 +169,7 @@ class Machine:
             dist.barrier()
 
 
-def choose_machine(gpu: str, amp: bool, say: Say, alone: bool = False) -> Machine:
+def choose_machine(gpu: str, amp: bool, alone: bool = False) -> Machine:
     """Return this process' machine as `--gpu`, `--amp` and torchrun's environment say; joins the other processes.
 
     `--gpu` is a CUDA number, one for each process (`0,1,2,3`), or `cpu`. Without a CUDA device every number means the
@@ -180,12 +181,14 @@ def choose_machine(gpu: str, amp: bool, say: Say, alone: bool = False) -> Machin
     place = Place() if alone else find_place()
     size, rank = place.size, place.rank
     if not alone and leftovers():
-        say(f"warning: {', '.join(leftovers())}: ignored, for no launcher such as torchrun started this process: it runs alone")
-    device = choose_device(gpu, place.local if size > 1 else 0, say if rank == 0 else mute)
+        logger.warning(
+            f"warning: {', '.join(leftovers())}: ignored, for no launcher such as torchrun started this process: it runs alone"
+        )
+    device = choose_device(gpu, place.local if size > 1 else 0)
     if size > 1:
         join(device, size)
     if amp and not has_bf16(device):
-        (say if rank == 0 else mute)("--amp: this device has no bf16 instructions: running in fp32")
+        logger.info("--amp: this device has no bf16 instructions: running in fp32")
         amp = False
     return Machine(device, amp, rank, size, dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None)
 
@@ -216,7 +219,7 @@ def start_processes(gpu: str, check: Callable[[int], object]) -> None:
     numbers = device_numbers(gpu)
     if len(numbers) < 2 or launched() or not torch.cuda.is_available():
         return
-    choose_device(gpu, 0, print)  # refuses numbers that are not there before anything is started
+    choose_device(gpu, 0)  # refuses numbers that are not there before anything is started
     check(len(numbers))
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -231,10 +234,6 @@ def start_processes(gpu: str, check: Callable[[int], object]) -> None:
     sys.exit(0)
 
 
-def mute(line: str) -> None:
-    """Say nothing."""
-
-
 def device_numbers(gpu: str) -> list[int]:
     """Return the CUDA numbers of `--gpu`; none for `cpu`."""
     if gpu.strip().lower() == "cpu":
@@ -247,13 +246,13 @@ def device_numbers(gpu: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def choose_device(gpu: str, local: int, say: Say) -> torch.device:
+def choose_device(gpu: str, local: int) -> torch.device:
     """Return the device of the `local`-th process of this computer."""
     numbers = device_numbers(gpu)
     if not numbers:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        say("no CUDA device here: running on the CPU (--gpu cpu asks for it)")
+        logger.info("no CUDA device here: running on the CPU (--gpu cpu asks for it)")
         return torch.device("cpu")
     number = numbers[local] if len(numbers) > 1 and local < len(numbers) else numbers[0] + local
     there = torch.cuda.device_count()

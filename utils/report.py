@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from utils.run import Run
 from utils.runlog import KINDS, RunLog, write_metrics
 from utils.schema import as_dict
 from utils.suspects import Evidence
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,28 +51,32 @@ class Report:
         self.attack = f"attack {backdoor.attack.name if backdoor else 'unknown'}{target}"
         self.title = f"{run.name}: {self.attack}, defense {config.defense}"
 
+    def close(self) -> None:
+        """Close the run's log; what is logged later is no longer kept."""
+        self.log.close()
+
     def start(self, machine: Machine, state: State, clean_tests: int | None, backdoor_tests: int | None) -> None:
-        """Say what is about to run, and draw the triggered images.
+        """Log what is about to run, and draw the triggered images.
 
         Args:
             clean_tests, backdoor_tests: how many test images there are; None: no such set.
         """
         c, n = self.config, len(state.epochs_in_clean_pool)
-        self.log.say(f"run {self.run.name}: defense {c.defense}, {self.attack}")
+        logger.info(f"run {self.run.name}: defense {c.defense}, {self.attack}")
         triggered = "" if backdoor_tests is None else f", triggered test images {backdoor_tests}"
-        self.log.say(f"training images {n}{self.composition()}, test images {clean_tests or 'none'}{triggered}")
+        logger.info(f"training images {n}{self.composition()}, test images {clean_tests or 'none'}{triggered}")
         if clean_tests is None:
-            self.log.say("without test images no accuracy is told and no best_model.pt kept: latest_model.pt is the result")
+            logger.info("without test images no accuracy is told and no best_model.pt kept: latest_model.pt is the result")
         parameters = sum(p.numel() for p in state.model.parameters())
         processes = f", {machine.size} processes" if machine.size > 1 else ""
         number = "bf16" if machine.amp else "fp32"
-        self.log.say(
+        logger.info(
             f"{c.network.name}, {parameters:,} parameters, on {machine.device} in {number}{processes}; logs in {self.run.log}"
         )
         if state.epoch >= c.num_epochs:
-            self.log.say(f"the checkpoint has all {c.num_epochs} epochs: nothing to do")
+            logger.info(f"the checkpoint has all {c.num_epochs} epochs: nothing to do")
         elif state.epoch:
-            self.log.say(f"going on after epoch {state.epoch}/{c.num_epochs}")
+            logger.info(f"going on after epoch {state.epoch}/{c.num_epochs}")
         else:
             self.log.start(to_yaml(c), self.subject.examples[1])
         if state.history:
@@ -124,9 +131,9 @@ class Report:
         if self.flags is not None:
             found = suspects.quality(evidence, self.flags.numpy())
             suspects.write_quality(self.run.saved / suspects.QUALITY, found)
-            self.log.say(suspects.quality_line(found))
+            logger.info(suspects.quality_line(found))
         suspects.write_table(self.run.saved / suspects.CSV, evidence, self.subject.names, self.subject.class_names)
-        self.log.say(f"suspects: {self.run.saved / suspects.CSV} ranks all training images, {suspects.PICTURE} shows the first")
+        logger.info(f"suspects: {self.run.saved / suspects.CSV} ranks all training images, {suspects.PICTURE} shows the first")
         self.attempt(str(self.run.saved / suspects.PICTURE), self.draw_suspects, evidence, images)
 
     def draw_suspects(self, evidence: Evidence, images: Any) -> None:
@@ -138,7 +145,7 @@ class Report:
         pictures.draw_suspects(self.run.saved / suspects.PICTURE, shown, captions, title)
 
     def conclude(self, state: State) -> None:
-        """Say what came out and draw the run's pictures."""
+        """Log what came out and draw the run's pictures."""
         if not state.history:  # the authors' checkpoints have none
             return
         row = state.history[-1]
@@ -146,7 +153,7 @@ class Report:
         seconds = sum(r["seconds"] for r in state.history)
         figures = ", ".join(f"{name} {100 * x:.2f} %" for name, x in (("ACC", acc), ("ASR", asr)) if x is not None)
         best = "" if acc is None else f"; best ACC {100 * state.best_acc:.2f} % in epoch {state.best_epoch}"
-        self.log.say(f"done{figures and ': '}{figures} after {state.epoch} epochs in {seconds:.0f} s{best}")
+        logger.info(f"done{figures and ': '}{figures} after {state.epoch} epochs in {seconds:.0f} s{best}")
         if acc is not None:
             path = self.run.log / "accuracy.png"
             self.attempt(str(path), pictures.draw_accuracy, path, state.history, self.title)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -20,11 +21,11 @@ from utils.errors import UserError
 from utils.files import cannot_write, link, remove_leftovers, try_lock, write_atomically, write_text
 from utils.paths import exists, is_file, user_path
 
+logger = logging.getLogger(__name__)
 SUSPECTS = (suspects.CSV, suspects.PICTURE, suspects.QUALITY)
 FACTS = ("data.csv", "poison_idx.npy", "set.json", "seed_samples.txt", *SUSPECTS)
 OWN = ("config.yaml", *FACTS, "log")  # what a run keeps; the YAML itself comes on top
 LATEST, BEST = "latest_model.pt", "best_model.pt"
-Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def locate(config: Config, yaml: Path | None = None) -> Run:
 
 
 @contextlib.contextmanager
-def open_run(run: Run, config: Config, fresh: bool, say: Say) -> Iterator[None]:
+def open_run(run: Run, config: Config, fresh: bool) -> Iterator[None]:
     """Make the run's folders and lock the run for the block.
 
     The configuration file is kept with the run beside the resolved `config.yaml`. A run that has checkpoints keeps its
@@ -90,11 +91,11 @@ def open_run(run: Run, config: Config, fresh: bool, say: Say) -> Iterator[None]:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be made ({error.strerror}): change saved_dir or storage_dir") from None
-    with take(run, say):
+    with take(run):
         for folder in (run.saved, run.log, run.checkpoints):
             remove_leftovers(folder)
         if fresh:
-            move_aside(run, say)
+            move_aside(run)
             run.log.mkdir(parents=True, exist_ok=True)
             run.checkpoints.mkdir(parents=True, exist_ok=True)
         if not any(run.checkpoints.glob("*.pt")):
@@ -102,24 +103,23 @@ def open_run(run: Run, config: Config, fresh: bool, say: Say) -> Iterator[None]:
         yield
 
 
-def make_ready(run: Run, config: Config, loaded: Path, state: State, say: Say | None) -> bool:
+def make_ready(run: Run, config: Config, loaded: Path, state: State, first: bool) -> bool:
     """Make the run's files ready for the epochs after those of the checkpoint `loaded`, which has been accepted.
 
     Args:
         loaded: where there is no such file, the run starts from its first epoch.
-        say: None in all processes but the first, which alone changes files.
+        first: this is the first process, which alone changes files.
     Returns:
         False: the checkpoint has all epochs and the run has more, so that all of it stays as it is.
     """
     finished = state.epoch >= config.num_epochs
     if finished and (there := epochs_there(run, loaded)) > state.epoch:
-        if say:
-            say(f"{loaded} has all {config.num_epochs} epochs: nothing to do; the run in {run.saved} has {there} and stays")
+        logger.info(f"{loaded} has all {config.num_epochs} epochs: nothing to do; the run in {run.saved} has {there} and stays")
         return False
-    if say:
+    if first:
         if not finished and (there := epochs_there(run, loaded)) > state.epoch:
             folders = keep_later(run, loaded, state.epoch, state.best_epoch)
-            say(f"going back from epoch {there} to epoch {state.epoch}: the run as it was is kept in {folders}")
+            logger.info(f"going back from epoch {there} to epoch {state.epoch}: the run as it was is kept in {folders}")
         keep_settings(run, config)
     return True
 
@@ -132,7 +132,7 @@ def keep_settings(run: Run, config: Config) -> None:
         write_text(run.saved / yaml.name, yaml.read_text(encoding="utf-8"))
 
 
-def take(run: Run, say: Say = print) -> IO[str]:
+def take(run: Run) -> IO[str]:
     """Lock the run; the lock goes with the process, however that ends. Where the disk cannot lock, one line says so."""
     path = run.saved / ".lock"
     try:
@@ -147,7 +147,7 @@ def take(run: Run, say: Say = print) -> IO[str]:
                 "name with --set run=NAME"
             )
     except OSError as error:
-        say(
+        logger.info(
             f"{path}: cannot be locked here ({error.strerror}): going on without; do not start a second process that writes "
             "this run"
         )
@@ -160,7 +160,7 @@ def take(run: Run, say: Say = print) -> IO[str]:
 # -- Earlier and later states of a run ---------------------------------------------------------------------------------
 
 
-def move_aside(run: Run, say: Say) -> None:
+def move_aside(run: Run) -> None:
     """Move what an earlier run left into `<run>.earlier-<time>`; nothing is deleted."""
     names = OWN if run.yaml is None else (*OWN, run.yaml.name)
     saved = [run.saved / name for name in names if (run.saved / name).exists()]
@@ -170,7 +170,7 @@ def move_aside(run: Run, say: Say) -> None:
     places = set_aside(run, saved, [run.checkpoints] if checkpoints else [])
     for item, place in places:
         shutil.move(str(item), str(place))
-    say(f"an earlier run was moved aside to {folders_of(places)}")
+    logger.info(f"an earlier run was moved aside to {folders_of(places)}")
 
 
 def epochs_there(run: Run, loaded: Path) -> int:

@@ -1,11 +1,11 @@
-"""What a run tells: lines on the screen and in `asd.log`, `metrics.jsonl`, TensorBoard."""
+"""What a run records in its `log/` folder: `asd.log`, `metrics.jsonl`, TensorBoard."""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from utils.best_effort import BestEffort
 from utils.files import write_text
+from utils.logs import LogFile, attach, detach
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 KINDS = {"clean": 0, "poisoned": 1, "cover": 2}  # ground-truth flags, as data/sets.py has them
 
@@ -28,13 +30,17 @@ def progress(items: Iterable[T], name: str, total: int) -> Iterable[T]:
 
 
 class RunLog:
-    """Writes into the run's `log/` folder; made once, after the run was opened. TensorBoard is written as far as it works."""
+    """Writes into the run's `log/` folder; made once, after the run was opened. TensorBoard is written as far as it works.
+
+    All lines that are logged until `close` are kept in `asd.log`.
+    """
 
     def __init__(self, folder: Path, start_epoch: int) -> None:
         self.folder = folder
-        self.file = open(folder / "asd.log", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - for the whole run
+        self.handler = LogFile(folder / "asd.log")
+        attach(self.handler)
         self.start_epoch = start_epoch
-        self.best_effort = BestEffort(self.say)
+        self.best_effort = BestEffort()
         self._board: Any = None
 
     def to_board(self, write: Callable[..., object], *args: Any) -> None:
@@ -50,12 +56,6 @@ class RunLog:
             self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start_epoch)  # type: ignore[no-untyped-call]
         return self._board
 
-    def say(self, line: str) -> None:
-        """Print a line past the progress bars, and keep it with the time in `asd.log`."""
-        tqdm.write(line)
-        self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
-        self.file.flush()
-
     def record(self, row: dict[str, Any]) -> None:
         """Add the scalars of an epoch to TensorBoard.
 
@@ -66,7 +66,7 @@ class RunLog:
 
     def epoch(self, history: list[dict[str, Any]], num_epochs: int) -> None:
         """Report the last row of the history: a line, and `metrics.jsonl`."""
-        self.say(epoch_line(history[-1], num_epochs))
+        logger.info(epoch_line(history[-1], num_epochs))
         write_metrics(self.folder, history)
 
     def losses(self, losses: torch.Tensor, flags: torch.Tensor | None, epoch: int) -> None:
@@ -78,15 +78,15 @@ class RunLog:
         self.to_board(add_start, settings_yaml, poisoned)
 
     def finish(self, hyperparameters: dict[str, Any], row: dict[str, Any]) -> None:
-        """Add the hyper-parameters with the final figures, and close."""
+        """Add the hyper-parameters with the final figures."""
         self.to_board(add_finish, hyperparameters, row)
-        self.close()
 
     def close(self) -> None:
         """Flush everything to disk."""
         if self._board is not None:
             self.to_board(lambda board: board.close())
-        self.file.close()
+            self._board = None
+        detach(self.handler)
 
 
 def hush(args: threading.ExceptHookArgs) -> None:

@@ -6,6 +6,7 @@ fixed places. Without capture (on a CPU) the very same function runs eagerly: th
 
 from __future__ import annotations
 
+import logging
 import math
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 
+logger = logging.getLogger(__name__)
 WARM_UP = 3  # eager steps on a side stream before the capture, so that cuDNN and the allocator have settled
 TRIAL = 2  # rows that a new graph is tried on: with one row a row counter that stands still would go unnoticed
 
@@ -58,9 +60,8 @@ class Stepper:
         width: int,
         capture: bool,
         insist: bool = False,
-        say: Callable[[str], object] = print,
     ) -> None:
-        self.step, self.tensors, self.width, self.capture, self.insist, self.say = step, tensors, width, capture, insist, say
+        self.step, self.tensors, self.width, self.capture, self.insist = step, tensors, width, capture, insist
         self.tables: Any = None
         self.graph: Replayable | None = None
 
@@ -130,7 +131,7 @@ class Stepper:
         elif self.insist:
             raise UserError(f"runtime.mode: graph: the step cannot run as a CUDA graph ({trouble}): set runtime.mode=eager")
         else:
-            self.say(f"the step does not run as a CUDA graph here ({trouble}): it runs eagerly, with the same numbers")
+            logger.info(f"the step does not run as a CUDA graph here ({trouble}): it runs eagerly, with the same numbers")
 
     def changed(self) -> list[Tensor]:
         """Return all tensors that a step changes in place."""

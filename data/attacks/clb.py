@@ -8,6 +8,7 @@ nothing to another network.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -29,6 +30,7 @@ from utils.errors import UserError
 from utils.runlog import progress
 from utils.schema import Named, as_dict, setting
 
+logger = logging.getLogger(__name__)
 FORMAT = 1  # of the assets; another number makes them again
 LEVELS = 255.0
 # Images of one PGD batch, at most; it is always full: where a network's rounding errors depend on the batch's size, the sign of
@@ -114,7 +116,7 @@ class Attack(AttackBase):
             count = min(batch, len(images) - start)
             out[start : start + count] = adversarial[:count]
             risen += int((losses(network, adversarial, labels) > losses(network, part, labels))[:count].sum())
-        self.scene.say(f"clb: the surrogate's loss rises for {risen} of {len(images)} perturbed images")
+        logger.info(f"clb: the surrogate's loss rises for {risen} of {len(images)} perturbed images")
         return {"images": out}
 
     def surrogate_key(self) -> dict[str, Any]:
@@ -244,7 +246,7 @@ def train_surrogate(settings: Settings, scene: Scene) -> Arrays:
         raise UserError(f"backdoor.clb.learning_rate: {s.learning_rate}: the surrogate's weights are not finite: lower it")
     seen = "adversarial views" if steps else "views"
     share = 100 * int(right) / (per_epoch * batch)
-    scene.say(f"clb: the surrogate labels {share:.1f} % of the {seen} of its last epoch rightly")
+    logger.info(f"clb: the surrogate labels {share:.1f} % of the {seen} of its last epoch rightly")
     return weights
 
 

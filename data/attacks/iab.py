@@ -8,6 +8,7 @@ Both networks are trained here on the clean training set, then frozen: what they
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -25,10 +26,11 @@ from utils.errors import UserError
 from utils.runlog import progress
 from utils.schema import Named, as_dict, setting
 
+logger = logging.getLogger(__name__)
 FORMAT = 1  # of the kept assets: raised when the same settings shall give other weights
 SHARE = 0.1  # of a batch: backdoor images, and as many cross images
 PIXELS = 2**18  # that G and M are given at a time: 256 images of 32 x 32, 5 of 224 x 224
-TOLD = 1000  # test images on which the surrogate's ASR is told
+TRIED = 1000  # test images on which the surrogate's ASR is measured
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,8 @@ def generator_loss(
 
 @torch.no_grad()
 def tell_success(scene: Scene, network: nn.Module, mask_network: nn.Module, surrogate: nn.Module) -> None:
-    """Say how dense the masks are and how often the surrogate follows the trigger of test images."""
-    images = scene.raw.test_images[np.flatnonzero(scene.raw.test_labels != scene.target_label)[:TOLD]]
+    """Log how dense the masks are and how often the surrogate follows the trigger of test images."""
+    images = scene.raw.test_images[np.flatnonzero(scene.raw.test_labels != scene.target_label)[:TRIED]]
     hits, density = 0.0, 0.0
     size = images_at_a_time(images)
     for start in range(0, len(images), size):
@@ -189,7 +191,7 @@ def tell_success(scene: Scene, network: nn.Module, mask_network: nn.Module, surr
         hits += float((logits.argmax(1) == scene.target_label).sum())
         density += float(mask.mean((1, 2, 3)).sum())
     n = max(len(images), 1)
-    scene.say(
+    logger.info(
         f"iab: masks cover {100 * density / n:.1f} % of a test image; the surrogate, which must also resist the triggers of "
         f"other images, has ASR {100 * hits / n:.1f} %"
     )

@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     args = parser.parse_args()
     c = config.load(args.config, args.set)
-    machine = choose_machine(args.gpu, c.runtime.amp, print)
+    machine = choose_machine(args.gpu, c.runtime.amp)
     model, train_set, tests, poisoned = build(c, Path(args.resume), machine)
 
     def told(what: str, pool: torch.Tensor, values: torch.Tensor) -> None:

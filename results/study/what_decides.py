@@ -51,7 +51,7 @@ def main() -> None:
 
 def measure(c: Config, base: Path, gpu: str) -> dict[str, Any]:
     """Return one row: the settings of the virtual model, and what its split does."""
-    machine = choose_machine(gpu, c.runtime.amp, print)
+    machine = choose_machine(gpu, c.runtime.amp)
     model, train_set, tests, poisoned = build(c, base, machine)
     started, epoch = time.monotonic(), c.global_.epoch_second
     context = build_context(c, machine, train_set)
