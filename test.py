@@ -1,4 +1,4 @@
-"""Test a checkpoint: clean accuracy (ACC), attack success rate (ASR), robust accuracy (RA). Writes nothing but `log/test.json`.
+"""Test a checkpoint: accuracy (ACC), also of each class, attack success rate (ASR), robust accuracy (RA), into `log/test.json`.
 
     python test.py --config config/baseline_asd.yaml --resume latest_model.pt --gpu 0
     python test.py --config config/baseline_asd.yaml --images DIR [--out FILE.csv]
@@ -13,7 +13,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
     begin("test.py")
 
-import json
 from pathlib import Path
 
 import torch
@@ -23,15 +22,16 @@ from data.augment import Pipeline
 from data.poison import prepare_tests
 from data.unlabelled import Pictures, label_table
 from engine.context import build_context
-from engine.evaluation import evaluate
+from engine.evaluation import evaluate_with_confusion
 from model.classifier import build_classifier, new_classifier
 from model.inference import predict
-from utils import checkpoint, config
+from utils import checkpoint, config, confusion
 from utils.cli import command, parse_arguments
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import write_atomically, write_text
 from utils.machine import Machine, choose_machine, set_determinism
+from utils.names import class_text
 from utils.paths import is_dir, user_path
 from utils.run import LATEST, Run, locate
 
@@ -59,10 +59,13 @@ def main() -> None:
         out = user_path(args.out, "--out") if args.out else run.log / "labels.csv"
         label(settings, model, *checkpoint.about(saved), user_path(args.images, "--images"), out, machine)
     else:
-        test(settings, model, run, {"checkpoint": str(path), "epoch": saved.get("epoch")}, machine)
+        result = {"checkpoint": str(path), "epoch": saved.get("epoch")}
+        test(settings, model, run, result, checkpoint.about(saved)[0], machine)
 
 
-def test(settings: Config, model: nn.Module, run: Run, result: dict[str, object], machine: Machine) -> None:
+def test(
+    settings: Config, model: nn.Module, run: Run, result: dict[str, object], class_names: tuple[str, ...], machine: Machine
+) -> None:
     """Test the model on the sets that there are; print and keep the figures beside those of `result`.
 
     A model that is not perfect takes some images for the target class without any trigger. What the ASR is to be compared
@@ -72,15 +75,18 @@ def test(settings: Config, model: nn.Module, run: Run, result: dict[str, object]
     clean, backdoor = tests.clean, tests.backdoor
     if clean is None:
         raise UserError(f"dataset_dir: {settings.dataset_dir}: no test images: add some, or label pictures with --images DIR")
-    figures = evaluate(build_context(settings, machine, clean), model, tests)
+    figures, matrix = evaluate_with_confusion(build_context(settings, machine, clean), model, tests)
+    assert matrix is not None
     result |= figures | {"clean_total": len(clean), "backdoor_total": None if backdoor is None else len(backdoor)}
     shares = {name: f"{100 * share:.2f} %" for name, share in figures.items() if share is not None}
     print(f"ACC {shares['clean_accuracy']} of {len(clean)} clean test images")
+    worst = min((x, c) for c, x in enumerate(confusion.per_class_accuracy(matrix)) if x is not None)
+    print(f"ACC of the worst class, {class_text(worst[1], class_names)}: {100 * worst[0]:.2f} %")
     if backdoor is not None:
         print(f"ASR {shares['attack_success_rate']} of {len(backdoor)} triggered test images of other classes")
         print(f"RA  {shares['robust_accuracy']} of them get their true label in spite of the trigger")
         print(f"without the trigger {shares['clean_as_target']} of them are taken for the target class")
-    write_text(run.log / "test.json", json.dumps(result, indent=2) + "\n")
+    write_text(run.log / "test.json", confusion.to_json(result | confusion.figures(matrix)))
     print(f"written to {run.log / 'test.json'}")
 
 

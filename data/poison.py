@@ -171,7 +171,9 @@ def place(config: Config, data: RawData | StoredSet, device: torch.device | None
 
 
 def test_sets(parts: PoisonedSet, placement: str) -> TestSets:
-    """Return both test sets of a poisoned set."""
+    """Return both test sets of a poisoned set; the clean one alone where no training image is poisoned."""
+    if not (parts.train.flags == POISONED).any():
+        return TestSets(parts.clean_test.to_set(placement), None)
     return join(parts.clean_test, parts.backdoor_test, placement)
 
 
@@ -252,10 +254,13 @@ def given_tests(raw: RawData, placement: str) -> TestSets:
 def build_test_sets(config: Config, raw: RawData, attack: AttackBase, placement: str = "device") -> TestSets:
     """Return the clean test set and the backdoor test set, which leaves out the images of the target class.
 
-    The backdoor test set is new images: where the others stay on disk, it lies in host memory.
+    The backdoor test set is new images: where the others stay on disk, it lies in host memory. With `poison_ratio: 0` there is
+    none, for without an attack there is no success rate.
     """
     if len(raw.test_labels) == 0:
         raise UserError(f"dataset_dir: {config.dataset_dir}: no test images: add some, or train with backdoor: null")
+    if config.attacker.poison_ratio == 0:
+        return given_tests(raw, placement)
     return join(clean_images(raw, placement), trigger_images(config, raw, attack), placement)
 
 

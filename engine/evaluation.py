@@ -12,12 +12,20 @@ from engine.context import Context
 from loss.supervised import symmetric_cross_entropy
 from model.inference import predict
 from utils.checkpoint import State
+from utils.confusion import confusion_matrix
 from utils.runlog import progress
 from utils.suspects import Evidence
 
 
 def evaluate(context: Context, model: nn.Module, tests: TestSets) -> dict[str, float | None]:
-    """Return the shares of the test images that count; None where the test set is missing.
+    """Return the figures of `evaluate_with_confusion` alone."""
+    return evaluate_with_confusion(context, model, tests)[0]
+
+
+def evaluate_with_confusion(
+    context: Context, model: nn.Module, tests: TestSets
+) -> tuple[dict[str, float | None], Tensor | None]:
+    """Return the shares of the test images that count, and the confusion matrix (C, C); None where the test set is missing.
 
     Returns:
         `clean_accuracy`: ACC, clean images that get their label. Of the triggered images: `attack_success_rate`, ASR, those
@@ -26,16 +34,17 @@ def evaluate(context: Context, model: nn.Module, tests: TestSets) -> dict[str, f
     """
     figures = dict.fromkeys(("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target"))
     if tests.clean is None:
-        return figures
-    guessed = infer(context, "test", model, tests.clean).argmax(1)  # (M,)
-    hits = {"clean_accuracy": guessed == tests.clean.labels}
+        return figures, None
+    predicted = infer(context, "test", model, tests.clean).argmax(1)  # (M,)
+    hits = {"clean_accuracy": predicted == tests.clean.labels}
     if tests.backdoor is not None and tests.origin is not None:
         triggered = infer(context, "test", model, tests.backdoor).argmax(1)  # (M',)
         wanted = tests.backdoor.labels  # (M',)
         hits["attack_success_rate"] = triggered == wanted
         hits["robust_accuracy"] = triggered == tests.clean.labels[tests.origin]
-        hits["clean_as_target"] = guessed[tests.origin] == wanted
-    return figures | {name: int(hit.sum()) / len(hit) for name, hit in hits.items()}
+        hits["clean_as_target"] = predicted[tests.origin] == wanted
+    shares = {name: int(hit.sum()) / len(hit) for name, hit in hits.items()}
+    return figures | shares, confusion_matrix(tests.clean.labels, predicted, context.config.num_classes)
 
 
 def infer(context: Context, purpose: str, model: nn.Module, images: ImageSet, draws: Tensor | None = None) -> Tensor:

@@ -17,11 +17,12 @@ from data.poison import TestSets, prepare
 from data.pools import check_pool_sizes
 from data.seeds import choose_seed_samples, complete_manifest
 from engine.context import Context, build_context, build_state
-from engine.evaluation import evaluate, weigh_images
+from engine.evaluation import evaluate_with_confusion, weigh_images
 from model.classifier import new_classifier
 from utils import checkpoint, config, manifest
 from utils.checkpoint import State
 from utils.config import Config, check_processes
+from utils.confusion import FILE as CONFUSION
 from utils.draws import key_seed
 from utils.errors import UserError
 from utils.machine import Machine, choose_machine, set_determinism, start_processes
@@ -45,6 +46,7 @@ class Session:
     def __post_init__(self) -> None:
         self.trains = self.state.epoch < self.context.config.num_epochs
         self.started = time.monotonic()
+        self.confusion: Tensor | None = None  # (C, C) of the last epoch
 
     def epochs(self) -> Iterator[int]:
         """Yield the numbers of the epochs that are still to do; `finish_epoch` ends each of them."""
@@ -63,7 +65,7 @@ class Session:
         """
         context, state = self.context, self.state
         context.machine.average_buffers(state.model)
-        figures = evaluate(context, state.model, self.tests)
+        figures, self.confusion = evaluate_with_confusion(context, state.model, self.tests)
         self.check_losses(losses)
         state.history.append(self.row(losses, figures))
         if state.scheduler is not None:
@@ -102,15 +104,17 @@ class Session:
         }
 
     def conclude(self) -> None:
-        """After the last epoch: rank the suspects, draw the pictures."""
+        """After the last epoch: rank the suspects, keep the confusion matrix, draw the plots."""
         self.writer.wait()
-        context, state, report = self.context, self.state, self.report
-        if context.config.defense == "asd" and (self.trains or not (locate(context.config).saved / SUSPECTS).exists()):
+        context, state, report, run = self.context, self.state, self.report, locate(self.context.config)
+        if context.config.defense == "asd" and (self.trains or not (run.saved / SUSPECTS).exists()):
             evidence = weigh_images(context, state)
             if report:
                 report.rank_suspects(evidence, context.train_set)
+        if not self.trains and not (run.log / CONFUSION).exists():
+            self.confusion = evaluate_with_confusion(context, state.model, self.tests)[1]
         if report:
-            report.conclude(state)
+            report.conclude(state, self.confusion)
 
 
 @contextlib.contextmanager

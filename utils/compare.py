@@ -2,7 +2,9 @@
 
     python -m utils.compare RUN_FOLDER [RUN_FOLDER ...] [--picture FILE] [--markdown]
 
-A run folder is `<saved_dir>/<run>`. Runs that differ in their seed alone are told as mean and deviation.
+A run folder is `<saved_dir>/<run>`. Runs that differ in their seed alone are told as mean and deviation. A run with a defense
+has its DER against its undefended twin, if that is among the runs: the first one without a defense that trains the same network
+on the same poisoned set with the same seed.
 """
 
 from __future__ import annotations
@@ -10,22 +12,25 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from utils import manifest
 from utils.best_effort import BestEffort
 from utils.cli import Parser, command
 from utils.errors import UserError
 from utils.pictures import draw_comparison
 
-HEAD = ("run", "defense", "ACC", "ASR", "poisoned in the clean pool", "seconds")
+HEAD = ("run", "defense", "ACC", "ASR", "RA", "DER", "poisoned in the clean pool", "seconds")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Return a run's name, settings without the seed, and rows of `metrics.jsonl`."""
+    """Return a run's name, settings without the seed, rows of `metrics.jsonl`, and digest of its data (None: not kept)."""
     try:
+        data = data_digest(folder / manifest.FILE)
         rows = [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
         settings = yaml.safe_load((folder / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -34,7 +39,16 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no epoch of the run is finished: wait for it or train again")
     seed = settings.pop("seed")["seed"]
     settings.pop("run")
-    return {"name": folder.name, "seed": seed, "settings": settings, "rows": rows}
+    return {"name": folder.name, "seed": seed, "settings": settings, "rows": rows, "data": data}
+
+
+def data_digest(path: Path) -> str | None:
+    """Return a digest of `data.csv` without the seed samples, which belong to the defense; None where there is none."""
+    if not path.is_file():
+        return None
+    rows = manifest.rows_of(path.read_bytes().decode("utf-8", "surrogateescape"))
+    kept = [row for row in rows if (row.part, row.name) != (manifest.INPUT, "seed_samples")]
+    return sha256(manifest.to_text(kept).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def group(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -71,6 +85,41 @@ def pool_text(row: dict[str, Any]) -> str:
     return f"{found} of {row['clean_pool_size']}" + ("" if cover is None else f" (and {cover} cover)")
 
 
+# -- Defense effectiveness rate ----------------------------------------------------------------------------------------
+
+
+def is_twin(twin: dict[str, Any], run: dict[str, Any]) -> bool:
+    """Return whether a run without a defense trains the same network on the same poisoned set as another one."""
+    if twin["rows"][-1]["defense"] != "none" or twin["seed"] != run["seed"]:
+        return False
+    if None not in (twin["data"], run["data"]) and twin["data"] != run["data"]:
+        return False
+    return all(twin["settings"].get(key) == run["settings"].get(key) for key in ("dataset", "backdoor", "network"))
+
+
+def effectiveness(row: dict[str, Any], twin: dict[str, Any]) -> float | None:
+    """Return the DER, 0 to 1, of a run's row against its twin's: half of 1 + what the ASR falls by - what the ACC falls by.
+
+    0.5 is no effect, 1 an ASR that falls from 1 to 0 while the ACC stays; a gain in ACC, or in ASR, counts as 0.
+    """
+    if any(r[key] is None for r in (row, twin) for key in ("clean_accuracy", "attack_success_rate")):
+        return None
+    acc, asr = (max(0.0, twin[key] - row[key]) for key in ("clean_accuracy", "attack_success_rate"))
+    return (asr - acc + 1) / 2
+
+
+def der_text(runs: list[dict[str, Any]], every: list[dict[str, Any]]) -> str:
+    """Return the DER of runs that differ in their seed, against their twins among all runs."""
+    if runs[0]["rows"][-1]["defense"] == "none":
+        return "-"
+    pairs = [(run, next((twin for twin in every if is_twin(twin, run)), None)) for run in runs]
+    rates = [effectiveness(run["rows"][-1], twin["rows"][-1]) for run, twin in pairs if twin]
+    known = [rate for rate in rates if rate is not None]
+    if not known:
+        return "unknown" if rates else "no twin"
+    return spread(known, ".3f") + ("" if len(known) == len(runs) else f", of {len(known)} of the runs")
+
+
 def table(groups: list[list[dict[str, Any]]]) -> list[tuple[str, ...]]:
     """Return the rows of the table, the head first."""
     out: list[tuple[str, ...]] = [HEAD]
@@ -81,8 +130,11 @@ def table(groups: list[list[dict[str, Any]]]) -> list[tuple[str, ...]]:
         if last[0]["clean_pool_size"] is not None:
             pool = ", ".join(map(pool_text, last))
         seconds = [sum(row["seconds"] for row in run["rows"]) for run in runs]
-        acc, asr = (share_text([r[key] for r in last]) for key in ("clean_accuracy", "attack_success_rate"))
-        out.append((name, last[0]["defense"], acc, asr, pool, spread(seconds, ".0f")))
+        shares = (
+            share_text([r.get(key) for r in last]) for key in ("clean_accuracy", "attack_success_rate", "robust_accuracy")
+        )
+        der = der_text(runs, [run for other in groups for run in other])
+        out.append((name, last[0]["defense"], *shares, der, pool, spread(seconds, ".0f")))
     return out
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,34 @@ def draw_suspects(path: Path, images: np.ndarray, captions: list[str], title: st
             axes.text(0.5, -0.03, short, ha="center", va="top", fontsize=6, transform=axes.transAxes)
         figure.suptitle(title, y=1 - 0.1 / tall, va="top", fontsize=9)
         figure.set_layout_engine("tight", pad=0.3, rect=(0, 0, 1, 1 - 0.3 / tall))
+
+
+def draw_confusion(path: Path, matrix: np.ndarray, class_names: Sequence[str], title: str) -> None:
+    """The confusion matrix (C, C) of counts: each true class' images by the predicted class, as shares of the row.
+
+    The colour scale is that of the square root, so that rare mistakes are seen. Up to 12 classes have their counts written
+    in, up to 50 their names at the axes.
+    """
+    n = len(matrix)
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    names = [class_names[i] if i < len(class_names) else str(i) for i in range(n)]
+    short = [name if len(name) <= 14 else name[:13] + "\u2026" for name in names]
+    side = min(max(3.0 + 0.42 * n, 5.0), 9.5)
+    with drawing(path, (side + 0.8, side)) as (figure, ((axes,),)):
+        from matplotlib.colors import PowerNorm
+
+        shown = axes.imshow(100 * shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+        figure.colorbar(shown, ax=axes, shrink=0.8, label="% of the true class")
+        if n <= 12:
+            for (row, column), count in np.ndenumerate(matrix):
+                colour = "white" if shares[row, column] > 0.3 else "black"
+                axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=colour)
+        size = 9 if n <= 12 else 8 if n <= 30 else 6
+        if n <= 50:
+            axes.set_xticks(range(n), short, rotation=90, fontsize=size)
+            axes.set_yticks(range(n), short, fontsize=size)
+        axes.set(xlabel="predicted class", ylabel="true class")
+        axes.set_title(title, fontsize=9, wrap=True)
 
 
 def draw_comparison(path: Path, groups: list[list[list[dict[str, Any]]]]) -> None:

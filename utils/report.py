@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import pictures, suspects
+from utils import confusion, page, pictures, suspects
 from utils.checkpoint import State, flatten
 from utils.config import Backdoor, Config, to_yaml
+from utils.files import write_text
 from utils.machine import Machine
 from utils.names import class_text
 from utils.run import Run
@@ -49,6 +50,9 @@ class Report:
         backdoor = subject.backdoor
         target = f", target class {class_text(backdoor.target_label, subject.class_names)}" if backdoor else ""
         self.attack = f"attack {backdoor.attack.name if backdoor else 'unknown'}{target}"
+        self.poison_share = None if self.flags is None else float((self.flags == KINDS["poisoned"]).float().mean())
+        if self.poison_share == 0:
+            self.attack = "no attack"
         self.title = f"{run.name}: {self.attack}, defense {config.defense}"
 
     def close(self) -> None:
@@ -112,15 +116,25 @@ class Report:
         """Report the last row of the history, in the thread that has just written its checkpoint."""
         self.log.epoch(history, self.config.num_epochs)
 
-    def truth_of_pool(self, clean_pool: Tensor | None) -> dict[str, int | None]:
-        """Return how many poisoned images the clean pool has, and how many cover images where the set has any."""
+    def truth_of_pool(self, clean_pool: Tensor | None) -> dict[str, float | None]:
+        """Return what the row of an epoch tells of its split; None where the truth is unknown or nothing is split.
+
+        Returns:
+            `poisoned_in_clean_pool`, and `cover_in_clean_pool` where the set has cover images: counts; `split_tpr`,
+            `split_fpr`: the share of the poisoned and of the clean images outside the clean pool, None where there are none.
+        """
         flags = self.flags
         kinds = {"poisoned_in_clean_pool": KINDS["poisoned"]}
         if flags is not None and bool((flags == KINDS["cover"]).any()):
             kinds["cover_in_clean_pool"] = KINDS["cover"]
         if flags is None or clean_pool is None:
-            return dict.fromkeys(kinds)
-        return {key: int((flags[clean_pool] == flag).sum()) for key, flag in kinds.items()}
+            return dict.fromkeys((*kinds, "split_tpr", "split_fpr"))
+        inside = torch.bincount(flags[clean_pool], minlength=len(KINDS)).tolist()
+        total = torch.bincount(flags, minlength=len(KINDS)).tolist()
+        tpr, fpr = (
+            (total[flag] - inside[flag]) / total[flag] if total[flag] else None for flag in (KINDS["poisoned"], KINDS["clean"])
+        )
+        return {key: inside[flag] for key, flag in kinds.items()} | {"split_tpr": tpr, "split_fpr": fpr}
 
     def rank_suspects(self, evidence: Evidence, images: Any) -> None:
         """Rank the training images, write `suspects.csv` and its picture, and how good the ranking is if that is known.
@@ -144,8 +158,12 @@ class Report:
         captions = suspects.captions(evidence, first, self.subject.class_names)
         pictures.draw_suspects(self.run.saved / suspects.PICTURE, shown, captions, title)
 
-    def conclude(self, state: State) -> None:
-        """Log what came out and draw the run's pictures."""
+    def conclude(self, state: State, matrix: Tensor | None) -> None:
+        """Log what came out, draw the run's pictures and write its page.
+
+        Args:
+            matrix: (C, C) confusion matrix of the clean test images; None: unknown, or kept earlier.
+        """
         if not state.history:  # the authors' checkpoints have none
             return
         row = state.history[-1]
@@ -157,7 +175,18 @@ class Report:
         if acc is not None:
             path = self.run.log / "accuracy.png"
             self.attempt(str(path), pictures.draw_accuracy, path, state.history, self.title)
-        if self.config.defense == "asd" and self.flags is not None:
-            share, path = float((self.flags == 1).float().mean()), self.run.log / "purity.png"
-            self.attempt(str(path), pictures.draw_purity, path, state.history, share, self.title)
+        if matrix is not None:
+            self.keep_confusion(matrix, row["epoch"])
+        if self.config.defense == "asd" and self.poison_share:
+            path = self.run.log / "purity.png"
+            self.attempt(str(path), pictures.draw_purity, path, state.history, self.poison_share, self.title)
+        self.attempt(str(self.run.log / page.FILE), page.write_page, self.run.saved, self.title)
         self.log.finish(flatten(as_dict(self.config)), row)
+
+    def keep_confusion(self, matrix: Tensor, epoch: int) -> None:
+        """Write `confusion.json` and its plot."""
+        names = self.subject.class_names
+        head = {"epoch": epoch, "class_names": list(names)}
+        write_text(self.run.log / confusion.FILE, confusion.to_json(head | confusion.figures(matrix)))
+        path = self.run.log / "confusion.png"
+        self.attempt(str(path), pictures.draw_confusion, path, matrix.numpy(), names, f"{self.title}: clean test images")

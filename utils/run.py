@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from utils import checkpoint, suspects
+from utils import checkpoint, confusion, page, suspects
 from utils.checkpoint import State
 from utils.config import Config, to_yaml
 from utils.errors import UserError
@@ -213,7 +213,8 @@ def keep_later(run: Run, loaded: Path, epochs: int, best_epoch: int) -> str:
                 replace(best, loaded)
             else:
                 best.unlink()  # of an epoch that this run is going to train anew; the copy has it
-    for path in (*(run.saved / name for name in SUSPECTS), *run.log.glob("*.png")):
+    ends = (run.log / confusion.FILE, run.log / page.FILE)  # what tells how the run ended
+    for path in (*(run.saved / name for name in SUSPECTS), *ends, *run.log.glob("*.png")):
         path.unlink(missing_ok=True)
     return folders_of(places)
 

@@ -18,7 +18,7 @@ import yaml
 
 from data.batches import count_batches
 from data.loading import dataset_of
-from utils import checkpoint, config, suspects
+from utils import checkpoint, config, confusion, suspects
 from utils.cli import Parser, command
 from utils.config import Config
 from utils.errors import UserError
@@ -68,10 +68,11 @@ def collect(run: str, source: Path, weights: Path, facts: dict[str, str], out: P
     if saved.get("history") != rows:
         raise UserError(f"{source / 'log' / 'metrics.jsonl'}: is not of the run of {weights}: give folders of one run")
     tested = json.loads(readable(source / "log" / "test.json", "run test.py first").read_text())
-    if any(abs(tested[key] - rows[-1][key]) > ROUNDING for key in FIGURES):
+    both = [(tested[key], rows[-1][key]) for key in FIGURES if None not in (tested[key], rows[-1][key])]
+    if any(abs(one - other) > ROUNDING for one, other in both):
         raise UserError(f"{source / 'log' / 'test.json'}: is not of the last epoch: run test.py --resume {LATEST} again")
     kept = {"metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows), "config.yaml": config.to_yaml(portable(c))}
-    kept["test.json"] = json.dumps(tested | {"checkpoint": f"results/study/{run}.pt"}, indent=2) + "\n"
+    kept["test.json"] = confusion.to_json(tested | {"checkpoint": f"results/study/{run}.pt"})
     if c.defense == "asd":
         quality = json.loads(readable(source / suspects.QUALITY).read_text())
         if f"precision_of_first_{suspects.FIRST}" not in quality["measures"]["score"]:

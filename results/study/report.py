@@ -85,9 +85,9 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def percents(row: Row) -> Row:
-    """Return the figures of a row in %."""
-    return {key: 100 * row[key] for key in KEYS}
+def percents(row: Row, keys: Sequence[str] = KEYS) -> Row:
+    """Return figures of a row in %; NaN where there is none, as of an ASR without an attack."""
+    return {key: math.nan if row[key] is None else 100 * row[key] for key in keys}
 
 
 # -- Targets -----------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def verdict(run: Run | None, runs: Runs) -> str:
 
 def cells(row: Row, keys: Iterable[str] = KEYS) -> Cells:
     """Return figures as cells of a table."""
-    return tuple(f"{row[key]:.2f}" for key in keys)
+    return tuple(NONE if math.isnan(row[key]) else f"{row[key]:.2f}" for key in keys)
 
 
 def per_run(head: Cells, names: list[str], runs: Runs, rows: Callable[[Run], Sequence[Cells]]) -> str:
@@ -208,7 +208,8 @@ def seeds(runs: Runs) -> str:
     for attack, title in TITLES.items():
         own = [runs[name] for name in runs.defended if name in runs and runs[name].attack == attack]
         if len(own) > 1:
-            spreads = (spread([run.ends[0][key] for run in own], ".2f") for key in KEYS)
+            values = ([run.ends[0][key] for run in own] for key in KEYS)
+            spreads = (NONE if any(map(math.isnan, found)) else spread(found, ".2f") for found in values)
             table.append((title, ", ".join(str(run.card["seed"]) for run in own), *spreads))
     return render(table, markdown=True) if len(table) > 1 else "No attack has runs of several seeds yet."
 
@@ -296,7 +297,7 @@ def curves(folder: Path, runs: Runs) -> dict[str, list[list[float]]]:
 def course(rows: list[Row], ends: list[int], share: float) -> list[list[float]]:
     """Return four rows: stages done, 0 to 3; ACC and ASR in %; the clean pool's poisoned share as a multiple of the set's.
 
-    Where nothing is poisoned that multiple is NaN, which is not drawn.
+    Where nothing is poisoned, ASR and that multiple are NaN, which is not drawn.
 
     Args:
         ends: how many epochs there are up to the end of each stage.
@@ -307,7 +308,7 @@ def course(rows: list[Row], ends: list[int], share: float) -> list[list[float]]:
         stage = sum(row["epoch"] >= end for end in ends)
         done = (row["epoch"] + 1 - [0, *ends][stage]) / (ends[stage] - [0, *ends][stage])
         ratio = row["poisoned_in_clean_pool"] / row["clean_pool_size"] / share if share else math.nan
-        points.append((stage + done, 100 * row["clean_accuracy"], 100 * row["attack_success_rate"], ratio))
+        points.append((stage + done, *percents(row, KEYS[:2]).values(), ratio))
     return [list(column) for column in zip(*points, strict=True)]
 
 
