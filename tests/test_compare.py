@@ -9,20 +9,23 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from utils import compare
+from utils import compare, manifest
 from utils.errors import UserError
 
 
-def make_run(folder: Path, seed: int, defense: str, acc: float, asr: float, **changes: Any) -> Path:
+def make_run(folder: Path, seed: int, defense: str, acc: float | None, asr: float | None, **changes: Any) -> Path:
     """A run's folder with two epochs, the last with the figures given."""
     rows = [
         {
             "epoch": epoch,
             "defense": defense,
-            "clean_accuracy": acc * (epoch + 1) / 2,
+            "clean_accuracy": None if acc is None else acc * (epoch + 1) / 2,
             "attack_success_rate": asr,
+            "robust_accuracy": None if asr is None else 1 - asr,
             "clean_pool_size": 40 if defense == "asd" else None,
             "poisoned_in_clean_pool": seed if defense == "asd" else None,
             "seconds": 10.0 + seed,
@@ -52,9 +55,9 @@ def test_seeds_of_one_setting_are_put_together(
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == (
         "| 3 seeds (1, 2, 3) | asd | 92.00 ± 2.00 (90.00 to 94.00) % | 2.00 ± 1.00 (1.00 to 3.00) % "
-        "| 1 of 40, 2 of 40, 3 of 40 | 24 ± 2 (22 to 26) |"
+        "| 98.00 ± 1.00 (97.00 to 99.00) % | 0.970, of 1 of the runs | 1 of 40, 2 of 40, 3 of 40 | 24 ± 2 (22 to 26) |"
     )
-    assert lines[3] == "| none | none | 95.00 % | 100.00 % | no split | 22 |"
+    assert lines[3] == "| none | none | 95.00 % | 100.00 % | 0.00 % | - | no split | 22 |"
     with Image.open(tmp_path / "c.png") as picture:
         assert picture.format == "PNG" and picture.width > picture.height
 
@@ -84,6 +87,81 @@ def test_the_table_tells_kinds_of_images_apart(
     metrics.write_text("".join(lines))
     run_main(monkeypatch, folder, "--markdown")
     assert f"| {cell} |" in capsys.readouterr().out
+
+
+# -- DER ---------------------------------------------------------------------------------------------------------------
+
+SHARE = st.integers(0, 50).map(lambda n: n / 50)
+
+
+@given(SHARE, SHARE, SHARE, SHARE)
+def test_der_falls_with_the_accuracy_and_rises_with_the_defended_attack(
+    acc: float, asr: float, acc0: float, asr0: float
+) -> None:
+    """DER is half of 1 + the fall of the ASR - the fall of the ACC, where a rise is no fall; it lies in 0..1."""
+    found = compare.effectiveness(
+        {"clean_accuracy": acc, "attack_success_rate": asr}, {"clean_accuracy": acc0, "attack_success_rate": asr0}
+    )
+    expected = 0.5
+    if asr < asr0:
+        expected += (asr0 - asr) / 2
+    if acc < acc0:
+        expected -= (acc0 - acc) / 2
+    assert found == pytest.approx(expected) and 0 <= found <= 1
+
+
+@pytest.mark.parametrize(
+    ("own", "twin", "der"),
+    [
+        ((0.9, 0.0), (0.9, 1.0), "1.000"), ((0.9, 1.0), (0.9, 1.0), "0.500"), ((0.0, 1.0), (1.0, 1.0), "0.000"),
+        ((0.95, 0.5), (0.9, 1.0), "0.750"), ((0.8, 0.5), (0.9, 1.0), "0.700"), ((0.9, 0.1), (0.9, 0.0), "0.500"),
+        ((0.9, None), (0.9, None), "unknown"), ((None, None), (0.9, 1.0), "unknown"),
+    ],
+)  # fmt: skip
+def test_der_stands_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    own: tuple[float | None, float | None], twin: tuple[float | None, float | None], der: str,
+) -> None:  # fmt: skip
+    """The run with a defense has its DER, the other one none; the order of the runs does not matter, nor do epochs."""
+    runs = [make_run(tmp_path / "a", 1, "asd", *own), make_run(tmp_path / "b", 1, "none", *twin, num_epochs=3)]
+    run_main(monkeypatch, *runs, "--markdown")
+    there = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[5] for line in (there[0], *there[2:])] == ["DER", der, "-"]
+    run_main(monkeypatch, *reversed(runs), "--markdown")
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(there)
+
+
+def data_of(poison: str, seeds: str | None = None) -> str:
+    """A data.csv with one image, the digest of the poisoned ones and of seed samples."""
+    rows = [manifest.Row("train", "0", "cat", "1f"), manifest.Row("input", "poison_idx.npy", "", poison)]
+    return manifest.to_text(rows + ([manifest.Row("input", "seed_samples", "", seeds)] if seeds else []))
+
+
+@pytest.mark.parametrize(
+    ("seed", "changes", "data", "der"),
+    [
+        (1, {}, None, "0.980"),
+        (1, {}, data_of("aa"), "0.980"),
+        (1, {}, data_of("bb"), "no twin"),
+        (2, {}, data_of("aa"), "no twin"),
+        (1, {"backdoor": {"blend": {"alpha": 0.1}}}, data_of("aa"), "no twin"),
+        (1, {"network": "wide_resnet"}, data_of("aa"), "no twin"),
+        (1, {"dataset": "gtsrb"}, None, "no twin"),
+    ],
+)
+def test_a_twin_has_the_same_network_and_poisoned_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    seed: int, changes: dict[str, Any], data: str | None, der: str,
+) -> None:  # fmt: skip
+    """DER compares runs of one seed, attack, data set and network, and of equal data where both runs keep what theirs are; the
+    seed samples of the defense are no difference."""
+    own = make_run(tmp_path / "a", 1, "asd", 0.9, 0.04)
+    (own / manifest.FILE).write_text(data_of("aa", "cc"))
+    twin = make_run(tmp_path / "b", seed, "none", 0.9, 1.0, **changes)
+    if data:
+        (twin / manifest.FILE).write_text(data)
+    run_main(monkeypatch, own, twin, "--markdown")
+    assert capsys.readouterr().out.splitlines()[2].split(" | ")[5] == der
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "text", "no settings"])

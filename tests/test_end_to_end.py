@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
@@ -155,6 +156,9 @@ def test_metrics_have_a_row_an_epoch(finished: Place) -> None:
         assert 0 <= row["attack_success_rate"] <= 1
         assert 0 <= row["poisoned_in_clean_pool"] <= row["clean_pool_size"]
         assert row["polluted_pool_size"] == TRAIN - row["clean_pool_size"]
+        poisoned, inside = int(np.load(finished.saved / "poison_idx.npy").sum()), row["poisoned_in_clean_pool"]
+        assert row["split_tpr"] == (poisoned - inside) / poisoned
+        assert row["split_fpr"] == 1 - pytest.approx((row["clean_pool_size"] - inside) / (TRAIN - poisoned))
         assert row["lambda_u"] == pytest.approx(15 * sum(min((e + i / STEPS) / 6, 1) for i in range(STEPS)) / STEPS)
         assert row["learning_rate"] == pytest.approx(0.002 * (1 + math.cos(math.pi * e / EPOCHS)) / 2, abs=1e-12)
         assert row["loss"] >= row["loss_x"] > 0
@@ -188,11 +192,25 @@ def test_run_keeps_its_yaml_poison_and_pictures(finished: Place) -> None:
     assert set(np.unique(index)) == {0.0, 1.0}
     assert f"{TRAIN} ({int(index.sum())} poisoned)" in (finished.folder / "said.txt").read_text()
     splits = [f"split_{stage}.png" for stage in dict.fromkeys(STAGES)]
-    for name in ("accuracy.png", "purity.png", "triggered.png", *splits):
+    for name in ("accuracy.png", "purity.png", "triggered.png", "confusion.png", *splits):
         with Image.open(finished.log / name) as picture:
             picture.load()
             assert min(picture.size) > 100
             assert len(np.unique(np.asarray(picture.convert("L")))) > 3  # not empty
+
+
+def test_the_run_keeps_its_confusion_matrix_and_its_page(finished: Place) -> None:
+    """confusion.json holds the last epoch's matrix, whose diagonal is ACC; report.html embeds every plot of the run."""
+    row, kept = finished.rows()[-1], json.loads((finished.log / "confusion.json").read_text())
+    matrix = np.array(kept["confusion"])
+    assert (kept["epoch"], matrix.shape, matrix.sum(), len(kept["class_names"])) == (EPOCHS - 1, (10, 10), TEST, 10)
+    assert matrix.diagonal().sum() / TEST == row["clean_accuracy"]
+    for counts, own, share in zip(matrix, matrix.diagonal(), kept["per_class_accuracy"], strict=True):
+        assert share == own / counts.sum()
+    page = (finished.log / "report.html").read_text()
+    assert f"{100 * row['clean_accuracy']:.2f} %" in page and "train_iteration" in page
+    for plot in [*finished.log.glob("*.png"), finished.saved / "suspects.png"]:
+        assert base64.b64encode(plot.read_bytes()).decode() in page, plot.name
 
 
 def read_board(folder: Path) -> Any:
@@ -264,7 +282,12 @@ def test_test_py_gives_the_figures_of_the_run(finished: Place, tmp_path: Path, w
     assert kept["clean_accuracy"] == row["clean_accuracy"]
     assert kept["attack_success_rate"] == row["attack_success_rate"]
     assert (kept["clean_total"], kept["backdoor_total"]) == (TEST, 39)  # of 43 images in ten classes 4 are of class 3
+    matrix = np.array(kept["confusion"])
+    assert matrix.sum() == TEST and matrix.diagonal().sum() == kept["clean_accuracy"] * TEST
+    if which != "best":
+        assert kept["confusion"] == json.loads((place.log / "confusion.json").read_text())["confusion"]
     assert f"ACC {100 * row['clean_accuracy']:.2f} %" in result.stdout
+    assert f"{100 * min(kept['per_class_accuracy']):.2f} %" in result.stdout
     assert f"ASR {100 * row['attack_success_rate']:.2f} %" in result.stdout
     assert f"without the trigger {100 * kept['clean_as_target']:.2f} %" in result.stdout
     after = place.hashes()
@@ -347,10 +370,13 @@ def test_a_run_needs_neither_pictures_nor_tensorboard(tiny: Path, tmp_path: Path
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     warned = [line.split(":")[1].split("/")[-1].strip() for line in result.stdout.splitlines() if line.startswith("warning: ")]
     splits = [f"split_{stage}.png" for stage in dict.fromkeys(STAGES)]
-    assert sorted(warned) == sorted(["TensorBoard", "triggered.png", *splits, "suspects.png", "accuracy.png", "purity.png"])
+    assert sorted(warned) == sorted(
+        ["TensorBoard", "triggered.png", *splits, "suspects.png", "accuracy.png", "purity.png", "confusion.png"]
+    )
     saved = tmp_path / "saved_data" / "tiny"
     assert len((saved / "suspects.csv").read_text().splitlines()) == TRAIN + 1
     assert len((saved / "log" / "metrics.jsonl").read_text().splitlines()) == EPOCHS
+    assert (saved / "log" / "report.html").exists() and (saved / "log" / "confusion.json").exists()
     assert not list(saved.rglob("*.png")) and not list(saved.rglob("*.part"))
     assert run_script("test.py", "--config", tiny, "--gpu", "cpu").returncode == 0
 

@@ -23,7 +23,7 @@ from data.poison import TestSets
 from data.pools import rest
 from data.sets import ImageSet, Oracle, Part, PoisonedSet, RawData
 from engine.context import Context, build_context, build_state, build_transforms
-from engine.evaluation import evaluate
+from engine.evaluation import evaluate, evaluate_with_confusion
 from engine.supervised import supervised_steps, train_supervised, train_undefended
 from model.classifier import Classifier, build_classifier
 from model.grouped_norm import group
@@ -525,6 +525,12 @@ def test_accuracy_is_a_count(tiny: Path, batch: int) -> None:
     assert {name for name, share in figures.items() if share is not None} == {"clean_accuracy"}
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    counts = [[0] * C for _ in range(C)]
+    for label, p in zip(labels, predicted, strict=True):
+        counts[label][p] += 1
+    matrix = evaluate_with_confusion(fixed, model, TestSets(labelled, None))[1]
+    assert matrix is not None and matrix.tolist() == counts
+    assert evaluate_with_confusion(fixed, model, TestSets(None, None)) == (dict.fromkeys(figures), None)
     # The triggered images are other test images, so it is known what the model makes of each.
     shown, origin, wanted = torch.arange(20), torch.arange(20, 40), torch.arange(20) % C
     tests = TestSets(labelled, ImageSet(test_set.images[shown], wanted), origin)

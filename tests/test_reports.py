@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
@@ -388,6 +390,31 @@ def test_a_name_that_is_no_text_is_kept_in_the_log(tmp_path: Path) -> None:
     logging.getLogger("data").info("b\udce9e")
     log.close()
     assert "b\\udce9e" in (tmp_path / "asd.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("size", [0, 6, 12])
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 2), min_size=12, max_size=12), st.permutations(range(12)))
+def test_the_rates_of_a_split_are_those_of_a_count(size: int, flags: list[int], order: list[int]) -> None:
+    """TPR is the share of the poisoned images outside the clean pool, FPR that of the clean ones; cover images are in neither,
+    and a kind that is absent has no rate."""
+    report, pool = Report.__new__(Report), order[:size]
+    report.flags = torch.tensor(flags, dtype=torch.uint8)
+    found = report.truth_of_pool(torch.tensor(sorted(pool), dtype=torch.int64))
+    for key, flag in (("split_tpr", 1), ("split_fpr", 0)):
+        outside = [i not in pool for i in range(12) if flags[i] == flag]
+        assert found[key] == (sum(outside) / len(outside) if outside else None)
+    assert found["poisoned_in_clean_pool"] == sum(flags[i] == 1 for i in pool)
+    assert found.get("cover_in_clean_pool") == (sum(flags[i] == 2 for i in pool) if 2 in flags else None)
+
+
+@pytest.mark.parametrize("flags", [None, torch.tensor([0, 1, 2], dtype=torch.uint8)])
+def test_the_rates_of_a_split_are_null_where_nobody_knows_them(flags: torch.Tensor | None) -> None:
+    """Without ground truth, and in a run without a split, every key is there and null."""
+    report = Report.__new__(Report)
+    report.flags = flags
+    found = report.truth_of_pool(None if flags is not None else torch.tensor([0]))
+    assert {"poisoned_in_clean_pool", "split_tpr", "split_fpr"} <= found.keys() and set(found.values()) == {None}
 
 
 def test_suspects_are_written_before_their_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

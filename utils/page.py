@@ -24,16 +24,18 @@ LISTED = 20  # suspects in the table
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: 0; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin-top: 2.2rem; padding-bottom: .2rem; border-bottom: 1px solid #ddd; }
 p { overflow-wrap: anywhere; }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; margin: .6rem 0; }
+.plots .plots { flex: 1 1 520px; margin: 0; }
 .plots img { max-width: 100%; border: 1px solid #e4e4e4; border-radius: 4px; }
 .plots.half img { flex: 1 1 440px; min-width: 0; max-width: 530px; }
 .scroll { overflow: auto; max-height: 32rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .15rem .7rem .15rem 0; text-align: left; vertical-align: top; max-width: 26rem; overflow-wrap: anywhere; }
+th, td { padding: .15rem .7rem .15rem 0; text-align: left; vertical-align: top; max-width: 36rem; overflow-wrap: break-word; }
 td.n, th.n { text-align: right; }
+td.n { white-space: nowrap; }
 thead th { position: sticky; top: 0; background: #fff; border-bottom: 1px solid #bbb; }
 tbody tr:nth-child(even) { background: #f6f7f9; }
 summary { cursor: pointer; color: #2a6f97; }
@@ -50,12 +52,13 @@ SHARES = {
 def write_page(folder: Path, title: str) -> None:
     """Write the page of the run in `folder`, which has finished at least one epoch; plots that are missing are left out."""
     rows = [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    parts = [f"<h1>{escape(folder.name)}</h1>", f"<p>{escape(title)}</p>", results(rows)]
+    parts = [f"<h1>{escape(title)}</h1>", *section("Last epoch", results(rows))]
     parts += section("Training", plots(folder / "log", ("accuracy.png", "purity.png"), "half"))
     splits = tuple(f"split_{stage}.png" for stage in STAGES)
     parts += section("Last split of each stage", plots(folder / "log", splits, "half"))
     parts += section("Triggered images", plots(folder / "log", ("triggered.png",)))
-    parts += section("Clean test images by class", plots(folder / "log", ("confusion.png",)) + classes(folder))
+    by_class = plots(folder / "log", ("confusion.png",), "half") + classes(folder)
+    parts += section("Clean test images by class", by_class and f'<div class="plots half">{by_class}</div>')
     parts += section("Suspect training images", ranking(folder) + plots(folder, (suspects.PICTURE,)))
     parts += section("Epochs", details("Every epoch", epochs(rows)))
     settings = (folder / "config.yaml").read_text(encoding="utf-8")
@@ -145,7 +148,7 @@ def results(rows: list[dict[str, Any]]) -> str:
         lines.append(("TPR of the last split: poisoned images outside the clean pool", percent(last.get("split_tpr"))))
         lines.append(("FPR of the last split: clean images outside the clean pool", percent(last.get("split_fpr"))))
     lines.append(("epochs, seconds", f"{last['epoch'] + 1}, {sum(row['seconds'] for row in rows):.0f}"))
-    return table(("last epoch", ""), [line for line in lines if line[1] is not None])
+    return table(("figure", "value"), [line for line in lines if line[1] is not None])
 
 
 def classes(folder: Path) -> str:
@@ -176,7 +179,7 @@ def ranking(folder: Path) -> str:
         line = f"<p>{escape(suspects.quality_line(json.loads(judged.read_text(encoding='utf-8'))))}</p>"
     texts = {head.index(name) for name in ("name", "label", "model_label")}
     cells = [[cell if i in texts else Number(cell) for i, cell in enumerate(row)] for row in rows]
-    return line + details(f"The first {len(rows)}", table(head, cells))
+    return line + details(f"The first {len(rows)}", table([name.replace("_", " ") for name in head], cells))
 
 
 def epochs(rows: list[dict[str, Any]]) -> str:

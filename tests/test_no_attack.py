@@ -1,0 +1,129 @@
+"""`poison_ratio: 0`: a run on clean data, which has no success rate, from the training to the comparison of runs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, TINY
+from PIL import Image
+from training import train_here
+
+from data import poison
+from utils import compare, config
+
+DEFENSES = ("asd", "none")
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run of each defense, `saved/<defense>`, and what was printed, `<defense>.txt`."""
+    folder = tmp_path_factory.mktemp("clean")
+    for defense in DEFENSES:
+        raw = TINY | {
+            "run": defense, "defense": defense, "backdoor": {"poison_ratio": 0, "wanet": {"cover_ratio": 2.0}},
+            "saved_dir": str(folder / "saved"), "storage_dir": str(folder / "storage"),
+        }  # fmt: skip
+        path = folder / f"{defense}.yaml"
+        path.write_text(yaml.safe_dump(raw, sort_keys=False))
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            train_here(config.load(path), path)
+        (folder / f"{defense}.txt").write_text(said.getvalue())
+    return folder
+
+
+def said_by(script: str, *arguments: object) -> str:
+    """Call the main function of a script in this process; return what it printed."""
+    spec = importlib.util.spec_from_file_location("script", REPOSITORY / script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        module.main()
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_a_run_without_an_attack_reports_none(clean: Path, defense: str) -> None:
+    """Every epoch has its ACC and null for what only an attack gives; the log says `no attack` and names no success rate; no
+    plot of poisoned images is left, no warning given."""
+    saved, said = clean / "saved" / defense, (clean / f"{defense}.txt").read_text()
+    rows = [json.loads(line) for line in (saved / "log" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == TINY["num_epochs"]
+    for row in rows:
+        assert 0 <= row["clean_accuracy"] <= 1
+        for key in ("attack_success_rate", "robust_accuracy", "clean_as_target", "split_tpr"):
+            assert row[key] is None
+        if defense == "asd":
+            assert row["poisoned_in_clean_pool"] == 0
+            assert row["split_fpr"] == pytest.approx(1 - row["clean_pool_size"] / 200)
+    assert "no attack" in said and "0 poisoned" in said and "warning" not in said
+    assert not [word for word in ("ASR", "RA ", "nan", "None", "triggered", "target class") if word in said]
+    assert np.load(saved / "poison_idx.npy").sum() == 0
+    plots = {path.name for path in (saved / "log").glob("*.png")}
+    splits = {f"split_{stage}.png" for stage in ("class-aware", "class-agnostic", "meta-split")}
+    assert plots == {"accuracy.png", "confusion.png"} | (splits if defense == "asd" else set())
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_its_page_has_no_attack(clean: Path, defense: str) -> None:
+    """report.html has neither figures nor a section of an attack."""
+    page = (clean / "saved" / defense / "log" / "report.html").read_text()
+    assert "no attack" in page and "ACC" in page and "Clean test images by class" in page
+    assert not [word for word in ("ASR", "TPR", "Triggered", "nan", "None") if f">{word}" in page]
+
+
+def test_its_suspects_are_ranked_and_not_judged(clean: Path) -> None:
+    """All images are ranked; where nothing is poisoned the quality of the ranking is null."""
+    saved = clean / "saved" / "asd"
+    assert len((saved / "suspects.csv").read_text().splitlines()) == 201
+    found = json.loads((saved / "suspects.json").read_text())
+    assert found["counts"]["poisoned"] == 0 == found["counts"]["cover"]
+    assert all(measure["auroc"] is None for measure in found["measures"].values())
+    with Image.open(saved / "suspects.png") as picture:
+        assert picture.format == "PNG"
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_its_test_is_of_clean_images(clean: Path, defense: str) -> None:
+    """test.py gives the ACC of the last epoch, of all and of each class, and null for the attack."""
+    said = said_by("test.py", "--config", clean / f"{defense}.yaml", "--gpu", "cpu")
+    log = clean / "saved" / defense / "log"
+    kept, last = json.loads((log / "test.json").read_text()), json.loads((log / "metrics.jsonl").read_text().splitlines()[-1])
+    assert kept["clean_accuracy"] == last["clean_accuracy"] and kept["clean_total"] == 43
+    assert sum(map(sum, kept["confusion"])) == 43 and kept["backdoor_total"] is None
+    assert {kept[key] for key in ("attack_success_rate", "robust_accuracy", "clean_as_target")} == {None}
+    assert "ACC" in said and "ASR" not in said and "trigger" not in said
+
+
+@pytest.mark.filterwarnings("error")
+def test_it_is_compared_without_der(clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table shows that nothing is known of an attack, and the picture has ACC alone."""
+    folders = [clean / "saved" / defense for defense in DEFENSES]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        monkeypatch.setattr(sys, "argv", ["compare", *map(str, folders), "--markdown", "--picture", str(tmp_path / "c.png")])
+        compare.main()
+    asd, none = (line.strip("| ").split(" | ") for line in said.getvalue().splitlines()[2:4])
+    assert asd[3:7] == ["unknown", "unknown", "unknown", "0 of 100"] and none[3:7] == ["unknown", "unknown", "-", "no split"]
+    assert (tmp_path / "c.png").exists()
+
+
+def test_an_exported_set_without_poisoned_images_has_no_success_rate(clean: Path, tmp_path: Path) -> None:
+    """`python -m data.poison` writes such a set, and a run on it tests on clean images alone."""
+    settings = config.load(clean / "none.yaml")
+    poison.export(settings, tmp_path / "set", torch.device("cpu"), print)
+    own = config.load(
+        clean / "none.yaml", ["dataset=poisoned_set", f"dataset_dir={tmp_path / 'set'}", "backdoor=null", "run=other"]
+    )
+    data = poison.prepare(own, tmp_path)
+    assert data.tests.clean is not None and data.tests.backdoor is None
+    assert data.oracle is not None and not data.oracle.poisoned().any()
