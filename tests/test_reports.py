@@ -23,8 +23,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from utils import pictures, runlog
-from utils.report import Report
+from utils import config, page, pictures, runlog
+from utils.report import Report, Subject
 from utils.runlog import RunLog, epoch_line, progress, write_metrics
 from utils.suspects import Evidence
 
@@ -421,7 +421,8 @@ def test_suspects_are_written_before_their_picture(tmp_path: Path, monkeypatch: 
     """The ranking is on disk when its picture is drawn, and stays when that fails."""
     e = Evidence(*(np.array(column) for column in ([0, 1], [1, 1], [0.1, 0.9], [0.9, 0.1], [1.0, 0.1], [0, 2])))
     run = SimpleNamespace(log=tmp_path, saved=tmp_path, name="run")
-    report = Report(run, SimpleNamespace(defense="asd"), None, (), None, np.zeros((2, 0)), "", 0)  # type: ignore[arg-type]
+    subject = Subject(None, (), None, None, np.zeros((2, 0)), "")
+    report = Report(run, SimpleNamespace(defense="asd"), subject, 0)  # type: ignore[arg-type]
     there: list[bool] = []
 
     def fail(*args: Any) -> None:
@@ -430,6 +431,24 @@ def test_suspects_are_written_before_their_picture(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(pictures, "draw_suspects", fail)
     images = SimpleNamespace(fetch=lambda index: torch.zeros(len(index), 3, 4, 4, dtype=torch.uint8))
-    report.rank_suspects(e, images, None, ())
+    report.rank_suspects(e, images)
     assert there == [True] and (tmp_path / "suspects.csv").exists()
     assert (tmp_path / "asd.log").read_text().count("no picture today") == 1
+
+
+def test_a_page_that_fails_costs_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where report.html cannot be made one line says so, and the run ends with all else, its confusion matrix included."""
+    (tmp_path / "log").mkdir()
+    run = SimpleNamespace(log=tmp_path / "log", saved=tmp_path, name="run")
+    subject = Subject(None, ("a", "b"), None, torch.zeros(4, dtype=torch.uint8), np.zeros((2, 0)), "")
+    report = Report(run, config.load(REPOSITORY / "config" / "demo_undefended.yaml"), subject, 0)  # type: ignore[arg-type]
+    monkeypatch.setattr(page, "write_page", lambda *args: 1 / 0)
+    history = rows(2, "none")
+    state = SimpleNamespace(history=history, epoch=2, best_acc=0.9, best_epoch=1)
+    report.conclude(state, torch.tensor([[3, 1], [0, 2]]))  # type: ignore[arg-type]
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("warning: ") and "report.html" in line for line in lines) == 1 == len(lines) - 1
+    assert json.loads((tmp_path / "log" / "confusion.json").read_text())["per_class_accuracy"] == [0.75, 1.0]
+    assert read_board(tmp_path / "log" / "tensorboard").Scalars("final/clean_accuracy")

@@ -117,7 +117,7 @@ def draw_confusion(path: Path, matrix: np.ndarray, class_names: Sequence[str], t
     """
     n = len(matrix)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    names = [class_names[i] if i < len(class_names) else str(i) for i in range(n)]
+    names = [escape(class_names[i]) if i < len(class_names) else str(i) for i in range(n)]  # drawing sees no ticks' texts
     short = [name if len(name) <= 14 else name[:13] + "\u2026" for name in names]
     side = min(max(3.0 + 0.42 * n, 5.0), 9.5)
     with drawing(path, (side + 0.8, side)) as (figure, ((axes,),)):
