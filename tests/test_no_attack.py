@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, TINY
+from conftest import REPOSITORY, TINY, logged
 from PIL import Image
 from training import train_here
 
@@ -25,7 +25,7 @@ DEFENSES = ("asd", "none")
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run of each defense, `saved/<defense>`, and what was printed, `<defense>.txt`."""
+    """A folder with a finished run of each defense, `saved/<defense>`, and what it logged, `<defense>.txt`."""
     folder = tmp_path_factory.mktemp("clean")
     for defense in DEFENSES:
         raw = TINY | {
@@ -34,9 +34,9 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }  # fmt: skip
         path = folder / f"{defense}.yaml"
         path.write_text(yaml.safe_dump(raw, sort_keys=False))
-        with contextlib.redirect_stdout(io.StringIO()) as said:
+        with logged() as said:
             train_here(config.load(path), path)
-        (folder / f"{defense}.txt").write_text(said.getvalue())
+        (folder / f"{defense}.txt").write_text("\n".join(said))
     return folder
 
 
@@ -120,7 +120,7 @@ def test_it_is_compared_without_der(clean: Path, tmp_path: Path, monkeypatch: py
 def test_an_exported_set_without_poisoned_images_has_no_success_rate(clean: Path, tmp_path: Path) -> None:
     """`python -m data.poison` writes such a set, and a run on it tests on clean images alone."""
     settings = config.load(clean / "none.yaml")
-    poison.export(settings, tmp_path / "set", torch.device("cpu"), print)
+    poison.export(settings, tmp_path / "set", torch.device("cpu"))
     own = config.load(
         clean / "none.yaml", ["dataset=poisoned_set", f"dataset_dir={tmp_path / 'set'}", "backdoor=null", "run=other"]
     )
