@@ -10,6 +10,7 @@ from data.poison import TestSets
 from data.sets import ImageSet
 from engine.context import Context
 from loss.supervised import symmetric_cross_entropy
+from model.classifier import Classifier, Features
 from model.inference import predict
 from utils.checkpoint import State
 from utils.confusion import confusion_matrix
@@ -60,6 +61,12 @@ def infer(context: Context, purpose: str, model: nn.Module, images: ImageSet, dr
     batch, mine = machine.inference_batch(context.config.loader.batch_size), machine.share(n)
     batches = views(images.part(mine), draws[mine], transform, batch)
     return machine.gather(predict(model, progress(batches, purpose, -(-n // machine.size // batch)), machine), n)
+
+
+def training_features(context: Context, model: nn.Module) -> Tensor:
+    """Return the penultimate features (N, D) of the training images, on the CPU."""
+    assert isinstance(model, Classifier)
+    return infer(context, "features", Features(model), context.train_set).cpu()
 
 
 def weigh_images(context: Context, state: State) -> Evidence:

@@ -17,7 +17,7 @@ from data.poison import TestSets, prepare
 from data.pools import check_pool_sizes
 from data.seeds import choose_seed_samples, complete_manifest
 from engine.context import Context, build_context, build_state
-from engine.evaluation import evaluate_with_confusion, weigh_images
+from engine.evaluation import evaluate_with_confusion, training_features, weigh_images
 from model.classifier import new_classifier
 from utils import checkpoint, config, manifest
 from utils.checkpoint import State
@@ -26,6 +26,7 @@ from utils.confusion import FILE as CONFUSION
 from utils.draws import key_seed
 from utils.errors import UserError
 from utils.machine import Machine, choose_machine, set_determinism, start_processes
+from utils.pictures import FEATURES
 from utils.report import Report, Subject
 from utils.run import BEST, LATEST, Run, locate, make_ready, open_run
 from utils.schema import as_dict, stand_ins
@@ -113,6 +114,10 @@ class Session:
                 report.rank_suspects(evidence, context.train_set)
         if not self.trains and not (run.log / CONFUSION).exists():
             self.confusion = evaluate_with_confusion(context, state.model, self.tests)[1]
+        if self.trains or not (run.log / FEATURES).exists():
+            features = training_features(context, state.model)
+            if report:
+                report.draw_features(state, features)
         if report:
             report.conclude(state, self.confusion)
 

@@ -30,6 +30,18 @@ class Classifier(nn.Module):
         return out
 
 
+class Features(nn.Module):
+    """A classifier without its linear layer: the features that it classifies, (B, D). It shares the classifier's weights."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to features (B, D)."""
+        return self.classifier.features(x)
+
+
 def build_classifier(network: Named, num_classes: int, seed: int) -> Classifier:
     """Build the configured network; the same seed gives the authors' initial weights.
 

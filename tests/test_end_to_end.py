@@ -192,7 +192,7 @@ def test_run_keeps_its_yaml_poison_and_pictures(finished: Place) -> None:
     assert set(np.unique(index)) == {0.0, 1.0}
     assert f"{TRAIN} ({int(index.sum())} poisoned)" in (finished.folder / "said.txt").read_text()
     splits = [f"split_{stage}.png" for stage in dict.fromkeys(STAGES)]
-    for name in ("accuracy.png", "purity.png", "triggered.png", "confusion.png", *splits):
+    for name in ("accuracy.png", "purity.png", "triggered.png", "confusion.png", "features.png", *splits):
         with Image.open(finished.log / name) as picture:
             picture.load()
             assert min(picture.size) > 100
@@ -370,9 +370,8 @@ def test_a_run_needs_neither_pictures_nor_tensorboard(tiny: Path, tmp_path: Path
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     warned = [line.split(":")[1].split("/")[-1].strip() for line in result.stdout.splitlines() if line.startswith("warning: ")]
     splits = [f"split_{stage}.png" for stage in dict.fromkeys(STAGES)]
-    assert sorted(warned) == sorted(
-        ["TensorBoard", "triggered.png", *splits, "suspects.png", "accuracy.png", "purity.png", "confusion.png"]
-    )
+    ends = ("suspects.png", "features.png", "accuracy.png", "confusion.png", "purity.png")
+    assert sorted(warned) == sorted(["TensorBoard", "triggered.png", *splits, *ends])
     saved = tmp_path / "saved_data" / "tiny"
     assert len((saved / "suspects.csv").read_text().splitlines()) == TRAIN + 1
     assert len((saved / "log" / "metrics.jsonl").read_text().splitlines()) == EPOCHS

@@ -71,7 +71,7 @@ def test_a_run_without_an_attack_reports_none(clean: Path, defense: str) -> None
     assert np.load(saved / "poison_idx.npy").sum() == 0
     plots = {path.name for path in (saved / "log").glob("*.png")}
     splits = {f"split_{stage}.png" for stage in ("class-aware", "class-agnostic", "meta-split")}
-    assert plots == {"accuracy.png", "confusion.png"} | (splits if defense == "asd" else set())
+    assert plots == {"accuracy.png", "confusion.png", "features.png"} | (splits if defense == "asd" else set())
 
 
 @pytest.mark.parametrize("defense", DEFENSES)

@@ -59,6 +59,7 @@ def write_page(folder: Path, title: str) -> None:
     parts += section("Triggered images", plots(folder / "log", ("triggered.png",)))
     by_class = plots(folder / "log", ("confusion.png",), "half") + classes(folder)
     parts += section("Clean test images by class", by_class and f'<div class="plots half">{by_class}</div>')
+    parts += section("Features of the training images", plots(folder / "log", ("features.png",)))
     parts += section("Suspect training images", ranking(folder) + plots(folder, (suspects.PICTURE,)))
     parts += section("Epochs", details("Every epoch", epochs(rows)))
     settings = (folder / "config.yaml").read_text(encoding="utf-8")

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from utils.files import write_atomically
+from utils.projection import principal_components
 from utils.runlog import KINDS
 
 CLEAN_COLOUR, POISONED_COLOUR, COVER_COLOUR = "#2a6f97", "#c1121f", "#e09f3e"
-COLOURS = {"clean": CLEAN_COLOUR, "poisoned": POISONED_COLOUR, "cover": COVER_COLOUR}
+COLOURS = {"clean": CLEAN_COLOUR, "poisoned": POISONED_COLOUR, "cover": COVER_COLOUR, "polluted pool": "#8e5ea2"}
+FEATURES = "features.png"
 STAGE_SHADES = {"class-aware": "#f4f1de", "class-agnostic": "#e0ecf4", "meta-split": "#e8f3e8", "undefended": "#ffffff"}
 
 
@@ -135,6 +138,28 @@ def draw_confusion(path: Path, matrix: np.ndarray, class_names: Sequence[str], t
             axes.set_yticks(range(n), short, fontsize=size)
         axes.set(xlabel="predicted class", ylabel="true class")
         axes.set_title(title, fontsize=9, wrap=True)
+
+
+def draw_features(path: Path, features: Tensor, groups: dict[str, dict[str, np.ndarray]], title: str) -> None:
+    """Features (N, D) on the plane of their first two principal components, a panel for each way to group them.
+
+    Args:
+        groups: title of a panel -> name of a group -> its points, (N,) bool; none: one panel, one group.
+    """
+    plane, shares = (values.numpy() for values in principal_components(features))  # (N, 2), (2,)
+    groups = groups or {"training images": {"all": np.ones(len(plane), bool)}}
+    with drawing(path, (5.4 * len(groups) + 0.4, 5), 1, len(groups)) as (figure, panels):
+        for axes, (name, parts) in zip(panels[0], groups.items(), strict=True):
+            for part, which in parts.items():
+                if which.any():
+                    colour = COLOURS.get(part, CLEAN_COLOUR)
+                    text = f"{part} ({which.sum()})"
+                    axes.scatter(*plane[which].T, s=5, alpha=0.5, linewidths=0, color=colour, label=text)
+            axes.set(xlabel=f"component 1 ({100 * shares[0]:.0f} % of the variance)", title=name)
+            axes.set_ylabel(f"component 2 ({100 * shares[1]:.0f} %)")
+            axes.grid(alpha=0.25)
+            axes.legend(fontsize=8, markerscale=3)
+        figure.suptitle(f"{title}: penultimate features", fontsize=10)
 
 
 def draw_comparison(path: Path, groups: list[list[list[dict[str, Any]]]]) -> None:

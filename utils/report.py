@@ -158,6 +158,18 @@ class Report:
         captions = suspects.captions(evidence, first, self.subject.class_names)
         pictures.draw_suspects(self.run.saved / suspects.PICTURE, shown, captions, title)
 
+    def draw_features(self, state: State, features: Tensor) -> None:
+        """Draw the penultimate features (N, D) of the training images by ground truth and by pool of the last split."""
+        groups = {}
+        if self.flags is not None:
+            groups["ground truth"] = {kind: (self.flags == flag).numpy() for kind, flag in KINDS.items()}
+        if self.config.defense == "asd" and state.clean_pool is not None:
+            inside = torch.zeros(len(features), dtype=torch.bool)
+            inside[state.clean_pool] = True
+            groups["last split"] = {"clean pool": inside.numpy(), "polluted pool": (~inside).numpy()}
+        path = self.run.log / pictures.FEATURES
+        self.attempt(str(path), pictures.draw_features, path, features, groups, self.title)
+
     def conclude(self, state: State, matrix: Tensor | None) -> None:
         """Log what came out, draw the run's pictures and write its page.
 
