@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 
 def principal_components(features: Tensor) -> tuple[Tensor, Tensor]:
     """Project features onto their first two principal components.
 
     Args:
-        features: (N, D).
+        features: (N, D) float32.
     Returns:
         coordinates (N, 2) float32, each axis with the sign that makes its farthest point positive, and the shares (2,) of the
         variance that the axes hold; features of one dimension, or that are all equal, have zeros.
     """
-    centered = (features - features.mean(0)).double()  # (N, D)
-    values, vectors = torch.linalg.eigh(centered.T @ centered)  # ascending
-    plane = centered @ vectors.flip(1)[:, :2]  # (N, min(D, 2))
+    centered = features - features.mean(0)  # (N, D)
+    basis = torch.randn(features.shape[1], min(8, features.shape[1]), generator=torch.Generator().manual_seed(0))
+    for _ in range(20):  # subspace iteration: a D x D eigenproblem takes minutes where D is 4096
+        basis = torch.linalg.qr(centered.T @ (centered @ basis)).Q
+    _, values, rows = torch.linalg.svd(centered @ basis, full_matrices=False)
+    plane = (centered @ basis) @ rows[:2].T  # (N, at most 2)
     farthest = plane.gather(0, plane.abs().argmax(0, keepdim=True))
     plane = plane * torch.where(farthest < 0, -1.0, 1.0)
-    shares = values.flip(0)[:2].clamp(min=0) / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
+    shares = values[:2] ** 2 / centered.square().sum().clamp(min=torch.finfo(centered.dtype).tiny)
     missing = 2 - plane.shape[1]
-    return nn.functional.pad(plane, (0, missing)).float(), nn.functional.pad(shares, (0, missing)).float()
+    return F.pad(plane, (0, missing)), F.pad(shares, (0, missing))
