@@ -41,7 +41,7 @@ from PIL import Image
 from data.digests import file_digest, pixel_digests, short
 from data.picture import depth_line, prepared, read_prepared
 from data.sets import Listing, Mapped, RawData
-from utils.config import transforms
+from utils import plugins
 from utils.errors import UserError
 from utils.files import remove_leftovers, write_atomically, write_text
 from utils.runlog import progress
@@ -465,9 +465,10 @@ def read_table(images: np.ndarray) -> np.ndarray:
 
 def several_sizes(root: Path, first: str, shape: Sequence[int], other: str, other_shape: Sequence[int]) -> UserError:
     """Return the error of pictures that make no table."""
+    remedies = plugins.declared("data.transforms", "TO_ONE_SIZE").values()
     return UserError(
         f"{root}: pictures of several sizes: {first} is {shape[1]} x {shape[0]} pixels, {other} is {other_shape[1]} x "
-        f"{other_shape[0]}: bring them to one in transform.pre by {' or '.join(transforms('transform.pre').names())}"
+        f"{other_shape[0]}: bring them to one in transform.pre, e.g. {' or '.join(remedies)}"
     )
 
 

@@ -10,7 +10,7 @@
 nothing; one of `transform.pre` also takes a PIL picture in `apply` and returns one. One of `transform.*.remaining` has neither
 `draw` nor `apply`: its module has the `POSITION` in that list at which it may stand, and its settings may have a `mean` and a
 `std`, which `data.augment.Pipeline` subtracts and divides by. A `remap` that gives -1 for pixels from outside the image has
-`pads_black`.
+`pads_black`. `TO_ONE_SIZE` is an example of a `transform.pre` that brings pictures of any size to one.
 
 The draws are made outside, so that every device, an interrupted run and a reference see the same ones. `apply` and `remap`
 run within a step that CUDA captures as a graph: their operators and shapes depend on shapes and settings alone, and nothing
