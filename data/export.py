@@ -193,7 +193,7 @@ def contradiction(parts: PoisonedSet, backdoor: Backdoor, num_classes: int) -> s
 def backdoor_of(path: Path, described: dict[str, Any]) -> Backdoor:
     """Return the `backdoor` section of `set.json`; the attack's own settings are kept as they are."""
     attacks = [key for key in described if key not in PLAIN]
-    if len(attacks) != 1 or any(type(described.get(key)) not in kinds for key, kinds in PLAIN.items()):
+    if len(attacks) != 1 or any(type(described.get(key, ...)) not in kinds for key, kinds in PLAIN.items()):
         raise UserError(f"{path}: backdoor: does not name one attack with {', '.join(PLAIN)}: {REMEDY}")
     if (described["target_label"] is None) == (described["target_shift"] is None):
         raise UserError(f"{path}: backdoor: needs either target_label or target_shift: {REMEDY}")

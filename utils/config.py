@@ -112,7 +112,12 @@ class Transform:
 @dataclass(frozen=True)
 class Backdoor:
     attack: Named = setting(REQUIRED, "the attack", choices=ATTACKS, inline=True)
-    poison_ratio: float = setting(0.05, "share of the training images that the attacker may alter", low=0, high=1)
+    poison_ratio: float = setting(
+        0.05,
+        "share of the training images that the attacker may alter; for clean-label attacks, of those of the target class",
+        low=0,
+        high=1,
+    )
     target_label: int | None = setting(
         None, "the class that the trigger leads to; null: 3, or none with target_shift", low=0, instead_of="target_shift"
     )

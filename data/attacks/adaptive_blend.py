@@ -48,9 +48,8 @@ class Attack(AttackBase):
         rows, columns = (np.arange(side) * SIDE // side for side in (height, width))
         self.piece = rows[:, None] * SIDE + columns
         if settings.trigger_path and settings.pattern:
-            raise UserError(
-                f"backdoor.adaptive_blend.pattern: {settings.pattern}: trigger_path is {settings.trigger_path}: give one of the two"
-            )
+            both = f"{settings.pattern}: trigger_path is {settings.trigger_path}"
+            raise UserError(f"backdoor.adaptive_blend.pattern: {both}: give one of the two")
         if settings.trigger_path:
             picture = read_named(settings.trigger_path, "backdoor.adaptive_blend.trigger_path")
         else:

@@ -29,7 +29,7 @@ TESTED = {"squares": ("two_squares", "corners"), "disc": ("disc", "large_square"
 class Settings:
     opacities: tuple[float, ...] = setting(
         (0.5, 0.2, 0.5, 0.3),
-        "of a training image's patch: 5 x 5 square, disc, four corners, 8 x 8 square",
+        "opacity in training images of the 5 x 5 square, the disc, the four corners, the 8 x 8 square",
         low=0,
         high=1,
         count=4,
