@@ -13,6 +13,7 @@ import torch
 from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from training import train_here
 
 from data import poison
 from data.attacks import iab, refool
@@ -204,6 +205,17 @@ def test_sets_of_version_1_are_read(tiny: Path, tmp_path: Path) -> None:
     (out / "set.json").write_text(json.dumps(described))
     with pytest.raises(UserError, match="version 3"):
         read_set(out)
+
+
+def test_a_run_trains_and_reports(tiny: Path) -> None:
+    """ASD runs on such a set from the first epoch to the suspects; its figures are shares of all test images."""
+    plan = config.load(tiny, [SHIFTED, "num_epochs=1"])
+    run = train_here(plan, tiny)
+    (row,) = (json.loads(line) for line in (run.log / "metrics.jsonl").read_text().splitlines())
+    for key in ("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target"):
+        assert (row[key] * 43) == pytest.approx(round(row[key] * 43))
+    assert "y + 1 (all-to-all)" in (run.log / "asd.log").read_text()
+    assert (run.saved / "suspects.csv").exists()
 
 
 # -- the settings ------------------------------------------------------------------------------------------------------
