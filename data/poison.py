@@ -205,9 +205,7 @@ def build_attack(
     device = device or torch.device("cpu")
     b = config.attacker
     shift = b.target_shift
-    scene = Scene(
-        raw, b.target_label, config.num_classes, config.seed.seed, folder, device, new_classifier, target_shift=shift
-    )
+    scene = Scene(raw, b.target_label, config.num_classes, config.seed.seed, folder, device, new_classifier, target_shift=shift)
     attack: AttackBase = module.Attack(config.attack.settings, scene)
     if attack.clean_label and shift is not None:
         raise UserError(
