@@ -68,8 +68,8 @@ def test(
 ) -> None:
     """Test the model on the sets that there are; print and keep the figures beside those of `result`.
 
-    A model that is not perfect takes some images for the target class without any trigger. What the ASR is to be compared
-    with is that share of the clean test images of other classes: `clean_as_target`.
+    A model that is not perfect gives some images the attacker's label without any trigger. What the ASR is to be compared
+    with is that share of the clean versions of the triggered images: `clean_as_target`.
     """
     tests = prepare_tests(settings, machine.device, new_classifier=new_classifier).to(machine.device)
     clean, backdoor = tests.clean, tests.backdoor
@@ -83,9 +83,9 @@ def test(
     worst = min((x, c) for c, x in enumerate(confusion.per_class_accuracy(matrix)) if x is not None)
     print(f"ACC of the worst class, {class_text(worst[1], class_names)}: {100 * worst[0]:.2f} %")
     if backdoor is not None:
-        print(f"ASR {shares['attack_success_rate']} of {len(backdoor)} triggered test images of other classes")
+        print(f"ASR {shares['attack_success_rate']} of {len(backdoor)} triggered test images")
         print(f"RA  {shares['robust_accuracy']} of them get their true label in spite of the trigger")
-        print(f"without the trigger {shares['clean_as_target']} of them are taken for the target class")
+        print(f"without the trigger {shares['clean_as_target']} of them get the attacker's label")
     write_text(run.log / "test.json", confusion.to_json(result | confusion.figures(matrix)))
     print(f"written to {run.log / 'test.json'}")
 

@@ -31,10 +31,12 @@ class AttackBase(ABC):
     Attributes:
         clean_label: the attacker takes images of the target class and leaves their labels alone.
         cover_ratio: cover images (altered, label kept) for each poisoned one.
+        cover_target_class: whether images of the target class may become cover images.
     """
 
     clean_label = False
     cover_ratio = 0.0
+    cover_target_class = True
 
     @abstractmethod
     def __init__(self, settings: Any, scene: Scene) -> None:

@@ -13,11 +13,30 @@ from utils.errors import UserError
 from utils.files import write_atomically
 
 
-def draw_poisoned(labels: np.ndarray, target: int, ratio: float, seed: int, mode: str, clean_label: bool = False) -> np.ndarray:
+def label_after(labels: np.ndarray, target_label: int | None, target_shift: int | None, num_classes: int) -> np.ndarray:
+    """Return the labels that images carry once they are poisoned.
+
+    An image whose label would stay the same is none that a label-changing attack poisons, nor one that its success rate counts.
+
+    Args:
+        labels: (n,) int64, before the attack.
+        target_label, target_shift: the one of the two that is not None: one class for all, or `(y + target_shift) mod C`.
+    Returns:
+        (n,) int64.
+    """
+    if target_shift is None:
+        return np.full(len(labels), target_label, np.int64)
+    return (labels.astype(np.int64) + target_shift) % num_classes
+
+
+def draw_poisoned(
+    labels: np.ndarray, target: int | np.ndarray, ratio: float, seed: int, mode: str, clean_label: bool = False
+) -> np.ndarray:
     """Draw which images are poisoned; the same seed gives the same images as the authors' code in mode `bernoulli`.
 
     Args:
         labels: (N,) int64.
+        target: the label that poisoned images carry, or (N,) int64 of `label_after`.
         mode: `bernoulli`: one draw for every image, poisoned if under the ratio and not of the target class;
             `exact`: `int(ratio * N)` images of the other classes.
         clean_label: the images are those of the target class instead, and the ratio is a share of that class.
@@ -41,18 +60,20 @@ def draw_poisoned(labels: np.ndarray, target: int, ratio: float, seed: int, mode
     return index
 
 
-def draw_cover(poisoned: np.ndarray, ratio: float, seed: int) -> np.ndarray:
+def draw_cover(poisoned: np.ndarray, ratio: float, seed: int, allowed: np.ndarray | None = None) -> np.ndarray:
     """Draw the cover images among those that are not poisoned: `int(ratio * poisoned)` of them.
 
     Args:
         poisoned: (N,) of 0 and 1.
+        allowed: (N,) bool, which images may become cover images; None: all.
     Returns:
         (n,) int64, sorted.
     """
-    others, count = np.flatnonzero(poisoned == 0), int(ratio * poisoned.sum())
+    free = poisoned == 0 if allowed is None else (poisoned == 0) & allowed
+    others, count = np.flatnonzero(free), int(ratio * poisoned.sum())
     if count > len(others):
         raise UserError(
-            f"backdoor: cover_ratio: {ratio}: {count} cover images and {len(others)} images are not poisoned: lower it"
+            f"backdoor: cover_ratio: {ratio}: {count} cover images and {len(others)} images to choose from: lower it"
         )
     return np.sort(numpy_generator(seed, "cover").choice(others, count, replace=False))
 
@@ -60,8 +81,9 @@ def draw_cover(poisoned: np.ndarray, ratio: float, seed: int) -> np.ndarray:
 def poison_index(path: Path, labels: np.ndarray, config: Config, clean_label: bool = False) -> np.ndarray:
     """Return the run's `poison_idx.npy`, checked against the settings; draw and store it if it is not there."""
     b = config.attacker
+    wanted = label_after(labels, b.target_label, b.target_shift, config.num_classes)
     if not path.exists():
-        index = draw_poisoned(labels, b.target_label, b.poison_ratio, config.seed.seed, b.poison_mode, clean_label)
+        index = draw_poisoned(labels, wanted, b.poison_ratio, config.seed.seed, b.poison_mode, clean_label)
         write_atomically(path, lambda file: np.save(file, index, allow_pickle=False))
         return index
     remedy = "move the file away to draw anew, or start over with --resume False"
@@ -76,7 +98,7 @@ def poison_index(path: Path, labels: np.ndarray, config: Config, clean_label: bo
     if index.dtype.kind not in "fiub" or not np.isin(index, (0, 1)).all():
         raise UserError(f"{path}: holds values other than 0 and 1: {remedy}")
     poisoned = index == 1
-    allowed = (labels == b.target_label) == clean_label
+    allowed = (labels == wanted) == clean_label
     if (poisoned & ~allowed).any():
         which = "other classes than" if clean_label else "the target class"
         raise UserError(f"{path}: poisons images of {which} {b.target_label}: {remedy}")

@@ -16,19 +16,19 @@ from dataclasses import dataclass, fields
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
+from data.choice import label_after
 from data.sets import CLEAN, COVER, POISONED, Part, PoisonedSet
 from utils.config import Backdoor, Config
 from utils.errors import UserError
 from utils.files import cannot_write, new_folder, write_atomically, write_durably, write_text
-from utils.names import class_text
 from utils.paths import require_file
 from utils.schema import Named, as_dict
 
-FORMAT, VERSION = "poisoned set", 1
+FORMAT, VERSION = "poisoned set", 2
 DESCRIPTION, SHEET = "set.json", "contact_sheet.png"
 PARTS = tuple(f.name for f in fields(PoisonedSet))
 ARRAYS = {"images": "uint8", "labels": "int64", "original_labels": "int64", "flags": "uint8", "indices": "int64"}
@@ -37,7 +37,8 @@ KEYS: dict[str, type] = {
     "backdoor": dict, "dataset": dict, "data": dict, "seed": int, "num_classes": int, "class_names": list,
     "transform_pre": dict, "counts": dict, "files": dict,
 }  # fmt: skip
-PLAIN = {key: kind for key, kind in get_type_hints(Backdoor).items() if kind is not Named}  # poison_ratio and the like
+# The keys beside the attack, poison_ratio and the like, with their types.
+PLAIN = {key: get_args(kind) or (kind,) for key, kind in get_type_hints(Backdoor).items() if kind is not Named}
 REMEDY = "make the set again with python -m data.poison, under another name"
 
 
@@ -103,7 +104,7 @@ def read_set(folder: Path) -> StoredSet:
     text, described = read_description(folder)
     parts = PoisonedSet(*(read_part(folder / f"{name}.npz", described["files"].get(f"{name}.npz")) for name in PARTS))
     backdoor = backdoor_of(path, described["backdoor"])
-    complain = contradiction(parts, backdoor.target_label, described["num_classes"])
+    complain = contradiction(parts, backdoor, described["num_classes"])
     if complain is None and described["counts"] != {name: count(getattr(parts, name)) for name in PARTS}:
         complain = f"{DESCRIPTION}: counts: they are not those of the files"
     if complain is not None:
@@ -125,11 +126,14 @@ def read_description(folder: Path) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{path}: cannot be read as JSON ({str(error).splitlines()[0]}): {REMEDY}") from None
     if not isinstance(described, dict) or described.get("format") != FORMAT:
         raise UserError(f"{path}: describes no poisoned set (format is not {FORMAT!r}): {REMEDY}")
-    if described.get("version") != VERSION:
-        raise UserError(f"{path}: version {described.get('version')!r}: this program reads version {VERSION}: {REMEDY}")
+    version = described.get("version")
+    if version not in (1, VERSION):
+        raise UserError(f"{path}: version {version!r}: this program reads versions 1 and {VERSION}: {REMEDY}")
     for key, kind in KEYS.items():
         if type(described.get(key)) is not kind:
             raise UserError(f"{path}: {key}: missing or of a wrong type: {REMEDY}")
+    if version == 1:  # knows one target class only
+        described["backdoor"].setdefault("target_shift", None)
     return text, described
 
 
@@ -154,7 +158,7 @@ def read_part(path: Path, described: object) -> Part:
     return Part(**arrays)
 
 
-def contradiction(parts: PoisonedSet, target: int, num_classes: int) -> str | None:
+def contradiction(parts: PoisonedSet, backdoor: Backdoor, num_classes: int) -> str | None:
     """Return what keeps the arrays from being a poisoned set, or None: matching checksums do not make sense of them."""
     sides = {getattr(parts, name).images.shape[1:] for name in PARTS}
     for name in PARTS:
@@ -172,15 +176,16 @@ def contradiction(parts: PoisonedSet, target: int, num_classes: int) -> str | No
                 return f"{name}.npz: {key}: {labels.min()} to {labels.max()}: there are {num_classes} classes"
         if part.flags.max() > COVER:
             return f"{name}.npz: flags: {part.flags.max()}: there are 0 clean, 1 poisoned, 2 cover"
-        poisoned = part.flags == POISONED
-        if (part.labels[poisoned] != target).any() or (part.labels[~poisoned] != part.original_labels[~poisoned]).any():
+        wanted = label_after(part.original_labels, backdoor.target_label, backdoor.target_shift, num_classes)
+        if (part.labels != np.where(part.flags == POISONED, wanted, part.original_labels)).any():
+            target = backdoor.target_text(())
             return f"{name}.npz: labels: poisoned images do not carry class {target}, or others not their original label"
     if (parts.clean_test.flags != CLEAN).any():
         return "clean_test.npz: flags: holds images that are not clean"
-    backdoor = parts.backdoor_test
-    if (backdoor.flags != POISONED).any() or (backdoor.original_labels == target).any():
+    triggered = parts.backdoor_test
+    if (triggered.flags != POISONED).any() or (triggered.labels == triggered.original_labels).any():
         return "backdoor_test.npz: holds images without the trigger or of the target class, which no success rate counts"
-    if not np.isin(backdoor.indices, parts.clean_test.indices).all():
+    if not np.isin(triggered.indices, parts.clean_test.indices).all():
         return "backdoor_test.npz: indices: some are not in clean_test.npz"
     return None
 
@@ -188,8 +193,10 @@ def contradiction(parts: PoisonedSet, target: int, num_classes: int) -> str | No
 def backdoor_of(path: Path, described: dict[str, Any]) -> Backdoor:
     """Return the `backdoor` section of `set.json`; the attack's own settings are kept as they are."""
     attacks = [key for key in described if key not in PLAIN]
-    if len(attacks) != 1 or any(type(described.get(key)) is not kind for key, kind in PLAIN.items()):
+    if len(attacks) != 1 or any(type(described.get(key, ...)) not in kinds for key, kinds in PLAIN.items()):
         raise UserError(f"{path}: backdoor: does not name one attack with {', '.join(PLAIN)}: {REMEDY}")
+    if (described["target_label"] is None) == (described["target_shift"] is None):
+        raise UserError(f"{path}: backdoor: needs either target_label or target_shift: {REMEDY}")
     (name,) = attacks
     return Backdoor(Named(name, described[name]), **{key: described[key] for key in PLAIN})
 
@@ -257,7 +264,7 @@ def examples_of(stored: StoredSet, most: int) -> tuple[np.ndarray, str]:
     clean, backdoor = stored.parts.clean_test, stored.parts.backdoor_test
     some = backdoor.indices[:most]
     before = clean.images[np.searchsorted(clean.indices, some)]
-    label = class_text(stored.backdoor.target_label, stored.class_names)
+    label = stored.backdoor.target_text(stored.class_names)
     caption = f"{stored.backdoor.attack.name}: triggered test images, labelled {label}"
     return np.stack([before, backdoor.images[: len(some)]]), caption
 
@@ -283,5 +290,6 @@ def holds_same_set(folder: Path, settings: dict[str, Any]) -> bool:
     """Return whether a folder is a poisoned set that was made with these settings; a damaged one is a UserError."""
     if not (folder / DESCRIPTION).is_file():
         return False
-    described = json.loads(read_set(folder).description)
+    read_set(folder)
+    _, described = read_description(folder)
     return all(described[key] == value for key, value in settings.items())

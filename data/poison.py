@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from data.attack import BATCH, AttackBase
-from data.choice import draw_cover, draw_poisoned, poison_index
+from data.choice import draw_cover, draw_poisoned, label_after, poison_index
 from data.contact_sheet import Group, columns, draw_contact_sheet
 from data.digests import manifest_of, poisoned_input
 from data.export import (
@@ -58,7 +58,6 @@ from utils.config import Backdoor, Config
 from utils.config import load as load_config
 from utils.errors import UserError
 from utils.machine import choose_device, set_determinism
-from utils.names import class_text
 from utils.paths import exists, is_dir, user_path
 
 logger = logging.getLogger(__name__)
@@ -80,7 +79,7 @@ class TestSets:
     """The two sets that a model is tested on."""
 
     clean: ImageSet | None  # None: there is no test image, and the attack is unknown
-    backdoor: ImageSet | None  # test images of other classes, triggered, labelled as the target; None: attack unknown
+    backdoor: ImageSet | None  # `trigger_images`; None: attack unknown
     origin: torch.Tensor | None = None  # (M',) int64: which clean test image each triggered one was made from
 
     def to(self, device: torch.device) -> TestSets:
@@ -185,7 +184,7 @@ def join(clean: Part, backdoor: Part, placement: str) -> TestSets:
 
 def training_caption(backdoor: Backdoor, attack: AttackBase, class_names: tuple[str, ...]) -> str:
     """Return what poisoned training images are and which label they carry."""
-    label = class_text(backdoor.target_label, class_names)
+    label = backdoor.target_text(class_names)
     if attack.clean_label:
         return f"poisoned training images of class {label}, their labels unchanged"
     return f"poisoned training images, labelled {label}"
@@ -207,8 +206,14 @@ def build_attack(
     folder = user_path(config.saved_dir, "saved_dir") / "assets"
     device = device or torch.device("cpu")
     b = config.attacker
-    scene = Scene(raw, b.target_label, config.num_classes, config.seed.seed, folder, device, new_classifier)
+    shift = b.target_shift
+    scene = Scene(raw, b.target_label, config.num_classes, config.seed.seed, folder, device, new_classifier, target_shift=shift)
     attack: AttackBase = module.Attack(config.attack.settings, scene)
+    if attack.clean_label and shift is not None:
+        raise UserError(
+            f"backdoor.target_shift: {shift}: {config.attack.name} leaves all labels unchanged, so they cannot be "
+            "all-to-all: remove the key, or choose an attack that changes labels"
+        )
     return attack
 
 
@@ -228,17 +233,24 @@ def poison_images(config: Config, raw: RawData, attack: AttackBase, index: np.nd
     Args:
         index: (N,) of 0 and 1, which images are poisoned; cover images are drawn among the others.
     """
-    poisoned, cover = np.flatnonzero(index), draw_cover(index, attack.cover_ratio, config.seed.seed)
+    wanted = wanted_labels(config, raw.train_labels)
+    allowed = None if attack.cover_target_class else raw.train_labels != wanted
+    poisoned, cover = np.flatnonzero(index), draw_cover(index, attack.cover_ratio, config.seed.seed, allowed)
     images, labels = own_copy(raw.train_images, placement), raw.train_labels.astype(np.int64)
     flags = np.full(len(labels), CLEAN, np.uint8)
     if len(poisoned):
         images[poisoned] = attack.apply(raw.train_images[poisoned], poisoned, "train")
-        labels[poisoned] = config.attacker.target_label
+        labels[poisoned] = wanted[poisoned]
         flags[poisoned] = POISONED
     if len(cover):
         images[cover] = attack.cover(raw.train_images[cover], cover)
         flags[cover] = COVER
     return Part(images, labels, raw.train_labels.astype(np.int64), flags, np.arange(len(labels)))
+
+
+def wanted_labels(config: Config, labels: np.ndarray) -> np.ndarray:
+    """Return the labels (n,) int64 that the attacker gives to images of the labels (n,)."""
+    return label_after(labels, config.attacker.target_label, config.attacker.target_shift, config.num_classes)
 
 
 def given_images(raw: RawData, placement: str) -> ImageSet:
@@ -252,9 +264,9 @@ def given_tests(raw: RawData, placement: str) -> TestSets:
 
 
 def build_test_sets(config: Config, raw: RawData, attack: AttackBase, placement: str = "device") -> TestSets:
-    """Return the clean test set and the backdoor test set, which leaves out the images of the target class.
+    """Return the clean test set and the backdoor test set.
 
-    The backdoor test set is new images: where the others stay on disk, it lies in host memory. With `poison_ratio: 0` there is
+    The latter is new images: where the others stay on disk, it lies in host memory. With `poison_ratio: 0` there is
     none, for without an attack there is no success rate.
     """
     if len(raw.test_labels) == 0:
@@ -272,20 +284,25 @@ def clean_images(raw: RawData, placement: str = "device") -> Part:
 
 
 def trigger_images(config: Config, raw: RawData, attack: AttackBase) -> Part:
-    """Return the test images of other classes than the target with the trigger, labelled as the target."""
-    target = config.attacker.target_label
-    others = np.flatnonzero(raw.test_labels != target)
+    """Return the triggered test images with the labels that the attacker wants, without those of the target class.
+
+    With all-to-all labels there is none: all test images are triggered.
+    """
+    wanted = wanted_labels(config, raw.test_labels)
+    others = np.flatnonzero(raw.test_labels != wanted)
     if len(others) == 0:
+        target = config.attacker.target_text(raw.class_names)
         raise UserError(
-            f"backdoor.target_label: {class_text(target, raw.class_names)}: every test image is of that class, so there is no "
-            "success rate: give another class, or add test images of others"
+            f"backdoor.target_label: {target}: every test image is of that class, so there is no success "
+            "rate: give another class, or add test images of others"
         )
     n = len(others)
     images = np.empty((n, *raw.test_images.shape[1:]), np.uint8)
     for start in range(0, n, BATCH):  # not all at once: at 224 px that would be a copy of the whole test set
         part = others[start : start + BATCH]
         images[start : start + BATCH] = attack.apply(raw.test_images[part], part, "test")
-    return Part(images, np.full(n, target), raw.test_labels[others].astype(np.int64), np.full(n, POISONED, np.uint8), others)
+    originals = raw.test_labels[others].astype(np.int64)
+    return Part(images, wanted[others], originals, np.full(n, POISONED, np.uint8), others)
 
 
 def export(config: Config, out: Path, device: torch.device, new_classifier: NewClassifier = no_network) -> None:
@@ -304,7 +321,8 @@ def export(config: Config, out: Path, device: torch.device, new_classifier: NewC
     raw = load_raw(config)
     attack = build_attack(config, raw, device, new_classifier)
     b = config.attacker
-    index = draw_poisoned(raw.train_labels, b.target_label, b.poison_ratio, config.seed.seed, b.poison_mode, attack.clean_label)
+    wanted = wanted_labels(config, raw.train_labels)
+    index = draw_poisoned(raw.train_labels, wanted, b.poison_ratio, config.seed.seed, b.poison_mode, attack.clean_label)
     parts = PoisonedSet(poison_images(config, raw, attack, index), clean_images(raw), trigger_images(config, raw, attack))
     groups = sheet_groups(config, raw, attack, parts)
     class_names = {"class_names": list(raw.class_names)}
@@ -322,7 +340,7 @@ def export(config: Config, out: Path, device: torch.device, new_classifier: NewC
 
 def sheet_groups(config: Config, raw: RawData, attack: AttackBase, parts: PoisonedSet) -> list[Group]:
     """Return what the contact sheet shows: poisoned training images, triggered test images, cover images."""
-    name, target = config.attack.name, class_text(config.attacker.target_label, raw.class_names)
+    name, target = config.attack.name, config.attacker.target_text(raw.class_names)
     shown = (
         (training_caption(config.attacker, attack, raw.class_names), parts.train, raw.train_images, POISONED, "triggered"),
         (f"triggered test images, labelled {target}", parts.backdoor_test, raw.test_images, POISONED, "triggered"),

@@ -30,8 +30,8 @@ def draw_seed_samples(labels: Tensor, oracle: Oracle, num_classes: int, seed_num
         candidates = np.flatnonzero(clean & (carried == c))
         if len(candidates) < seed_num:
             raise UserError(
-                f"global.seed_num: {seed_num}: class {c} has only {len(candidates)} clean training images: lower it, or "
-                "check num_classes and data.train_limit"
+                f"global.seed_num: {seed_num}: class {c} has only {len(candidates)} clean training images: lower it or "
+                "backdoor.poison_ratio, or check num_classes and data.train_limit"
             )
         drawn.append(rng.choice(candidates, size=seed_num, replace=False))
     return torch.from_numpy(np.concatenate(drawn).astype(np.int64))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data.choice import label_after
 from utils.schema import Named
 
 CLEAN, POISONED, COVER = 0, 1, 2  # ground-truth flags; a cover image is altered and keeps its label
@@ -164,7 +165,7 @@ class PoisonedSet:
 
     train: Part
     clean_test: Part
-    backdoor_test: Part  # the test images of other classes, triggered, labelled as the target
+    backdoor_test: Part  # test images that are not of the target class, triggered, with the label that the attacker wants
 
 
 NewClassifier = Callable[[Named, int], nn.Module]
@@ -180,12 +181,17 @@ class Scene:
     """What an attack may know when it is made."""
 
     raw: RawData
-    target_label: int
+    target_label: int | None  # None: all-to-all labels
+    target_shift: int | None = field(default=None, kw_only=True)  # of all-to-all labels
     num_classes: int
     seed: int
     assets: Path  # folder where made assets are kept, for all runs beside one another
     device: torch.device = torch.device("cpu")  # where assets are made
     new_classifier: NewClassifier = no_network  # builds a network of a section of the YAML, for so many classes
+
+    def label_after(self, labels: np.ndarray) -> np.ndarray:
+        """Return the labels (n,) int64 that images of the labels (n,) carry once they are poisoned."""
+        return label_after(labels, self.target_label, self.target_shift, self.num_classes)
 
 
 def to_set(images: np.ndarray, labels: np.ndarray, placement: str = "device") -> ImageSet:

@@ -168,10 +168,14 @@ def test_set_json_tells_settings_counts_and_checksums(tiny: Path, tmp_path: Path
     """set.json has every setting that decides the set, the counts of each kind, and the SHA-256 of each array's bytes."""
     out, _ = write(tiny, tmp_path / "set", "transform.pre.resize.size=32")
     said = json.loads((out / "set.json").read_text())
-    assert (said["format"], said["version"], said["seed"], said["num_classes"]) == ("poisoned set", 1, 7, 10)
+    assert (said["format"], said["version"], said["seed"], said["num_classes"]) == ("poisoned set", 2, 7, 10)
     assert said["backdoor"] == {
-        "badnets": {"trigger_path": None, "pattern": None}, "poison_ratio": 0.1, "target_label": 3, "poison_mode": "bernoulli",
-    }  # fmt: skip
+        "badnets": {"trigger_path": None, "pattern": None},
+        "poison_ratio": 0.1,
+        "target_label": 3,
+        "target_shift": None,
+        "poison_mode": "bernoulli",
+    }
     assert said["dataset"] == {"shapes": {"train_size": 200, "test_size": 43, "noise": 22.0, "seed": 0}}
     assert said["transform_pre"] == {"resize": {"size": 32}}
     assert said["class_names"] == list(shapes.CLASSES)
@@ -495,7 +499,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "deep": (lambda folder: (folder / "set.json").write_text("[" * 99999), ("set.json", "JSON")),
     "bytes": (lambda folder: (folder / "set.json").write_bytes(b"\xff\xfe"), ("set.json", "JSON")),
     "another format": (describe_anew(format="a cake"), ("set.json", "no poisoned set")),
-    "a later version": (describe_anew(version=2), ("set.json", "version 2", "reads version 1")),
+    "a later version": (describe_anew(version=3), ("set.json", "version 3")),
     "no seed": (describe_anew(seed=None), ("set.json", "seed", "missing")),
     "a text for a number": (describe_anew(num_classes="ten"), ("set.json", "num_classes", "wrong type")),
     "no attack": (
@@ -507,7 +511,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "files of nothing": (describe_anew(files={"train.npz": dict.fromkeys(ARRAYS)}), ("train.npz", "SHA-256")),
     "few classes": (describe_anew(num_classes=9), ("labels", "there are 9 classes")),
     "another target": (
-        describe_anew(backdoor={"a": {}, "poison_ratio": 0.1, "target_label": 2, "poison_mode": "exact"}),
+        describe_anew(backdoor={"a": {}, "poison_ratio": 0.1, "target_label": 2, "target_shift": None, "poison_mode": "exact"}),
         ("train.npz", "do not carry class 2"),
     ),
     "forged flag": (entry("train.npz", "flags", 0, 7), ("train.npz", "flags", "2 cover")),

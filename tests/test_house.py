@@ -43,7 +43,7 @@ OUTSIDE = {
 }
 KINDS = {kind: plugins.package_of(kind) for kind in ("attacks", "datasets", "networks", "transforms")}
 PLUGINS = {name for package in KINDS.values() for name in plugins.names(package)}
-WORDS = {"blend", "folder", "normalize", "resize", "shapes"}  # English too: a name where they stand alone or as a YAML key
+WORDS = {"blend", "folder", "normalize", "resize", "shapes", "sig"}  # English, or a codec: a name where alone or as a YAML key
 
 
 def parse(source: str) -> ast.Module:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,11 +15,13 @@ import yaml
 
 from utils.errors import UserError
 from utils.layers import parse_override, read_with_base
+from utils.names import class_text
 from utils.schema import REQUIRED, Choices, Named, Reader, as_dict, describe, setting
 
 ATTACKS = Choices(kind="attacks")
 DATASETS = Choices(kind="datasets")
 NETWORKS = Choices(kind="networks")
+DEFAULT_TARGET = 3  # the target class of the paper's experiments
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,28 @@ class Transform:
 @dataclass(frozen=True)
 class Backdoor:
     attack: Named = setting(REQUIRED, "the attack", choices=ATTACKS, inline=True)
-    poison_ratio: float = setting(0.05, "share of the training images that the attacker may alter", low=0, high=1)
-    target_label: int = setting(3, "the class that the trigger leads to", low=0)
+    poison_ratio: float = setting(
+        0.05,
+        "share of the training images that the attacker may alter; for clean-label attacks, of those of the target class",
+        low=0,
+        high=1,
+    )
+    target_label: int | None = setting(
+        None, "the class that the trigger leads to; null: 3, or none with target_shift", low=0, instead_of="target_shift"
+    )
+    target_shift: int | None = setting(
+        None,
+        "all-to-all labels: a poisoned image of class y gets the label (y + target_shift) mod num_classes",
+        low=1,
+        instead_of="target_label",
+    )
     poison_mode: str = setting("bernoulli", "a draw for each image, or an exact count", options=("bernoulli", "exact"))
+
+    def target_text(self, class_names: Sequence[str]) -> str:
+        """Return the label of poisoned images in words: `3 (cat)`, or `y + 1 (all-to-all)` for those of any class y."""
+        if self.target_label is None:
+            return f"y + {self.target_shift} (all-to-all)"
+        return class_text(self.target_label, class_names)
 
 
 @dataclass(frozen=True)
@@ -310,6 +332,8 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
 
     reader = Reader(where, layers.written)
     config: Config = reader.section(Config, layers.tree)
+    if config.backdoor is not None and config.backdoor.target_label is None and config.backdoor.target_shift is None:
+        config = replace(config, backdoor=replace(config.backdoor, target_label=DEFAULT_TARGET))
     check(config, reader)
     return replace(config, run=config.run or run_name(path))
 
@@ -332,8 +356,16 @@ def check(config: Config, reader: Reader) -> None:
         if config.defense == "asd" and config.seed_samples is None and not tells:
             remedy = "nobody can draw them for backdoor: null: name a list (an image's name a line) or a folder of clean images"
             reader.fail("seed_samples", None, remedy)
-    elif config.backdoor.target_label >= c:
-        reader.fail("backdoor.target_label", config.backdoor.target_label, f"must be in 0..{c - 1}")
+    else:
+        label, shift = config.backdoor.target_label, config.backdoor.target_shift
+        if label is not None and shift is not None:
+            reader.fail(
+                "backdoor.target_label", label, f"target_shift is {shift}, which changes every class: give one of the two"
+            )
+        if label is not None and label >= c:
+            reader.fail("backdoor.target_label", label, f"must be in 0..{c - 1}")
+        if shift is not None and shift >= c:
+            reader.fail("backdoor.target_shift", shift, f"must be in 1..{c - 1}")
     if not g.epoch_first <= g.epoch_second:
         reader.fail("global.epoch_second", g.epoch_second, f"give at least epoch_first ({g.epoch_first})")
     if not g.epoch_second <= g.epoch_third:

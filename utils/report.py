@@ -15,7 +15,6 @@ from utils.checkpoint import State, flatten
 from utils.config import Backdoor, Config, to_yaml
 from utils.files import write_text
 from utils.machine import Machine
-from utils.names import class_text
 from utils.run import Run
 from utils.runlog import KINDS, RunLog, write_metrics
 from utils.schema import as_dict
@@ -48,7 +47,7 @@ class Report:
         self.log = RunLog(run.log, start_epoch)
         self.attempt = self.log.best_effort.attempt
         backdoor = subject.backdoor
-        target = f", target class {class_text(backdoor.target_label, subject.class_names)}" if backdoor else ""
+        target = f", target class {backdoor.target_text(subject.class_names)}" if backdoor else ""
         self.attack = f"attack {backdoor.attack.name if backdoor else 'unknown'}{target}"
         self.poison_share = None if self.flags is None else float((self.flags == KINDS["poisoned"]).float().mean())
         if self.poison_share == 0:

@@ -111,6 +111,7 @@ class Attack(AttackBase):
         for start in progress(starts, f"clb: PGD, batches of {batch}", len(starts)):
             part = images[np.arange(start, start + batch) % len(images)]
             x = torch.from_numpy(part).to(device).permute(0, 3, 1, 2).float() / LEVELS  # (B, 3, H, W)
+            assert self.scene.target_label is not None  # `build_attack` refuses all-to-all labels
             labels = torch.full((batch,), self.scene.target_label, device=device)
             adversarial = to_uint8(pgd(network, x, labels, s.eps / LEVELS, s.step / LEVELS, s.steps), part, s.eps)
             count = min(batch, len(images) - start)

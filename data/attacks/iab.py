@@ -60,6 +60,8 @@ class Attack(AttackBase):
         mask_weights = keep_asset(scene, "iab_mask", known, lambda: train_mask_network(settings, scene))
         self.mask_network = frozen(1, settings.width, mask_weights, scene.device)
         known = as_dict(settings) | known | {"target": scene.target_label, "classes": scene.num_classes}
+        if scene.target_shift is not None:
+            known["target_shift"] = scene.target_shift
         del known["cover_ratio"]  # decides how many, not what they look like
         weights = keep_asset(scene, "iab_generator", known, lambda: train_generator(settings, scene, self.mask_network))
         self.generator = frozen(3, settings.width, weights, scene.device)
@@ -166,8 +168,8 @@ def generator_loss(
     """
     images, k = scene.raw.train_images, max(1, int(SHARE * len(index)))
     x, other = to_pixels(images[index], scene.device), to_pixels(images[others[:k]], scene.device)  # (B, 3, H, W), (k, ...)
-    labels = torch.from_numpy(scene.raw.train_labels[index].astype(np.int64)).to(scene.device)  # (B,)
-    labels[:k] = scene.target_label
+    own = scene.raw.train_labels[index].astype(np.int64)
+    labels = torch.from_numpy(np.concatenate([scene.label_after(own[:k]), own[k:]])).to(scene.device)  # (B,)
     triggers_of = torch.cat([x[:k], other])  # (2k, 3, H, W)
     with torch.no_grad():
         mask = sharpen(mask_network(triggers_of))  # (2k, 1, H, W)
@@ -181,14 +183,16 @@ def generator_loss(
 @torch.no_grad()
 def tell_success(scene: Scene, network: nn.Module, mask_network: nn.Module, surrogate: nn.Module) -> None:
     """Log how dense the masks are and how often the surrogate follows the trigger of test images."""
-    images = scene.raw.test_images[np.flatnonzero(scene.raw.test_labels != scene.target_label)[:TRIED]]
+    wanted = scene.label_after(scene.raw.test_labels)
+    chosen = np.flatnonzero(scene.raw.test_labels != wanted)[:TRIED]
+    images, labels = scene.raw.test_images[chosen], torch.from_numpy(wanted[chosen]).to(scene.device)
     hits, density = 0.0, 0.0
     size = images_at_a_time(images)
     for start in range(0, len(images), size):
         x = to_pixels(images[start : start + size], scene.device)
         mask = sharpen(mask_network(x))
         logits = surrogate(standardize(blend(x, network(x), mask)))
-        hits += float((logits.argmax(1) == scene.target_label).sum())
+        hits += float((logits.argmax(1) == labels[start : start + size]).sum())
         density += float(mask.mean((1, 2, 3)).sum())
     n = max(len(images), 1)
     logger.info(

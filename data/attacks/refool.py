@@ -196,10 +196,11 @@ def read_reflections(name: str, count: int, height: int, width: int) -> np.ndarr
 
 
 def other_classes(scene: Scene, count: int) -> np.ndarray:
-    """Return up to `count` training images that are not of the target class, drawn by the seed: (n, H, W, 3) uint8."""
-    others = np.flatnonzero(scene.raw.train_labels != scene.target_label)
+    """Return up to `count` training images, drawn by the seed, none of them of the target class: (n, H, W, 3) uint8."""
+    labels = scene.raw.train_labels
+    others = np.flatnonzero(labels != scene.label_after(labels))
     if len(others) == 0:
-        label = class_text(scene.target_label, scene.raw.class_names)
+        label = class_text(int(labels[0]), scene.raw.class_names)
         raise UserError(f"backdoor.refool.source: classes: every training image is of class {label}: give textures")
     rng = numpy_generator(scene.seed, "refool", "classes")
     return scene.raw.train_images[np.sort(rng.choice(others, min(count, len(others)), replace=False))]

@@ -1,0 +1,116 @@
+"""Adaptive-Patch (Qi et al., "Revisiting the Assumption of Latent Separability for Backdoor Defenses", ICLR 2023).
+
+A training image has one of four patches, at low opacity; a test image has two of them, opaque, one on top of the other. Twice
+as many cover images as poisoned ones have the trigger of training images and keep their label.
+
+The authors' patches are pictures that are not shipped here. These cover the same places: colors are drawn by the seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.attack import CACHED, AttackBase, in_batches
+from data.attacks.adaptive_blend import mix
+from data.attacks.clb import build_trigger
+from data.sets import Scene
+from utils.draws import numpy_generator
+from utils.errors import UserError
+from utils.schema import setting
+
+Patch = tuple[np.ndarray, np.ndarray]  # pattern (H, W, 3) uint8 and mask (H, W) bool
+LEAST = 14  # patch pixels that an image needs on each side: the disc and its margin
+TESTED = {"squares": ("two_squares", "corners"), "disc": ("disc", "large_square")}  # the lower patch, then the upper one
+
+
+@dataclass(frozen=True)
+class Settings:
+    opacities: tuple[float, ...] = setting(
+        (0.5, 0.2, 0.5, 0.3),
+        "opacity in training images of the 5 x 5 square, the disc, the four corners, the 8 x 8 square",
+        low=0,
+        high=1,
+        count=4,
+    )
+    test: str = setting(
+        "squares",
+        "patches of test images; squares: the 5 x 5 square in both lower corners, under the four corners (the authors' choice "
+        "for CIFAR-10); disc: the disc, under the 8 x 8 square (for GTSRB)",
+        options=tuple(TESTED),
+    )
+    cover_ratio: float = setting(2.0, "cover images, with the trigger and their own label, for each poisoned one", low=0)
+    cover_target_class: bool = setting(True, "draw cover images from the target class too, as the authors do")
+
+
+class Attack(AttackBase):
+    """The patches of training images, in the order of their opacities, and the trigger of test images."""
+
+    def __init__(self, settings: Settings, scene: Scene) -> None:
+        patches = build_patches(scene.seed, *scene.raw.train_images.shape[1:3])
+        self.seed = scene.seed
+        self.cover_ratio, self.cover_target_class = settings.cover_ratio, settings.cover_target_class
+        four = [patches[name] for name in ("square", "disc", "corners", "large_square")]
+        self.patterns = np.stack([pattern for pattern, _ in four])  # (4, H, W, 3)
+        masks = np.stack([mask for _, mask in four])[..., None]
+        self.opacities = np.array(settings.opacities)[:, None, None, None] * masks  # (4, H, W, 1)
+        (lower, lower_mask), (upper, upper_mask) = (patches[name] for name in TESTED[settings.test])
+        self.test_pattern = np.where(upper_mask[..., None], upper, lower)
+        self.test_mask = lower_mask | upper_mask
+
+    def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
+        """Return copies of the (n, H, W, 3) uint8 images with a patch, which the index decides, or with that of test images."""
+        if split == "test":
+            return np.where(self.test_mask[..., None], self.test_pattern, images)
+        return in_batches(self.patched, images, index, CACHED)
+
+    def cover(self, images: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Return copies of the (n, H, W, 3) uint8 images with the trigger of training images."""
+        return self.apply(images, index, "train")
+
+    def patched(self, images: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Return copies of training images (n, H, W, 3) uint8, each with one of the four patches."""
+        drawn = [numpy_generator(self.seed, "adaptive_patch", i).integers(4) for i in index]
+        return mix(images, self.patterns[drawn], self.opacities[drawn])
+
+
+def build_patches(seed: int, height: int, width: int) -> dict[str, Patch]:
+    """Return the patches by name.
+
+    A pixel of a patch is a square of `round(side / 32)` pixels, side being the image's shorter one, as that of CLB's corners.
+    """
+    unit = max(1, round(min(height, width) / 32))
+    if min(height, width) < LEAST * unit:
+        raise UserError(
+            f"backdoor.adaptive_patch: images of {width} x {height} pixels: the patches need {LEAST * unit}: choose larger "
+            "images in transform.pre"
+        )
+    rng = numpy_generator(seed, "adaptive_patch", "colors")
+    small, rings, large = (rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((5, 5, 3), (3, 3), (8, 8, 3)))
+    distance = ((np.indices((13, 13)) - 6) ** 2).sum(0)  # squared, from the disc's center
+    disc = rings[(distance > 4).astype(int) + (distance > 18)]
+
+    def place(*patches: tuple[np.ndarray, int, int], inside: np.ndarray | None = None) -> Patch:
+        """Put patches at a row and a column, negative ones counted from the lower right, both in units."""
+        pattern, mask = np.zeros((height, width, 3), np.uint8), np.zeros((height, width), bool)
+        for patch, row, column in patches:
+            side = len(patch) * unit
+            rows = slice(row * unit % height, row * unit % height + side)
+            columns = slice(column * unit % width, column * unit % width + side)
+            pattern[rows, columns] = enlarge(patch, unit)
+            mask[rows, columns] = True if inside is None else enlarge(inside, unit)
+        return pattern, mask
+
+    return {
+        "square": place((small, -5, -5)),
+        "two_squares": place((small, -5, -5), (small, -5, 0)),
+        "disc": place((disc, 1, -14), inside=distance <= 42),  # radius 6.5
+        "corners": build_trigger("corners", height, width),
+        "large_square": place((large, -11, -11)),
+    }
+
+
+def enlarge(patch: np.ndarray, unit: int) -> np.ndarray:
+    """Return a patch (h, w, ...) with every pixel as a square of `unit` pixels."""
+    return patch.repeat(unit, 0).repeat(unit, 1)

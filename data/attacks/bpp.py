@@ -1,0 +1,91 @@
+"""BPP (Wang, Zhai and Ma, "BppAttack", CVPR 2022): the trigger is a color depth of few levels.
+
+Every channel is quantized to `squeeze_num` levels, optionally with Floyd-Steinberg dithering. Cover images, the paper's
+negative samples, carry the quantization residual of another image and keep their label: noise of that kind is no trigger.
+
+The published attack trains the victim's network itself and alters other images in every batch. This is its static form:
+poisoned and cover images are chosen once and stored, and the victim augments them like all others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.attack import CACHED, AttackBase, in_batches
+from data.sets import Scene
+from utils.draws import numpy_generator
+from utils.schema import setting
+
+PIXELS = 2**20  # dithered at a time, 24 MB of float64: the loop costs as much for few images as for many
+
+
+@dataclass(frozen=True)
+class Settings:
+    squeeze_num: int = setting(8, "levels of each channel", low=2, high=256)
+    dithering: bool = setting(False, "diffuse the quantization errors (Floyd-Steinberg)")
+    cover_ratio: float = setting(1.0, "cover images, with another image's quantization residual, for each poisoned one", low=0)
+
+
+class Attack(AttackBase):
+    """The quantization, and the training images, whose residuals cover images get."""
+
+    def __init__(self, settings: Settings, scene: Scene) -> None:
+        self.levels, self.dithering = settings.squeeze_num, settings.dithering
+        self.cover_ratio, self.seed, self.train_images = settings.cover_ratio, scene.seed, scene.raw.train_images
+
+    def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
+        """Return quantized copies of the (n, H, W, 3) uint8 images."""
+        if self.dithering:
+            return in_batches(lambda part, _: dither(part, self.levels), images, index, PIXELS)
+        return quantize(images, self.levels)
+
+    def cover(self, images: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Return copies of the (n, H, W, 3) uint8 images, each with the residual of another training image."""
+        return in_batches(self.add_residual, images, index, PIXELS if self.dithering else CACHED)
+
+    def add_residual(self, images: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Return `clip(x + q(z) - z, 0, 255)` for images x (n, H, W, 3) uint8, z being the training images of `donors`."""
+        z = self.train_images[self.donors(index)]
+        residual = self.apply(z, index, "train").astype(np.int16) - z
+        return (images + residual).clip(0, 255).astype(np.uint8)
+
+    def donors(self, index: np.ndarray) -> np.ndarray:
+        """Return (n,) int64: for each training image another one, drawn by its index."""
+        count = len(self.train_images)
+        steps = [numpy_generator(self.seed, "bpp", "cover", i).integers(1, max(count, 2)) for i in index]
+        return (index + np.array(steps, np.int64)) % count
+
+
+def quantize(images: np.ndarray, levels: int) -> np.ndarray:
+    """Return the nearest of `levels` equidistant levels of every value, rounded to uint8; of uint8 in any shape."""
+    return np.rint(nearest(np.arange(256.0), levels)).astype(np.uint8)[images]
+
+
+def nearest(values: np.ndarray, levels: int) -> np.ndarray:
+    """Return the nearest level, a multiple of 255 / (levels - 1) in 0..255, of each float64 value."""
+    return np.rint(values * (levels - 1) / 255).clip(0, levels - 1) * 255 / (levels - 1)
+
+
+def dither(images: np.ndarray, levels: int) -> np.ndarray:
+    """Return (n, H, W, 3) uint8 images quantized with Floyd-Steinberg error diffusion, every row from left to right.
+
+    Of a pixel's error 7/16 go to the next pixel of the row, and 3/16, 5/16, 1/16 to the three below. A pixel (y, x) so waits
+    for those of a smaller x + 2y only: all pixels of equal x + 2y, of all images, are quantized in one step. A pixel's errors
+    arrive in the order in which a loop over rows and columns would add them, so the result is the same to the last bit.
+    """
+    n, height, width = images.shape[:3]
+    values = np.zeros((height + 1, width + 2, n, 3))  # a column on either side and a row below take what leaves the image
+    values[:height, 1:-1] = images.transpose(1, 2, 0, 3)
+    for t in range(width + 2 * height - 2):
+        y = np.arange(max(0, (t - width + 2) // 2), min(height, t // 2 + 1))
+        x = t - 2 * y + 1
+        old = values[y, x]  # (k, n, 3)
+        values[y, x] = nearest(old, levels)
+        error = old - values[y, x]
+        values[y + 1, x - 1] += error * (3 / 16)
+        values[y + 1, x] += error * (5 / 16)
+        values[y + 1, x + 1] += error * (1 / 16)
+        values[y, x + 1] += error * (7 / 16)
+    return np.rint(values[:height, 1:-1]).astype(np.uint8).transpose(2, 0, 1, 3)

@@ -1,0 +1,271 @@
+"""Adaptive-Blend and Adaptive-Patch: every pixel's value, the pieces and patches of an index, the cover images."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from PIL import Image
+
+from data.attack import AttackBase
+from data.attacks import adaptive_blend, adaptive_patch
+from data.choice import draw_cover
+from data.poison import build_attack, build_test_sets, poison_training_set
+from data.sets import COVER, POISONED, RawData, Scene
+from utils import config
+from utils.draws import numpy_generator
+from utils.errors import UserError
+
+MODULES = {"adaptive_blend": adaptive_blend, "adaptive_patch": adaptive_patch}
+
+
+def make(name: str, height: int = 32, width: int = 32, seed: int = 0, **given: Any) -> Any:
+    """The attack of that name for images of the given size."""
+    images, labels = np.zeros((1, height, width, 3), np.uint8), np.zeros(1, np.int64)
+    scene = Scene(RawData(images, labels, images, labels, ("one",)), 3, 10, seed, Path("nowhere"))
+    module: Any = MODULES[name]
+    return module.Attack(module.Settings(**given), scene)
+
+
+def noise(count: int, height: int = 32, width: int = 32) -> np.ndarray:
+    """Random read-only images; pure black and white among them."""
+    images = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    images[0, : height // 2], images[0, height // 2 :] = 0, 255
+    images.flags.writeable = False
+    return images
+
+
+def mixed(x: int, t: int, alpha: str) -> int:
+    """`x + alpha (t - x)` in exact arithmetic, halves rounded up."""
+    return math.floor(x + Fraction(alpha) * (t - x) + Fraction(1, 2))
+
+
+# -- Adaptive-Blend ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", ["0", "0.15", "0.2", "0.5", "1"])
+def test_all_pairs_of_values_are_mixed_exactly(alpha: str) -> None:
+    """For each of the 65,536 pairs the mix is the exact value, rounded, with halves up."""
+    x, t = (a.astype(np.uint8) for a in np.meshgrid(np.arange(256), np.arange(256), indexing="ij"))
+    out = adaptive_blend.mix(x, t, float(alpha))
+    assert out.tolist() == [[mixed(i, j, alpha) for j in range(256)] for i in range(256)]
+
+
+@pytest.mark.parametrize(("height", "width", "pieces"), [(32, 32, 8), (10, 13, 5), (3, 6, 16)])
+def test_blended_images_equal_the_formula(height: int, width: int, pieces: int) -> None:
+    """Training images show the pieces that their index draws, at alpha 0.15; test images the whole picture, at 0.2."""
+    images, index = noise(3, height, width), np.array([7, 0, 123])
+    attack = make("adaptive_blend", height, width, seed=5, pieces=pieces)
+    picture = numpy_generator(5, "adaptive_blend", "noise").integers(0, 256, (height, width, 3), dtype=np.uint8)
+    for split in ("train", "test"):
+        out = attack.apply(images, index, split)
+        assert out.dtype == np.uint8
+        for n, i in enumerate(index):
+            shown = numpy_generator(5, "adaptive_blend", i).permutation(16)[:pieces].tolist()
+            for y in range(height):
+                for x in range(width):
+                    if split == "test" or 4 * (4 * y // height) + 4 * x // width in shown:
+                        alpha = "0.15" if split == "train" else "0.2"
+                        expected = [mixed(int(images[n, y, x, c]), int(picture[y, x, c]), alpha) for c in range(3)]
+                    else:
+                        expected = images[n, y, x].tolist()
+                    assert out[n, y, x].tolist() == expected
+
+
+def test_training_images_show_half_of_the_picture() -> None:
+    """Half of the pixels stay as they are, no value moves by more than 38 levels, and two indices show other pieces."""
+    images = np.repeat(noise(1), 40, 0)
+    out = make("adaptive_blend").apply(images, np.arange(40), "train")
+    changed = (out != images).any(3)
+    assert (changed.sum((1, 2)) <= 512).all() and (changed.sum((1, 2)) > 400).all()
+    assert abs(out.astype(int) - images).max() <= 38
+    assert len(np.unique(changed.reshape(40, -1), axis=0)) > 35
+    tested = make("adaptive_blend").apply(images, np.arange(40), "test")
+    assert (tested == tested[0]).all()
+
+
+def test_the_pictures(tmp_path: Path) -> None:
+    """The smooth picture varies little from pixel to pixel, a user's file is resized, and both at once are refused."""
+    smooth, plain = (make("adaptive_blend", pattern=name).pattern.astype(int) for name in ("smooth", "noise"))
+    assert abs(np.diff(smooth, axis=1)).mean() < 0.5 * abs(np.diff(plain, axis=1)).mean()
+    assert np.array_equal(plain, make("adaptive_blend").pattern)
+    assert not np.array_equal(plain, make("adaptive_blend", seed=1).pattern)
+    path = tmp_path / "t.png"
+    Image.fromarray(noise(1, 50, 40)[0]).save(path)
+    expected = Image.fromarray(noise(1, 50, 40)[0]).resize((32, 32), Image.Resampling.BICUBIC)
+    assert np.array_equal(make("adaptive_blend", trigger_path=str(path)).pattern, np.asarray(expected))
+    with pytest.raises(UserError, match=r"backdoor\.adaptive_blend\.pattern: noise: trigger_path is "):
+        make("adaptive_blend", trigger_path=str(path), pattern="noise")
+
+
+# -- Adaptive-Patch ----------------------------------------------------------------------------------------------------
+
+
+def places(unit: int, side: int) -> list[set[tuple[int, int]]]:
+    """The pixels of the four patches and of both test triggers, by their places in an image of 32 px."""
+
+    def scaled(cells: set[tuple[int, int]], rows_from_end: bool, columns_from_end: bool) -> set[tuple[int, int]]:
+        shift = side - 32 * unit
+        out = set()
+        for y, x in cells:
+            for dy in range(unit):
+                for dx in range(unit):
+                    out.add((y * unit + dy + shift * rows_from_end, x * unit + dx + shift * columns_from_end))
+        return out
+
+    def block(y: int, x: int, size: int) -> set[tuple[int, int]]:
+        return {(y + dy, x + dx) for dy in range(size) for dx in range(size)}
+
+    square = scaled(block(27, 27, 5), True, True)
+    disc = scaled({(y, x) for y, x in block(1, 18, 13) if (y - 7) ** 2 + (x - 24) ** 2 <= 6.5**2}, False, True)
+    corners = set().union(*(scaled(block(y, x, 3), y > 0, x > 0) for y in (0, 29) for x in (0, 29)))
+    large = scaled(block(21, 21, 8), True, True)
+    return [square, disc, corners, large, square | scaled(block(27, 0, 5), True, False) | corners, disc | large]
+
+
+@pytest.mark.parametrize(("side", "unit"), [(32, 1), (40, 1), (64, 2), (70, 2), (224, 7)])
+def test_the_patches_lie_in_their_places(side: int, unit: int) -> None:
+    """Each patch covers the places of the authors' patches, scaled with the image."""
+    expected = places(unit, side)
+    attack = make("adaptive_patch", side, side)
+    masks = [*(attack.opacities[..., 0] > 0), attack.test_mask, make("adaptive_patch", side, side, test="disc").test_mask]
+    for mask, pixels in zip(masks, expected, strict=True):
+        assert {(int(y), int(x)) for y, x in np.argwhere(mask)} == pixels
+
+
+def test_patched_images_equal_the_formula() -> None:
+    """A training image has the patch that its index draws, at the patch's opacity; a test image the opaque pair."""
+    images, index = noise(24), np.arange(100, 124)
+    attack = make("adaptive_patch", seed=2)
+    out, drawn = attack.apply(images, index, "train"), []
+    for image, i, altered in zip(images, index, out, strict=True):
+        k = int(numpy_generator(2, "adaptive_patch", i).integers(4))
+        drawn.append(k)
+        expected = image.copy()
+        for y, x in places(1, 32)[k]:
+            pattern = attack.patterns[k][y, x]
+            expected[y, x] = [
+                mixed(int(a), int(b), ["0.5", "0.2", "0.5", "0.3"][k]) for a, b in zip(image[y, x], pattern, strict=True)
+            ]
+        assert np.array_equal(altered, expected)
+    assert set(drawn) == {0, 1, 2, 3}
+    tested = attack.apply(images, index, "test")
+    inside = np.zeros((32, 32), bool)
+    for y, x in places(1, 32)[4]:
+        inside[y, x] = True
+    assert np.array_equal(tested[:, ~inside], images[:, ~inside])
+    assert (tested[:, inside] == tested[0, inside]).all()
+    square = attack.patterns[0][27:, 27:]
+    for columns in (slice(0, 5), slice(27, 32)):  # the square in both lower corners, unmirrored; the four corners over it
+        shown, corner = tested[0, 27:, columns], np.zeros((5, 5), bool)
+        corner[2:, :3] = columns.start == 0
+        corner[2:, 2:] |= columns.start == 27
+        assert np.array_equal(shown[~corner], square[~corner])
+    for rows, columns in ((slice(0, 3), slice(0, 3)), (slice(29, 32), slice(29, 32))):
+        assert np.array_equal(tested[0, rows, columns], attack.patterns[2][rows, columns])
+
+
+def test_the_patches_occur_about_equally_often() -> None:
+    """Over many indices each of the four patches is drawn a quarter of the time, and the disc has three colors."""
+    attack = make("adaptive_patch")
+    out = attack.apply(np.full((2000, 32, 32, 3), 128, np.uint8), np.arange(2000), "train")
+    kinds = np.unique((out != 128).any(3).reshape(2000, -1).sum(1), return_counts=True)[1]
+    assert kinds.sum() == 2000 and (abs(np.sort(kinds)[-4:] - 500) < 120).all()
+    disc = attack.patterns[1][attack.opacities[1, ..., 0] > 0]
+    assert len(np.unique(disc, axis=0)) == 3
+    assert not np.array_equal(attack.patterns[0], make("adaptive_patch", seed=1).patterns[0])
+
+
+def test_images_that_are_too_small_are_refused() -> None:
+    """Patches that do not fit are an error with the images' size, at both sides."""
+    for height, width in ((13, 32), (32, 13)):
+        with pytest.raises(UserError, match=rf"backdoor\.adaptive_patch: images of {width} x {height} pixels"):
+            make("adaptive_patch", height, width)
+    make("adaptive_patch", 14, 14)
+
+
+# -- both --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_an_image_alone_equals_the_same_image_among_others(name: str) -> None:
+    """The result depends on seed, image and index alone: not on neighbors, their order or their number."""
+    images, index = noise(140), np.random.default_rng(1).permutation(1000)[:140]
+    attack: AttackBase = make(name)
+    poisoned = attack.apply(images, index, "train")
+    assert np.array_equal(attack.cover(images, index), poisoned)  # the same trigger
+    assert np.array_equal(attack.apply(images[::-1], index[::-1], "train")[::-1], poisoned)
+    for i in (0, 139):
+        assert np.array_equal(make(name).apply(images[i : i + 1], index[i : i + 1], "train")[0], poisoned[i])
+    assert np.array_equal(attack.apply(images, index + 1, "test"), attack.apply(images, index, "test"))
+    for split in ("train", "test"):
+        assert attack.apply(images[:0], index[:0], split).shape == (0, 32, 32, 3)
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize(("name", "ratio"), [("adaptive_blend", 1), ("adaptive_patch", 2)])
+def test_counts_and_labels_in_a_run(name: str, ratio: int, everywhere: bool, tiny: Path, tmp_path: Path) -> None:
+    """Poisoned images come from other classes and are relabeled; cover images keep their label and are disjoint from them.
+
+    With `cover_target_class: false` no cover image is of the target class.
+    """
+    attack_yaml = f"{name}: {{cover_target_class: {str(everywhere).lower()}}}"
+    plan = config.load(tiny, [f"backdoor={{{attack_yaml}, poison_ratio: 0.1, poison_mode: exact}}"])
+    images, labels = noise(300, 16, 16), np.random.default_rng(0).integers(0, 10, 300)
+    raw = RawData(images, labels, images[:60], labels[:60], tuple("abcdefghij"))
+    attack = build_attack(plan, raw)
+    data = poison_training_set(plan, raw, attack, tmp_path)
+    flags, now = data.oracle.flags.numpy(), data.train.images.numpy().transpose(0, 2, 3, 1)
+    poisoned, cover = np.flatnonzero(flags == POISONED), np.flatnonzero(flags == COVER)
+    assert (len(poisoned), len(cover)) == (30, 30 * ratio)
+    assert (labels[poisoned] != 3).all() and (labels[cover] == 3).any() == everywhere
+    assert np.array_equal(data.train.labels.numpy(), np.where(flags == POISONED, 3, labels))
+    assert np.array_equal(now[flags == 0], images[flags == 0])
+    for some in (poisoned, cover):
+        assert np.array_equal(now[some], attack.apply(images[some], some, "train"))
+    backdoor, others = build_test_sets(plan, raw, attack).backdoor, np.flatnonzero(raw.test_labels != 3)
+    assert backdoor is not None
+    expected = attack.apply(raw.test_images[others], others, "test")
+    assert np.array_equal(backdoor.images.numpy().transpose(0, 2, 3, 1), expected)
+
+
+def test_cover_images_are_drawn_among_those_that_are_allowed() -> None:
+    """A restriction holds, none draws as before, and too few images are an error with the ratio."""
+    poisoned, allowed = np.arange(40) < 10, np.arange(40) % 2 == 0
+    assert (draw_cover(poisoned, 1, 0, allowed) % 2 == 0).all() and (draw_cover(poisoned, 1, 0, allowed) >= 10).all()
+    assert np.array_equal(draw_cover(poisoned, 1, 0), draw_cover(poisoned, 1, 0, np.ones(40, bool)))
+    with pytest.raises(UserError, match=r"cover_ratio: 2: 20 cover images and 15 "):
+        draw_cover(poisoned, 2, 0, allowed)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("adaptive_blend.alpha", "1.1"),
+        ("adaptive_blend.test_alpha", "-0.1"),
+        ("adaptive_blend.pieces", "17"),
+        ("adaptive_blend.pieces", "0"),
+        ("adaptive_blend.cover_ratio", "-1"),
+        ("adaptive_patch.opacities", "[0.5, 0.2, 0.5]"),
+        ("adaptive_patch.opacities", "[0.5, 0.2, 0.5, 1.5]"),
+        ("adaptive_patch.cover_ratio", "-1"),
+        ("adaptive_patch.test", "corners"),
+    ],
+)
+def test_settings_out_of_range_are_refused(key: str, value: str) -> None:
+    """Opacities are in 0..1, four of them; counts are not negative; there are 16 pieces."""
+    with pytest.raises(UserError, match=rf"backdoor\.{key}"):
+        config.load(REPOSITORY / f"config/{key.partition('.')[0]}.yaml", [f"backdoor.{key}={value}"])
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("adaptive_blend", 1), ("adaptive_patch", 2)])
+def test_the_shipped_yamls(name: str, ratio: float) -> None:
+    """Both poison exactly 150 of 50,000 images and have the authors' share of cover images."""
+    c = config.load(REPOSITORY / f"config/{name}.yaml")
+    assert (c.attack.name, c.attack.settings.cover_ratio) == (name, ratio)
+    assert (int(c.attacker.poison_ratio * 50_000), c.attacker.poison_mode) == (150, "exact")

@@ -1,0 +1,263 @@
+"""All-to-all labels: which images are poisoned, the labels that they carry, what counts as success, what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from training import train_here
+
+from data import poison
+from data.attacks import iab, refool
+from data.choice import draw_poisoned, label_after, poison_index
+from data.export import read_set
+from data.poison import build_attack, build_test_sets, poison_training_set, prepare
+from data.sets import POISONED, RawData, Scene
+from utils import config
+from utils.config import Config
+from utils.errors import UserError
+
+SHIFTED = "backdoor={badnets: {}, poison_ratio: 0.1, target_shift: 1}"
+
+
+def world() -> RawData:
+    """Random images of ten classes, read-only."""
+    rng = np.random.default_rng(1)
+    arrays = [
+        rng.integers(0, 256, (400, 8, 8, 3), dtype=np.uint8), rng.integers(0, 10, 400),
+        rng.integers(0, 256, (90, 8, 8, 3), dtype=np.uint8), rng.integers(0, 10, 90),
+    ]  # fmt: skip
+    for array in arrays:
+        array.flags.writeable = False
+    return RawData(*arrays, tuple("abcdefghij"))
+
+
+@pytest.fixture
+def plan(tiny: Path) -> Config:
+    """The tiny run with all-to-all labels: ratio 0.1, shift 1, seed 7."""
+    return config.load(tiny, [SHIFTED])
+
+
+# -- the labels --------------------------------------------------------------------------------------------------------
+
+
+@given(labels=st.lists(st.integers(0, 9), max_size=20), shift=st.integers(1, 9), target=st.integers(0, 9))
+def test_label_after(labels: list[int], shift: int, target: int) -> None:
+    """Poisoned images of class y carry the target class, or (y + shift) mod C with all-to-all labels, never their own."""
+    given_labels = np.array(labels, np.int64)
+    assert label_after(given_labels, target, None, 10).tolist() == [target] * len(labels)
+    assert label_after(given_labels, None, shift, 10).tolist() == [(y + shift) % 10 for y in labels]
+    assert (label_after(given_labels, None, shift, 10) != given_labels).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.floats(0, 1), st.integers(0, 999))
+def test_images_of_every_class_are_drawn(labels: list[int], ratio: float, seed: int) -> None:
+    """`bernoulli` draws once for every image and leaves out no class; `exact` takes int(ratio N) of all images."""
+    given_labels = np.array(labels, np.int64)
+    wanted, rng = label_after(given_labels, None, 1, 5), random.Random(seed)
+    expected = [float(rng.random() < ratio) for _ in labels]
+    assert draw_poisoned(given_labels, wanted, ratio, seed, "bernoulli").tolist() == expected
+    assert draw_poisoned(given_labels, wanted, ratio, seed, "exact").sum() == int(ratio * len(labels))
+
+
+def test_the_training_set(plan: Config, tmp_path: Path) -> None:
+    """Poisoned images of all classes have the trigger and the next class' label; the truth keeps their own; others stay."""
+    raw = world()
+    attack = build_attack(plan, raw)
+    data = poison_training_set(plan, raw, attack, tmp_path)
+    poisoned, now = data.oracle.flags.numpy() == POISONED, data.train.images.numpy().transpose(0, 2, 3, 1)
+    assert set(raw.train_labels[poisoned].tolist()) == set(range(10))
+    assert np.array_equal(data.train.labels.numpy(), np.where(poisoned, (raw.train_labels + 1) % 10, raw.train_labels))
+    assert np.array_equal(data.oracle.original_labels.numpy(), raw.train_labels)
+    assert np.array_equal(now[~poisoned], raw.train_images[~poisoned])
+    assert np.array_equal(now[poisoned], attack.apply(raw.train_images[poisoned], np.flatnonzero(poisoned), "train"))
+    stored = np.load(tmp_path / "poison_idx.npy")
+    assert np.array_equal(poison_index(tmp_path / "poison_idx.npy", raw.train_labels, plan), stored)
+
+
+def test_every_test_image_is_triggered(plan: Config) -> None:
+    """The backdoor test set has all test images, of all classes, each with the label that counts as success."""
+    raw = world()
+    attack = build_attack(plan, raw)
+    tests = build_test_sets(plan, raw, attack)
+    assert tests.clean is not None and tests.backdoor is not None and tests.origin is not None
+    assert tests.origin.tolist() == list(range(90))
+    assert tests.backdoor.labels.tolist() == [(y + 1) % 10 for y in raw.test_labels.tolist()]
+    expected = attack.apply(raw.test_images, np.arange(90), "test")
+    assert np.array_equal(tests.backdoor.images.numpy().transpose(0, 2, 3, 1), expected)
+
+
+def test_success_is_the_shifted_label(plan: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ASR counts (y + 1) mod C, RA counts y, and the rate to compare with counts (y + 1) mod C on clean images."""
+    from engine import evaluation
+
+    raw = world()
+    tests = build_test_sets(plan, raw, build_attack(plan, raw))
+    labels = torch.from_numpy(raw.test_labels.copy())
+    on_clean, on_triggered = labels.clone(), (labels + 1) % 10
+    on_clean[:9], on_triggered[:18] = (labels[:9] + 1) % 10, labels[:18]
+    answers = iter([on_clean, on_triggered])
+    monkeypatch.setattr(evaluation, "infer", lambda *_: torch.nn.functional.one_hot(next(answers), 10).float())
+    figures: dict[str, Any] = evaluation.evaluate(None, None, tests)  # type: ignore[arg-type]
+    assert figures == pytest.approx(
+        {"clean_accuracy": 0.9, "attack_success_rate": 0.8, "robust_accuracy": 0.2, "clean_as_target": 0.1}
+    )
+
+
+# -- the attacks that know the target ----------------------------------------------------------------------------------
+
+
+def test_reflections_may_be_of_any_class() -> None:
+    """With `source: classes` Refool leaves the target class out, and none with all-to-all labels."""
+    labels = np.arange(50) % 10
+    images = np.broadcast_to(labels[:, None, None, None].astype(np.uint8), (50, 8, 8, 3))
+    raw = RawData(images, labels, images, labels, tuple("abcdefghij"))
+    one, every = Scene(raw, 3, 10, 0, Path("no")), Scene(raw, None, 10, 0, Path("no"), target_shift=1)
+    shown = [set(np.unique(refool.other_classes(scene, 50)).tolist()) for scene in (one, every)]
+    assert shown == [set(range(10)) - {3}, set(range(10))]
+
+
+def test_iab_s_generator_is_trained_on_shifted_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of a step takes the first tenth of the batch with label y + 1 and all others with their own."""
+    raw = world()
+    seen: list[torch.Tensor] = []
+
+    def note(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(labels)
+        return logits.sum()
+
+    monkeypatch.setattr(iab.F, "cross_entropy", note)
+    scene = Scene(raw, None, 10, 0, Path("no"), target_shift=1)
+    generator, mask = (iab.EncoderDecoder(channels, 2) for channels in (3, 1))
+    surrogate = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
+    index = np.arange(50, 80)
+    iab.generator_loss(iab.Settings(), scene, generator, mask, surrogate, index, index[::-1].copy())
+    own = raw.train_labels[index]
+    assert seen[0].tolist() == [*((own[:3] + 1) % 10), *own[3:]]
+
+
+# -- the poisoned set as a folder --------------------------------------------------------------------------------------
+
+
+def write(tiny: Path, out: Path, *overrides: str) -> Path:
+    """Write the set of the tiny configuration."""
+    poison.export(config.load(tiny, overrides), out, torch.device("cpu"))
+    return out
+
+
+def test_an_exported_set_is_read_again(tiny: Path, tmp_path: Path) -> None:
+    """set.json names the shift; trained on from its folder, the set is the one that the YAML gives directly."""
+    out = write(tiny, tmp_path / "set", SHIFTED)
+    described = json.loads((out / "set.json").read_text())
+    assert (described["version"], described["backdoor"]["target_shift"], described["backdoor"]["target_label"]) == (2, 1, None)
+    there = config.load(tiny, ["dataset=poisoned_set", f"dataset_dir={out}", "backdoor=null"])
+    a, b = prepare(there, tmp_path / "a"), prepare(config.load(tiny, [SHIFTED]), tmp_path / "b")
+    assert torch.equal(a.train.images, b.train.images) and torch.equal(a.train.labels, b.train.labels)
+    assert a.tests.backdoor is not None and b.tests.backdoor is not None
+    assert torch.equal(a.tests.backdoor.labels, b.tests.backdoor.labels)
+    assert "y + 1 (all-to-all)" in a.caption and "y + 1 (all-to-all)" in b.caption
+    other = config.load(tiny, ["dataset=poisoned_set", f"dataset_dir={out}", SHIFTED.replace("shift: 1", "shift: 2")])
+    with pytest.raises(UserError, match=r"backdoor\.target_shift: 2: the set has 1"):
+        prepare(other, tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"target_shift": 2}, r"do not carry class y \+ 2"),
+        ({"target_label": 3, "target_shift": None}, "do not carry class 3"),
+        ({"target_label": 3}, "either target_label or target_shift"),
+        ({"target_shift": None}, "either target_label or target_shift"),
+        ({"target_shift": True}, "does not name one attack with"),
+    ],
+)
+def test_a_set_that_contradicts_its_description_is_refused(
+    change: dict[str, Any], complaint: str, tiny: Path, tmp_path: Path
+) -> None:
+    """Labels that are not those of the shift, and neither or both kinds of target, are one line."""
+    out = write(tiny, tmp_path / "set", SHIFTED)
+    described = json.loads((out / "set.json").read_text())
+    described["backdoor"] |= change
+    (out / "set.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=complaint):
+        read_set(out)
+
+
+def test_sets_of_version_1_are_read(tiny: Path, tmp_path: Path) -> None:
+    """A set.json from before there were all-to-all labels is still the same set, also for the export that finds it."""
+    out = write(tiny, tmp_path / "set")
+    described = json.loads((out / "set.json").read_text())
+    described["version"] = 1
+    del described["backdoor"]["target_shift"]
+    (out / "set.json").write_text(json.dumps(described))
+    assert (read_set(out).backdoor.target_label, read_set(out).backdoor.target_shift) == (3, None)
+    write(tiny, out)  # found, not refused
+    described["version"] = 3
+    (out / "set.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match="version 3"):
+        read_set(out)
+
+
+def test_a_run_trains_and_reports(tiny: Path) -> None:
+    """ASD runs on such a set from the first epoch to the suspects; its figures are shares of all test images."""
+    plan = config.load(tiny, [SHIFTED, "num_epochs=1"])
+    run = train_here(plan, tiny)
+    (row,) = (json.loads(line) for line in (run.log / "metrics.jsonl").read_text().splitlines())
+    for key in ("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target"):
+        assert (row[key] * 43) == pytest.approx(round(row[key] * 43))
+    assert "y + 1 (all-to-all)" in (run.log / "asd.log").read_text()
+    assert (run.saved / "suspects.csv").exists()
+
+
+# -- the settings ------------------------------------------------------------------------------------------------------
+
+
+def test_one_of_the_two_targets_is_in_force(tiny: Path) -> None:
+    """Neither key means class 3; a shift replaces the target of a base, a later target replaces the shift."""
+    attack = "backdoor={badnets: {}}"
+    cases = {
+        (): (3, None),
+        ("backdoor.target_shift=2",): (None, 2),
+        ("backdoor.target_shift=2", "backdoor.target_label=0"): (0, None),
+        ("backdoor.target_label=null",): (3, None),
+    }
+    for overrides, expected in cases.items():
+        b = config.load(tiny, [attack, *overrides]).attacker
+        assert (b.target_label, b.target_shift) == expected
+    c = config.load(REPOSITORY / "config/badnets_all_to_all.yaml")
+    assert (c.attack.name, c.attacker.target_label, c.attacker.target_shift) == ("badnets", None, 1)
+    assert (c.attacker.poison_ratio, c.attacker.poison_mode) == (0.1, "exact")
+
+
+@pytest.mark.parametrize(
+    ("backdoor", "complaint"),
+    [
+        ("target_label: 3, target_shift: 1", r"backdoor\.target_label: 3: target_shift is 1"),
+        ("target_shift: 0", r"backdoor\.target_shift: 0: "),
+        ("target_shift: 10", r"backdoor\.target_shift: 10: must be in 1\.\.9"),
+        ("target_shift: 1.5", r"backdoor\.target_shift: 1\.5: "),
+        ("target_label: 10", r"backdoor\.target_label: 10: must be in 0\.\.9"),
+    ],
+)
+def test_targets_that_make_no_sense_are_refused(backdoor: str, complaint: str, tiny: Path) -> None:
+    """Both targets at once, and a shift that changes no label, are one line with the key and its value."""
+    with pytest.raises(UserError, match=complaint):
+        config.load(tiny, [f"backdoor={{badnets: {{}}, {backdoor}}}"])
+
+
+@pytest.mark.parametrize("attack", ["clb", "sig"])
+def test_clean_label_attacks_are_refused(attack: str, tiny: Path) -> None:
+    """An attack that changes no label has no all-to-all form; SIG with changed labels has one."""
+    raw, shifted = world(), "target_shift: 1"
+    with pytest.raises(UserError, match=rf"backdoor\.target_shift: 1: {attack} "):
+        build_attack(config.load(tiny, [f"backdoor={{{attack}: {{}}, {shifted}}}"]), raw)
+    build_attack(config.load(tiny, [f"backdoor={{sig: {{label: flipped}}, {shifted}}}"]), raw)
