@@ -366,7 +366,7 @@ def test_assets_are_made_once_and_again_where_something_changed(tmp_path: Path) 
     def made(chosen: Settings = QUICK, **scene: Any) -> set[str]:
         with logged() as lines:
             attack = make(tmp_path, chosen, **scene)
-        attack.apply(*victims(attack), "train")
+            attack.apply(*victims(attack), "train")
         return {line.partition(":")[0] for line in lines if ": made " in line}
 
     both = {"clb_surrogate", "clb_images"}

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, TINY, run_script
+from conftest import REPOSITORY, TINY, logged, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -86,8 +86,8 @@ def plan(tiny: Path, attack: str) -> Path:
 
 def write(path: Path, out: Path, *overrides: str) -> tuple[Path, list[str]]:
     """Write the set of a YAML; return its folder and what was said."""
-    said: list[str] = []
-    poison.export(config.load(path, overrides), out, torch.device("cpu"), said.append)
+    with logged() as said:
+        poison.export(config.load(path, overrides), out, torch.device("cpu"))
     return out, said
 
 

@@ -65,7 +65,7 @@ def read(root: Path, cache: Path, pre: Any = PRE, **settings: Any) -> RawData:
 def refusal(root: Path, cache: Path, pre: Any = PRE, **settings: Any) -> str:
     """The one-line error."""
     with pytest.raises(UserError) as caught:
-        read(root, cache, pre, lambda line: None, **settings)
+        read(root, cache, pre, **settings)
     text = str(caught.value)
     assert text.isprintable() and len(text) < 600
     return text
@@ -398,7 +398,7 @@ def test_a_block_that_rots_is_found_where_it_is_read(tmp_path: Path) -> None:
     """Damage that leaves size and time alone is found by the blocks' checksums: always in the first and the last block."""
     images = np.random.default_rng(0).integers(0, 256, (40, 1024, 1024, 3), np.uint8)[:, ::1]
     listed = RawData(images, np.zeros(40, np.int64), images[:1], np.zeros(1, np.int64), ("a",))
-    tables.to_raw(listed, (), tmp_path, True, print)
+    tables.to_raw(listed, (), tmp_path, True)
     (path,) = tmp_path.glob("array-train-*.u8")
     described = tables.read_description(path)
     assert described is not None and tables.rows_per_block((1024, 1024, 3)) == 1 and tables.SAMPLE < 40
@@ -485,7 +485,7 @@ def test_the_listing_is_cut_before_anything_is_decoded(tmp_path: Path) -> None:
             (root / file).write_bytes(b"no picture")
     cut = listing.cut(-(-count // step), 2)
     assert cut.train_files == listing.train_files[::step] and len(cut.test_files) == 2
-    raw = tables.to_raw(cut, PRE, tmp_path / "cache", False, print)
+    raw = tables.to_raw(cut, PRE, tmp_path / "cache", False)
     assert raw.train_labels.tolist() == listing.train_labels[::step].tolist() and len(raw.test_images) == 2
     assert set(raw.train_labels.tolist()) == set(listing.train_labels.tolist())
     for limit in (None, count, 9 * count):
@@ -601,7 +601,7 @@ def test_runs_on_parts_of_a_set_keep_their_tables(tmp_path: Path, monkeypatch: p
         read(root, tmp_path / "cache")
         read(root, tmp_path / "cache", classes=("cat", "ant"))
         read(root, tmp_path / "cache", (resize.Settings((20, 20)),))
-        tables.to_raw(listing.cut(5, 2), PRE, tmp_path / "cache", False, print)
+        tables.to_raw(listing.cut(5, 2), PRE, tmp_path / "cache", False)
 
     all_runs()
     opened = count_decoded(monkeypatch)

@@ -49,7 +49,7 @@ def write_official(base: Path, train: str = "Final_Training/Images", csv_at: str
 
 def read(folder: Path, cache: Path, pre: tuple[object, ...] = (), download: bool = False) -> RawData:
     """Load and decode as a run does."""
-    return tables.to_raw(gtsrb.load(gtsrb.Settings(), str(folder), download), pre, cache, False, print)
+    return tables.to_raw(gtsrb.load(gtsrb.Settings(), str(folder), download), pre, cache, False)
 
 
 def assert_right(raw: RawData) -> None:

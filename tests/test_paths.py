@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY
 from PIL import Image
@@ -23,7 +24,7 @@ from utils import cli, config, paths
 from utils.config import Backdoor
 from utils.errors import UserError
 from utils.names import Names, class_text
-from utils.report import Report
+from utils.report import Report, Subject
 from utils.run import Run, locate
 from utils.schema import Named
 
@@ -90,7 +91,7 @@ from utils.layers import read_with_base
 from utils.run import Run
 locked, linked, yaml = (Path(p) for p in sys.argv[1:])
 run = Run("x", Path("saved"), Path("storage"))
-listed = lambda root, **k: tables.to_raw(folder.load(folder.Settings(**k), str(root), False), (), linked / "c", False, str)
+listed = lambda root, **k: tables.to_raw(folder.load(folder.Settings(**k), str(root), False), (), linked / "c", False)
 pictures = Pictures(linked / "train" / "a", (), (5, 5))
 calls = {
     **{m.__name__: lambda m=m: m.load(m.Settings(), f"{locked}/x", False)
@@ -230,6 +231,6 @@ def test_the_report_names_the_target_class(tiny: Path, tmp_path: Path) -> None:
     settings = config.load(tiny, [])
     (tmp_path / "run" / "log").mkdir(parents=True)
     run, backdoor = Run("r", tmp_path / "run", tmp_path), Backdoor(Named("badnets", None), target_label=2)
-    report = Report(run, settings, backdoor, ("0", "1", "10"), None, None, "", 0)  # type: ignore[arg-type]
-    report.log.close()
+    report = Report(run, settings, Subject(backdoor, ("0", "1", "10"), None, None, np.zeros((2, 0)), ""), 0)
+    report.close()
     assert "target class 2 (folder 10)" in report.attack and "target class 2 (folder 10)" in report.title

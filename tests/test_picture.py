@@ -106,11 +106,11 @@ def make_set(root: Path, *ranges: int) -> Path:
     return root
 
 
-def test_the_assumed_ranges_are_reported_once_a_set(tmp_path: Path) -> None:
+def test_the_assumed_ranges_are_reported_once_a_set(tmp_path: Path, said: list[str]) -> None:
     """One line counts the pictures by range, of a data set and of pictures to label; several ranges come with the remedy,
     and after it there is nothing to report."""
-    root, said = make_set(tmp_path / "data", 12, 12, 16), []
-    tables.to_raw(folder.load(folder.Settings(), str(root), False), (), tmp_path / "cache", False, said.append)
+    root = make_set(tmp_path / "data", 12, 12, 16)
+    tables.to_raw(folder.load(folder.Settings(), str(root), False), (), tmp_path / "cache", False)
     (line,) = [line for line in said if "bits" in line]
     for part in ("3 of 3", "2 of 12 bits (0..4095)", "1 of 16 bits (0..65535)", "save all of them with 8 bits"):
         assert part in line
@@ -120,7 +120,7 @@ def test_the_assumed_ranges_are_reported_once_a_set(tmp_path: Path) -> None:
     for file in (root / "train" / "a").iterdir():
         read_picture(file).save(file)
     said.clear()
-    tables.to_raw(folder.load(folder.Settings(), str(root), False), (), tmp_path / "cache", False, said.append)
+    tables.to_raw(folder.load(folder.Settings(), str(root), False), (), tmp_path / "cache", False)
     assert said and not [line for line in said if "bits" in line]
 
 
@@ -187,9 +187,9 @@ def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(root / "train" / "a" / "pipe.png")
     listing = folder.load(folder.Settings(), str(root), False)
     with pytest.raises(UserError, match=r"a/pipe\.png: is a named pipe"):
-        tables.to_raw(listing, (), tmp_path / "cache", False, lambda line: None)
+        tables.to_raw(listing, (), tmp_path / "cache", False)
     skipped = folder.load(folder.Settings(skip_unreadable=True), str(root), False)  # the remedy of that line
-    assert tables.to_raw(skipped, (), tmp_path / "cache", False, lambda line: None).names == ("a/0.png",)
+    assert tables.to_raw(skipped, (), tmp_path / "cache", False).names == ("a/0.png",)
     pictures = Pictures(root, (), (6, 7))
     assert len(list(pictures.batches(9))) == 1 and [name for name, _ in pictures.unreadable] == ["train/a/pipe.png"]
     for path in (root / "train" / "a" / "pipe.png", Path(os.devnull), root):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, logged
 from PIL import Image
 from training import train_here
 
@@ -83,7 +83,7 @@ def test_arrays_train_alike_from_host_and_from_disk(tiny: Path) -> None:
 def test_images_come_by_index_as_they_are(tmp_path: Path, place: str) -> None:
     """Any index, also repeated, empty or a slice, gives those images as contiguous (B, 3, H, W), and so does a part."""
     images = np.random.default_rng(0).integers(0, 256, (30, 7, 5, 3), np.uint8)
-    table = table_of_array(images, (), tmp_path, "train", print).images if place == "disk" else images
+    table = table_of_array(images, (), tmp_path, "train").images if place == "disk" else images
     image_set = to_set(table, np.arange(30) % 4, place).to(CPU)
     assert image_set.images.shape == (30, 3, 7, 5) and len(image_set) == 30
     for index in ([3, 29, 3, 0], [], [11]):
@@ -126,12 +126,12 @@ def test_only_resident_images_move_to_the_device() -> None:
 
 def choose(wanted: str, train: int, test: int, free: float, mapped: bool = True, processes: int = 1) -> tuple[str, str]:
     """Choose for tables of so many bytes (in units of 300) on a computer with so much free memory."""
-    said: list[str] = []
     patch = pytest.MonkeyPatch()
     patch.setattr(placement, "available_memory", lambda: 300.0 * free)
     tables = [np.zeros((n, 10, 10, 3), np.uint8).view(Mapped if mapped else np.ndarray) for n in (train, test)]
     try:
-        chosen = choose_placement(wanted, tables[0], [tables[1]] * 2, CPU, processes, said.append)
+        with logged() as said:
+            chosen = choose_placement(wanted, tables[0], [tables[1]] * 2, CPU, processes)
     finally:
         patch.undo()
     (line,) = said
@@ -159,8 +159,8 @@ def test_auto_on_a_gpu_goes_from_device_to_host_to_disk(monkeypatch: pytest.Monk
     for device_free, host_free, wanted in ((6000, 0, "device"), (5999, 6000, "host"), (5999, 5999, "disk")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=device_free: (free, 10**6))
         monkeypatch.setattr(placement, "available_memory", lambda free=host_free: float(free))
-        said: list[str] = []
-        assert choose_placement("auto", table, [], gpu, 1, said.append) == wanted
+        with logged() as said:
+            assert choose_placement("auto", table, [], gpu, 1) == wanted
         assert len(said) == 1 and "cuda:0" in said[0]
 
 

@@ -432,6 +432,7 @@ def test_suspects_are_written_before_their_picture(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(pictures, "draw_suspects", fail)
     images = SimpleNamespace(fetch=lambda index: torch.zeros(len(index), 3, 4, 4, dtype=torch.uint8))
     report.rank_suspects(e, images)
+    report.close()
     assert there == [True] and (tmp_path / "suspects.csv").exists()
     assert (tmp_path / "asd.log").read_text().count("no picture today") == 1
 
