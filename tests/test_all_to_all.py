@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from data.choice import draw_poisoned, label_after, poison_index
 from data.export import read_set
 from data.poison import build_attack, build_test_sets, poison_training_set, prepare
 from data.sets import POISONED, RawData, Scene
+from engine import evaluation
 from utils import config
 from utils.config import Config
 from utils.errors import UserError
@@ -98,8 +100,6 @@ def test_every_test_image_is_triggered(plan: Config) -> None:
 
 def test_success_is_the_shifted_label(plan: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """ASR counts (y + 1) mod C, RA counts y, and the rate to compare with counts (y + 1) mod C on clean images."""
-    from engine import evaluation
-
     raw = world()
     tests = build_test_sets(plan, raw, build_attack(plan, raw))
     labels = torch.from_numpy(raw.test_labels.copy())
@@ -107,7 +107,8 @@ def test_success_is_the_shifted_label(plan: Config, monkeypatch: pytest.MonkeyPa
     on_clean[:9], on_triggered[:18] = (labels[:9] + 1) % 10, labels[:18]
     answers = iter([on_clean, on_triggered])
     monkeypatch.setattr(evaluation, "infer", lambda *_: torch.nn.functional.one_hot(next(answers), 10).float())
-    figures: dict[str, Any] = evaluation.evaluate(None, None, tests)  # type: ignore[arg-type]
+    context: Any = SimpleNamespace(config=plan)
+    figures = evaluation.evaluate(context, torch.nn.Identity(), tests)
     assert figures == pytest.approx(
         {"clean_accuracy": 0.9, "attack_success_rate": 0.8, "robust_accuracy": 0.2, "clean_as_target": 0.1}
     )
