@@ -230,6 +230,20 @@ def what_decides(path: Path) -> str:
     return render(table, markdown=True) if len(table) > 1 else "No meta-split has been measured yet."
 
 
+def trials(folder: Path) -> str:
+    """Return the runs that the settings were tried with, epoch by epoch, side by side."""
+    found = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(folder.glob("*.jsonl"))}
+    table: list[Cells] = [("epoch", *(f"{name}: ACC / ASR / without trigger; poisoned in the pool" for name in found))]
+    for epoch in range(max(map(len, found.values()), default=0)):
+        cells = []
+        for rows in found.values():
+            row = rows[epoch] if epoch < len(rows) else None
+            shares = row and " / ".join(f"{100 * row[key]:.1f}" for key in (*KEYS[:2], "clean_as_target"))
+            cells.append((row and f"{shares}; {row['poisoned_in_clean_pool']:,} of {row['clean_pool_size']:,}") or "")
+        table.append((str(epoch + 1), *cells))
+    return render(table, markdown=True)
+
+
 # -- Page, paragraph, picture ------------------------------------------------------------------------------------------
 
 
@@ -247,6 +261,7 @@ def page(folder: Path, runs: Runs) -> str:
                             runs.defended, runs, suspect_rows),
         "cost": per_run(("seed", "steps", "minutes", "processor", "commit", "files"), runs.names, runs, cost_rows),
         "what_decides": what_decides(folder / "what_decides.jsonl"),
+        "trials": trials(folder / "trials"),
     }  # fmt: skip
     return re.sub(r"\{\{(\w+)\}\}", lambda found: pieces[found[1]], (folder / "page.md").read_text(encoding="utf-8"))
 
