@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from data.augment import Pipeline
-from data.poison import prepare_tests
+from data.sources import prepare_tests
 from data.unlabelled import Pictures, label_table
 from engine.context import build_context
 from engine.evaluation import evaluate_with_confusion

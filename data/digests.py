@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from data.export import StoredSet
-from data.sets import POISONED, RawData
+from data.sets import RawData
 from utils.config import Config
 from utils.errors import UserError
-from utils.manifest import INPUT, TEST, TRAIN, Row, to_text
+from utils.manifest import INPUT, TEST, TRAIN, Row, to_text, with_input
 from utils.schema import stand_ins
 from utils.suspects import class_name
 
@@ -74,24 +73,12 @@ def digest_of_named(name: str) -> str:
 # -- The manifest ------------------------------------------------------------------------------------------------------
 
 
-def manifest_of(config: Config, data: RawData | StoredSet) -> str:
-    """Return the manifest of the configured data: all images before the attack, and the files that settings name.
-
-    Of a set that was poisoned before, the training images are those that it hands over.
-    """
-    if isinstance(data, StoredSet):
-        train, test = data.parts.train, data.parts.clean_test
-        name, digest = poisoned_input(train.flags == POISONED)
-        rows = [
-            *image_rows(TRAIN, None, train.labels, data.class_names, pixel_digests(train.images)),
-            *image_rows(TEST, None, test.labels, data.class_names, pixel_digests(test.images)),
-            Row(INPUT, name, "", digest),
-        ]
-    else:
-        rows = [
-            *image_rows(TRAIN, data.names, data.train_labels, data.class_names, digests_of(data, TRAIN)),
-            *image_rows(TEST, data.test_names, data.test_labels, data.class_names, digests_of(data, TEST)),
-        ]
+def manifest_of(config: Config, raw: RawData) -> str:
+    """Return the manifest of the configured data: all images before the attack, and the files that settings name."""
+    rows = [
+        *image_rows(TRAIN, raw.names, raw.train_labels, raw.class_names, digests_of(raw, TRAIN)),
+        *image_rows(TEST, raw.test_names, raw.test_labels, raw.class_names, digests_of(raw, TEST)),
+    ]
     files = [(key, value) for key, kind, value in stand_ins(config) if kind == "files" and value is not None]
     return to_text([*rows, *(Row(INPUT, key, "", digest_of_named(value)) for key, value in files)])
 
@@ -111,6 +98,6 @@ def image_rows(
     return [Row(part, *row) for row in zip(names, classes, digests, strict=True)]
 
 
-def poisoned_input(poisoned: np.ndarray) -> tuple[str, str]:
-    """Return name and digest of the input that says which training images are poisoned, (N,) bool."""
-    return "poison_idx.npy", short(np.ascontiguousarray(poisoned, np.uint8).data)
+def with_poisoned(known: str, poisoned: np.ndarray) -> str:
+    """Return a manifest with which training images are poisoned, (N,) bool."""
+    return with_input(known, "poison_idx.npy", short(np.ascontiguousarray(poisoned, np.uint8).data))

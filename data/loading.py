@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
-from data.export import DESCRIPTION, StoredSet, refuse_disagreement
-from data.sets import Listing, PoisonedSet, RawData
+from data.poisoned_folder import DESCRIPTION, StoredSet, refuse_disagreement
+from data.sets import Listing, RawData
 from data.tables import to_raw
 from utils import plugins
 from utils.config import Config
@@ -19,37 +18,38 @@ from utils.schema import Named
 PACKAGE = "data.datasets"
 
 
-def load_data(config: Config) -> RawData | StoredSet:
+def load_data(config: Config) -> tuple[RawData, StoredSet | None]:
     """Load the configured data set; cut it to `data.train_limit` and `data.test_limit`, check that the YAML fits it.
 
     `transform.pre` is applied to raw data; a set that is poisoned already went through it. Picture files are decoded, and
     kept so in `data.cache_dir`.
+
+    Returns:
+        the images as they are found, and the set if it was poisoned before.
     """
     dataset = dataset_of(config)
     module = plugins.load(PACKAGE, dataset.name)
     data: RawData | Listing | StoredSet = module.load(dataset.settings, config.dataset_dir, config.download)
+    data = data.cut(config.data.train_limit, config.data.test_limit)
     if isinstance(data, StoredSet):
         refuse_disagreement(config, data)
-        parts, limits = data.parts, config.data
-        tests = (part.first(limits.test_limit) for part in (parts.clean_test, parts.backdoor_test))
-        return replace(data, parts=PoisonedSet(parts.train.first(limits.train_limit), *tests))
-    data = data.cut(config.data.train_limit, config.data.test_limit)
+        return data.raw(), data
     for part, labels in (("train", data.train_labels), ("test", data.test_labels)):
         if len(labels) and labels.max() >= config.num_classes:
             label = class_text(int(labels.max()), data.class_names)
             raise UserError(f"num_classes: {config.num_classes}: the {part} set has the label {label}: raise it")
     cache = config.data.cache_dir
     folder = user_path(cache, "data.cache_dir") if cache else user_path(config.saved_dir, "saved_dir") / "tables"
-    return to_raw(data, [step.settings for step in config.transform.pre], folder, config.data.placement == "disk")
+    return to_raw(data, [step.settings for step in config.transform.pre], folder, config.data.placement == "disk"), None
 
 
 def load_raw(config: Config) -> RawData:
     """Return `load_data` where it must be raw: a set that is poisoned already is refused."""
-    data = load_data(config)
-    if isinstance(data, StoredSet):
+    raw, stored = load_data(config)
+    if stored:
         name = dataset_of(config).name
         raise UserError(f"dataset: {name}: is poisoned already: give the YAML of the data set that it was made of")
-    return data
+    return raw
 
 
 def dataset_of(config: Config) -> Named:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.sets import CLEAN, Oracle
+from data.sets import CLEAN, GroundTruth
 from utils.config import Config
 from utils.errors import UserError
 
 
-def draw_seed_samples(labels: Tensor, oracle: Oracle, num_classes: int, seed_num: int, seed: int) -> Tensor:
+def draw_seed_samples(labels: Tensor, truth: GroundTruth, num_classes: int, seed_num: int, seed: int) -> Tensor:
     """Draw the clean images of each class that the defender knows; the same seed gives the authors' seed samples.
 
     Args:
@@ -24,7 +24,7 @@ def draw_seed_samples(labels: Tensor, oracle: Oracle, num_classes: int, seed_num
         (num_classes * seed_num,) int64, class by class in the order of drawing.
     """
     rng = np.random.RandomState(seed)
-    clean, carried = (oracle.flags == CLEAN).numpy(), labels.cpu().numpy()
+    clean, carried = (truth.flags == CLEAN).numpy(), labels.cpu().numpy()
     drawn = []
     for c in range(num_classes):
         candidates = np.flatnonzero(clean & (carried == c))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from data.digests import short
-from data.poison import PoisonedData
 from data.pools import draw_seed_samples
+from data.sets import PoisonedData
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import write_atomically
@@ -39,8 +39,8 @@ def choose_seed_samples(config: Config, data: PoisonedData, folder: Path) -> Ten
         return torch.zeros(0, dtype=torch.int64)
     labels = data.train.labels
     if config.seed_samples is None:
-        assert data.oracle is not None  # where nobody knows the truth, utils/config.py demands the key
-        return draw_seed_samples(labels, data.oracle, config.num_classes, config.global_.seed_num, config.seed.seed)
+        assert data.ground_truth is not None  # where nobody knows the truth, utils/config.py demands the key
+        return draw_seed_samples(labels, data.ground_truth, config.num_classes, config.global_.seed_num, config.seed.seed)
     source = user_path(config.seed_samples, "seed_samples")
     names = data.names or tuple(map(str, range(len(labels))))
     seeds = read_seed_samples(source, names, labels.cpu().numpy(), data.class_names, config.num_classes)

@@ -1,4 +1,4 @@
-"""The nouns of the data: raw images, an image set on a device, and the ground truth kept apart."""
+"""The records of the data: raw images, what the defender sees of them, and the ground truth kept apart."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data.choice import label_after
+from utils.config import Backdoor
 from utils.schema import Named
 
 CLEAN, POISONED, COVER = 0, 1, 2  # ground-truth flags; a cover image is altered and keeps its label
@@ -118,8 +119,8 @@ class ImageSet:
 
 
 @dataclass(frozen=True)
-class Oracle:
-    """The ground truth of a poisoned training set.
+class GroundTruth:
+    """What the attacker did to each training image.
 
     Only the drawing of seed samples and the reports receive it; the splits and the training never do (threat model).
     """
@@ -154,18 +155,41 @@ class Part:
         """Return what the defender sees: images and labels."""
         return to_set(self.images, self.labels, placement)
 
-    def oracle(self) -> Oracle:
-        """Return the ground truth."""
-        return Oracle(torch.from_numpy(self.flags), torch.from_numpy(self.original_labels.astype(np.int64)))
+    def ground_truth(self) -> GroundTruth:
+        """Return what the defender does not see."""
+        return GroundTruth(torch.from_numpy(self.flags), torch.from_numpy(self.original_labels.astype(np.int64)))
 
 
 @dataclass(frozen=True)
-class PoisonedSet:
-    """All parts of a poisoned data set."""
+class TestSets:
+    """The two sets that a model is tested on."""
 
-    train: Part
-    clean_test: Part
-    backdoor_test: Part  # test images that are not of the target class, triggered, with the label that the attacker wants
+    clean: ImageSet | None  # None: there is no test image, and the attack is unknown
+    backdoor: ImageSet | None = None  # triggered, with the label that the attacker wants; None: no success rate
+    origin: Tensor | None = None  # (M',) int64: which clean test image each triggered one was made from
+
+    def to(self, device: torch.device) -> TestSets:
+        """Return both sets on a device."""
+        return TestSets(
+            self.clean and self.clean.to(device),
+            self.backdoor and self.backdoor.to(device),
+            None if self.origin is None else self.origin.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class PoisonedData:
+    """All images that a run works with, wherever they come from."""
+
+    train: ImageSet
+    tests: TestSets
+    class_names: tuple[str, ...]
+    names: tuple[str, ...] | None  # N, of the training images; None: they have numbers only
+    manifest: str  # what the data are (`utils/manifest.py`)
+    examples: np.ndarray  # (2, n, H, W, 3) uint8: some images before and after the attack
+    caption: str = ""  # what the examples are
+    ground_truth: GroundTruth | None = None  # for seed samples and reports only; None: nobody knows it
+    backdoor: Backdoor | None = None  # the attack that made the set; None: unknown
 
 
 NewClassifier = Callable[[Named, int], nn.Module]

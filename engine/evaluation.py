@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batches import views
-from data.poison import TestSets
-from data.sets import ImageSet
+from data.sets import ImageSet, TestSets
 from engine.context import Context
 from loss.supervised import symmetric_cross_entropy
 from model.classifier import Classifier, Features

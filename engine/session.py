@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.poison import TestSets, prepare
 from data.pools import check_pool_sizes
 from data.seeds import choose_seed_samples, complete_manifest
+from data.sets import TestSets
+from data.sources import prepare
 from engine.context import Context, build_context, build_state
 from engine.evaluation import evaluate_with_confusion, training_features, weigh_images
 from model.classifier import new_classifier
@@ -176,7 +177,7 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, stack
     tests, report = data.tests.to(machine.device), None
     if first:
         manifest.keep(run.saved, state.data)
-        flags = data.oracle.flags if data.oracle else None
+        flags = data.ground_truth.flags if data.ground_truth else None
         subject = Subject(data.backdoor, data.class_names, data.names, flags, data.examples, data.caption)
         report = Report(run, config, subject, state.epoch)
         stack.callback(report.close)

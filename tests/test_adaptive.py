@@ -15,7 +15,7 @@ from PIL import Image
 from data.attack import AttackBase
 from data.attacks import adaptive_blend, adaptive_patch
 from data.choice import draw_cover
-from data.poison import build_attack, build_test_sets, poison_training_set
+from data.poisoning import build_attack, build_test_sets, poison_training_set
 from data.sets import COVER, POISONED, RawData, Scene
 from utils import config
 from utils.draws import numpy_generator
@@ -220,11 +220,11 @@ def test_counts_and_labels_in_a_run(name: str, ratio: int, everywhere: bool, tin
     raw = RawData(images, labels, images[:60], labels[:60], tuple("abcdefghij"))
     attack = build_attack(plan, raw)
     data = poison_training_set(plan, raw, attack, tmp_path)
-    flags, now = data.oracle.flags.numpy(), data.train.images.numpy().transpose(0, 2, 3, 1)
+    flags, now = data.flags, data.images
     poisoned, cover = np.flatnonzero(flags == POISONED), np.flatnonzero(flags == COVER)
     assert (len(poisoned), len(cover)) == (30, 30 * ratio)
     assert (labels[poisoned] != 3).all() and (labels[cover] == 3).any() == everywhere
-    assert np.array_equal(data.train.labels.numpy(), np.where(flags == POISONED, 3, labels))
+    assert np.array_equal(data.labels, np.where(flags == POISONED, 3, labels))
     assert np.array_equal(now[flags == 0], images[flags == 0])
     for some in (poisoned, cover):
         assert np.array_equal(now[some], attack.apply(images[some], some, "train"))

@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training import train_here
 
-from data import poison
+from data import export
 from data.attacks import iab, refool
 from data.choice import draw_poisoned, label_after, poison_index
-from data.export import read_set
-from data.poison import build_attack, build_test_sets, poison_training_set, prepare
+from data.poisoned_folder import read_set
+from data.poisoning import build_attack, build_test_sets, poison_training_set
 from data.sets import POISONED, RawData, Scene
+from data.sources import prepare
 from engine import evaluation
 from utils import config
 from utils.config import Config
@@ -76,10 +77,10 @@ def test_the_training_set(plan: Config, tmp_path: Path) -> None:
     raw = world()
     attack = build_attack(plan, raw)
     data = poison_training_set(plan, raw, attack, tmp_path)
-    poisoned, now = data.oracle.flags.numpy() == POISONED, data.train.images.numpy().transpose(0, 2, 3, 1)
+    poisoned, now = data.flags == POISONED, data.images
     assert set(raw.train_labels[poisoned].tolist()) == set(range(10))
-    assert np.array_equal(data.train.labels.numpy(), np.where(poisoned, (raw.train_labels + 1) % 10, raw.train_labels))
-    assert np.array_equal(data.oracle.original_labels.numpy(), raw.train_labels)
+    assert np.array_equal(data.labels, np.where(poisoned, (raw.train_labels + 1) % 10, raw.train_labels))
+    assert np.array_equal(data.original_labels, raw.train_labels)
     assert np.array_equal(now[~poisoned], raw.train_images[~poisoned])
     assert np.array_equal(now[poisoned], attack.apply(raw.train_images[poisoned], np.flatnonzero(poisoned), "train"))
     stored = np.load(tmp_path / "poison_idx.npy")
@@ -151,7 +152,7 @@ def test_iab_s_generator_is_trained_on_shifted_labels(monkeypatch: pytest.Monkey
 
 def write(tiny: Path, out: Path, *overrides: str) -> Path:
     """Write the set of the tiny configuration."""
-    poison.export(config.load(tiny, overrides), out, torch.device("cpu"))
+    export.export(config.load(tiny, overrides), out, torch.device("cpu"))
     return out
 
 

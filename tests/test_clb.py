@@ -17,7 +17,7 @@ from torch import nn
 
 from data.attacks import badnets, clb
 from data.attacks.clb import Attack, Settings, build_trigger, pgd, rise_and_fall, to_uint8, train_surrogate
-from data.poison import build_test_sets, poison_training_set
+from data.poisoning import build_test_sets, poison_training_set
 from data.sets import POISONED, RawData, Scene
 from model.classifier import new_classifier
 from model.networks import resnet18_cifar
@@ -244,11 +244,11 @@ def test_poisoned_set_touches_no_label_and_a_quarter_of_the_class(tmp_path: Path
     attack = make(tmp_path / "assets")
     raw = attack.scene.raw
     poisoned = poison_training_set(plan, raw, attack, tmp_path)
-    flags = poisoned.oracle.flags.numpy()
-    assert poisoned.train.labels.tolist() == raw.train_labels.tolist()
+    flags = poisoned.flags
+    assert poisoned.labels.tolist() == raw.train_labels.tolist()
     assert (flags == POISONED).sum() == int(0.25 * (raw.train_labels == TARGET).sum()) > 0
     assert (raw.train_labels[flags == POISONED] == TARGET).all()
-    altered = (poisoned.train.images.permute(0, 2, 3, 1).numpy() != raw.train_images).any((1, 2, 3))
+    altered = (poisoned.images != raw.train_images).any((1, 2, 3))
     assert np.array_equal(altered, flags == POISONED)
     tests = build_test_sets(plan, raw, attack)
     assert len(tests.backdoor) == (raw.test_labels != TARGET).sum()

@@ -24,11 +24,11 @@ from PIL import Image
 from training import train_here
 
 import data.attacks
-from data import contact_sheet, loading, poison
+from data import contact_sheet, export, loading, poison
 from data.datasets import shapes
-from data.export import read_set
-from data.poison import prepare, prepare_tests
+from data.poisoned_folder import read_set
 from data.sets import no_network
+from data.sources import prepare, prepare_tests
 from utils import config, files
 from utils.config import Config
 from utils.errors import UserError
@@ -87,7 +87,7 @@ def plan(tiny: Path, attack: str) -> Path:
 def write(path: Path, out: Path, *overrides: str) -> tuple[Path, list[str]]:
     """Write the set of a YAML; return its folder and what was said."""
     with logged() as said:
-        poison.export(config.load(path, overrides), out, torch.device("cpu"))
+        export.export(config.load(path, overrides), out, torch.device("cpu"))
     return out, said
 
 
@@ -296,7 +296,7 @@ def test_a_set_is_written_whole_or_not_at_all(tiny: Path, tmp_path: Path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(poison, "draw_contact_sheet", stop)
+        patch.setattr(export, "draw_contact_sheet", stop)
         with pytest.raises(KeyboardInterrupt):
             write(tiny, tmp_path / "sets" / "one")
     assert list((tmp_path / "sets").iterdir()) == []
@@ -375,7 +375,8 @@ def test_limits_cut_a_set_as_they_cut_raw_data(tiny: Path, tmp_path: Path) -> No
     assert (len(two.train), len(two.tests.clean)) == (120, 21)
     assert one.tests.backdoor is not None and two.tests.backdoor is not None
     assert torch.equal(one.train.images, two.train.images) and torch.equal(one.train.labels, two.train.labels)
-    assert one.oracle is not None and two.oracle is not None and torch.equal(one.oracle.flags, two.oracle.flags)
+    assert one.ground_truth is not None and two.ground_truth is not None
+    assert torch.equal(one.ground_truth.flags, two.ground_truth.flags)
     assert torch.equal(one.tests.backdoor.images, two.tests.backdoor.images)
 
 

@@ -16,8 +16,10 @@ from conftest import TINY
 from PIL import Image
 from training import train_here
 
-from data import digests, poison
-from data.loading import load_data
+from data import digests
+from data.loading import load_raw
+from data.sets import PoisonedData
+from data.sources import prepare
 from utils import checkpoint, config, manifest
 from utils.errors import UserError
 from utils.manifest import Row
@@ -204,11 +206,11 @@ def test_a_trigger_picture_counts_by_its_contents(tmp_path: Path) -> None:
         pixels[:size, :size] = 255
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     settings = {n: attacked(tmp_path, data, {"badnets": {"trigger_path": str(tmp_path / f"{n}.png")}}) for n in "abc"}
-    first = poison.prepare(settings["a"], facts)
+    first = prepare(settings["a"], facts)
     manifest.keep(facts, first.manifest)
-    assert poison.prepare(settings["b"], facts).manifest == first.manifest
+    assert prepare(settings["b"], facts).manifest == first.manifest
     with pytest.raises(UserError, match=r"backdoor\.badnets\.trigger_path has other contents"):
-        poison.prepare(settings["c"], facts)
+        prepare(settings["c"], facts)
     keys = {key for key, _, _ in stand_ins(settings["a"])}
     assert keys == {"dataset", "dataset_dir", "seed_samples", "backdoor.badnets.trigger_path"}
     saved = {"config": as_dict(settings["a"]), "data": first.manifest}
@@ -236,24 +238,24 @@ def test_a_folder_of_reflections_counts_by_its_pictures(tmp_path: Path) -> None:
 def test_other_poisoned_images_are_other_data(tmp_path: Path) -> None:
     """`poison_idx.npy` belongs to the data of a checkpoint: another choice is named."""
     settings = attacked(tmp_path, draw_set(tmp_path / "set"), {"badnets": {"pattern": "corner3x3"}})
-    first = poison.prepare(settings, tmp_path / "facts").manifest
+    first = prepare(settings, tmp_path / "facts").manifest
     index = np.load(tmp_path / "facts/poison_idx.npy")
     at, other = np.flatnonzero(index)[0], np.flatnonzero((index == 0) & (np.arange(len(index)) >= 2 * TRAIN))[0]
     index[[at, other]] = index[[other, at]]
     np.save(tmp_path / "facts/poison_idx.npy", index)
-    second = poison.prepare(settings, tmp_path / "facts").manifest
+    second = prepare(settings, tmp_path / "facts").manifest
     assert manifest.differences(first, second) == ["poison_idx.npy has other contents"]
 
 
 def test_the_manifest_of_images_without_names_has_their_numbers(tiny: Path) -> None:
     """Images of an array have a row each, by number, class and pixels; a limit cuts the rows; equal settings, equal text."""
     settings = config.load(tiny)
-    text = digests.manifest_of(settings, load_data(settings))  # type: ignore[arg-type]
-    assert text == digests.manifest_of(settings, load_data(settings))
+    text = digests.manifest_of(settings, load_raw(settings))  # type: ignore[arg-type]
+    assert text == digests.manifest_of(settings, load_raw(settings))
     rows = manifest.rows_of(text)
     assert [row.name for row in rows if row.part == "train"] == [str(i) for i in range(200)]
     fewer = config.load(tiny, ["data.train_limit=150"])
-    assert manifest.differences(text, digests.manifest_of(fewer, load_data(fewer))) == [
+    assert manifest.differences(text, digests.manifest_of(fewer, load_raw(fewer))) == [
         "of the training images 50 are gone (first: 150)"
     ]
 
@@ -367,9 +369,9 @@ def test_other_seed_samples_name_remedies_that_work(place: Path) -> None:
     assert run(place / "own.yaml")["epoch"] == EPOCHS - 1
 
 
-def prepared(path: Path, *overrides: str) -> poison.PoisonedData:
+def prepared(path: Path, *overrides: str) -> PoisonedData:
     """Return the data of a YAML, without a run."""
-    return poison.prepare(config.load(path, overrides), path.parent / "facts")
+    return prepare(config.load(path, overrides), path.parent / "facts")
 
 
 def test_remedies_for_settings_of_the_data_work(tmp_path: Path) -> None:

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 import ASD
 from ASD import mixmatch_step
-from data import poison
 from data.augment import Pipeline
 from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, draw_supervised
-from data.poison import TestSets
+from data.poisoned_folder import StoredSet
 from data.pools import rest
-from data.sets import ImageSet, Oracle, Part, PoisonedSet, RawData
+from data.sets import GroundTruth, ImageSet, Part, PoisonedData, RawData, TestSets
 from engine.context import Context, build_context, build_state, build_transforms
 from engine.evaluation import evaluate, evaluate_with_confusion
 from engine.supervised import supervised_steps, train_supervised, train_undefended
@@ -572,6 +571,6 @@ def test_ground_truth_cannot_reach_splits_and_training(function: Any) -> None:
         queue += typing.get_args(hint)
         if dataclasses.is_dataclass(hint):
             queue += typing.get_type_hints(hint).values()
-    assert not reachable & {Oracle, Part, PoisonedSet, poison.PoisonedTrain, poison.PoisonedData, poison.TestSets, RawData}
+    assert not reachable & {GroundTruth, Part, StoredSet, PoisonedData, TestSets, RawData}
     assert ImageSet in reachable
     assert {field.name for field in dataclasses.fields(ImageSet)} == {"images", "labels", "placement"}

@@ -17,7 +17,8 @@ from conftest import REPOSITORY, TINY, logged
 from PIL import Image
 from training import train_here
 
-from data import poison
+from data.export import export
+from data.sources import prepare
 from utils import compare, config
 
 DEFENSES = ("asd", "none")
@@ -120,10 +121,10 @@ def test_it_is_compared_without_der(clean: Path, tmp_path: Path, monkeypatch: py
 def test_an_exported_set_without_poisoned_images_has_no_success_rate(clean: Path, tmp_path: Path) -> None:
     """`python -m data.poison` writes such a set, and a run on it tests on clean images alone."""
     settings = config.load(clean / "none.yaml")
-    poison.export(settings, tmp_path / "set", torch.device("cpu"))
+    export(settings, tmp_path / "set", torch.device("cpu"))
     own = config.load(
         clean / "none.yaml", ["dataset=poisoned_set", f"dataset_dir={tmp_path / 'set'}", "backdoor=null", "run=other"]
     )
-    data = poison.prepare(own, tmp_path)
+    data = prepare(own, tmp_path)
     assert data.tests.clean is not None and data.tests.backdoor is None
-    assert data.oracle is not None and not data.oracle.poisoned().any()
+    assert data.ground_truth is not None and not data.ground_truth.poisoned().any()

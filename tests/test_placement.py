@@ -16,10 +16,11 @@ from conftest import REPOSITORY, logged
 from PIL import Image
 from training import train_here
 
-from data import loading, placement, poison
+from data import loading, placement
 from data.datasets import shapes
 from data.placement import choose_placement
-from data.sets import ImageSet, Mapped, RawData, to_set
+from data.poisoning import build_attack, poison_training_set
+from data.sets import POISONED, ImageSet, Mapped, RawData, to_set
 from data.tables import table_of_array
 from utils import config
 from utils.errors import UserError
@@ -105,10 +106,10 @@ def test_poisoning_leaves_the_raw_images_alone(tiny: Path, tmp_path: Path, place
     settings = config.load(tiny, ["dataset=folder", f"dataset_dir={tmp_path / 'pictures'}", "backdoor.poison_ratio=0.5"])
     raw = loading.load_raw(settings)
     before = np.array(raw.train_images)
-    poisoned = poison.poison_training_set(settings, raw, poison.build_attack(settings, raw), tmp_path, place)
+    poisoned = poison_training_set(settings, raw, build_attack(settings, raw), tmp_path, place)
     assert np.array_equal(raw.train_images, before)
-    changed = (poisoned.train.fetch(slice(None)).permute(0, 2, 3, 1).numpy() != before).any((1, 2, 3))
-    assert changed.any() and np.array_equal(changed, poisoned.oracle.poisoned().numpy())
+    changed = (poisoned.to_set(place).fetch(slice(None)).permute(0, 2, 3, 1).numpy() != before).any((1, 2, 3))
+    assert changed.any() and np.array_equal(changed, poisoned.flags == POISONED)
 
 
 def test_only_resident_images_move_to_the_device() -> None:
@@ -207,7 +208,7 @@ import sys
 from pathlib import Path
 import numpy as np, torch
 sys.path.insert(0, {repository!r})
-from data.poison import prepare
+from data.sources import prepare
 from utils import config
 settings = config.load({yaml!r}, ["data.placement={place}"])
 

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.choice import draw_poisoned, poison_index
-from data.poison import build_attack, build_test_sets, poison_training_set
+from data.poisoning import build_attack, build_test_sets
 from data.pools import draw_seed_samples
-from data.sets import CLEAN, POISONED, RawData
+from data.sets import CLEAN, POISONED, PoisonedData, RawData
+from data.sources import poisoned_here
 from utils import config
 from utils.config import Config
 from utils.errors import UserError
@@ -36,6 +37,11 @@ def world(train: int = 400, test: int = 90, side: int = 8) -> RawData:
     for array in arrays:
         array.flags.writeable = False
     return RawData(*arrays, tuple("abcdefghij"))
+
+
+def poisoned(plan: Config, raw: RawData, folder: Path) -> PoisonedData:
+    """What a run in that folder works with."""
+    return poisoned_here(plan, raw, build_attack(plan, raw), folder)
 
 
 def loop(labels: list[int], target: int, ratio: float, seed: int) -> list[float]:
@@ -290,8 +296,7 @@ def test_poisoned_training_images_differ_by_the_trigger_only(plan: Config, tmp_p
     """A poisoned image has the trigger and the target label, every other pixel and image is as it was, raw data too."""
     raw = world()
     before = raw.train_images.copy(), raw.train_labels.copy()
-    attack = build_attack(plan, raw)
-    data = poison_training_set(plan, raw, attack, tmp_path)
+    data = poisoned(plan, raw, tmp_path)
     flags = loop(raw.train_labels.tolist(), 3, 0.1, 7)
     assert 0 < sum(flags) < 400
     colours = {(4, 4): (180, 249, 112), (4, 5): (155, 50, 126), (5, 4): (234, 82, 68), (5, 5): (187, 201, 219)}
@@ -302,9 +307,9 @@ def test_poisoned_training_images_differ_by_the_trigger_only(plan: Config, tmp_p
                 expected[at] = colour
         assert np.array_equal(data.train.images[i].numpy().transpose(1, 2, 0), expected)
         assert int(data.train.labels[i]) == (3 if flag else before[1][i])
-        assert int(data.oracle.flags[i]) == (POISONED if flag else CLEAN)
-    assert data.oracle.original_labels.tolist() == before[1].tolist()
-    assert data.oracle.poisoned().tolist() == [bool(flag) for flag in flags]
+        assert int(data.ground_truth.flags[i]) == (POISONED if flag else CLEAN)
+    assert data.ground_truth.original_labels.tolist() == before[1].tolist()
+    assert data.ground_truth.poisoned().tolist() == [bool(flag) for flag in flags]
     assert data.train.images.dtype == torch.uint8 and data.train.labels.dtype == torch.int64
     assert np.array_equal(raw.train_images, before[0]) and np.array_equal(raw.train_labels, before[1])
     shown = [i for i, flag in enumerate(flags) if flag][: data.examples.shape[1]]
@@ -315,25 +320,24 @@ def test_poisoned_training_images_differ_by_the_trigger_only(plan: Config, tmp_p
 def test_ratio_0_poisons_nothing(tiny: Path, tmp_path: Path) -> None:
     """`poison_ratio: 0` trains on the clean set and tests on clean images alone."""
     plan, raw = config.load(tiny, ["backdoor.poison_ratio=0.0"]), world()
-    attack = build_attack(plan, raw)
-    data = poison_training_set(plan, raw, attack, tmp_path)
-    assert not data.oracle.poisoned().any()
+    data = poisoned(plan, raw, tmp_path)
+    assert not data.ground_truth.poisoned().any()
     assert np.array_equal(data.train.images.numpy().transpose(0, 2, 3, 1), raw.train_images)
     assert data.train.labels.tolist() == raw.train_labels.tolist()
     assert data.examples.shape[1] == 0
-    tests = build_test_sets(plan, raw, attack)
+    tests = data.tests
     assert len(tests.clean) == len(raw.test_labels) and tests.backdoor is None and tests.origin is None
 
 
 def test_poisoning_again_from_the_stored_file_gives_the_same_set(plan: Config, tiny: Path, tmp_path: Path) -> None:
     """A resumed run, which finds poison_idx.npy, sees the same training set, even if its seed were changed."""
     raw = world()
-    first = poison_training_set(plan, raw, build_attack(plan, raw), tmp_path)
+    first = poisoned(plan, raw, tmp_path)
     other = config.load(tiny, ["seed.seed=8"])
-    again = poison_training_set(other, raw, build_attack(other, raw), tmp_path)
+    again = poisoned(other, raw, tmp_path)
     assert torch.equal(first.train.images, again.train.images)
     assert torch.equal(first.train.labels, again.train.labels)
-    assert torch.equal(first.oracle.flags, again.oracle.flags)
+    assert torch.equal(first.ground_truth.flags, again.ground_truth.flags)
 
 
 def test_backdoor_test_set_leaves_out_the_target_class(plan: Config, tmp_path: Path) -> None:
@@ -368,8 +372,8 @@ def test_seed_samples_of_a_poisoned_set_are_clean_and_the_originals(
 ) -> None:
     """End to end, the defender's seed samples are the paper code's, untouched by the attacker, with their true labels."""
     plan, raw = config.load(tiny, [f"seed.seed={seed}", f"backdoor.poison_ratio={ratio}"]), world()
-    data = poison_training_set(plan, raw, build_attack(plan, raw), tmp_path)
-    drawn = draw_seed_samples(data.train.labels, data.oracle, 10, 4, seed).tolist()
+    data = poisoned(plan, raw, tmp_path)
+    drawn = draw_seed_samples(data.train.labels, data.ground_truth, 10, 4, seed).tolist()
     flags, state, expected = loop(raw.train_labels.tolist(), 3, ratio, seed), np.random.RandomState(seed), []
     for c in range(10):
         clean = [i for i in range(400) if not flags[i] and raw.train_labels[i] == c]
@@ -383,9 +387,9 @@ def test_seed_samples_of_a_poisoned_set_are_clean_and_the_originals(
 def test_a_class_poisoned_to_the_last_image_has_no_seed_samples(tiny: Path, tmp_path: Path) -> None:
     """Where the attacker left a class too few clean images, the error names the class and the count."""
     plan, raw = config.load(tiny, ["backdoor.poison_ratio=1.0"]), world()
-    data = poison_training_set(plan, raw, build_attack(plan, raw), tmp_path)
+    data = poisoned(plan, raw, tmp_path)
     with pytest.raises(UserError, match=r"global\.seed_num: 2: class 0 has only 0 clean training images"):
-        draw_seed_samples(data.train.labels, data.oracle, 10, 2, 7)
+        draw_seed_samples(data.train.labels, data.ground_truth, 10, 2, 7)
 
 
 def test_a_full_disk_or_locked_folder_is_a_clear_error(plan: Config, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from data.pools import (
     per_class,
     rest,
 )
-from data.sets import CLEAN, COVER, POISONED, Oracle
+from data.sets import CLEAN, COVER, POISONED, GroundTruth
 from utils import config
 from utils.errors import UserError
 
@@ -41,9 +41,9 @@ def by_loss(values: list[float], among: list[int], count: int) -> list[int]:
     return picked
 
 
-def oracle(flags: list[int], labels: list[int]) -> Oracle:
+def truth(flags: list[int], labels: list[int]) -> GroundTruth:
     """A ground truth."""
-    return Oracle(torch.tensor(flags, dtype=torch.uint8), torch.tensor(labels))
+    return GroundTruth(torch.tensor(flags, dtype=torch.uint8), torch.tensor(labels))
 
 
 @settings(deadline=None, max_examples=80)
@@ -147,7 +147,7 @@ def test_seed_samples_equal_the_original_generator_and_are_never_poisoned(seed: 
     labels = np.concatenate([np.arange(30) % 3, rng.integers(0, 3, 30)])
     flags = rng.choice([CLEAN, POISONED, COVER], 60, p=[0.6, 0.3, 0.1])
     flags[:9] = CLEAN  # three clean ones of each class at least
-    drawn = draw_seed_samples(torch.from_numpy(labels), oracle(flags.tolist(), labels.tolist()), 3, count, seed)
+    drawn = draw_seed_samples(torch.from_numpy(labels), truth(flags.tolist(), labels.tolist()), 3, count, seed)
     state, expected = np.random.RandomState(seed), []
     for c in range(3):
         clean = [i for i in range(60) if flags[i] == CLEAN and labels[i] == c]
@@ -163,7 +163,7 @@ def test_poisoned_images_of_the_target_label_are_no_seed_samples_even_if_almost_
     """A poisoned image carries the target label, yet only the clean images of that label are drawn."""
     labels, flags = [0] * 100 + [1] * 4, [POISONED] * 96 + [CLEAN] * 8
     for seed in range(30):
-        drawn = draw_seed_samples(torch.tensor(labels), oracle(flags, labels), 2, 3, seed).tolist()
+        drawn = draw_seed_samples(torch.tensor(labels), truth(flags, labels), 2, 3, seed).tolist()
         assert min(drawn) >= 96
 
 
@@ -171,9 +171,9 @@ def test_a_class_with_too_few_clean_images_is_named() -> None:
     """Asking for more seed samples than a class has clean images names key, number, class and what there is."""
     labels, flags = [0] * 5 + [1] * 5, [CLEAN] * 7 + [POISONED] * 3
     with pytest.raises(UserError, match=r"global\.seed_num: 3: class 1 has only 2 clean") as caught:
-        draw_seed_samples(torch.tensor(labels), oracle(flags, labels), 2, 3, 0)
+        draw_seed_samples(torch.tensor(labels), truth(flags, labels), 2, 3, 0)
     assert "\n" not in str(caught.value)
-    assert len(draw_seed_samples(torch.tensor(labels), oracle(flags, labels), 2, 2, 0)) == 4
+    assert len(draw_seed_samples(torch.tensor(labels), truth(flags, labels), 2, 2, 0)) == 4
 
 
 # -- the plan of the pools ---------------------------------------------------------------------------------------------

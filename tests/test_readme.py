@@ -140,7 +140,7 @@ def test_every_yaml_example_loads(page: Path, tmp_path: Path) -> None:
 
 def test_the_trigger_of_the_readmes_example_can_be_made(tmp_path: Path) -> None:
     """The README's example of another attack stamps nine pixels into the lower right corner."""
-    from data.poison import build_attack
+    from data.poisoning import build_attack
 
     path = tmp_path / "mine.yaml"
     path.write_text(re.findall(r"```yaml\n(.*?)```", README, re.S)[0].replace("base: ", f"base: {REPOSITORY / 'config'}/"))

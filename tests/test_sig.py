@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.attacks.sig import Attack, Settings
-from data.poison import build_attack, build_test_sets, poison_training_set
+from data.poisoning import build_attack, build_test_sets, poison_training_set
 from data.pools import draw_seed_samples
 from data.sets import CLEAN, POISONED, RawData, Scene
 from utils import config
@@ -101,12 +101,12 @@ def test_which_images_and_labels_change(label: str, tiny: Path, tmp_path: Path) 
     labels, inside = raw.train_labels, raw.train_labels == 3
     attack = build_attack(plan, raw)
     data = poison_training_set(plan, raw, attack, tmp_path)
-    flags = data.oracle.flags.numpy()
-    poisoned, now = flags == POISONED, data.train.images.numpy().transpose(0, 2, 3, 1)
+    flags = data.flags
+    poisoned, now = flags == POISONED, data.images
     assert set(flags.tolist()) == {CLEAN, POISONED}
     assert poisoned.sum() == int(0.3 * (inside.sum() if label == "clean" else 300)) > 0
     assert (labels[poisoned] == 3).all() if label == "clean" else (labels[poisoned] != 3).all()
-    assert np.array_equal(data.train.labels.numpy(), np.where(poisoned, 3, labels))
+    assert np.array_equal(data.labels, np.where(poisoned, 3, labels))
     assert np.array_equal(now[~poisoned], raw.train_images[~poisoned])
     assert np.array_equal(now[poisoned], attack.apply(raw.train_images[poisoned], np.flatnonzero(poisoned), "train"))
     backdoor, others = build_test_sets(plan, raw, attack).backdoor, np.flatnonzero(raw.test_labels != 3)
@@ -121,7 +121,7 @@ def test_a_target_class_without_clean_images_is_refused_with_asd(tiny: Path, tmp
     raw = world()
     data = poison_training_set(plan, raw, build_attack(plan, raw), tmp_path)
     with pytest.raises(UserError, match=r"global\.seed_num: 2: class 3 has only 0 clean .*backdoor\.poison_ratio"):
-        draw_seed_samples(data.train.labels, data.oracle, 10, 2, 7)
+        draw_seed_samples(data.to_set().labels, data.ground_truth(), 10, 2, 7)
 
 
 @pytest.mark.parametrize(("key", "value"), [("delta", -1), ("delta", 256), ("f", 0), ("label", "both")])

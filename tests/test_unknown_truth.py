@@ -22,7 +22,7 @@ from conftest import REPOSITORY, TINY, run_script
 from PIL import Image
 from training import train_here
 
-from data import poison, seeds, sets
+from data import poisoning, seeds, sets, sources
 from data.datasets import shapes
 from utils import compare, config
 from utils.errors import UserError
@@ -197,16 +197,16 @@ def test_an_attack_needs_test_images(tmp_path: Path) -> None:
 
 
 def test_no_ground_truth_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a run of unknown truth no Oracle is ever made, no image drawn to be poisoned, no attack built: the run does not
+    """In a run of unknown truth no GroundTruth is ever made, no image drawn to be poisoned, no attack built: the run does not
     depend on any of them."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("ground truth")
 
     write_tree(tmp_path / "tree", test=True)
-    monkeypatch.setattr(sets.Oracle, "__init__", refuse)
-    for name in ("draw_poisoned", "poison_index", "build_attack"):
-        monkeypatch.setattr(poison, name, refuse)
+    monkeypatch.setattr(sets.GroundTruth, "__init__", refuse)
+    monkeypatch.setattr(poisoning, "poison_index", refuse)
+    monkeypatch.setattr(sources, "build_attack", refuse)
     monkeypatch.setattr(seeds, "draw_seed_samples", refuse)
     saved = train(plan(tmp_path))
     assert (saved / "suspects.csv").exists()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from data.attack import CACHED
 from data.attacks.wanet import Attack, Settings
-from data.poison import build_attack, build_test_sets, poison_training_set
+from data.poisoning import build_attack, build_test_sets, poison_training_set
 from data.sets import CLEAN, COVER, POISONED, RawData, Scene
 from utils import config
 from utils.draws import numpy_generator
@@ -220,12 +220,12 @@ def test_poisoned_and_cover_images_are_disjoint(ratio: float, tiny: Path, tmp_pa
     raw = RawData(images, labels, images[:60], labels[:60], tuple("abcdefghij"))
     attack = build_attack(plan, raw)
     data = poison_training_set(plan, raw, attack, tmp_path)
-    flags, now = data.oracle.flags.numpy(), data.train.images.numpy().transpose(0, 2, 3, 1)
+    flags, now = data.flags, data.images
     poisoned, cover = np.flatnonzero(flags == POISONED), np.flatnonzero(flags == COVER)
     assert len(poisoned) > 10 and len(cover) == int(ratio * len(poisoned))
     changed = (now != images).any((1, 2, 3))
     assert np.array_equal(changed, flags != CLEAN)
-    assert np.array_equal(data.train.labels.numpy(), np.where(flags == POISONED, 3, labels))
+    assert np.array_equal(data.labels, np.where(flags == POISONED, 3, labels))
     assert np.array_equal(now[poisoned], attack.apply(images[poisoned], poisoned, "train"))
     if len(cover):
         assert np.array_equal(now[cover], attack.cover(images[cover], cover))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from data.export import StoredSet, read_set
+from data.poisoned_folder import StoredSet, read_set
 from utils.errors import UserError
 from utils.paths import user_path
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import ASD
-from data.poison import TestSets, prepare
 from data.pools import class_agnostic_split, meta_split
-from data.sets import ImageSet
+from data.sets import ImageSet, TestSets
+from data.sources import prepare
 from engine.context import build_context, build_state
 from engine.evaluation import evaluate
 from model.classifier import new_classifier
@@ -43,11 +43,11 @@ def build(c: Config, base: Path, machine: Machine) -> Subject:
     """Return the configuration's poisoned set with the weights of the checkpoint `base`; nothing is kept on disk."""
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(c, Path(folder), machine.device, new_classifier=new_classifier)
-    assert data.oracle is not None
+    assert data.ground_truth is not None
     train_set = data.train.to(machine.device)
     model = build_state(c, machine, len(train_set)).model
     checkpoint.load_weights(model, checkpoint.read(base), base)
-    return Subject(model, train_set, data.tests.to(machine.device), data.oracle.poisoned())
+    return Subject(model, train_set, data.tests.to(machine.device), data.ground_truth.poisoned())
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ from PIL import Image
 import ASD
 from data.datasets import cifar10
 from data.loading import load_raw
-from data.poison import build_attack, poison_training_set
-from data.sets import RawData
+from data.poisoning import build_attack, poison_training_set
+from data.sets import POISONED, RawData
 from engine.context import build_context, build_state
 from utils import config
 from utils.machine import Machine
@@ -62,12 +62,13 @@ def main() -> None:
     machine, results = Machine(torch.device("cpu")), []
     for raw, placement in ((wanted, "device"), (found, "device"), (found, "host"), (found, "disk")):
         with tempfile.TemporaryDirectory() as folder:
-            poisoned = poison_training_set(c, raw, build_attack(c, raw), Path(folder), placement)
-        model = build_state(c, machine, len(poisoned.train)).model
-        losses = ASD.split_losses(build_context(c, machine, poisoned.train), 0, "score", model)
-        results.append((poisoned.oracle.flags, losses))
+            part = poison_training_set(c, raw, build_attack(c, raw), Path(folder), placement)
+        train_set = part.to_set(placement)
+        model = build_state(c, machine, len(part)).model
+        losses = ASD.split_losses(build_context(c, machine, train_set), 0, "score", model)
+        results.append((torch.from_numpy(part.flags), losses))
         assert all(torch.equal(a, b) for a, b in zip(results[-1], results[0], strict=True)), placement
-        print(f"{placement}: {int(poisoned.oracle.poisoned().sum())} poisoned, split losses equal", flush=True)
+        print(f"{placement}: {(part.flags == POISONED).sum()} poisoned, split losses equal", flush=True)
 
 
 if __name__ == "__main__":

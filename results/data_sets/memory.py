@@ -24,7 +24,7 @@ MEASURE = """
 from pathlib import Path
 import torch
 import ASD  # all that a run imports
-from data.poison import prepare
+from data.sources import prepare
 from utils import config
 
 def memory(key):

@@ -1,0 +1,131 @@
+"""The attacker's work: the poisoned training set and the triggered test images (`data/choice.py`: which images)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.attack import BATCH, AttackBase
+from data.choice import draw_cover, label_after, poison_index
+from data.sets import CLEAN, COVER, POISONED, NewClassifier, Part, RawData, Scene, TestSets, no_network
+from data.tables import own_copy, read_table
+from utils import plugins
+from utils.config import Backdoor, Config
+from utils.errors import UserError
+from utils.paths import user_path
+
+ATTACKS = "data.attacks"
+
+
+def build_attack(
+    config: Config, raw: RawData, device: torch.device | None = None, new_classifier: NewClassifier = no_network
+) -> AttackBase:
+    """Make the configured attack; assets that it makes are kept in `<saved_dir>/assets`, for all runs there.
+
+    Args:
+        device: where assets are made; none: the CPU.
+        new_classifier: `model.classifier`'s, for attacks that train a network.
+    """
+    module = plugins.load(ATTACKS, config.attack.name)
+    folder = user_path(config.saved_dir, "saved_dir") / "assets"
+    device = device or torch.device("cpu")
+    b, shift = config.attacker, config.attacker.target_shift
+    scene = Scene(raw, b.target_label, config.num_classes, config.seed.seed, folder, device, new_classifier, target_shift=shift)
+    attack: AttackBase = module.Attack(config.attack.settings, scene)
+    if attack.clean_label and shift is not None:
+        raise UserError(
+            f"backdoor.target_shift: {shift}: {config.attack.name} leaves all labels unchanged, so they cannot be "
+            "all-to-all: remove the key, or choose an attack that changes labels"
+        )
+    return attack
+
+
+def poison_training_set(config: Config, raw: RawData, attack: AttackBase, folder: Path, placement: str = "device") -> Part:
+    """Let the attack poison the training set; which images is kept as `poison_idx.npy` in the run's folder."""
+    index = poison_index(folder / "poison_idx.npy", raw.train_labels, config, attack.clean_label)
+    return poison_images(config, raw, attack, index, placement)
+
+
+def poison_images(config: Config, raw: RawData, attack: AttackBase, index: np.ndarray, placement: str = "device") -> Part:
+    """Return the training set as the attacker leaves it; the raw images stay as they are.
+
+    Args:
+        index: (N,) of 0 and 1, which images are poisoned; cover images are drawn among the others.
+    """
+    wanted = wanted_labels(config, raw.train_labels)
+    allowed = None if attack.cover_target_class else raw.train_labels != wanted
+    poisoned, cover = np.flatnonzero(index), draw_cover(index, attack.cover_ratio, config.seed.seed, allowed)
+    images, labels = own_copy(raw.train_images, placement), raw.train_labels.astype(np.int64)
+    flags = np.full(len(labels), CLEAN, np.uint8)
+    if len(poisoned):
+        images[poisoned] = attack.apply(raw.train_images[poisoned], poisoned, "train")
+        labels[poisoned] = wanted[poisoned]
+        flags[poisoned] = POISONED
+    if len(cover):
+        images[cover] = attack.cover(raw.train_images[cover], cover)
+        flags[cover] = COVER
+    return Part(images, labels, raw.train_labels.astype(np.int64), flags, np.arange(len(labels)))
+
+
+def wanted_labels(config: Config, labels: np.ndarray) -> np.ndarray:
+    """Return the labels (n,) int64 that the attacker gives to images of the labels (n,)."""
+    return label_after(labels, config.attacker.target_label, config.attacker.target_shift, config.num_classes)
+
+
+def build_test_sets(config: Config, raw: RawData, attack: AttackBase, placement: str = "device") -> TestSets:
+    """Return the clean test set and the backdoor test set.
+
+    The latter is new images: where the others stay on disk, it lies in host memory. With `poison_ratio: 0` there is
+    none, for without an attack there is no success rate.
+    """
+    if len(raw.test_labels) == 0:
+        raise UserError(f"dataset_dir: {config.dataset_dir}: no test images: add some, or train with backdoor: null")
+    triggered = trigger_images(config, raw, attack) if config.attacker.poison_ratio else None
+    return test_sets(clean_images(raw, placement), triggered, placement)
+
+
+def test_sets(clean: Part, backdoor: Part | None, placement: str) -> TestSets:
+    """Return both test sets, and where the images of the second are in the first."""
+    if backdoor is None:
+        return TestSets(clean.to_set(placement))
+    origin = torch.from_numpy(np.searchsorted(clean.indices, backdoor.indices))
+    return TestSets(clean.to_set(placement), backdoor.to_set(placement), origin)
+
+
+def clean_images(raw: RawData, placement: str = "device") -> Part:
+    """Return the test images as they are."""
+    labels, n = raw.test_labels.astype(np.int64), len(raw.test_labels)
+    images = read_table(raw.test_images) if placement == "host" else raw.test_images
+    return Part(images, labels, labels, np.full(n, CLEAN, np.uint8), np.arange(n))
+
+
+def trigger_images(config: Config, raw: RawData, attack: AttackBase) -> Part:
+    """Return the triggered test images with the labels that the attacker wants, without those of the target class.
+
+    With all-to-all labels there is none: all test images are triggered.
+    """
+    wanted = wanted_labels(config, raw.test_labels)
+    others = np.flatnonzero(raw.test_labels != wanted)
+    if len(others) == 0:
+        target = config.attacker.target_text(raw.class_names)
+        raise UserError(
+            f"backdoor.target_label: {target}: every test image is of that class, so there is no success "
+            "rate: give another class, or add test images of others"
+        )
+    n = len(others)
+    images = np.empty((n, *raw.test_images.shape[1:]), np.uint8)
+    for start in range(0, n, BATCH):  # not all at once: at 224 px that would be a copy of the whole test set
+        part = others[start : start + BATCH]
+        images[start : start + BATCH] = attack.apply(raw.test_images[part], part, "test")
+    originals = raw.test_labels[others].astype(np.int64)
+    return Part(images, wanted[others], originals, np.full(n, POISONED, np.uint8), others)
+
+
+def training_caption(backdoor: Backdoor, attack: AttackBase, class_names: tuple[str, ...]) -> str:
+    """Return what poisoned training images are and which label they carry."""
+    label = backdoor.target_text(class_names)
+    if attack.clean_label:
+        return f"poisoned training images of class {label}, their labels unchanged"
+    return f"poisoned training images, labelled {label}"
