@@ -174,28 +174,28 @@ def mixmatch_steps(context: Context, state: State) -> Stepper:
 
 
 def mixmatch_step(context: Context, model: nn.Module, optimizer: torch.optim.Optimizer, draw: MixMatchDraws) -> Tensor:
-    """One MixMatch step: guess, mix, interleave, train (paper section 3.3). B labelled and B unlabelled images, C classes.
+    """One MixMatch step: guess, mix, interleave, train (paper section 3.3). B labeled and B unlabeled images, C classes.
 
     Returns:
         (3,): loss, Lx, Lu, detached.
     """
     config, machine, train_set = context.config, context.machine, context.train_set
-    b = len(draw.labelled)
-    index = torch.cat([draw.labelled, draw.unlabelled, draw.unlabelled])
+    b = len(draw.labeled)
+    index = torch.cat([draw.labeled, draw.unlabeled, draw.unlabeled])
     inputs = machine.lay_out(context.train_transform(train_set.fetch(index), draw.views))  # (3B, 3, H, W): x, u1, u2
     _x, u1, u2 = inputs.split(b)
 
     with torch.no_grad():  # in train mode: these batch statistics count too
         logits1, logits2 = forward(model, [u1, u2], machine)  # (B, C) each
         guessed = guess_labels(logits1, logits2, config.semi.mixmatch.temperature)  # (B, C)
-    given = F.one_hot(train_set.labels[draw.labelled], config.num_classes).to(guessed.dtype)  # (B, C)
+    given = F.one_hot(train_set.labels[draw.labeled], config.num_classes).to(guessed.dtype)  # (B, C)
     targets = torch.cat([given, guessed, guessed])  # (3B, C)
 
     mixed_inputs = mixup(inputs, draw.lam, draw.permutation)  # (3B, 3, H, W)
     mixed_targets = mixup(targets, draw.lam, draw.permutation)  # (3B, C)
-    order = interleave_order(b, 3, inputs.device)  # (3B,): BN sees labelled and unlabelled rows together; its own inverse
+    order = interleave_order(b, 3, inputs.device)  # (3B,): BN sees labeled and unlabeled rows together; its own inverse
     logits = torch.cat(forward(model, mixed_inputs[order].split(b), machine))[order]  # (3B, C)
-    loss_x, loss_u = mixmatch_loss(logits, mixed_targets, labelled=b)
+    loss_x, loss_u = mixmatch_loss(logits, mixed_targets, labeled=b)
     loss = loss_x + draw.lambda_u * loss_u
 
     optimizer.zero_grad(set_to_none=True)

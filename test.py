@@ -20,7 +20,7 @@ from torch import nn
 
 from data.augment import Pipeline
 from data.sources import prepare_tests
-from data.unlabelled import Pictures, label_table
+from data.unlabeled import Pictures, label_table
 from engine.context import build_context
 from engine.evaluation import evaluate_with_confusion
 from model.classifier import build_classifier, new_classifier
@@ -110,7 +110,7 @@ def label(
     write_atomically(out, lambda file: file.write(table))
     for line in pictures.remarks():
         print(line)
-    print(f"{len(pictures.kept)} pictures labelled, {len(pictures.unreadable)} cannot be read: written to {out}")
+    print(f"{len(pictures.kept)} pictures labeled, {len(pictures.unreadable)} cannot be read: written to {out}")
 
 
 if __name__ == "__main__":

@@ -29,12 +29,12 @@ def endless_order(count: int, batch: int, steps: int, rng: torch.Generator) -> T
 class MixMatchDraws(NamedTuple):
     """The draws of S MixMatch steps, or of one (without the first axis)."""
 
-    labelled: Tensor  # (S, B) int64 indices into the training set
-    unlabelled: Tensor  # (S, B) int64
+    labeled: Tensor  # (S, B) int64 indices into the training set
+    unlabeled: Tensor  # (S, B) int64
     views: Tensor  # (S, 3B, k) augmentation draws of x, u1, u2
     lam: Tensor  # (S,) float32 mixup weight, >= 0.5
     permutation: Tensor  # (S, 3B) int64
-    lambda_u: Tensor  # (S,) float32 weight of the unlabelled loss
+    lambda_u: Tensor  # (S,) float32 weight of the unlabeled loss
 
     def to(self, device: torch.device) -> MixMatchDraws:
         """Return the tables on a device."""
@@ -52,17 +52,17 @@ def draw_mixmatch(
 
     Args:
         clean_pool, polluted_pool: (P,), (N - P,) int64 indices on the CPU.
-        lambda_u: (S,) weights of the unlabelled loss.
+        lambda_u: (S,) weights of the unlabeled loss.
     """
     steps, batch, seed = config.semi.mixmatch.train_iteration, config.semi.loader.batch_size, config.seed.seed
     alpha = config.semi.mixmatch.alpha
     rng = generator(seed, "mixmatch", epoch)
-    labelled = clean_pool[endless_order(len(clean_pool), batch, steps, rng)]
-    unlabelled = polluted_pool[endless_order(len(polluted_pool), batch, steps, rng)]
+    labeled = clean_pool[endless_order(len(clean_pool), batch, steps, rng)]
+    unlabeled = polluted_pool[endless_order(len(polluted_pool), batch, steps, rng)]
     views = augment.draw(steps * 3 * batch, rng).view(steps, 3 * batch, -1)
     lam = torch.from_numpy(numpy_generator(seed, "mixup", epoch).beta(alpha, alpha, steps)).float()
     permutation = torch.rand(steps, 3 * batch, generator=rng, dtype=torch.float64).argsort(1)
-    return MixMatchDraws(labelled, unlabelled, views, torch.maximum(lam, 1 - lam), permutation, lambda_u.float())
+    return MixMatchDraws(labeled, unlabeled, views, torch.maximum(lam, 1 - lam), permutation, lambda_u.float())
 
 
 class SupervisedDraws(NamedTuple):

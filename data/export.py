@@ -68,7 +68,7 @@ def sheet_groups(config: Config, raw: RawData, attack: AttackBase, parts: Mappin
     name, target = config.attack.name, config.attacker.target_text(raw.class_names)
     shown = (
         (training_caption(config.attacker, attack, raw.class_names), parts["train"], raw.train_images, POISONED, "triggered"),
-        (f"triggered test images, labelled {target}", parts["backdoor_test"], raw.test_images, POISONED, "triggered"),
+        (f"triggered test images, labeled {target}", parts["backdoor_test"], raw.test_images, POISONED, "triggered"),
         ("cover images, their labels unchanged", parts["train"], raw.train_images, COVER, "cover"),
     )
     groups = []

@@ -279,7 +279,7 @@ def examples_of(stored: StoredSet, most: int) -> tuple[np.ndarray, str]:
     some = backdoor.indices[:most]
     before = clean.images[np.searchsorted(clean.indices, some)]
     label = stored.backdoor.target_text(stored.class_names)
-    caption = f"{stored.backdoor.attack.name}: triggered test images, labelled {label}"
+    caption = f"{stored.backdoor.attack.name}: triggered test images, labeled {label}"
     return np.stack([before, backdoor.images[: len(some)]]), caption
 
 

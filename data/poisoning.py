@@ -128,4 +128,4 @@ def training_caption(backdoor: Backdoor, attack: AttackBase, class_names: tuple[
     label = backdoor.target_text(class_names)
     if attack.clean_label:
         return f"poisoned training images of class {label}, their labels unchanged"
-    return f"poisoned training images, labelled {label}"
+    return f"poisoned training images, labeled {label}"

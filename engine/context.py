@@ -49,7 +49,7 @@ def build_state(config: Config, machine: Machine, count: int) -> State:
     """Return the state before the first epoch on `count` images: fresh weights, optimizer, schedule."""
     model: nn.Module = build_classifier(config.network, config.num_classes, config.seed.seed)
     model = model.to(machine.device).to(memory_format=machine.memory_format)
-    if config.sync_bn and machine.size > 1:
+    if config.sync_bn and machine.world_size > 1:
         model = synchronize(model, machine.device)
     if config.runtime.merged:
         model = group(model)

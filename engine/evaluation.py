@@ -57,9 +57,9 @@ def infer(context: Context, purpose: str, model: nn.Module, images: ImageSet, dr
     machine, n = context.machine, len(images)
     transform = context.eval_transform if draws is None else context.train_transform
     draws = torch.zeros(n, 0, device=images.labels.device) if draws is None else draws
-    batch, mine = machine.inference_batch(context.config.loader.batch_size), machine.share(n)
+    batch, mine = machine.inference_batch(context.config.loader.batch_size), machine.shard(n)
     batches = views(images.part(mine), draws[mine], transform, batch)
-    return machine.gather(predict(model, progress(batches, purpose, -(-n // machine.size // batch)), machine), n)
+    return machine.all_gather(predict(model, progress(batches, purpose, -(-n // machine.world_size // batch)), machine), n)
 
 
 def training_features(context: Context, model: nn.Module) -> Tensor:
@@ -68,7 +68,7 @@ def training_features(context: Context, model: nn.Module) -> Tensor:
     return infer(context, "features", Features(model), context.train_set).cpu()
 
 
-def weigh_images(context: Context, state: State) -> Evidence:
+def collect_evidence(context: Context, state: State) -> Evidence:
     """Return what the finished model and the splits say of each training image: what the suspects are ranked by."""
     train_set, sce = context.train_set, context.config.split.criterion.sce
     logits = infer(context, "suspects", state.model, train_set)  # (N, C)

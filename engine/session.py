@@ -18,7 +18,7 @@ from data.seeds import choose_seed_samples, complete_manifest
 from data.sets import TestSets
 from data.sources import prepare
 from engine.context import Context, build_context, build_state
-from engine.evaluation import evaluate_with_confusion, training_features, weigh_images
+from engine.evaluation import collect_evidence, evaluate_with_confusion, training_features
 from model.classifier import new_classifier
 from utils import checkpoint, config, manifest
 from utils.checkpoint import State
@@ -110,7 +110,7 @@ class Session:
         self.writer.wait()
         context, state, report, run = self.context, self.state, self.report, locate(self.context.config)
         if context.config.defense == "asd" and (self.trains or not (run.saved / SUSPECTS).exists()):
-            evidence = weigh_images(context, state)
+            evidence = collect_evidence(context, state)
             if report:
                 report.rank_suspects(evidence, context.train_set)
         if not self.trains and not (run.log / CONFUSION).exists():
@@ -133,12 +133,12 @@ def open_session(args: argparse.Namespace) -> Iterator[Session | None]:
     start_processes(args.gpu, partial(check_processes, settings))
     machine = choose_machine(args.gpu, settings.runtime.amp)
     set_determinism(settings.seed.deterministic, settings.seed.benchmark)
-    check_processes(settings, machine.size)
+    check_processes(settings, machine.world_size)
     run, fresh = locate(settings, Path(args.config)), args.resume == "False"
     with contextlib.ExitStack() as stack:
         if machine.rank == 0:
             stack.enter_context(open_run(run, settings, fresh))
-        machine.wait()
+        machine.barrier()
         resume = None if fresh else run.resume(args.resume)
         yield start(settings, run, machine, resume, stack)
     machine.leave()
@@ -161,7 +161,7 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, stack
         names = {key for key, _, _ in stand_ins(config)}
         checkpoint.refuse_other_settings(resume, saved, as_dict(config), names)  # before anything is decoded or made
     with machine.first_alone():  # it makes what is kept with the run, the others read it
-        data = prepare(config, run.saved, machine.device, machine.size, new_classifier)
+        data = prepare(config, run.saved, machine.device, machine.world_size, new_classifier)
         seeds = choose_seed_samples(config, data, run.saved)
     if config.defense == "asd":
         check_pool_sizes(config, data.train.labels, seeds)

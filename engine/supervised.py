@@ -24,7 +24,7 @@ def train_undefended(context: Context, epoch: int, state: State) -> dict[str, fl
 def train_supervised(context: Context, state: State, name: str, draws: SupervisedDraws, batch: int) -> float:
     """Train one pass over all images with cross-entropy; return the mean loss."""
     machine = context.machine
-    full, last = draws.to(machine.device).cut(batch, least=2 * machine.size)
+    full, last = draws.to(machine.device).cut(batch, least=2 * machine.world_size)
     steps = state.steps or supervised_steps(context, state)
     total = torch.zeros(1, device=machine.device)
     state.model.train()
@@ -33,7 +33,7 @@ def train_supervised(context: Context, state: State, name: str, draws: Supervise
             total = steps.run(full, lambda numbers: progress(numbers, name, len(full.order)))
         if len(last.order):
             total += steps.step(last)  # a graph is of fixed shapes: a batch of another size is no replay
-    return float(machine.sum(total)) / len(draws.order)
+    return float(machine.all_reduce(total)) / len(draws.order)
 
 
 def supervised_steps(context: Context, state: State) -> Stepper:
@@ -43,7 +43,7 @@ def supervised_steps(context: Context, state: State) -> Stepper:
     def step(draw: SupervisedDraws) -> Tensor:
         """Train on a batch of B images; return the sum of its losses (1,), this process' part."""
         count = len(draw.order)
-        mine = machine.share(count)
+        mine = machine.shard(count)
         index = draw.order[mine]
         inputs = machine.lay_out(context.train_transform(train_set.fetch(index), draw.views[mine]))  # (B, 3, H, W), its share
         with machine.autocast():

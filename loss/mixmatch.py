@@ -31,7 +31,7 @@ def mixup(values: Tensor, lam: Tensor, permutation: Tensor) -> Tensor:
 def interleave_order(batch: int, blocks: int, device: torch.device) -> Tensor:
     """Return (blocks * batch,) int64: which row comes to each place when the blocks of a batch are interleaved.
 
-    `rows[order]` swaps rows between the blocks, so that BN sees labelled and unlabelled rows together; doing it again
+    `rows[order]` swaps rows between the blocks, so that BN sees labeled and unlabeled rows together; doing it again
     swaps them back. With k blocks the offsets of a block are cut into k groups of floor(batch / k), the remainder added
     one each to the last groups; group i of block 0 changes places with group i of block i.
 
@@ -47,17 +47,17 @@ def interleave_order(batch: int, blocks: int, device: torch.device) -> Tensor:
     return source.view(-1).to(device)
 
 
-def mixmatch_loss(logits: Tensor, targets: Tensor, labelled: int) -> tuple[Tensor, Tensor]:
-    """Return (Lx, Lu): cross-entropy of the labelled rows, mean squared error of the others' probabilities.
+def mixmatch_loss(logits: Tensor, targets: Tensor, labeled: int) -> tuple[Tensor, Tensor]:
+    """Return (Lx, Lu): cross-entropy of the labeled rows, mean squared error of the others' probabilities.
 
     Args:
         logits: (R, C).
         targets: (R, C) mixed label distributions.
-        labelled: how many rows, the first ones, are labelled.
+        labeled: how many rows, the first ones, are labeled.
     """
     logits = full_precision(logits)
-    loss_x = -(targets[:labelled] * logits[:labelled].log_softmax(1)).sum(1).mean()
-    loss_u = ((logits[labelled:].softmax(1) - targets[labelled:]) ** 2).mean()
+    loss_x = -(targets[:labeled] * logits[:labeled].log_softmax(1)).sum(1).mean()
+    loss_u = ((logits[labeled:].softmax(1) - targets[labeled:]) ** 2).mean()
     return loss_x, loss_u
 
 

@@ -18,7 +18,7 @@ def forward(model: nn.Module, batches: Sequence[Tensor], machine: Machine) -> li
     them: the same numbers up to rounding, running statistics included. Every process forwards its share of each batch.
     """
     count = len(batches[0])
-    share = machine.share(count)
+    share = machine.shard(count)
     shares = [machine.lay_out(batch[share]) for batch in batches]
     with machine.autocast(cast_once=not torch.is_grad_enabled()):
         if is_grouped(model):
@@ -26,4 +26,4 @@ def forward(model: nn.Module, batches: Sequence[Tensor], machine: Machine) -> li
                 logits = list(model(torch.cat(shares)).split(len(shares[0])))
         else:
             logits = [model(batch) for batch in shares]
-    return [machine.gather(each, count) for each in logits]
+    return [machine.all_gather(each, count) for each in logits]

@@ -94,15 +94,15 @@ def test_mixmatch_tables_are_a_function_of_seed_epoch_and_pools(tiny: Path) -> N
     for name, one, again in zip(first._fields, first, table(plan(tiny), 3), strict=True):
         assert torch.equal(one, again), name
     for other in (table(plan(tiny), 4), table(plan(tiny, 20, 8, "seed.seed=8"), 3)):
-        for name in ("labelled", "unlabelled", "views", "lam", "permutation"):
+        for name in ("labeled", "unlabeled", "views", "lam", "permutation"):
             assert not torch.equal(getattr(first, name), getattr(other, name)), name
 
 
 @pytest.mark.parametrize(("steps", "batch"), [(1, 2), (7, 8), (30, 64)])
 def test_mixmatch_tables_have_a_row_for_every_step(tiny: Path, steps: int, batch: int) -> None:
-    """S steps of B labelled and B unlabelled images, 3B views, 3B permuted rows, and a lambda each."""
+    """S steps of B labeled and B unlabeled images, 3B views, 3B permuted rows, and a lambda each."""
     draws = table(plan(tiny, steps, batch))
-    assert draws.labelled.shape == draws.unlabelled.shape == (steps, batch)
+    assert draws.labeled.shape == draws.unlabeled.shape == (steps, batch)
     assert draws.views.shape == (steps, 3 * batch, 3)
     assert draws.lam.shape == draws.lambda_u.shape == (steps,)
     assert draws.permutation.shape == (steps, 3 * batch)
@@ -115,9 +115,9 @@ def test_mixmatch_tables_have_a_row_for_every_step(tiny: Path, steps: int, batch
 
 
 def test_labels_are_used_of_the_clean_pool_only(tiny: Path) -> None:
-    """Labelled batches hold clean-pool images only, unlabelled ones polluted-pool images only, none twice in a pass."""
+    """Labeled batches hold clean-pool images only, unlabeled ones polluted-pool images only, none twice in a pass."""
     draws = table(plan(tiny, 100, 8))
-    for rows, pool in ((draws.labelled, CLEAN_POOL), (draws.unlabelled, POLLUTED_POOL)):
+    for rows, pool in ((draws.labeled, CLEAN_POOL), (draws.unlabeled, POLLUTED_POOL)):
         assert set(rows.flatten().tolist()) == set(pool.tolist())  # 100 steps walk either pool several times
         whole = len(pool) // 8
         for start in range(0, 100 - whole, whole):
@@ -164,7 +164,7 @@ def test_mixup_weight_is_a_folded_beta_draw(tiny: Path, alpha: float) -> None:
     assert abs(neighbours) < 4 / math.sqrt(n)
 
 
-def test_the_two_views_of_an_unlabelled_image_are_drawn_independently(tiny: Path) -> None:
+def test_the_two_views_of_an_unlabeled_image_are_drawn_independently(tiny: Path) -> None:
     """u1 and u2 of one image are cropped and mirrored on their own, and so is x."""
     draws = table(plan(tiny, 150, 8)).views  # (S, 24, 3)
     x, u1, u2 = (draws[:, i : i + 8].reshape(-1, 3) for i in (0, 8, 16))

@@ -104,15 +104,15 @@ torch.manual_seed(0)
 net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).double()
 images = torch.randn(7, 2, 6, 6, dtype=torch.float64)
 model = machine.wrap(synchronize(net, machine.device))
-mine = machine.share(7)
-out = machine.gather(model(images[mine]), 7)
-(out.square().sum() / 7 * machine.size).backward()
+mine = machine.shard(7)
+out = machine.all_gather(model(images[mine]), 7)
+(out.square().sum() / 7 * machine.world_size).backward()
 grads = torch.cat([p.grad.flatten() for p in net.parameters()])
 plain = [t.clone() for t in (net[1].running_mean, net[1].running_var)]
 net[1].running_mean.add_(machine.rank)
 machine.average_buffers(net)
 torch.save([out.detach(), grads, *plain, net[1].running_mean], f"{sys.argv[1]}/{machine.rank}.pt")
-assert machine.sum(torch.tensor(2.0 + machine.rank)).item() == 5
+assert machine.all_reduce(torch.tensor(2.0 + machine.rank)).item() == 5
 machine.leave()
 """
 
@@ -183,7 +183,7 @@ def rank_of(pid: int) -> str:
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_shares_cover_every_row_once(count: int, size: int) -> None:
     """The processes' shares are disjoint, in order, complete, and differ by one row at the most."""
-    parts = [list(range(count))[Machine(torch.device("cpu"), rank=r, size=size).share(count)] for r in range(size)]
+    parts = [list(range(count))[Machine(torch.device("cpu"), rank=r, world_size=size).shard(count)] for r in range(size)]
     assert [row for part in parts for row in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -233,6 +233,10 @@ def test_the_same_device_twice_is_refused() -> None:
 
 def test_a_graph_is_for_one_cuda_device() -> None:
     """`auto` and `graph` mean a captured step on one CUDA device; on a CPU, and with several processes, there is none."""
-    one, several, cpu = Machine(torch.device("cuda", 0)), Machine(torch.device("cuda", 0), size=2), Machine(torch.device("cpu"))
+    one, several, cpu = (
+        Machine(torch.device("cuda", 0)),
+        Machine(torch.device("cuda", 0), world_size=2),
+        Machine(torch.device("cpu")),
+    )
     assert one.uses_graph("graph") and one.uses_graph("auto") and not one.uses_graph("eager")
     assert not any(machine.uses_graph(mode) for machine in (several, cpu) for mode in ("auto", "graph", "eager"))

@@ -75,9 +75,9 @@ def baseline(context: Context, model: nn.Module, draws: MixMatchDraws) -> Tensor
     losses = []
     for i in range(STEPS):
         draw = draws.step(i)
-        index = torch.cat([draw.labelled, draw.unlabelled, draw.unlabelled])
+        index = torch.cat([draw.labeled, draw.unlabeled, draw.unlabeled])
         x, u1, u2 = context.train_transform(context.train_set.images[index], draw.views).split(BATCH)
-        batch = (x, context.train_set.labels[draw.labelled], u1, u2)
+        batch = (x, context.train_set.labels[draw.labeled], u1, u2)
         mix = float(draw.lam), draw.permutation
         losses.append(reference.mixmatch_step(model, optimizer, batch, mix, float(draw.lambda_u)))
     return torch.tensor(losses, dtype=torch.float64, device=draws.lam.device)

@@ -199,7 +199,7 @@ def test_equal_settings_give_equal_bytes(tiny: Path, tmp_path: Path, toys: None,
 
 
 def test_cover_images_are_flagged_and_keep_their_label(tiny: Path, tmp_path: Path, toys: None) -> None:
-    """Cover images are int(1.5 times the poisoned ones), altered by the attack's own rule, of any label but relabelled none."""
+    """Cover images are int(1.5 times the poisoned ones), altered by the attack's own rule, of any label but relabeled none."""
     out, _ = write(plan(tiny, "tinted"), tmp_path / "set")
     train, raw = arrays(out, "train.npz"), shapes.load(shapes.Settings(200, 43), None, False)
     cover = np.flatnonzero(train["flags"] == 2)
@@ -381,15 +381,15 @@ def test_limits_cut_a_set_as_they_cut_raw_data(tiny: Path, tmp_path: Path) -> No
 
 
 def test_the_examples_of_a_run_say_what_they_are(tiny: Path, tmp_path: Path, toys: None) -> None:
-    """The triggered pictures of a run are named rightly: relabelled, of the target class, or of the test set."""
+    """The triggered pictures of a run are named rightly: relabeled, of the target class, or of the test set."""
     captions = {
         attack: prepare(config.load(plan(tiny, attack)), tmp_path / attack).caption for attack in ("tinted", "tinted_inside")
     }
-    assert captions["tinted"] == "tinted: poisoned training images, labelled 3 (frame)"
+    assert captions["tinted"] == "tinted: poisoned training images, labeled 3 (frame)"
     assert captions["tinted_inside"] == "tinted_inside: poisoned training images of class 3 (frame), their labels unchanged"
     out, _ = write(plan(tiny, "tinted"), tmp_path / "set")
     data = prepare(stored(tiny, out), tmp_path / "run")
-    assert data.caption == "tinted: triggered test images, labelled 3 (frame)"
+    assert data.caption == "tinted: triggered test images, labeled 3 (frame)"
     raw, backdoor = shapes.load(shapes.Settings(200, 43), None, False), arrays(out, "backdoor_test.npz")
     for k in range(data.examples.shape[1]):
         assert np.array_equal(data.examples[0, k], raw.test_images[backdoor["indices"][k]])
@@ -518,7 +518,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "forged flag": (entry("train.npz", "flags", 0, 7), ("train.npz", "flags", "2 cover")),
     "forged label": (entry("train.npz", "labels", 1, 99), ("train.npz", "labels", "classes")),
     "a negative label": (entry("train.npz", "original_labels", 1, -1), ("train.npz", "labels", "classes")),
-    "relabelled though clean": (whole("clean_test.npz", "labels", lambda a: (a + 1) % 10), ("clean_test.npz", "labels")),
+    "relabeled though clean": (whole("clean_test.npz", "labels", lambda a: (a + 1) % 10), ("clean_test.npz", "labels")),
     "poisoned clean test": (
         lambda folder: [entry("clean_test.npz", key, 0, v)(folder) for key, v in (("flags", 1), ("labels", 3))],
         ("clean_test.npz", "not clean"),

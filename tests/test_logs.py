@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from test_house import SOURCES
+from test_layout import SOURCES
 
 from utils import cli, logs, processes
 from utils.runlog import RunLog

@@ -179,19 +179,19 @@ def test_half_precision_logits_are_computed_in_float32(kind: torch.dtype) -> Non
 
 @FEW
 @given(st.data(), st.integers(1, 4), st.integers(1, 4), st.integers(2, 5))
-def test_mixmatch_loss_follows_the_formula(data: st.DataObject, labelled: int, others: int, classes: int) -> None:
-    """Lx is the mean cross-entropy of the labelled rows, Lu the mean squared error over the other rows and the classes."""
+def test_mixmatch_loss_follows_the_formula(data: st.DataObject, labeled: int, others: int, classes: int) -> None:
+    """Lx is the mean cross-entropy of the labeled rows, Lu the mean squared error over the other rows and the classes."""
     rng = random.Random(data.draw(st.integers(0, 10**6)))
-    rows = [[rng.uniform(-20, 20) for _ in range(classes)] for _ in range(labelled + others)]
+    rows = [[rng.uniform(-20, 20) for _ in range(classes)] for _ in range(labeled + others)]
     targets = [slow_softmax([rng.uniform(-3, 3) for _ in range(classes)]) for _ in rows]
     loss_x = loss_u = 0.0
     for i, (row, target) in enumerate(zip(rows, targets, strict=True)):
         for c in range(classes):
-            if i < labelled:
-                loss_x -= target[c] * slow_log_softmax(row)[c] / labelled
+            if i < labeled:
+                loss_x -= target[c] * slow_log_softmax(row)[c] / labeled
             else:
                 loss_u += (slow_softmax(row)[c] - target[c]) ** 2 / (others * classes)
-    fast_x, fast_u = mixmatch_loss(double(rows), double(targets), labelled)
+    fast_x, fast_u = mixmatch_loss(double(rows), double(targets), labeled)
     assert fast_x.item() == pytest.approx(loss_x, rel=1e-10, abs=1e-12)
     assert fast_u.item() == pytest.approx(loss_u, rel=1e-10, abs=1e-12)
 
@@ -246,7 +246,7 @@ def test_interleave_swaps_the_groups_and_is_its_own_inverse(batch: int, blocks: 
 
 
 def test_interleave_of_the_papers_batch() -> None:
-    """With batches of 64 the groups are 21, 21 and 22 rows, so every forward sees labelled and unlabelled rows."""
+    """With batches of 64 the groups are 21, 21 and 22 rows, so every forward sees labeled and unlabeled rows."""
     mixed = interleave(torch.arange(192), 64).tolist()
     assert mixed[:64] == [*range(21), *range(64 + 21, 64 + 42), *range(128 + 42, 128 + 64)]
     assert mixed[64:128] == [*range(64, 64 + 21), *range(21, 42), *range(64 + 42, 128)]
@@ -269,7 +269,7 @@ def test_interleave_moves_whole_images_and_lets_gradients_through() -> None:
 @FEW
 @given(st.integers(0, 200), st.integers(1, 12), st.floats(0, 100), st.sampled_from([0.0, 1.0, 2.5, 40.0, 120.0]))
 def test_lambda_u_grows_linearly_with_the_step(epoch: int, steps: int, lambda_u: float, length: float) -> None:
-    """Step i of an epoch weighs the unlabelled loss with lambda_u * clip((epoch + i / steps) / length, 0, 1)."""
+    """Step i of an epoch weighs the unlabeled loss with lambda_u * clip((epoch + i / steps) / length, 0, 1)."""
     slow = []
     for i in range(steps):
         at = epoch + i / steps

@@ -124,14 +124,14 @@ def slow_mixmatch_step(
     model: nn.Module, adam: SlowAdam, train_set: ImageSet, draw: MixMatchDraws, augment: Pipeline, temperature: float
 ) -> tuple[float, float, float]:
     """One MixMatch step, row by row, as the method is described: three views, two guesses, three forwards, one update."""
-    batch = len(draw.labelled)
+    batch = len(draw.labeled)
 
     def view(image: Tensor, draws: Tensor) -> Tensor:
         return augment(train_set.images[image][None], draws[None])[0]
 
-    x = [view(draw.labelled[i], draw.views[i]) for i in range(batch)]
-    u1 = [view(draw.unlabelled[i], draw.views[batch + i]) for i in range(batch)]
-    u2 = [view(draw.unlabelled[i], draw.views[2 * batch + i]) for i in range(batch)]
+    x = [view(draw.labeled[i], draw.views[i]) for i in range(batch)]
+    u1 = [view(draw.unlabeled[i], draw.views[batch + i]) for i in range(batch)]
+    u2 = [view(draw.unlabeled[i], draw.views[2 * batch + i]) for i in range(batch)]
 
     model.train()
     with torch.no_grad():
@@ -140,7 +140,7 @@ def slow_mixmatch_step(
     for a, b in zip(p1, p2, strict=True):
         powered = [((a[c] + b[c]) / 2) ** (1 / temperature) for c in range(C)]
         guesses.append([value / sum(powered) for value in powered])
-    given = [[1.0 if c == int(train_set.labels[draw.labelled[i]]) else 0.0 for c in range(C)] for i in range(batch)]
+    given = [[1.0 if c == int(train_set.labels[draw.labeled[i]]) else 0.0 for c in range(C)] for i in range(batch)]
     inputs, targets = x + u1 + u2, given + guesses + guesses
 
     lam = float(draw.lam)
@@ -518,8 +518,8 @@ def test_accuracy_is_a_count(tiny: Path, batch: int) -> None:
     right = sum(p == label for p, label in zip(predicted, labels, strict=True))
     assert right == 22
     assert len(set(predicted)) > 1
-    labelled = ImageSet(test_set.images, torch.tensor(labels))
-    figures = evaluate(fixed, model, TestSets(labelled, None))
+    labeled = ImageSet(test_set.images, torch.tensor(labels))
+    figures = evaluate(fixed, model, TestSets(labeled, None))
     assert figures["clean_accuracy"] == right / 43
     assert {name for name, share in figures.items() if share is not None} == {"clean_accuracy"}
     assert model.training
@@ -527,12 +527,12 @@ def test_accuracy_is_a_count(tiny: Path, batch: int) -> None:
     counts = [[0] * C for _ in range(C)]
     for label, p in zip(labels, predicted, strict=True):
         counts[label][p] += 1
-    matrix = evaluate_with_confusion(fixed, model, TestSets(labelled, None))[1]
+    matrix = evaluate_with_confusion(fixed, model, TestSets(labeled, None))[1]
     assert matrix is not None and matrix.tolist() == counts
     assert evaluate_with_confusion(fixed, model, TestSets(None, None)) == (dict.fromkeys(figures), None)
     # The triggered images are other test images, so it is known what the model makes of each.
     shown, origin, wanted = torch.arange(20), torch.arange(20, 40), torch.arange(20) % C
-    tests = TestSets(labelled, ImageSet(test_set.images[shown], wanted), origin)
+    tests = TestSets(labeled, ImageSet(test_set.images[shown], wanted), origin)
     assert evaluate(fixed, model, tests) == {
         "clean_accuracy": right / 43,
         "attack_success_rate": sum(predicted[i] == i % C for i in range(20)) / 20,

@@ -584,7 +584,7 @@ def test_all_three_stages_run(name: str, runs: Path, monkeypatch: pytest.MonkeyP
     states: list[State] = []
     monkeypatch.setattr(session, "Report", lambda *args: MagicMock())  # pictures and checkpoints take longer than the run
     monkeypatch.setattr(session, "save", lambda config, state, *_: states.append(state))
-    monkeypatch.setattr(session, "weigh_images", lambda *_: None)
+    monkeypatch.setattr(session, "collect_evidence", lambda *_: None)
     train_here(loaded, path, "False")
     rows, weights = states[-1].history, states[-1].model.state_dict()
     assert [row["stage"] for row in rows] == ["class-aware", "class-agnostic", "meta-split"]

@@ -84,7 +84,7 @@ from data.attacks import refool
 from data.datasets import cifar10, cifar100, folder, gtsrb, poisoned_set
 from data.loading import name_of_folder
 from data.picture import read_named
-from data.unlabelled import Pictures
+from data.unlabeled import Pictures
 from utils import checkpoint
 from utils.config import Config
 from utils.layers import read_with_base
@@ -165,7 +165,7 @@ def test_a_path_without_access_is_one_line_with_its_setting(locked: dict[str, li
 
 
 def test_a_picture_that_links_to_a_path_without_access_is_unreadable(locked: dict[str, list[object]]) -> None:
-    """It is named like any picture that cannot be read, can be left out, and does not keep others from being labelled."""
+    """It is named like any picture that cannot be read, can be left out, and does not keep others from being labeled."""
     kind, text = locked["link"]
     assert kind == "UserError" and "a/1.png" in str(text) and "Permission denied" in str(text)
     assert locked["skipped"] == ["", ["a/0.png"]]

@@ -18,7 +18,7 @@ from PIL import Image
 from data import tables
 from data.datasets import folder
 from data.picture import depth_line, read_named, read_picture, read_prepared
-from data.unlabelled import Pictures
+from data.unlabeled import Pictures
 from utils.errors import UserError
 
 COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # of a PNG, by its channels

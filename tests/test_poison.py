@@ -341,7 +341,7 @@ def test_poisoning_again_from_the_stored_file_gives_the_same_set(plan: Config, t
 
 
 def test_backdoor_test_set_leaves_out_the_target_class(plan: Config, tmp_path: Path) -> None:
-    """ASR counts every test image of another class once, in order, triggered and labelled as the target; ACC the raw images."""
+    """ASR counts every test image of another class once, in order, triggered and labeled as the target; ACC the raw images."""
     raw = world()
     before = raw.test_images.copy()
     tests = build_test_sets(plan, raw, build_attack(plan, raw))

@@ -140,8 +140,8 @@ def test_suspects_are_every_picture_by_its_name(own: Path) -> None:
     assert {row["name"]: int(row["epochs_in_clean_pool"]) for row in rows} == epochs
     run_test_py("--config", own / "own.yaml", "--images", own / "tree" / "train")
     with open(own / "saved" / "own" / "log" / "labels.csv", newline="") as file:
-        labelled = {row["path"]: (row["label"], row["confidence"]) for row in csv.DictReader(file)}
-    assert {row["name"]: (row["model_label"], row["confidence"]) for row in rows} == labelled
+        labeled = {row["path"]: (row["label"], row["confidence"]) for row in csv.DictReader(file)}
+    assert {row["name"]: (row["model_label"], row["confidence"]) for row in rows} == labeled
 
 
 def test_the_sheet_of_suspects_opens(own: Path) -> None:
@@ -460,7 +460,7 @@ def test_any_pictures_are_labelled(own: Path, tmp_path: Path) -> None:
         assert set(row[1::2]) == set(CLASSES) and shares == sorted(shares, reverse=True)
         assert sum(shares) == pytest.approx(1, abs=2e-4)
     assert "cannot be read: notes.txt" in said and "cannot be read: broken.png" in said
-    assert "2 of 4 pictures were not 32 x 32 pixels" in said and "4 pictures labelled, 2 cannot be read" in said
+    assert "2 of 4 pictures were not 32 x 32 pixels" in said and "4 pictures labeled, 2 cannot be read" in said
 
 
 def test_old_checkpoints_give_numbers(own: Path, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_cover_images_have_a_jitter_of_their_own() -> None:
 
 @pytest.mark.parametrize("ratio", [0, 0.5, 2])
 def test_poisoned_and_cover_images_are_disjoint(ratio: float, tiny: Path, tmp_path: Path) -> None:
-    """Poisoned images are warped and relabelled, `cover_ratio` times as many others keep their label, the rest is clean."""
+    """Poisoned images are warped and relabeled, `cover_ratio` times as many others keep their label, the rest is clean."""
     plan = config.load(tiny, [f"backdoor.wanet.cover_ratio={ratio}"])
     images, labels = noise(300, 16, 16), np.random.default_rng(0).integers(0, 10, 300)
     raw = RawData(images, labels, images[:60], labels[:60], tuple("abcdefghij"))

@@ -47,7 +47,7 @@ class Machine:
     device: torch.device
     amp: bool = False  # bf16 autocast
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     patient: Any = None  # the same processes as a group that waits longer than `SILENCE`
 
     def autocast(self, cast_once: bool = False) -> contextlib.AbstractContextManager[None]:
@@ -75,9 +75,9 @@ class Machine:
         """Return the images in the device's memory format."""
         return images.contiguous(memory_format=self.memory_format)
 
-    def share(self, count: int) -> slice:
+    def shard(self, count: int) -> slice:
         """Return this process' part of `count` rows: all of them where there is one process."""
-        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+        return slice(self.rank * count // self.world_size, (self.rank + 1) * count // self.world_size)
 
     def inference_batch(self, batch: int) -> int:
         """Return how many images a forward pass without gradients takes, where a training step takes `batch`.
@@ -87,16 +87,16 @@ class Machine:
         """
         return INFERENCE * batch if self.device.type == "cuda" else batch
 
-    def gather(self, rows: Tensor, count: int) -> Tensor:
+    def all_gather(self, rows: Tensor, count: int) -> Tensor:
         """Return all `count` rows (count, ...) of which every process has its share, in order.
 
         Gradients flow into this process' own rows; the others' are constants here.
         """
-        if self.size == 1:
+        if self.world_size == 1:
             return rows
         if rows.dtype == torch.bfloat16:
             rows = rows.float()
-        sizes = [(r + 1) * count // self.size - r * count // self.size for r in range(self.size)]
+        sizes = [(r + 1) * count // self.world_size - r * count // self.world_size for r in range(self.world_size)]
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: rows.shape[0]] = rows.detach()
         parts = [torch.empty_like(padded) for _ in sizes]
@@ -110,11 +110,11 @@ class Machine:
 
         DistributedDataParallel divides the sum of their gradients by their number, which is undone beforehand.
         """
-        (loss * self.size).backward()  # type: ignore[no-untyped-call]
+        (loss * self.world_size).backward()  # type: ignore[no-untyped-call]
 
-    def sum(self, value: Tensor) -> Tensor:
+    def all_reduce(self, value: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes."""
-        if self.size > 1:
+        if self.world_size > 1:
             value = value.clone()
             dist.all_reduce(value)
         return value
@@ -124,7 +124,7 @@ class Machine:
 
         Its buffers are not broadcast: BN statistics are synchronized (`sync_bn`) or averaged (`average_buffers`).
         """
-        if self.size == 1:
+        if self.world_size == 1:
             return model
         options: dict[str, Any] = {BROADCAST: False, "device_ids": [self.device.index] if self.device.type == "cuda" else None}
         return DistributedDataParallel(model, **options)
@@ -132,10 +132,10 @@ class Machine:
     @torch.no_grad()
     def average_buffers(self, model: nn.Module) -> None:
         """Make the BN statistics of all processes equal, their mean; to be called before scoring, testing and saving."""
-        if self.size == 1:
+        if self.world_size == 1:
             return
         for buffer in model.buffers():
-            mean = self.sum(buffer.double()) / self.size
+            mean = self.all_reduce(buffer.double()) / self.world_size
             buffer.copy_(mean.round() if not buffer.is_floating_point() else mean)
 
     def uses_graph(self, mode: str) -> bool:
@@ -143,7 +143,7 @@ class Machine:
 
         `auto` is a graph on one CUDA device; `utils/stepper.py` tries it against the eager step before it is used.
         """
-        return mode != "eager" and self.device.type == "cuda" and self.size == 1
+        return mode != "eager" and self.device.type == "cuda" and self.world_size == 1
 
     def compiled(self, function: Any) -> Any:
         """Return the function compiled by torch, whole and for fixed shapes, when it is first called; on a CPU too."""
@@ -155,17 +155,17 @@ class Machine:
         if self.rank > 0:
             dist.barrier(self.patient)
         yield
-        if self.rank == 0 and self.size > 1:
+        if self.rank == 0 and self.world_size > 1:
             dist.barrier(self.patient)
 
     def leave(self) -> None:
         """End the connection with the other processes."""
-        if self.size > 1:
+        if self.world_size > 1:
             dist.destroy_process_group()
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until every process has come here."""
-        if self.size > 1:
+        if self.world_size > 1:
             dist.barrier()
 
 

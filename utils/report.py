@@ -69,9 +69,9 @@ class Report:
         triggered = "" if backdoor_tests is None else f", triggered test images {backdoor_tests}"
         logger.info(f"training images {n}{self.composition()}, test images {clean_tests or 'none'}{triggered}")
         if clean_tests is None:
-            logger.info("without test images no accuracy is told and no best_model.pt kept: latest_model.pt is the result")
+            logger.info("without test images there is no accuracy and no best_model.pt: latest_model.pt is the result")
         parameters = sum(p.numel() for p in state.model.parameters())
-        processes = f", {machine.size} processes" if machine.size > 1 else ""
+        processes = f", {machine.world_size} processes" if machine.world_size > 1 else ""
         number = "bf16" if machine.amp else "fp32"
         logger.info(
             f"{c.network.name}, {parameters:,} parameters, on {machine.device} in {number}{processes}; logs in {self.run.log}"

@@ -106,7 +106,7 @@ def stack(images: list[np.ndarray]) -> Tensor:
 
 
 def label_table(files: Sequence[str], logits: Tensor, class_names: Sequence[str]) -> bytes:
-    """Return the CSV of labelled pictures: path, label, confidence, and the next two labels with theirs.
+    """Return the CSV of labeled pictures: path, label, confidence, and the next two labels with theirs.
 
     Args:
         files: n paths.
