@@ -20,8 +20,11 @@ OURS, FOREIGN = logging.getLogger("data.tables"), logging.getLogger("somebody.el
 
 
 @pytest.fixture(autouse=True)
-def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests themselves may have been started by a launcher."""
+def _nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests themselves may have been started by a launcher, and other tests in the process leave logs open."""
+    for logger in map(logging.getLogger, logs.PACKAGES):
+        for handler in list(logger.handlers):
+            logs.detach(handler)
     for name in {*processes.COUNTS, *processes.RENDEZVOUS}:
         monkeypatch.delenv(name, raising=False)
 

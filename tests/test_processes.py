@@ -62,7 +62,7 @@ def test_a_launch_that_makes_no_sense_is_one_line(monkeypatch: pytest.MonkeyPatc
 def test_leftovers_are_ignored_in_one_line(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     """A run with a WORLD_SIZE that some cluster left is one process and says so; test.py never looks at it."""
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert machine.choose_machine("cpu", False).size == 1
+    assert machine.choose_machine("cpu", False).world_size == 1
     assert len(said) == 1 and said[0].startswith("warning: WORLD_SIZE=4: ")
     for name, value in (MEETING | {"RANK": "1"}).items():
         monkeypatch.setenv(name, value)
