@@ -8,7 +8,7 @@ the epoch loop, the split into a clean and a polluted pool, the virtual model, a
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports, which take seconds: Ctrl-C and SIGTERM end in one line from here on
+if __name__ == "__main__":  # before the slow imports: from here on Ctrl-C and SIGTERM end the program in one line
     from utils.startup import begin
 
     begin("ASD.py")
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def train(session: Session) -> None:
-    """Run all epochs that are still to do (paper section 3.2 and Algorithm 1)."""
+    """Run the remaining epochs (paper section 3.2 and Algorithm 1)."""
     context, state = session.context, session.state
     asd = context.config.defense == "asd"
     state.steps = mixmatch_steps(context, state) if asd else supervised_steps(context, state)
@@ -73,9 +73,9 @@ def split_pools(
 
     Args:
         seeds: (S,) int64, on the CPU.
-        virtual: as for `train_virtual_model`.
+        virtual: as in `train_virtual_model`.
     Returns:
-        the clean pool, sorted indices (P,) int64, and the values (N,) that decided; both on the CPU.
+        the clean pool, sorted indices (P,) int64, and the values (N,) that ranked the images; both on the CPU.
     """
     config, n = context.config, len(context.train_set)
     g, labels = config.global_, context.train_set.labels.cpu()
@@ -112,10 +112,10 @@ def split_losses(context: Context, epoch: int, purpose: str, model: nn.Module) -
 
 
 def train_virtual_model(context: Context, epoch: int, model: nn.Module, virtual: State | None = None) -> Classifier:
-    """Return a copy of the model, trained a little on all images with the labels they carry (paper section 3.2.3).
+    """Return a copy of the model, briefly trained on all images with the labels they carry (paper section 3.2.3).
 
     Args:
-        virtual: overwritten with the copy, whose model is returned; None: the copy is a new one.
+        virtual: reused for the copy, overwriting what it holds; None: build a new one.
     """
     virtual = virtual or build_virtual(context, model)
     copy_values(model, virtual.model)
@@ -130,9 +130,9 @@ def train_virtual_model(context: Context, epoch: int, model: nn.Module, virtual:
 
 
 def build_virtual(context: Context, model: nn.Module) -> State:
-    """Return a copy of the model whose last layers can be trained.
+    """Return a copy of the model in which only the last layers are trainable, with its optimizer and stepper.
 
-    One serves all epochs, each of which overwrites it: a captured step finds its tensors by their addresses.
+    All epochs reuse this copy, because a captured step refers to its tensors by their addresses.
     """
     assert isinstance(model, Classifier)
     config, machine = context.config, context.machine
@@ -144,16 +144,16 @@ def build_virtual(context: Context, model: nn.Module) -> State:
     return virtual
 
 
-FORWARDS = 5  # of a MixMatch step: 2 guess labels, 3 train
+FORWARDS = 5  # forward passes in a MixMatch step: 2 to guess labels, 3 to train
 
 
 def train_mixmatch(context: Context, epoch: int, state: State, clean_pool: Tensor) -> dict[str, float]:
-    """Train one epoch on both pools: labels of the clean pool are used, those of the polluted pool are not.
+    """Train one epoch on both pools, using only the labels of the clean pool.
 
     Args:
         clean_pool: (P,) int64 on the CPU.
     Returns:
-        the epoch's means of `loss`, `loss_x`, `loss_u`, `lambda_u`.
+        means over the epoch of `loss`, `loss_x`, `loss_u`, `lambda_u`.
     """
     s = context.config.semi
     count = s.mixmatch.train_iteration
@@ -164,12 +164,12 @@ def train_mixmatch(context: Context, epoch: int, state: State, clean_pool: Tenso
     state.model.train()
     with count_at_end(state.model, FORWARDS * count):
         sums = steps.run(draws.to(context.machine.device), lambda numbers: progress(numbers, "MixMatch", count))
-    means = dict(zip(("loss", "loss_x", "loss_u"), (sums / count).tolist(), strict=True))  # read once: no step waits for it
+    means = dict(zip(("loss", "loss_x", "loss_u"), (sums / count).tolist(), strict=True))  # one wait for the device
     return means | {"lambda_u": float(lambda_u.mean())}
 
 
 def mixmatch_steps(context: Context, state: State) -> Stepper:
-    """Return what runs the MixMatch steps of every epoch: one after the other, or as a captured CUDA graph."""
+    """Return the stepper of the MixMatch steps, eager or as a captured CUDA graph; it serves all epochs."""
     return build_stepper(context, state, lambda draw: mixmatch_step(context, state.parallel, state.optimizer, draw), width=3)
 
 
@@ -182,10 +182,10 @@ def mixmatch_step(context: Context, model: nn.Module, optimizer: torch.optim.Opt
     config, machine, train_set = context.config, context.machine, context.train_set
     b = len(draw.labeled)
     index = torch.cat([draw.labeled, draw.unlabeled, draw.unlabeled])
-    inputs = machine.lay_out(context.train_transform(train_set.fetch(index), draw.views))  # (3B, 3, H, W): x, u1, u2
+    inputs = machine.to_memory_format(context.train_transform(train_set.fetch(index), draw.views))  # (3B, 3, H, W)
     _x, u1, u2 = inputs.split(b)
 
-    with torch.no_grad():  # in train mode: these batch statistics count too
+    with torch.no_grad():  # in train mode: these passes update the BN statistics too
         logits1, logits2 = forward(model, [u1, u2], machine)  # (B, C) each
         guessed = guess_labels(logits1, logits2, config.semi.mixmatch.temperature)  # (B, C)
     given = F.one_hot(train_set.labels[draw.labeled], config.num_classes).to(guessed.dtype)  # (B, C)
@@ -205,4 +205,4 @@ def mixmatch_step(context: Context, model: nn.Module, optimizer: torch.optim.Opt
 
 
 if __name__ == "__main__":
-    command("ASD.py", main, kept="Every finished epoch is kept: the same command without --resume False goes on.")
+    command("ASD.py", main, kept="Finished epochs are saved. To resume, run the same command without --resume False.")

@@ -1,4 +1,4 @@
-"""What is fixed for a run and known to the defender, and how a run's model, optimizer and captured step are built."""
+"""The context of a run, which is all that is fixed and known to the defender; building its model, optimizer and stepper."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from utils.stepper import Stepper
 
 @dataclass(frozen=True)
 class Context:
-    """What is fixed for a run and known to the defender: no ground truth."""
+    """What is fixed for a run and known to the defender. It contains no ground truth."""
 
     config: Config
     machine: Machine
@@ -34,19 +34,19 @@ class Context:
 
 
 def build_context(config: Config, machine: Machine, train_set: ImageSet) -> Context:
-    """Return the context of a run on these images, which are on the machine's device."""
+    """Return the context of a run on these images, which must be on the machine's device."""
     return Context(config, machine, train_set, *build_transforms(config, train_set))
 
 
 def build_transforms(config: Config, images: ImageSet) -> tuple[Pipeline, Pipeline]:
-    """Return the train and the eval transform of images of this size."""
+    """Return the train and the eval transform for images of this size."""
     height, width = images.images.shape[2:]
     train, test = config.transform.train, config.transform.test
     return Pipeline(train.primary, train.remaining, height, width), Pipeline(test.primary, test.remaining, height, width)
 
 
 def build_state(config: Config, machine: Machine, count: int) -> State:
-    """Return the state before the first epoch on `count` images: fresh weights, optimizer, schedule."""
+    """Return the state before the first epoch on `count` images: initial weights, optimizer and schedule."""
     model: nn.Module = build_classifier(config.network, config.num_classes, config.seed.seed)
     model = model.to(machine.device).to(memory_format=machine.memory_format)
     if config.sync_bn and machine.world_size > 1:
@@ -62,16 +62,16 @@ def build_state(config: Config, machine: Machine, count: int) -> State:
 
 
 def build_stepper(context: Context, state: State, step: Callable[[Any], Tensor], width: int) -> Stepper:
-    """Return what runs a step over tables of draws: eagerly, or as a CUDA graph captured once.
+    """Return a stepper that runs `step` on each row of tables of draws: eagerly, or as a CUDA graph captured once.
 
     Args:
-        step: changes the tensors of `state`, returns (width,).
+        step: a training step, which changes the tensors of `state` in place and returns (width,).
     Raises:
-        UserError: `runtime.mode: graph` insists on a graph, and the images are not on the device.
+        UserError: `runtime.mode` is `graph`, but the images are not on the device.
     """
     mode, resident = context.config.runtime.mode, context.train_set.resident
     graph = context.machine.uses_graph(mode)
     if graph and mode == "graph" and not resident:
         raise UserError("runtime.mode: graph: needs the images on the device: set data.placement=device, or runtime.mode=auto")
-    capture = graph and resident  # to fetch images from elsewhere the step waits for the host
+    capture = graph and resident  # otherwise the step waits for the host, which a graph cannot do
     return Stepper(step, state.tensors, width, capture, insist=mode == "graph")

@@ -1,4 +1,4 @@
-"""A run in progress: opened, resumed, evaluated and saved after every epoch. A training method works inside of it."""
+"""A run in progress: opening, resuming, evaluating and saving it. A training method runs inside a session."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from utils.confusion import FILE as CONFUSION
 from utils.draws import key_seed
 from utils.errors import UserError
 from utils.machine import Machine, choose_machine, set_determinism, start_processes
-from utils.pictures import FEATURES
+from utils.plots import FEATURES
 from utils.report import Report, Subject
 from utils.run import BEST, LATEST, Run, locate, make_ready, open_run
 from utils.schema import as_dict, stand_ins
@@ -36,13 +36,13 @@ from utils.suspects import CSV as SUSPECTS
 
 @dataclass
 class Session:
-    """A run in progress."""
+    """A run in progress: its context and state, the seed samples, the test sets, and where results are written."""
 
     context: Context
     state: State
     seeds: Tensor  # (S,) int64, the seed samples, on the CPU
     tests: TestSets  # on the device
-    report: Report | None  # None in all processes but the first
+    report: Report | None  # None on every rank but 0
     writer: checkpoint.Writer  # of the checkpoints
 
     def __post_init__(self) -> None:
@@ -51,10 +51,10 @@ class Session:
         self.confusion: Tensor | None = None  # (C, C) of the last epoch
 
     def epochs(self) -> Iterator[int]:
-        """Yield the numbers of the epochs that are still to do; `finish_epoch` ends each of them."""
+        """Yield the 0-based numbers of the remaining epochs; call `finish_epoch` at the end of each."""
         for epoch in range(self.state.epoch, self.context.config.num_epochs):
             self.started = time.monotonic()
-            torch.manual_seed(key_seed(self.context.config.seed.seed, "torch", epoch))  # for networks that drop units
+            torch.manual_seed(key_seed(self.context.config.seed.seed, "torch", epoch))  # for networks with dropout
             yield epoch
 
     def finish_epoch(self, losses: dict[str, float]) -> None:
@@ -71,17 +71,17 @@ class Session:
         self.check_losses(losses)
         state.history.append(self.row(losses, figures))
         if state.scheduler is not None:
-            state.scheduler.step()  # only now: the row has the rate that the epoch was trained with
+            state.scheduler.step()  # after the row, which has the learning rate of this epoch
         state.epoch += 1
         if self.report:
             save(context.config, state, self.writer, self.report)
 
     def check_losses(self, losses: dict[str, float]) -> None:
-        """Refuse losses that are not finite: the weights are lost, the last checkpoint is not."""
+        """Raise `UserError` if a loss is not finite: the weights are useless then, but the last checkpoint is intact."""
         if not torch.isfinite(torch.tensor(list(losses.values()))).all():
-            what = "optimizer" if self.context.config.defense == "asd" else "undefended.optimizer"
+            key = "optimizer" if self.context.config.defense == "asd" else "undefended.optimizer"
             raise UserError(
-                f"epoch {self.state.epoch}: the training loss is not finite: lower the learning rate of {what}; "
+                f"epoch {self.state.epoch}: the training loss is not finite: lower the learning rate of {key}; "
                 "the last checkpoint is kept"
             )
 
@@ -106,7 +106,7 @@ class Session:
         }
 
     def conclude(self) -> None:
-        """After the last epoch: rank the suspects, keep the confusion matrix, draw the plots."""
+        """Finish the run after its last epoch: rank the suspects, write the confusion matrix, draw the plots."""
         self.writer.wait()
         context, state, report, run = self.context, self.state, self.report, locate(self.context.config)
         if context.config.defense == "asd" and (self.trains or not (run.saved / SUSPECTS).exists()):
@@ -125,9 +125,10 @@ class Session:
 
 @contextlib.contextmanager
 def open_session(args: argparse.Namespace) -> Iterator[Session | None]:
-    """Open the run that a command line names; None: it is finished, and a longer one lies in its folder.
+    """Open the run that the command line names, and lock it for the block. Several devices get one process each.
 
-    Several devices mean one process for each; the run is locked for the block.
+    Yields:
+        None if the checkpoint has all epochs but the run has more: the run is left as it is.
     """
     settings = config.load(args.config, args.set)
     start_processes(args.gpu, partial(check_processes, settings))
@@ -148,19 +149,19 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, stack
     """Prepare the data and the state of a run.
 
     Args:
-        run: whose folders are there.
-        resume: the checkpoint to go on from; None: from the first epoch.
-        stack: closes the run's log and finishes the checkpoint that is being written, however the run ends.
+        run: its folders exist.
+        resume: the checkpoint to resume from; None: start with the first epoch.
+        stack: on exit, waits for the checkpoint being written and closes the run's log.
     Returns:
-        None: the checkpoint has all epochs and the run has more, so that all of it stays as it is.
+        None if the checkpoint has all epochs but the run has more: the run is left as it is.
     """
     first = machine.rank == 0
     saved = None
     if resume is not None:
         saved = checkpoint.read(resume)
         names = {key for key, _, _ in stand_ins(config)}
-        checkpoint.refuse_other_settings(resume, saved, as_dict(config), names)  # before anything is decoded or made
-    with machine.first_alone():  # it makes what is kept with the run, the others read it
+        checkpoint.refuse_other_settings(resume, saved, as_dict(config), names)  # before any data is decoded or written
+    with machine.first_alone():  # rank 0 writes the run's files, the other ranks read them
         data = prepare(config, run.saved, machine.device, machine.world_size, new_classifier)
         seeds = choose_seed_samples(config, data, run.saved)
     if config.defense == "asd":
@@ -182,14 +183,14 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, stack
         report = Report(run, config, subject, state.epoch)
         stack.callback(report.close)
         report.start(machine, state, *(len(part) if part else None for part in (tests.clean, tests.backdoor)))
-    writer = stack.enter_context(checkpoint.Writer())  # after the report, which has a line on each checkpoint
+    writer = stack.enter_context(checkpoint.Writer())  # exits before the report: it logs each checkpoint
     return Session(context, state, seeds, tests, report, writer)
 
 
 def save(config: Config, state: State, writer: checkpoint.Writer, report: Report) -> None:
-    """Begin to write the checkpoint; the epoch counts as finished, and is reported, once `latest_model.pt` is there.
+    """Start writing the checkpoint. The epoch is finished, and is reported, once `latest_model.pt` is on disk.
 
-    Without test images nothing tells which epoch is the best: there is no `best_model.pt`.
+    Without test images no epoch is known to be the best, and there is no `best_model.pt`.
     """
     acc, best, checkpoints = state.history[-1]["clean_accuracy"], [], report.run.checkpoints
     if acc is not None and acc > state.best_acc:

@@ -15,14 +15,14 @@ from utils.stepper import Stepper
 
 
 def train_undefended(context: Context, epoch: int, state: State) -> dict[str, float]:
-    """`defense: none`: one epoch of plain training on all images."""
+    """Train one epoch on all images, without a defense (`defense: none`); return the mean loss."""
     config = context.config
     draws = draw_supervised(config.seed.seed, "undefended", epoch, len(context.train_set), context.train_transform)
     return {"loss": train_supervised(context, state, "training", draws, config.undefended.batch_size)}
 
 
 def train_supervised(context: Context, state: State, name: str, draws: SupervisedDraws, batch: int) -> float:
-    """Train one pass over all images with cross-entropy; return the mean loss."""
+    """Train with cross-entropy for one pass over all images; return the mean loss."""
     machine = context.machine
     full, last = draws.to(machine.device).cut(batch, least=2 * machine.world_size)
     steps = state.steps or supervised_steps(context, state)
@@ -32,20 +32,21 @@ def train_supervised(context: Context, state: State, name: str, draws: Supervise
         if len(full.order):
             total = steps.run(full, lambda numbers: progress(numbers, name, len(full.order)))
         if len(last.order):
-            total += steps.step(last)  # a graph is of fixed shapes: a batch of another size is no replay
+            total += steps.step(last)  # eager: a graph has fixed shapes, and this batch is smaller
     return float(machine.all_reduce(total)) / len(draws.order)
 
 
 def supervised_steps(context: Context, state: State) -> Stepper:
-    """Return what runs the steps of training with cross-entropy."""
+    """Return the stepper of training with cross-entropy."""
     machine, train_set = context.machine, context.train_set
 
     def step(draw: SupervisedDraws) -> Tensor:
-        """Train on a batch of B images; return the sum of its losses (1,), this process' part."""
+        """Train on a batch of B images; return the sum (1,) of the losses of this process's share."""
         count = len(draw.order)
         mine = machine.shard(count)
         index = draw.order[mine]
-        inputs = machine.lay_out(context.train_transform(train_set.fetch(index), draw.views[mine]))  # (B, 3, H, W), its share
+        images = context.train_transform(train_set.fetch(index), draw.views[mine])
+        inputs = machine.to_memory_format(images)  # (B, 3, H, W); with several processes, this one's share of B
         with machine.autocast():
             logits = state.parallel(inputs)  # (B, C)
         losses = cross_entropy(logits, train_set.labels[index])  # (B,)

@@ -19,7 +19,7 @@ def forward(model: nn.Module, batches: Sequence[Tensor], machine: Machine) -> li
     """
     count = len(batches[0])
     share = machine.shard(count)
-    shares = [machine.lay_out(batch[share]) for batch in batches]
+    shares = [machine.to_memory_format(batch[share]) for batch in batches]
     with machine.autocast(cast_once=not torch.is_grad_enabled()):
         if is_grouped(model):
             with rows_per_group(model, len(shares[0])):

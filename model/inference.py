@@ -22,7 +22,7 @@ def predict(model: nn.Module, batches: Iterable[Tensor], machine: Machine) -> Te
     with eval_mode(model):
         for images in batches:
             with machine.autocast():
-                logits.append(model(machine.lay_out(images)).float())
+                logits.append(model(machine.to_memory_format(images)).float())
     return torch.cat(logits)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from utils import confusion, pictures
+from utils import confusion, plots
 
 CLASSES = 4
 PAIRS = st.lists(st.tuples(st.integers(0, CLASSES - 1), st.integers(0, CLASSES - 1)), max_size=25)
@@ -75,9 +75,9 @@ def test_the_picture_fits_any_number_of_classes(tmp_path: Path, classes: int, fi
     that is empty; a mistake can be seen."""
     matrix = (np.eye(classes, dtype=np.int64) * 100) * filled
     names = ["$x_1$", "<b>\udce9" + "a very long name" * 9][: classes - 1]
-    pictures.draw_confusion(tmp_path / "c.png", matrix, names, "run $x: clean test images")
+    plots.draw_confusion(tmp_path / "c.png", matrix, names, "run $x: clean test images")
     matrix[0, classes - 1] += 3
-    pictures.draw_confusion(tmp_path / "other.png", matrix, names, "run $x: clean test images")
+    plots.draw_confusion(tmp_path / "other.png", matrix, names, "run $x: clean test images")
     with Image.open(tmp_path / "c.png") as one, Image.open(tmp_path / "other.png") as other:
         assert one.format == "PNG" and min(one.size) >= 300 and max(one.size) <= 1400
         assert one.size == other.size and (np.asarray(one) != np.asarray(other)).any()

@@ -23,7 +23,7 @@ from conftest import REPOSITORY, TINY
 from fake_cuda import Device, Graph, pretended_cuda
 from PIL import Image
 
-from utils import pictures
+from utils import plots
 from utils.stepper import TRIAL
 
 STEPS = 3  # of MixMatch an epoch
@@ -48,10 +48,10 @@ def program(script: str, *arguments: object) -> tuple[int, str]:
     The pictures of a run are left out: they cost most of its time, and no device.
     """
     printed = io.StringIO()
-    drawing = [name for name in vars(pictures) if name.startswith("draw")]
+    drawing = [name for name in vars(plots) if name.startswith("draw")]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(sys, "argv", [script, *map(str, arguments)]))
-        stack.enter_context(mock.patch.multiple(pictures, **dict.fromkeys(drawing, lambda *_, **__: None)))
+        stack.enter_context(mock.patch.multiple(plots, **dict.fromkeys(drawing, lambda *_, **__: None)))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(contextlib.redirect_stdout(printed))

@@ -68,7 +68,7 @@ def test_every_weight_learns_after_a_pass_without_gradient(amp: bool) -> None:
     """Guessing labels without gradient and training in one autocast context leaves no weight without its gradient."""
     model, images = small_network(), torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     machine = Machine(torch.device("cpu"), amp)
-    images = machine.lay_out(images)
+    images = machine.to_memory_format(images)
     with machine.autocast():
         with torch.no_grad():
             model(images)
@@ -97,7 +97,7 @@ def test_weights_are_cast_once_for_all_passes_without_gradient() -> None:
             return func(*args, **(kwargs or {}))
 
     machine, model = Machine(torch.device("cpu"), amp=True), small_network()
-    images = machine.lay_out(torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    images = machine.to_memory_format(torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
     logits = []
     for once in (False, True):
         casts.clear()
@@ -123,7 +123,7 @@ def test_batches_of_inference() -> None:
 def test_the_layout_changes_no_pixel(amp: bool) -> None:
     """Images laid out for the device are the same images; on a CPU the channels come last in fp32 too."""
     images = torch.randn(2, 3, 5, 7)
-    out = Machine(torch.device("cpu"), amp).lay_out(images)
+    out = Machine(torch.device("cpu"), amp).to_memory_format(images)
     assert torch.equal(out, images) and out.is_contiguous(memory_format=torch.channels_last)
 
 

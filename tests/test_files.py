@@ -20,7 +20,7 @@ from conftest import REPOSITORY
 
 from data.attack import keep_asset
 from data.sets import RawData, Scene
-from utils import files, pictures
+from utils import files, plots
 from utils.errors import UserError
 from utils.files import new_folder, remove_leftovers, write_atomically, write_text
 
@@ -122,11 +122,11 @@ def test_a_picture_goes_where_every_output_goes(tmp_path: Path) -> None:
     """The picture of `utils.compare --picture` follows links, has no need of a suffix, and a folder is refused in a line."""
     history = [{"epoch": 0, "stage": "undefended", "defense": "none", "clean_accuracy": 0.5, "attack_success_rate": 0.1}]
     (tmp_path / "link").symlink_to("figure")
-    pictures.draw_comparison(tmp_path / "link", [[history]])
+    plots.draw_comparison(tmp_path / "link", [[history]])
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "figure").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="is a folder"):
-        pictures.draw_comparison(tmp_path, [[history]])
+        plots.draw_comparison(tmp_path, [[history]])
 
 
 def test_a_folder_is_refused_and_a_name_in_it_works(tmp_path: Path) -> None:

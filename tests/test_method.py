@@ -202,7 +202,7 @@ def slow_virtual_model(
         for start in range(0, len(train_set), config.loader.batch_size):
             stop = min(start + config.loader.batch_size, len(train_set))
             views = [augment(train_set.images[draws.order[k]][None], draws.views[k : k + 1]) for k in range(start, stop)]
-            inputs = FP32.lay_out(torch.cat(views))  # another layout sums in another order
+            inputs = FP32.to_memory_format(torch.cat(views))  # another layout sums in another order
             labels = torch.stack([train_set.labels[draws.order[k]] for k in range(start, stop)])
             optimizer.zero_grad()
             nn.functional.cross_entropy(virtual(inputs), labels).backward()

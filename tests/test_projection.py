@@ -11,7 +11,7 @@ from PIL import Image
 
 from model.classifier import Features, build_classifier
 from model.networks.resnet18_cifar import Settings
-from utils import pictures
+from utils import plots
 from utils.projection import principal_components
 from utils.schema import Named
 
@@ -54,7 +54,7 @@ def test_degenerate_features_have_a_plane(features: torch.Tensor, tmp_path: Path
     plane, shares = principal_components(features)
     assert plane.shape == (len(features), 2) and shares.shape == (2,)
     assert torch.isfinite(plane).all() and torch.isfinite(shares).all()
-    pictures.draw_features(tmp_path / "f.png", features, {}, "run $x")
+    plots.draw_features(tmp_path / "f.png", features, {}, "run $x")
     assert (tmp_path / "f.png").stat().st_size > 1000
 
 
@@ -72,7 +72,7 @@ def test_the_picture_shows_each_group_in_its_colour(tmp_path: Path) -> None:
     poisoned = np.arange(50) < 10
     truth = {"clean": ~poisoned, "poisoned": poisoned, "cover": np.zeros(50, bool)}
     pools = {"clean pool": poisoned, "polluted pool": ~poisoned}
-    pictures.draw_features(tmp_path / "f.png", features, {"ground truth": truth, "last split": pools}, "run")
+    plots.draw_features(tmp_path / "f.png", features, {"ground truth": truth, "last split": pools}, "run")
     with Image.open(tmp_path / "f.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     reddish = (pixels[..., 0] - pixels[..., 2]) > 60

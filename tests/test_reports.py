@@ -23,7 +23,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from utils import config, page, pictures, runlog
+from utils import config, page, plots, runlog
 from utils.report import Report, Subject
 from utils.runlog import RunLog, epoch_line, progress, write_metrics
 from utils.suspects import Evidence
@@ -217,9 +217,9 @@ def share_of(pixels: np.ndarray, colour: str, opacity: float = 1.0) -> float:
 @pytest.mark.parametrize(("count", "defense"), [(1, "asd"), (2, "asd"), (6, "asd"), (1, "none"), (4, "none")])
 def test_the_picture_of_accuracy(tmp_path: Path, count: int, defense: str) -> None:
     """ACC and ASR are drawn for runs of any length, with one epoch too, and each in its colour."""
-    pictures.draw_accuracy(tmp_path / "a.png", rows(count, defense), "a title")
+    plots.draw_accuracy(tmp_path / "a.png", rows(count, defense), "a title")
     pixels = picture(tmp_path / "a.png")
-    assert share_of(pixels, pictures.CLEAN_COLOUR) > 1e-4 and share_of(pixels, pictures.POISONED_COLOUR) > 1e-4
+    assert share_of(pixels, plots.CLEAN_COLOUR) > 1e-4 and share_of(pixels, plots.POISONED_COLOUR) > 1e-4
 
 
 @pytest.mark.parametrize("count", [1, 6])
@@ -229,8 +229,8 @@ def test_the_picture_of_purity(tmp_path: Path, count: int, poison_share: float) 
     history = rows(count)
     for row in history:
         row["poisoned_in_clean_pool"] *= poison_share > 0
-    pictures.draw_purity(tmp_path / "p.png", history, poison_share, "a title")
-    assert share_of(picture(tmp_path / "p.png"), pictures.POISONED_COLOUR) > 1e-4
+    plots.draw_purity(tmp_path / "p.png", history, poison_share, "a title")
+    assert share_of(picture(tmp_path / "p.png"), plots.POISONED_COLOUR) > 1e-4
 
 
 @pytest.mark.filterwarnings("error")
@@ -242,11 +242,11 @@ def test_the_picture_of_losses(tmp_path: Path, poisoned: int, values: str) -> No
     losses = {"spread": losses, "zero": 0 * losses, "large": 0 * losses + 12345.678, "tiny": 0 * losses - 1e-20}[values]
     flags = np.zeros(50, np.uint8)
     flags[:poisoned] = 1
-    pictures.draw_losses(tmp_path / "l.png", losses, flags, np.arange(20), "split loss", "a title")
+    plots.draw_losses(tmp_path / "l.png", losses, flags, np.arange(20), "split loss", "a title")
     pixels = picture(tmp_path / "l.png")
     if values == "spread" and poisoned in (0, 50):
-        assert (share_of(pixels, pictures.CLEAN_COLOUR, 0.65) > 0.01) == (poisoned == 0)
-        assert (share_of(pixels, pictures.POISONED_COLOUR, 0.65) > 0.01) == (poisoned == 50)
+        assert (share_of(pixels, plots.CLEAN_COLOUR, 0.65) > 0.01) == (poisoned == 0)
+        assert (share_of(pixels, plots.POISONED_COLOUR, 0.65) > 0.01) == (poisoned == 50)
 
 
 def test_the_pictures_tell_cover_images_apart(tmp_path: Path) -> None:
@@ -254,11 +254,11 @@ def test_the_pictures_tell_cover_images_apart(tmp_path: Path) -> None:
     losses = np.random.default_rng(0).random(60).astype(np.float32)
     for cover in (0, 20):
         flags = np.repeat([0, 1, 2], [20, 40 - cover, cover]).astype(np.uint8)
-        pictures.draw_losses(tmp_path / "l.png", losses + 2 * flags, flags, np.arange(20), "split loss", "a title")
+        plots.draw_losses(tmp_path / "l.png", losses + 2 * flags, flags, np.arange(20), "split loss", "a title")
         history = [row | ({"cover_in_clean_pool": 5} if cover else {}) for row in rows(3)]
-        pictures.draw_purity(tmp_path / "p.png", history, 0.05, "a title")
-        losses_show = share_of(picture(tmp_path / "l.png"), pictures.COVER_COLOUR, 0.65) > 0.01
-        purity_shows = share_of(picture(tmp_path / "p.png"), pictures.COVER_COLOUR) > 1e-4
+        plots.draw_purity(tmp_path / "p.png", history, 0.05, "a title")
+        losses_show = share_of(picture(tmp_path / "l.png"), plots.COVER_COLOUR, 0.65) > 0.01
+        purity_shows = share_of(picture(tmp_path / "p.png"), plots.COVER_COLOUR) > 1e-4
         assert losses_show == purity_shows == bool(cover)
 
 
@@ -269,8 +269,8 @@ def test_the_picture_of_triggered_images(tmp_path: Path, count: int, side: int) 
     before = np.random.default_rng(0).integers(0, 200, (count, side, side, 3), dtype=np.uint8)
     after = before.copy()
     after[:, 4:8, 4:8] = 255
-    pictures.draw_triggered(tmp_path / "t.png", np.stack([before, after]), "a title")
-    pictures.draw_triggered(tmp_path / "same.png", np.stack([before, before]), "a title")
+    plots.draw_triggered(tmp_path / "t.png", np.stack([before, after]), "a title")
+    plots.draw_triggered(tmp_path / "same.png", np.stack([before, before]), "a title")
     drawn, same = picture(tmp_path / "t.png"), picture(tmp_path / "same.png")
     assert drawn.shape == same.shape and (drawn != same).any()
     changed = np.argwhere((drawn != same).any(2))[:, 1]
@@ -281,8 +281,8 @@ def test_the_picture_of_triggered_images(tmp_path: Path, count: int, side: int) 
 def test_a_faint_trigger_can_be_seen(tmp_path: Path) -> None:
     """A change of 4 grey levels, which no eye sees, stands out tenfold in the third row of the sheet."""
     before = np.full((2, 32, 32, 3), 100, np.uint8)
-    pictures.draw_triggered(tmp_path / "t.png", np.stack([before, before + np.uint8(4)]), "a title")
-    pictures.draw_triggered(tmp_path / "same.png", np.stack([before, before]), "a title")
+    plots.draw_triggered(tmp_path / "t.png", np.stack([before, before + np.uint8(4)]), "a title")
+    plots.draw_triggered(tmp_path / "same.png", np.stack([before, before]), "a title")
     difference = abs(picture(tmp_path / "t.png") - picture(tmp_path / "same.png")).max(2)
     shares = {level: float((difference == level).mean()) for level in (4, 40)}
     assert shares[4] > 0.05 and shares[40] == pytest.approx(shares[4], rel=0.1)
@@ -292,9 +292,9 @@ OWN_RC = "text.usetex: True\nfont.family: no such font\nsavefig.format: svg\nfig
 DRAW = """
 import sys
 from pathlib import Path
-from utils import pictures
+from utils import plots
 row = {"clean_accuracy": 0.5, "attack_success_rate": None, "stage": "class-aware"}
-pictures.draw_accuracy(Path(sys.argv[1]), [row | {"epoch": e} for e in range(3)], "a title")
+plots.draw_accuracy(Path(sys.argv[1]), [row | {"epoch": e} for e in range(3)], "a title")
 assert "matplotlib.pyplot" not in sys.modules
 """
 
@@ -313,22 +313,22 @@ def test_pictures_are_the_same_for_every_user(tmp_path: Path, monkeypatch: pytes
     )
     assert (done.returncode, done.stderr) == (0, "")
     row = {"clean_accuracy": 0.5, "attack_success_rate": None, "stage": "class-aware"}
-    pictures.draw_accuracy(tmp_path / "a.png", [row | {"epoch": e} for e in range(3)], "a title")
+    plots.draw_accuracy(tmp_path / "a.png", [row | {"epoch": e} for e in range(3)], "a title")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "odd.png").read_bytes()
 
 
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.b", b"\x89PNG"), ("a", b"\x89PNG")])
 def test_the_ending_of_a_picture_is_its_format(tmp_path: Path, name: str, start: bytes) -> None:
     """`--picture FILE.pdf` is a PDF; what has no ending that says a format is a PNG."""
-    pictures.draw_comparison(tmp_path / name, [[rows(2)], [rows(3, "none")]])
+    plots.draw_comparison(tmp_path / name, [[rows(2)], [rows(3, "none")]])
     assert (tmp_path / name).read_bytes().startswith(start)
 
 
 @pytest.mark.parametrize("name", ["$", "$x\\foo$", "b\udce9e", "a_1^2", "%&#{"])
 def test_a_name_in_a_picture_is_drawn_as_it_is(tmp_path: Path, name: str) -> None:
     """No name is read as a formula or ends in an error; two names give two pictures."""
-    pictures.draw_accuracy(tmp_path / "a.png", rows(2), f"class {name}")
-    pictures.draw_accuracy(tmp_path / "b.png", rows(2), "class ")
+    plots.draw_accuracy(tmp_path / "a.png", rows(2), f"class {name}")
+    plots.draw_accuracy(tmp_path / "b.png", rows(2), "class ")
     assert (picture(tmp_path / "a.png") != picture(tmp_path / "b.png")).any()
 
 
@@ -430,7 +430,7 @@ def test_suspects_are_written_before_their_picture(tmp_path: Path, monkeypatch: 
         there.append((tmp_path / "suspects.csv").exists())
         raise ValueError("no picture today")
 
-    monkeypatch.setattr(pictures, "draw_suspects", fail)
+    monkeypatch.setattr(plots, "draw_suspects", fail)
     images = SimpleNamespace(fetch=lambda index: torch.zeros(len(index), 3, 4, 4, dtype=torch.uint8))
     report.rank_suspects(e, images)
     report.close()

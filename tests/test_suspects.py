@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from utils import pictures, suspects
+from utils import plots, suspects
 from utils.suspects import Evidence
 
 FEW = st.integers(0, 4).map(float)  # so that ties are common
@@ -208,7 +208,7 @@ def test_the_sheet_shows_every_image(tmp_path: Path, count: int, shape: tuple[in
     images = np.zeros((count, *shape, 3), np.uint8)
     images[:, :, :, 0] = 200  # one red no caption has
     captions = ["$a_1$ \u2192 a very long name of a class that no place has", "plain"] * count
-    pictures.draw_suspects(tmp_path / "s.png", images, captions[:count], "run $x: the most suspect")
+    plots.draw_suspects(tmp_path / "s.png", images, captions[:count], "run $x: the most suspect")
     with Image.open(tmp_path / "s.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     red = abs(pixels - (200, 0, 0)).sum(2) < 20

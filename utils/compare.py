@@ -22,7 +22,7 @@ from utils import manifest
 from utils.best_effort import BestEffort
 from utils.cli import Parser, command
 from utils.errors import UserError
-from utils.pictures import draw_comparison
+from utils.plots import draw_comparison
 
 HEAD = ("run", "defense", "ACC", "ASR", "RA", "DER", "poisoned in the clean pool", "seconds")
 

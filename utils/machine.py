@@ -71,8 +71,8 @@ class Machine:
         """
         return torch.channels_last if self.amp or self.device.type == "cpu" else torch.contiguous_format
 
-    def lay_out(self, images: Tensor) -> Tensor:
-        """Return the images in the device's memory format."""
+    def to_memory_format(self, images: Tensor) -> Tensor:
+        """Return the images in the memory format of this device (`memory_format`)."""
         return images.contiguous(memory_format=self.memory_format)
 
     def shard(self, count: int) -> slice:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import confusion, page, pictures, suspects
+from utils import confusion, page, plots, suspects
 from utils.checkpoint import State, flatten
 from utils.config import Backdoor, Config, to_yaml
 from utils.files import write_text
@@ -86,7 +86,7 @@ class Report:
             write_metrics(self.run.log, state.history)  # a run killed after its checkpoint has not written its last row
         if self.subject.examples.shape[1]:
             path = self.run.log / "triggered.png"
-            self.attempt(str(path), pictures.draw_triggered, path, self.subject.examples, self.subject.caption)
+            self.attempt(str(path), plots.draw_triggered, path, self.subject.examples, self.subject.caption)
 
     def composition(self) -> str:
         """Return e.g. ` (2250 poisoned, 4500 cover)`, or nothing where the truth is unknown."""
@@ -105,7 +105,7 @@ class Report:
             path = self.run.log / f"split_{stage}.png"
             flags = None if self.flags is None else self.flags.numpy()
             drawn = (values.numpy(), flags, clean_pool.numpy(), label, title)
-            self.attempt(str(path), pictures.draw_losses, path, *drawn)
+            self.attempt(str(path), plots.draw_losses, path, *drawn)
 
     def record(self, row: dict[str, Any]) -> None:
         """Add an epoch to TensorBoard, before its checkpoint is written."""
@@ -155,7 +155,7 @@ class Report:
         shown = images.fetch(torch.from_numpy(first)).permute(0, 2, 3, 1).cpu().numpy()
         title = f"{self.run.name}: the {len(first)} most suspect of {len(evidence.labels)} images, label \u2192 model's label"
         captions = suspects.captions(evidence, first, self.subject.class_names)
-        pictures.draw_suspects(self.run.saved / suspects.PICTURE, shown, captions, title)
+        plots.draw_suspects(self.run.saved / suspects.PICTURE, shown, captions, title)
 
     def draw_features(self, state: State, features: Tensor) -> None:
         """Draw the penultimate features (N, D) of the training images by ground truth and by pool of the last split."""
@@ -166,8 +166,8 @@ class Report:
             inside = torch.zeros(len(features), dtype=torch.bool)
             inside[state.clean_pool] = True
             groups["last split"] = {"clean pool": inside.numpy(), "polluted pool": (~inside).numpy()}
-        path = self.run.log / pictures.FEATURES
-        self.attempt(str(path), pictures.draw_features, path, features, groups, self.title)
+        path = self.run.log / plots.FEATURES
+        self.attempt(str(path), plots.draw_features, path, features, groups, self.title)
 
     def conclude(self, state: State, matrix: Tensor | None) -> None:
         """Log what came out, draw the run's pictures and write its page.
@@ -185,12 +185,12 @@ class Report:
         logger.info(f"done{figures and ': '}{figures} after {state.epoch} epochs in {seconds:.0f} s{best}")
         if acc is not None:
             path = self.run.log / "accuracy.png"
-            self.attempt(str(path), pictures.draw_accuracy, path, state.history, self.title)
+            self.attempt(str(path), plots.draw_accuracy, path, state.history, self.title)
         if matrix is not None:
             self.keep_confusion(matrix, row["epoch"])
         if self.config.defense == "asd" and self.poison_share:
             path = self.run.log / "purity.png"
-            self.attempt(str(path), pictures.draw_purity, path, state.history, self.poison_share, self.title)
+            self.attempt(str(path), plots.draw_purity, path, state.history, self.poison_share, self.title)
         self.attempt(str(self.run.log / page.FILE), page.write_page, self.run.saved, self.title)
         self.log.finish(flatten(as_dict(self.config)), row)
 
@@ -200,4 +200,4 @@ class Report:
         head = {"epoch": epoch, "class_names": list(names)}
         write_text(self.run.log / confusion.FILE, confusion.to_json(head | confusion.figures(matrix)))
         path = self.run.log / "confusion.png"
-        self.attempt(str(path), pictures.draw_confusion, path, matrix.numpy(), names, f"{self.title}: clean test images")
+        self.attempt(str(path), plots.draw_confusion, path, matrix.numpy(), names, f"{self.title}: clean test images")
