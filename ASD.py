@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, draw_supervised
-from data.pools import class_agnostic_split, class_aware_split, meta_split, per_class, rest
+from data.pools import check_pool_sizes, class_agnostic_split, class_aware_split, meta_split, per_class, rest
 from engine.context import Context, build_stepper
+from engine.defense import DefenseBase
 from engine.evaluation import infer
 from engine.session import Session, open_session
-from engine.supervised import supervised_steps, train_supervised, train_undefended
+from engine.supervised import supervised_steps, train_supervised
 from loss.mixmatch import guess_labels, interleave_order, mixmatch_loss, mixup, ramp_up
 from loss.supervised import symmetric_cross_entropy
 from model.batch_counters import count_at_end
@@ -33,6 +34,7 @@ from utils.checkpoint import State
 from utils.cli import command, parse_arguments
 from utils.errors import UserError
 from utils.runlog import progress
+from utils.stages import Stage
 from utils.stepper import Stepper
 
 
@@ -44,26 +46,32 @@ def main() -> None:
 
 
 def train(session: Session) -> None:
-    """Run the remaining epochs (paper section 3.2 and Algorithm 1)."""
-    context, state = session.context, session.state
-    asd = context.config.defense == "asd"
-    state.steps = mixmatch_steps(context, state) if asd else supervised_steps(context, state)
-    virtual = build_virtual(context, state.model) if asd else None
+    """Run the remaining epochs of the configured defense (ASD: paper section 3.2 and Algorithm 1)."""
     for epoch in session.epochs():
-        losses = train_asd_epoch(session, epoch, virtual) if asd else train_undefended(context, epoch, state)
+        losses = session.defense.train_epoch(session.state, epoch)
         session.finish_epoch(losses)
     session.conclude()
 
 
-def train_asd_epoch(session: Session, epoch: int, virtual: State | None) -> dict[str, float]:
-    """Split the training set, then train one epoch on both pools; return the epoch's mean losses."""
-    context, state = session.context, session.state
-    clean_pool, split_values = split_pools(context, epoch, state.model, session.seeds, virtual)
-    if session.report:
-        session.report.split(epoch, clean_pool, split_values)
-    state.clean_pool = clean_pool
-    state.epochs_in_clean_pool[clean_pool] += 1
-    return train_mixmatch(context, epoch, state, clean_pool)
+class Defense(DefenseBase):
+    """`defense: asd`: every epoch splits the training set, then trains on both pools."""
+
+    def __init__(self, context: Context, clean: Tensor) -> None:
+        super().__init__(context, clean)
+        check_pool_sizes(context.config, context.train_set.labels, clean)
+        self.virtual: State | None = None
+
+    def build(self, state: State, stage: Stage) -> None:
+        """Build the optimizer, what runs the steps, and the virtual model."""
+        super().build(state, stage)
+        state.steps = mixmatch_steps(self.context, state)
+        self.virtual = build_virtual(self.context, state.model)
+
+    def train_epoch(self, state: State, epoch: int) -> dict[str, float]:
+        """Split the training set, then train one epoch on both pools; return the epoch's mean losses."""
+        clean_pool, split_values = split_pools(self.context, epoch, state.model, self.clean, self.virtual)
+        state.keep_split(clean_pool, split_values)
+        return train_mixmatch(self.context, epoch, state, clean_pool)
 
 
 def split_pools(

@@ -35,7 +35,7 @@ def choose_seed_samples(config: Config, data: PoisonedData, folder: Path) -> Ten
     Args:
         folder: the run's, where given seed samples are kept: it goes on with the same ones or not at all.
     """
-    if config.defense != "asd":  # which needs none
+    if not config.defense.settings.needs_clean:
         return torch.zeros(0, dtype=torch.int64)
     labels = data.train.labels
     if config.seed_samples is None:
@@ -54,7 +54,7 @@ def complete_manifest(config: Config, data: PoisonedData, seeds: Tensor) -> str:
     Args:
         seeds: (S,) int64, what `choose_seed_samples` returned.
     """
-    if config.seed_samples is None or config.defense != "asd":
+    if config.seed_samples is None or not config.defense.settings.needs_clean:
         return data.manifest
     return with_input(data.manifest, "seed_samples", short(seeds.numpy().tobytes()))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from utils.checkpoint import State
 from utils.config import Config
 from utils.errors import UserError
 from utils.machine import Machine
+from utils.stages import Stage, locate, schedule_length
 from utils.stepper import Stepper
 
 
@@ -46,19 +47,26 @@ def build_transforms(config: Config, images: ImageSet) -> tuple[Pipeline, Pipeli
 
 
 def build_state(config: Config, machine: Machine, count: int) -> State:
-    """Return the state before the first epoch on `count` images: initial weights, optimizer and schedule."""
+    """Return the state before the first epoch on `count` images: fresh weights, optimizer, schedule."""
     model: nn.Module = build_classifier(config.network, config.num_classes, config.seed.seed)
     model = model.to(machine.device).to(memory_format=machine.memory_format)
     if config.sync_bn and machine.world_size > 1:
         model = synchronize(model, machine.device)
     if config.runtime.merged:
         model = group(model)
-    plan: Any = config if config.defense == "asd" else config.undefended
-    optimizer = build_optimizer(plan.optimizer, model.parameters(), capturable=machine.uses_graph(config.runtime.mode))
-    scheduler = build_scheduler(plan.lr_scheduler, optimizer, config.num_epochs)
+    stage, _ = locate(config.stages, 0)
+    optimizer, scheduler = build_training(config, machine, stage, model.parameters())
     state = State(model, optimizer, scheduler, epochs_in_clean_pool=torch.zeros(count, dtype=torch.int32))
     state.parallel = machine.compiled(model) if config.runtime.compile else machine.wrap(model)
     return state
+
+
+def build_training(
+    config: Config, machine: Machine, stage: Stage, parameters: Iterable[nn.Parameter]
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
+    """Return a new optimizer of these parameters and its schedule, as a stage wants them."""
+    optimizer = build_optimizer(stage.optimizer, parameters, capturable=machine.uses_graph(config.runtime.mode))
+    return optimizer, build_scheduler(stage.lr_scheduler, optimizer, schedule_length(config.stages, stage))
 
 
 def build_stepper(context: Context, state: State, step: Callable[[Any], Tensor], width: int) -> Stepper:

@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.pools import check_pool_sizes
 from data.seeds import choose_seed_samples, complete_manifest
 from data.sets import TestSets
 from data.sources import prepare
 from engine.context import Context, build_context, build_state
+from engine.defense import DefenseBase
 from engine.evaluation import collect_evidence, evaluate_with_confusion, training_features
 from model.classifier import new_classifier
-from utils import checkpoint, config, manifest
+from utils import checkpoint, config, manifest, plugins, stages
 from utils.checkpoint import State
-from utils.config import Config, check_processes
+from utils.config import DEFENSES, Config, check_processes
 from utils.confusion import FILE as CONFUSION
 from utils.draws import key_seed
 from utils.errors import UserError
@@ -36,11 +36,11 @@ from utils.suspects import CSV as SUSPECTS
 
 @dataclass
 class Session:
-    """A run in progress: its context and state, the seed samples, the test sets, and where results are written."""
+    """A run in progress: its context and state, the defense, the test sets, and where results are written."""
 
     context: Context
     state: State
-    seeds: Tensor  # (S,) int64, the seed samples, on the CPU
+    defense: DefenseBase
     tests: TestSets  # on the device
     report: Report | None  # None on every rank but 0
     writer: checkpoint.Writer  # of the checkpoints
@@ -55,13 +55,14 @@ class Session:
         for epoch in range(self.state.epoch, self.context.config.num_epochs):
             self.started = time.monotonic()
             torch.manual_seed(key_seed(self.context.config.seed.seed, "torch", epoch))  # for networks with dropout
+            self.defense.begin_epoch(self.state, epoch)
             yield epoch
 
     def finish_epoch(self, losses: dict[str, float]) -> None:
         """Evaluate the model, add the epoch's row to the history, save and report the epoch.
 
         Args:
-            losses: the epoch's means of `loss` and, with ASD, of `loss_x`, `loss_u`, `lambda_u`.
+            losses: the epoch's means, as `DefenseBase.train_epoch` returns them.
         Raises:
             UserError: the loss is not finite.
         """
@@ -69,6 +70,8 @@ class Session:
         context.machine.average_buffers(state.model)
         figures, self.confusion = evaluate_with_confusion(context, state.model, self.tests)
         self.check_losses(losses)
+        if self.report and state.split_values is not None:
+            self.report.split(state.epoch, state.clean_pool, state.split_values)
         state.history.append(self.row(losses, figures))
         if state.scheduler is not None:
             state.scheduler.step()  # after the row, which has the learning rate of this epoch
@@ -79,7 +82,7 @@ class Session:
     def check_losses(self, losses: dict[str, float]) -> None:
         """Raise `UserError` if a loss is not finite: the weights are useless then, but the last checkpoint is intact."""
         if not torch.isfinite(torch.tensor(list(losses.values()))).all():
-            key = "optimizer" if self.context.config.defense == "asd" else "undefended.optimizer"
+            key = stages.locate(self.context.config.stages, self.state.epoch)[0].key
             raise UserError(
                 f"epoch {self.state.epoch}: the training loss is not finite: lower the learning rate of {key}; "
                 "the last checkpoint is kept"
@@ -87,20 +90,20 @@ class Session:
 
     def row(self, losses: dict[str, float], figures: dict[str, float | None]) -> dict[str, object]:
         """Return the epoch's row of `metrics.jsonl`."""
-        config, state = self.context.config, self.state
-        pool = state.clean_pool if config.defense == "asd" else None
+        config, state, report = self.context.config, self.state, self.report
+        pool = state.clean_pool if len(state.clean_pool) else None
         return {
             "epoch": state.epoch,
-            "defense": config.defense,
+            "defense": config.defense.name,
             "stage": config.stage(state.epoch),
             **figures,
             "clean_pool_size": None if pool is None else len(pool),
             "polluted_pool_size": None if pool is None else len(state.epochs_in_clean_pool) - len(pool),
-            **(self.report.truth_of_pool(pool) if self.report else {}),
-            "loss": losses["loss"],
-            "loss_x": losses.get("loss_x"),
-            "loss_u": losses.get("loss_u"),
-            "lambda_u": losses.get("lambda_u"),
+            **(report.truth_of_pool(pool) if report else {}),
+            **{f"{name}_size": len(indices) for name, indices in state.sets.items()},
+            **({f"poisoned_in_{name}": report.poisoned_in(indices) for name, indices in state.sets.items()} if report else {}),
+            **dict.fromkeys(("loss", "loss_x", "loss_u", "lambda_u")),
+            **losses,
             "learning_rate": float(state.optimizer.param_groups[0]["lr"]),
             "seconds": round(time.monotonic() - self.started, 3),
         }
@@ -109,7 +112,7 @@ class Session:
         """Finish the run after its last epoch: rank the suspects, write the confusion matrix, draw the plots."""
         self.writer.wait()
         context, state, report, run = self.context, self.state, self.report, locate(self.context.config)
-        if context.config.defense == "asd" and (self.trains or not (run.saved / SUSPECTS).exists()):
+        if len(state.clean_pool) and (self.trains or not (run.saved / SUSPECTS).exists()):
             evidence = collect_evidence(context, state)
             if report:
                 report.rank_suspects(evidence, context.train_set)
@@ -163,15 +166,15 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, stack
         checkpoint.refuse_other_settings(resume, saved, as_dict(config), names)  # before any data is decoded or written
     with machine.first_alone():  # rank 0 writes the run's files, the other ranks read them
         data = prepare(config, run.saved, machine.device, machine.world_size, new_classifier)
-        seeds = choose_seed_samples(config, data, run.saved)
-    if config.defense == "asd":
-        check_pool_sizes(config, data.train.labels, seeds)
+        clean = choose_seed_samples(config, data, run.saved)
 
     context = build_context(config, machine, data.train.to(machine.device))
+    defense: DefenseBase = plugins.load(DEFENSES.package, config.defense.name).Defense(context, clean)
     state = build_state(config, machine, len(context.train_set))
     state.about = {"class_names": list(data.class_names), "image_size": list(context.train_set.images.shape[2:])}
-    state.data = complete_manifest(config, data, seeds)
+    state.data = complete_manifest(config, data, clean)
     if saved is not None and resume is not None:
+        defense.build(state, stages.locate(config.stages, checkpoint.last_epoch(saved, config.num_epochs))[0])
         checkpoint.load(resume, state, as_dict(config), saved)
     if not make_ready(run, config, resume or run.checkpoints / LATEST, state, first):
         return None
@@ -184,7 +187,7 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, stack
         stack.callback(report.close)
         report.start(machine, state, *(len(part) if part else None for part in (tests.clean, tests.backdoor)))
     writer = stack.enter_context(checkpoint.Writer())  # exits before the report: it logs each checkpoint
-    return Session(context, state, seeds, tests, report, writer)
+    return Session(context, state, defense, tests, report, writer)
 
 
 def save(config: Config, state: State, writer: checkpoint.Writer, report: Report) -> None:

@@ -1,11 +1,13 @@
-"""Plain training with cross-entropy on the labels that the images carry: the virtual model, and `defense: none`."""
+"""Supervised training, one pass over images after another: the virtual model, and training without a defense."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from data.batches import SupervisedDraws, draw_supervised
+from data.batches import SupervisedDraws
 from engine.context import Context, build_stepper
 from loss.supervised import cross_entropy
 from model.batch_counters import count_at_end
@@ -13,16 +15,11 @@ from utils.checkpoint import State
 from utils.runlog import progress
 from utils.stepper import Stepper
 
-
-def train_undefended(context: Context, epoch: int, state: State) -> dict[str, float]:
-    """Train one epoch on all images, without a defense (`defense: none`); return the mean loss."""
-    config = context.config
-    draws = draw_supervised(config.seed.seed, "undefended", epoch, len(context.train_set), context.train_transform)
-    return {"loss": train_supervised(context, state, "training", draws, config.undefended.batch_size)}
+BatchLoss = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def train_supervised(context: Context, state: State, name: str, draws: SupervisedDraws, batch: int) -> float:
-    """Train with cross-entropy for one pass over all images; return the mean loss."""
+    """Train for one pass over the drawn images, by `state.steps` or else with cross-entropy; return the mean loss."""
     machine = context.machine
     full, last = draws.to(machine.device).cut(batch, least=2 * machine.world_size)
     steps = state.steps or supervised_steps(context, state)
@@ -36,24 +33,38 @@ def train_supervised(context: Context, state: State, name: str, draws: Supervise
     return float(machine.all_reduce(total)) / len(draws.order)
 
 
-def supervised_steps(context: Context, state: State) -> Stepper:
-    """Return the stepper of training with cross-entropy."""
+def supervised_steps(context: Context, state: State, batch_loss: BatchLoss | None = None) -> Stepper:
+    """Return the stepper of supervised training.
+
+    Args:
+        batch_loss: takes this process' images (b, 3, H, W) of a batch, their indices (b,) and the size B of the whole batch;
+            returns its share of the batch's loss, a scalar. None: the mean cross-entropy with the labels that the images carry.
+    """
     machine, train_set = context.machine, context.train_set
+    compute = batch_loss or mean_cross_entropy(context, state)
 
     def step(draw: SupervisedDraws) -> Tensor:
-        """Train on a batch of B images; return the sum (1,) of the losses of this process's share."""
+        """Train on a batch of B images; return this process' share of its loss times B, (1,)."""
         count = len(draw.order)
         mine = machine.shard(count)
         index = draw.order[mine]
-        images = context.train_transform(train_set.fetch(index), draw.views[mine])
-        inputs = machine.to_memory_format(images)  # (B, 3, H, W); with several processes, this one's share of B
-        with machine.autocast():
-            logits = state.parallel(inputs)  # (B, C)
-        losses = cross_entropy(logits, train_set.labels[index])  # (B,)
-        mean = losses.sum() / count
+        inputs = machine.to_memory_format(context.train_transform(train_set.fetch(index), draw.views[mine]))  # (b, 3, H, W)
+        loss = compute(inputs, index, count)
         state.optimizer.zero_grad(set_to_none=True)
-        machine.backward(mean)
+        machine.backward(loss)
         state.optimizer.step()
-        return mean.detach().view(1) * count
+        return loss.detach().view(1) * count
 
     return build_stepper(context, state, step, width=1)
+
+
+def mean_cross_entropy(context: Context, state: State) -> BatchLoss:
+    """Return the loss of plain training."""
+
+    def loss(inputs: Tensor, index: Tensor, count: int) -> Tensor:
+        """Return the share of the mean cross-entropy."""
+        with context.machine.autocast():
+            logits = state.parallel(inputs)  # (b, C)
+        return cross_entropy(logits, context.train_set.labels[index]).sum() / count
+
+    return loss

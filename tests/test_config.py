@@ -188,7 +188,7 @@ def test_the_originals_file_loads_unchanged(tmp_path: Path) -> None:
         "num_epochs": 120, "criterion.cross_entropy.reduction": "mean", "global_.epoch_first": 60,
         "global_.epoch_second": 90, "global_.epoch_third": 120, "global_.seed_num": 10, "global_.epsilon": 0.5,
         "global_.t": 5, "global_.n": 10, "meta.epoch": 1, "meta.criterion.cross_entropy.reduction": "mean",
-        "defense": "asd", "run": "original", "backdoor.poison_mode": "bernoulli", "global_.keep_seeds": False,
+        "defense.name": "asd", "run": "original", "backdoor.poison_mode": "bernoulli", "global_.keep_seeds": False,
     }  # fmt: skip
     assert {key: leaf(c, key) for key in expected} == expected
     assert (c.optimizer.name, c.optimizer.settings.lr) == ("Adam", 0.002)

@@ -32,9 +32,9 @@ def rows(folder: Path, defense: str) -> list[dict[str, Any]]:
 
 def learning_rates(c: Config) -> list[float]:
     """Return the learning rate of each epoch."""
-    plan: Any = c if c.defense == "asd" else c.undefended
-    optimizer = build_optimizer(plan.optimizer, [torch.nn.Parameter(torch.zeros(1))])
-    scheduler, rates = build_scheduler(plan.lr_scheduler, optimizer, c.num_epochs), []
+    stage = c.stages[0]
+    optimizer = build_optimizer(stage.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+    scheduler, rates = build_scheduler(stage.lr_scheduler, optimizer, c.num_epochs), []
     for _ in range(c.num_epochs):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -46,7 +46,7 @@ def learning_rates(c: Config) -> list[float]:
 def test_both_runs_meet_the_same_attack_with_the_same_network() -> None:
     """What is compared differs in the defense alone."""
     own, twin = shipped("asd"), shipped("none")
-    assert (own.defense, twin.defense) == ("asd", "none")
+    assert (own.defense.name, twin.defense.name) == ("asd", "none")
     for key in ("dataset", "transform", "backdoor", "network", "seed"):
         assert getattr(own, key) == getattr(twin, key), key
 

@@ -21,9 +21,11 @@ from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, draw_superv
 from data.poisoned_folder import StoredSet
 from data.pools import rest
 from data.sets import GroundTruth, ImageSet, Part, PoisonedData, RawData, TestSets
+from defenses import none
 from engine.context import Context, build_context, build_state, build_transforms
+from engine.defense import DefenseBase
 from engine.evaluation import evaluate, evaluate_with_confusion
-from engine.supervised import supervised_steps, train_supervised, train_undefended
+from engine.supervised import supervised_steps, train_supervised
 from model.classifier import Classifier, build_classifier
 from model.grouped_norm import group
 from model.optimizer import build_optimizer
@@ -336,7 +338,7 @@ def test_undefended_epoch_is_a_plain_training(tiny: Path) -> None:
     state = make_state(config, train_set)
     state.model.double()
     slow = copy.deepcopy(state.model)
-    losses = train_undefended(context(config, train_set, augment), 0, state)
+    losses = none.Defense(context(config, train_set, augment), torch.arange(0)).train_epoch(state, 0)
 
     draws = draw_supervised(config.seed.seed, "undefended", 0, N, augment)
     velocity = [torch.zeros_like(p) for p in slow.parameters()]
@@ -553,7 +555,8 @@ def test_accuracy_is_a_count(tiny: Path, batch: int) -> None:
         ASD.build_virtual,
         ASD.train_mixmatch,
         ASD.mixmatch_step,
-        train_undefended,
+        DefenseBase.__init__,
+        ASD.Defense.__init__,
         train_supervised,
         supervised_steps,
     ],
@@ -561,10 +564,13 @@ def test_accuracy_is_a_count(tiny: Path, batch: int) -> None:
 def test_ground_truth_cannot_reach_splits_and_training(function: Any) -> None:
     """Nothing that splits or trains can be handed the ground truth: no argument may hold it, at any depth."""
     hints = typing.get_type_hints(function)
-    reachable, queue = set(), [hints[name] for name in inspect.signature(function).parameters]
+    reachable, queue = set(), [hints[name] for name in inspect.signature(function).parameters if name != "self"]
     assert Any not in queue
     while queue:
         hint = queue.pop()
+        if isinstance(hint, list):  # the arguments of a Callable
+            queue += hint
+            continue
         if hint in reachable:
             continue
         reachable.add(hint)

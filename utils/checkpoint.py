@@ -57,9 +57,12 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)  # one row an epoch, as in metrics.jsonl
     clean_pool: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # of the last epoch
     epochs_in_clean_pool: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))  # (N,)
+    networks: dict[str, nn.Module] = field(default_factory=dict)  # of a defense, beside the model
+    sets: dict[str, Tensor] = field(default_factory=dict)  # of a defense: indices (n,) int64 of training images, on the CPU
     about: dict[str, Any] = field(default_factory=dict)  # class names and image size: for test.py --images, not for training
     data: str = ""  # the manifest of the run's data (`utils/manifest.py`)
     parallel: Any = None  # the model as training calls it: wrapped where there are several processes; not saved
+    split_values: Tensor | None = None  # (N,) what decided the last split; not saved
     steps: Stepper | None = None  # runs the training steps; not saved
 
     def __post_init__(self) -> None:
@@ -68,6 +71,11 @@ class State:
     def tensors(self) -> dict[str, list[Tensor]]:
         """Return all tensors that training changes in place, by kind: weights, BN statistics, the optimizer's moments."""
         return changed_tensors(self.model, self.optimizer)
+
+    def keep_split(self, clean_pool: Tensor, values: Tensor) -> None:
+        """Keep the split of an epoch: the clean pool (P,) int64 and the values (N,) that decided, on the CPU."""
+        self.clean_pool, self.split_values = clean_pool, values
+        self.epochs_in_clean_pool[clean_pool] += 1
 
 
 def contents(state: State, config: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +96,17 @@ def contents(state: State, config: dict[str, Any]) -> dict[str, Any]:
     }
     if state.scheduler is not None:
         saved["scheduler_state_dict"] = state.scheduler.state_dict()
+    if state.networks:
+        saved["networks"] = {name: network.state_dict() for name, network in state.networks.items()}
+    if state.sets:
+        saved["sets"] = state.sets
     return saved
+
+
+def last_epoch(saved: dict[str, Any], num_epochs: int) -> int:
+    """Return the 0-based number of a checkpoint's last epoch, as far as a run of `num_epochs` has it; 0 if it is unknown."""
+    epoch = saved.get("epoch")
+    return min(max(epoch, 0), num_epochs - 1) if isinstance(epoch, int) else 0
 
 
 def save(path: Path, state: State, config: dict[str, Any]) -> None:
@@ -271,8 +289,11 @@ def load(path: Path, state: State, config: dict[str, Any], saved: dict[str, Any]
         state.history = [dict(row) for row in saved.get("history", [])]
         state.clean_pool = saved.get("clean_pool", state.clean_pool)
         state.epochs_in_clean_pool = saved.get("epochs_in_clean_pool", state.epochs_in_clean_pool)
+        for name, network in state.networks.items():
+            network.load_state_dict(saved["networks"][name])
+        state.sets = dict(saved.get("sets", {}))
         check_state(state, count)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{path}: its training state does not fit ({type(error).__name__}: {error}): use another checkpoint, or "
             "--resume False to start over"
@@ -297,9 +318,10 @@ def check_state(state: State, count: int) -> None:
     rows = [row["epoch"] for row in state.history]  # a run that goes on from an authors' checkpoint has none of its epochs
     if state.epoch < 1 or rows != list(range(state.epoch - len(rows), state.epoch)) or len(rows) > state.epoch:
         raise ValueError(f"epoch {state.epoch - 1} with a history of the epochs {rows[:1]} to {rows[-1:]}")
-    pool, epochs = state.clean_pool, state.epochs_in_clean_pool
-    if pool.dtype != torch.int64 or pool.ndim != 1 or (len(pool) and not 0 <= int(pool.min()) <= int(pool.max()) < count):
-        raise ValueError("clean_pool holds no indices of the training set")
+    epochs = state.epochs_in_clean_pool
+    for name, indices in {"clean_pool": state.clean_pool, **state.sets}.items():
+        if indices.dtype != torch.int64 or indices.ndim != 1 or bool(((indices < 0) | (indices >= count)).any()):
+            raise ValueError(f"{name} holds no indices of the training set")
     if epochs.dtype != torch.int32 or epochs.shape != (count,):
         raise ValueError(f"epochs_in_clean_pool is {epochs.dtype} {tuple(epochs.shape)} for {count} images")
     for parameter, moments in state.optimizer.state.items():
@@ -320,9 +342,8 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
         return
     then, now = flatten(completed(saved["config"])), flatten(config)
     free = [*FREE, *(stand_ins if saved.get("data") else ())]
-    schedule = "lr_scheduler" if now.get("defense") == "asd" else "undefended.lr_scheduler"
-    if now.get(schedule, {}) is not None:  # it may follow num_epochs; with a constant rate a run may be made longer
-        free.remove("num_epochs")
+    if any(stage.lr_scheduler for stage in read_config(config).stages):
+        free.remove("num_epochs")  # a schedule may follow it; with a constant rate a run may be made longer
     for key in [*now, *(k for k in then if k not in now)]:
         if any(key == f or key.startswith(f + ".") for f in free) or then.get(key) == now.get(key):
             continue
@@ -332,13 +353,18 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
         )
 
 
+def read_config(config: dict[str, Any]) -> Config:
+    """Return a stored configuration, with the defaults of settings that were added since it was written."""
+    read: Config = Reader(lambda key: "").section(Config, config)
+    return read
+
+
 def completed(config: dict[str, Any]) -> dict[str, Any]:
     """Return a stored configuration with the defaults of settings that were added since it was written."""
     try:
-        read_config: Config = Reader(lambda key: "").section(Config, config)
+        complete: dict[str, Any] = as_dict(read_config(config))
     except UserError:  # it has a setting that is gone: the comparison names it
         return config
-    complete: dict[str, Any] = as_dict(read_config)
     return complete
 
 

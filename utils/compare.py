@@ -23,6 +23,7 @@ from utils.best_effort import BestEffort
 from utils.cli import Parser, command
 from utils.errors import UserError
 from utils.plots import draw_comparison
+from utils.stages import UNDEFENDED
 
 HEAD = ("run", "defense", "ACC", "ASR", "RA", "DER", "poisoned in the clean pool", "seconds")
 
@@ -90,7 +91,7 @@ def pool_text(row: dict[str, Any]) -> str:
 
 def is_twin(twin: dict[str, Any], run: dict[str, Any]) -> bool:
     """Return whether a run without a defense trains the same network on the same poisoned set as another one."""
-    if twin["rows"][-1]["defense"] != "none" or twin["seed"] != run["seed"]:
+    if twin["rows"][-1]["defense"] != UNDEFENDED or twin["seed"] != run["seed"]:
         return False
     if None not in (twin["data"], run["data"]) and twin["data"] != run["data"]:
         return False
@@ -110,7 +111,7 @@ def effectiveness(row: dict[str, Any], twin: dict[str, Any]) -> float | None:
 
 def der_text(runs: list[dict[str, Any]], every: list[dict[str, Any]]) -> str:
     """Return the DER of runs that differ in their seed, against their twins among all runs."""
-    if runs[0]["rows"][-1]["defense"] == "none":
+    if runs[0]["rows"][-1]["defense"] == UNDEFENDED:
         return "-"
     pairs = [(run, next((twin for twin in every if is_twin(twin, run)), None)) for run in runs]
     rates = [effectiveness(run["rows"][-1], twin["rows"][-1]) for run, twin in pairs if twin]

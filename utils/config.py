@@ -17,10 +17,12 @@ from utils.errors import UserError
 from utils.layers import parse_override, read_with_base
 from utils.names import class_text
 from utils.schema import REQUIRED, Choices, Named, Reader, as_dict, describe, setting
+from utils.stages import Stage, locate
 
 ATTACKS = Choices(kind="attacks")
 DATASETS = Choices(kind="datasets")
 NETWORKS = Choices(kind="networks")
+DEFENSES = Choices(kind="defenses")
 DEFAULT_TARGET = 3  # the target class of the paper's experiments
 
 
@@ -274,8 +276,8 @@ class Config:
     )
     transform: Transform = setting(Transform)
     prefetch: bool = setting(True, "accepted for the authors' YAML files; see data.placement")
-    defense: str = setting("asd", "asd, or none: training without defense", options=("asd", "none"))
-    num_epochs: int = setting(120, "epochs of the run", low=1)
+    defense: Named = setting("asd", "the defense; none: training without one", choices=DEFENSES)
+    num_epochs: int = setting(120, "epochs of the run; a defense whose own settings give its epochs ignores it", low=1)
     optimizer: Named = setting(Named("Adam", Adam()), "one optimizer for the whole run", choices=OPTIMIZERS)
     lr_scheduler: Named | None = setting(None, "learning rate by epoch; null: constant", choices=SCHEDULERS)
     criterion: Criterion = setting(Criterion)
@@ -302,13 +304,15 @@ class Config:
         """The attack and its settings, likewise."""
         return self.attacker.attack
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the defense."""
+        found: tuple[Stage, ...] = self.defense.settings.stages(self)
+        return found
+
     def stage(self, epoch: int) -> str:
-        """Return the stage that a 0-based epoch belongs to: the split is a function of the epoch (paper section 3.2)."""
-        if self.defense == "none":
-            return "undefended"
-        if epoch < self.global_.epoch_first:
-            return "class-aware"
-        return "class-agnostic" if epoch < self.global_.epoch_second else "meta-split"
+        """Return the name of the stage that a 0-based epoch belongs to."""
+        return locate(self.stages, epoch)[0].name
 
 
 def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
@@ -335,7 +339,8 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
     if config.backdoor is not None and config.backdoor.target_label is None and config.backdoor.target_shift is None:
         config = replace(config, backdoor=replace(config.backdoor, target_label=DEFAULT_TARGET))
     check(config, reader)
-    return replace(config, run=config.run or run_name(path))
+    epochs = sum(stage.epochs for stage in config.stages)
+    return replace(config, run=config.run or run_name(path), num_epochs=epochs)
 
 
 def check(config: Config, reader: Reader) -> None:
@@ -353,7 +358,7 @@ def check(config: Config, reader: Reader) -> None:
             reader.fail(key, value, f"num_classes is {c}: give {c} or leave the key out")
     if config.backdoor is None:
         tells = config.dataset is not None and config.dataset.name in DATASETS.declared("POISONED")
-        if config.defense == "asd" and config.seed_samples is None and not tells:
+        if config.defense.settings.needs_clean and config.seed_samples is None and not tells:
             remedy = "nobody can draw them for backdoor: null: name a list (an image's name a line) or a folder of clean images"
             reader.fail("seed_samples", None, remedy)
     else:
@@ -370,11 +375,6 @@ def check(config: Config, reader: Reader) -> None:
         reader.fail("global.epoch_second", g.epoch_second, f"give at least epoch_first ({g.epoch_first})")
     if not g.epoch_second <= g.epoch_third:
         reader.fail("global.epoch_third", g.epoch_third, f"give at least epoch_second ({g.epoch_second})")
-    if config.defense == "asd" and config.num_epochs > g.epoch_third:
-        remedy = f"no split is defined from epoch {g.epoch_third} on: lower num_epochs or raise global.epoch_third"
-        reader.fail("num_epochs", config.num_epochs, remedy)
-    if config.defense == "asd" and g.seed_num < 1 and g.epoch_first > 0 and config.seed_samples is None:
-        reader.fail("global.seed_num", g.seed_num, "the first clean pool would be empty: give at least 1")
     for name in ("train", "test"):
         key, steps = f"transform.{name}.remaining", getattr(config.transform, name).remaining
         positions = transforms(key).declared("POSITION")
@@ -389,6 +389,9 @@ def check(config: Config, reader: Reader) -> None:
         reader.fail("dataset_dir", None, f"missing; name the data set's folder, or a built-in `dataset`: {built_in}")
     if (config.run is not None and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", config.run)) or ".." in (config.run or ""):
         reader.fail("run", config.run, "give a plain name, e.g. asd-seed-1")
+    config.defense.settings.check(config, reader)
+    if not any(stage.epochs for stage in config.stages):
+        reader.fail(f"defense.{config.defense.name}", 0, "no stage has any epochs: give one at least 1")
 
 
 def check_processes(config: Config, processes: int) -> None:

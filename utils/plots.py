@@ -18,6 +18,7 @@ from torch import Tensor
 from utils.files import write_atomically
 from utils.projection import principal_components
 from utils.runlog import KINDS
+from utils.stages import UNDEFENDED
 
 CLEAN_COLOUR, POISONED_COLOUR, COVER_COLOUR = "#2a6f97", "#c1121f", "#e09f3e"
 COLOURS = {"clean": CLEAN_COLOUR, "poisoned": POISONED_COLOUR, "cover": COVER_COLOUR, "polluted pool": "#8e5ea2"}
@@ -43,6 +44,7 @@ def draw_purity(path: Path, history: list[dict[str, Any]], poison_share: float, 
     """Share of poisoned images, and of cover images if any, in the clean pool over epochs; the former's in the whole set."""
     with drawing(path, (7, 4)) as (_, ((axes,),)):
         shade_stages(axes, history)
+        history = [row for row in history if row["clean_pool_size"]]
         epochs = [row["epoch"] + 1 for row in history]
         most = 100 * poison_share
         for kind in ("poisoned", "cover"):
@@ -175,8 +177,8 @@ def draw_comparison(path: Path, groups: list[list[list[dict[str, Any]]]]) -> Non
                     if history[-1][key] is not None:  # None: there was nothing to test on
                         values = [100 * row[key] for row in history]
                         axes.plot(epochs, values, "o-", ms=3, lw=1.2, alpha=0.8, color=colour, label=name if i == 0 else None)
-            defense = {"asd": "ASD", "none": "no defense"}[histories[0][0]["defense"]]
-            axes.set(title=defense, xlabel="epoch", ylim=(-3, 103))
+            defense = histories[0][0]["defense"]
+            axes.set(title="no defense" if defense == UNDEFENDED else defense.upper(), xlabel="epoch", ylim=(-3, 103))
             axes.grid(alpha=0.25)
         panels[0][0].set_ylabel("%")
         panels[0][0].legend(fontsize=8)

@@ -17,9 +17,10 @@ from utils.errors import UserError, nearest
 
 @functools.cache
 def package_of(kind: str) -> str:
-    """Return the package that holds the plug-ins of a kind: `attacks` -> `data.attacks`, from the folder `*/attacks/`."""
-    (found,) = Path(__file__).resolve().parents[1].glob(f"*/{kind}/__init__.py")
-    return ".".join(found.parts[-3:-1])
+    """Return the package of the plug-ins of a kind: `attacks` -> `data.attacks`, from the folder `*/attacks/` or `attacks/`."""
+    root = Path(__file__).resolve().parents[1]
+    (found,) = (*root.glob(f"*/{kind}/__init__.py"), *root.glob(f"{kind}/__init__.py"))
+    return ".".join(found.parent.relative_to(root).parts)
 
 
 def names(package: str) -> list[str]:

@@ -52,7 +52,7 @@ class Report:
         self.poison_share = None if self.flags is None else float((self.flags == KINDS["poisoned"]).float().mean())
         if self.poison_share == 0:
             self.attack = "no attack"
-        self.title = f"{run.name}: {self.attack}, defense {config.defense}"
+        self.title = f"{run.name}: {self.attack}, defense {config.defense.name}"
 
     def close(self) -> None:
         """Close the run's log; what is logged later is no longer kept."""
@@ -65,7 +65,7 @@ class Report:
             clean_tests, backdoor_tests: how many test images there are; None: no such set.
         """
         c, n = self.config, len(state.epochs_in_clean_pool)
-        logger.info(f"run {self.run.name}: defense {c.defense}, {self.attack}")
+        logger.info(f"run {self.run.name}: defense {c.defense.name}, {self.attack}")
         triggered = "" if backdoor_tests is None else f", triggered test images {backdoor_tests}"
         logger.info(f"training images {n}{self.composition()}, test images {clean_tests or 'none'}{triggered}")
         if clean_tests is None:
@@ -135,6 +135,10 @@ class Report:
         )
         return {key: inside[flag] for key, flag in kinds.items()} | {"split_tpr": tpr, "split_fpr": fpr}
 
+    def poisoned_in(self, indices: Tensor) -> int | None:
+        """Return how many of these training images (n,) are poisoned; None if the truth is unknown."""
+        return None if self.flags is None else int((self.flags[indices] == KINDS["poisoned"]).sum())
+
     def rank_suspects(self, evidence: Evidence, images: Any) -> None:
         """Rank the training images, write `suspects.csv` and its picture, and how good the ranking is if that is known.
 
@@ -162,7 +166,7 @@ class Report:
         groups = {}
         if self.flags is not None:
             groups["ground truth"] = {kind: (self.flags == flag).numpy() for kind, flag in KINDS.items()}
-        if self.config.defense == "asd" and state.clean_pool is not None:
+        if len(state.clean_pool):
             inside = torch.zeros(len(features), dtype=torch.bool)
             inside[state.clean_pool] = True
             groups["last split"] = {"clean pool": inside.numpy(), "polluted pool": (~inside).numpy()}
@@ -188,7 +192,7 @@ class Report:
             self.attempt(str(path), plots.draw_accuracy, path, state.history, self.title)
         if matrix is not None:
             self.keep_confusion(matrix, row["epoch"])
-        if self.config.defense == "asd" and self.poison_share:
+        if len(state.clean_pool) and self.poison_share:
             path = self.run.log / "purity.png"
             self.attempt(str(path), plots.draw_purity, path, state.history, self.poison_share, self.title)
         self.attempt(str(self.run.log / page.FILE), page.write_page, self.run.saved, self.title)

@@ -131,7 +131,8 @@ def setting(default: Any = REQUIRED, help: str = "", **declared: Any) -> Any:
     metadata = {"help": help, **declared}
     choices = declared.get("choices")
     if choices is not None and isinstance(default, str):
-        default = Named(default, choices.schema(default)())
+        name: str = default  # its schema is looked up when it is needed: a plug-in may import the module that declares the key
+        return dataclasses.field(default_factory=lambda: Named(name, choices.schema(name)()), metadata=metadata)
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -247,6 +248,8 @@ class Reader:
             siblings: the other keys of the section of an inline choice, also proposed for a misspelled name.
         """
         names = choices.names()
+        if isinstance(raw, str) and raw not in names and not siblings and not choices.places(raw):
+            self.fail(path, raw, f"unknown; {nearest(raw, names)}")
         if isinstance(raw, str):
             raw = {raw: None}
         if not isinstance(raw, Mapping) or not raw:
@@ -390,7 +393,9 @@ def describe(schema: type, path: str = "", described: set[type] | None = None) -
 def default_text(key: Key) -> str:
     """Return the default as the YAML would have it."""
     if key.field.default is REQUIRED:
-        return "required" if key.required else ""
+        if is_section(key.kinds[0]) or key.required:
+            return "required" if key.required else ""
+        return next(iter(as_dict(key.field.default_factory())))  # type: ignore[misc, operator]
     value = as_dict(key.field.default)
     if isinstance(value, float) and "e" in repr(value):
         return with_point(repr(value))

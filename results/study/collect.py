@@ -73,7 +73,7 @@ def collect(run: str, source: Path, weights: Path, facts: dict[str, str], out: P
         raise UserError(f"{source / 'log' / 'test.json'}: is not of the last epoch: run test.py --resume {LATEST} again")
     kept = {"metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows), "config.yaml": config.to_yaml(portable(c))}
     kept["test.json"] = confusion.to_json(tested | {"checkpoint": f"results/study/{run}.pt"})
-    if c.defense == "asd":
+    if c.defense.name == "asd":
         quality = json.loads(readable(source / suspects.QUALITY).read_text())
         if f"precision_of_first_{suspects.FIRST}" not in quality["measures"]["score"]:
             path = source / suspects.QUALITY
@@ -86,10 +86,10 @@ def collect(run: str, source: Path, weights: Path, facts: dict[str, str], out: P
     yamls = [path for path in source.glob("*.yaml") if path.name != "config.yaml"]
     newest = max(yamls, key=lambda path: path.stat().st_mtime, default=source / "config.yaml").name
     full, rest = count_batches(len(saved["epochs_in_clean_pool"]), c.undefended.batch_size, least=2)
-    steps = c.semi.mixmatch.train_iteration if c.defense == "asd" else full + (rest > 0)
+    steps = c.semi.mixmatch.train_iteration if c.defense.name == "asd" else full + (rest > 0)
     card = {
         "attack": c.attack.name if c.attacker.poison_ratio else "none",
-        "defense": c.defense,
+        "defense": c.defense.name,
         "dataset": dataset_of(c).name,
         "network": yaml.safe_load(kept["config.yaml"])["network"],
         "config": f"config/{newest}",

@@ -1,0 +1,1 @@
+"""The defenses, one file each: `Settings` (its YAML section and its stages) and `Defense` (trains one epoch after another)."""

@@ -1,0 +1,36 @@
+"""ASD. The method is `ASD.py` at the top of the repository; this file makes it `defense: asd`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ASD import Defense as Defense
+from utils.config import Config
+from utils.schema import Reader
+from utils.stages import DefenseSettings, Stage
+
+
+@dataclass(frozen=True)
+class Settings(DefenseSettings):
+    """ASD's settings have sections of their own in the YAML, as in the authors' files: `global`, `split`, `semi`, `meta`."""
+
+    needs_clean = True
+
+    def stages(self, config: Config) -> tuple[Stage, ...]:
+        """The split is a function of the epoch (paper section 3.2); one optimizer trains throughout."""
+        g, last = config.global_, config.num_epochs
+        ends = [min(end, last) for end in (g.epoch_first, g.epoch_second)] + [last]
+        begins = [0, *ends[:-1]]
+        return tuple(
+            Stage(name, end - begin, config.optimizer, config.lr_scheduler, fresh=False)
+            for name, begin, end in zip(("class-aware", "class-agnostic", "meta-split"), begins, ends, strict=True)
+        )
+
+    def check(self, config: Config, reader: Reader) -> None:
+        """Every epoch needs a split, and the first clean pool an image."""
+        g = config.global_
+        if config.num_epochs > g.epoch_third:
+            remedy = f"no split is defined from epoch {g.epoch_third} on: lower num_epochs or raise global.epoch_third"
+            reader.fail("num_epochs", config.num_epochs, remedy)
+        if g.seed_num < 1 and g.epoch_first > 0 and config.seed_samples is None:
+            reader.fail("global.seed_num", g.seed_num, "the first clean pool would be empty: give at least 1")

@@ -1,0 +1,63 @@
+"""What every defense is: stages of epochs that train a model on images which carry the attacker's labels."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from engine.context import Context, build_training
+from utils.checkpoint import State
+from utils.stages import Stage, locate
+
+
+class DefenseBase(ABC):
+    """A defense: `class Defense(DefenseBase)` in `defenses/<name>.py`, beside its `Settings`.
+
+    It knows the training images with the labels that they carry, and the clean images that it is given; never the ground truth.
+    Between two epochs, everything that it needs later is in the `State`: weights, optimizer, `networks` beside the model,
+    `sets` of indices. Random draws are functions of (seed, purpose, epoch). Then resuming is exact.
+
+    Args:
+        context: what is fixed for the run.
+        clean: (S,) int64, on the CPU: images known to be clean (`Settings.needs_clean`).
+    """
+
+    def __init__(self, context: Context, clean: Tensor) -> None:
+        self.context, self.clean = context, clean
+        self.settings: Any = context.config.defense.settings
+
+    def build(self, state: State, stage: Stage) -> None:
+        """Give the state what a stage trains: here a new optimizer and schedule for all weights of the model.
+
+        Called before a stage with a new optimizer begins, and before a checkpoint that was written within a stage is loaded.
+        It only builds; what it builds, `enter` or the checkpoint fills.
+        """
+        self.train_with(state, stage, state.model.parameters())
+
+    def train_with(self, state: State, stage: Stage, parameters: Iterable[nn.Parameter]) -> None:
+        """Give the state the stage's optimizer for these parameters, and its schedule."""
+        state.optimizer, state.scheduler = build_training(self.context.config, self.context.machine, stage, parameters)
+        state.steps = None  # a captured step holds the tensors of the optimizer before
+
+    def enter(self, state: State, stage: Stage) -> None:
+        """Do what a stage begins with, once, before its first epoch: choose images, prune, copy a network. Here: nothing."""
+        return
+
+    def begin_epoch(self, state: State, epoch: int) -> None:
+        """Begin the stage whose first epoch this is."""
+        stage, first = locate(self.context.config.stages, epoch)
+        if first == 0:
+            if epoch == 0 or stage.fresh:
+                self.build(state, stage)
+            self.enter(state, stage)
+
+    @abstractmethod
+    def train_epoch(self, state: State, epoch: int) -> dict[str, float]:
+        """Train one epoch, counted from the start of the run.
+
+        Returns:
+            means over the epoch: `loss`, and further figures for the epoch's row in `metrics.jsonl`.
+        """

@@ -1,0 +1,61 @@
+"""The stages of a defense: how many epochs each has and what it trains with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from utils.schema import Named, Reader
+
+UNDEFENDED = "none"  # the value of `defense` that means training without one: the twin that other runs are compared with
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive epochs that train in the same way."""
+
+    name: str
+    epochs: int
+    optimizer: Named
+    lr_scheduler: Named | None = None  # over this stage, and over the following ones that are not `fresh`
+    key: str = "optimizer"  # the setting that its learning rate is given by, for messages
+    fresh: bool = True  # begins with a new optimizer; False: goes on with that of the stage before
+
+
+class DefenseSettings:
+    """Base of the `Settings` of a defense, the frozen dataclass that is the schema of `defense: {<name>: {...}}`.
+
+    Attributes:
+        needs_clean: the defender is given images known to be clean: `global.seed_num` of each class, or `seed_samples`.
+    """
+
+    needs_clean = False
+
+    def stages(self, config: Any) -> tuple[Stage, ...]:
+        """Return the stages in order, some of which may have no epochs; `config` is the whole `Config`."""
+        raise NotImplementedError
+
+    def check(self, config: Any, reader: Reader) -> None:
+        """Refuse combinations of settings that are each legal, by `reader.fail(key, value, expected)`."""
+
+
+def locate(stages: Sequence[Stage], epoch: int) -> tuple[Stage, int]:
+    """Return the stage of a 0-based epoch, and the epoch's number within it.
+
+    Raises:
+        IndexError: the stages have fewer epochs.
+    """
+    for stage in stages:
+        if epoch < stage.epochs:
+            return stage, epoch
+        epoch -= stage.epochs
+    raise IndexError(epoch)
+
+
+def schedule_length(stages: Sequence[Stage], stage: Stage) -> int:
+    """Return the epochs of a stage's learning rate schedule: until the next new optimizer."""
+    at = list(stages).index(stage)
+    first = max((i for i in range(at + 1) if stages[i].fresh), default=0)
+    following = (i for i in range(first + 1, len(stages)) if stages[i].fresh)
+    return sum(s.epochs for s in stages[first : next(following, len(stages))])
