@@ -617,6 +617,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, bad: float, nam
         ("lr_scheduler=cosine_annealing", "lr_scheduler", "None", ""),
         ("transform.train.primary.random_crop.padding=2", "transform.train.primary.random_crop.padding", "4", "2"),
         ("defense=none", "defense", "'asd'", "'none'"),
+        ("optimizer=SGD", "optimizer", "'Adam'", "'SGD'"),
         ("data.train_limit=100", "data.train_limit", "None", "100"),
     ],
 )

@@ -347,10 +347,23 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
     for key in [*now, *(k for k in then if k not in now)]:
         if any(key == f or key.startswith(f + ".") for f in free) or then.get(key) == now.get(key):
             continue
+        key, before, after = chosen_differently(key, then, now) or (key, then.get(key), now.get(key))
         raise UserError(
-            f"{path}: was written with {key}: {then.get(key)!r} and the configuration says {now.get(key)!r}: set it back, or "
+            f"{path}: was written with {key}: {before!r} and the configuration says {after!r}: set it back, or "
             "begin a new run: with --set run=NAME and without --resume, or with --resume False"
         )
+
+
+def chosen_differently(key: str, then: dict[str, Any], now: dict[str, Any]) -> tuple[str, str, str] | None:
+    """Return the section above a key, and the names chosen there, if it chooses another name (an optimizer, a defense)."""
+    section = key
+    while section := section.rpartition(".")[0]:
+        before, after = (
+            {name[len(section) + 1 :].split(".")[0] for name in t if name.startswith(section + ".")} for t in (then, now)
+        )
+        if before - after and after - before:
+            return section, ", ".join(sorted(before - after)), ", ".join(sorted(after - before))
+    return None
 
 
 def read_config(config: dict[str, Any]) -> Config:
