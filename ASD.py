@@ -56,9 +56,9 @@ def train(session: Session) -> None:
 class Defense(DefenseBase):
     """`defense: asd`: every epoch splits the training set, then trains on both pools."""
 
-    def __init__(self, context: Context, clean: Tensor) -> None:
-        super().__init__(context, clean)
-        check_pool_sizes(context.config, context.train_set.labels, clean)
+    def __init__(self, context: Context, seeds: Tensor) -> None:
+        super().__init__(context, seeds)
+        check_pool_sizes(context.config, context.train_set.labels, seeds)
         self.virtual: State | None = None
 
     def build(self, state: State, stage: Stage) -> None:
@@ -69,7 +69,7 @@ class Defense(DefenseBase):
 
     def train_epoch(self, state: State, epoch: int) -> dict[str, float]:
         """Split the training set, then train one epoch on both pools; return the epoch's mean losses."""
-        clean_pool, split_values = split_pools(self.context, epoch, state.model, self.clean, self.virtual)
+        clean_pool, split_values = split_pools(self.context, epoch, state.model, self.given, self.virtual)
         state.keep_split(clean_pool, split_values)
         return train_mixmatch(self.context, epoch, state, clean_pool)
 
@@ -128,6 +128,7 @@ def train_virtual_model(context: Context, epoch: int, model: nn.Module, virtual:
     virtual = virtual or build_virtual(context, model)
     copy_values(model, virtual.model)
     restart(virtual.optimizer)
+    virtual.model.train()
     batch, seed = context.config.loader.batch_size, context.config.seed.seed
     for i in range(context.config.meta.epoch):
         draws = draw_supervised(seed, f"virtual {i}", epoch, len(context.train_set), context.train_transform)

@@ -75,6 +75,10 @@ class SupervisedDraws(NamedTuple):
         """Return the tables on a device."""
         return SupervisedDraws(self.order.to(device), self.views.to(device))
 
+    def of(self, indices: Tensor) -> SupervisedDraws:
+        """Return the draws as those of the images `indices` (N,) of a larger set."""
+        return SupervisedDraws(indices[self.order], self.views)
+
     def cut(self, batch: int, least: int) -> tuple[SupervisedDraws, SupervisedDraws]:
         """Cut the pass into S batches of equal size and a last one, which is what is left.
 

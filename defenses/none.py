@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from data.batches import draw_supervised
+from defenses._start import train_undefended, undefended_stage
 from engine.defense import DefenseBase
-from engine.supervised import train_supervised
 from utils.checkpoint import State
 from utils.config import Config
 from utils.stages import DefenseSettings, Stage
@@ -18,8 +17,7 @@ class Settings(DefenseSettings):
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """All epochs are alike."""
-        plan = config.undefended
-        return (Stage("undefended", config.num_epochs, plan.optimizer, plan.lr_scheduler, "undefended.optimizer"),)
+        return (undefended_stage(config, None),)
 
 
 class Defense(DefenseBase):
@@ -27,6 +25,4 @@ class Defense(DefenseBase):
 
     def train_epoch(self, state: State, epoch: int) -> dict[str, float]:
         """Train one pass over all images; return its mean loss."""
-        config, train_set, transform = self.context.config, self.context.train_set, self.context.train_transform
-        draws = draw_supervised(config.seed.seed, "undefended", epoch, len(train_set), transform)
-        return {"loss": train_supervised(self.context, state, "training", draws, config.undefended.batch_size)}
+        return train_undefended(self.context, state, epoch)

@@ -16,17 +16,21 @@ from utils.stages import Stage, locate
 class DefenseBase(ABC):
     """A defense: `class Defense(DefenseBase)` in `defenses/<name>.py`, beside its `Settings`.
 
-    It knows the training images with the labels that they carry, and the clean images that it is given; never the ground truth.
+    It knows the training images with the labels that they carry, and the images that it is given; never the ground truth. A
+    reference row, which bounds what a defense can reach, has a function `reference_images(config, flags)` in its file: the run
+    calls it with the ground truth (N,) and gives the defense the indices that it returns.
+
     Between two epochs, everything that it needs later is in the `State`: weights, optimizer, `networks` beside the model,
     `sets` of indices. Random draws are functions of (seed, purpose, epoch). Then resuming is exact.
 
     Args:
         context: what is fixed for the run.
-        clean: (S,) int64, on the CPU: images known to be clean (`Settings.needs_clean`).
+        given: (S,) int64, on the CPU: images known to be clean (`Settings.needs_clean`), or what `reference_images` of the
+            file chose; else none.
     """
 
-    def __init__(self, context: Context, clean: Tensor) -> None:
-        self.context, self.clean = context, clean
+    def __init__(self, context: Context, given: Tensor) -> None:
+        self.context, self.given = context, given
         self.settings: Any = context.config.defense.settings
 
     def build(self, state: State, stage: Stage) -> None:

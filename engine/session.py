@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data.seeds import choose_seed_samples, complete_manifest
-from data.sets import TestSets
+from data.sets import PoisonedData, TestSets
 from data.sources import prepare
 from engine.context import Context, build_context, build_state
 from engine.defense import DefenseBase
@@ -166,13 +166,13 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, stack
         checkpoint.refuse_other_settings(resume, saved, as_dict(config), names)  # before any data is decoded or written
     with machine.first_alone():  # rank 0 writes the run's files, the other ranks read them
         data = prepare(config, run.saved, machine.device, machine.world_size, new_classifier)
-        clean = choose_seed_samples(config, data, run.saved)
+        seeds = choose_seed_samples(config, data, run.saved)
 
     context = build_context(config, machine, data.train.to(machine.device))
-    defense: DefenseBase = plugins.load(DEFENSES.package, config.defense.name).Defense(context, clean)
+    defense = build_defense(context, data, seeds)
     state = build_state(config, machine, len(context.train_set))
     state.about = {"class_names": list(data.class_names), "image_size": list(context.train_set.images.shape[2:])}
-    state.data = complete_manifest(config, data, clean)
+    state.data = complete_manifest(config, data, seeds)
     if saved is not None and resume is not None:
         defense.build(state, stages.locate(config.stages, checkpoint.last_epoch(saved, config.num_epochs))[0])
         checkpoint.load(resume, state, as_dict(config), saved)
@@ -188,6 +188,23 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, stack
         report.start(machine, state, *(len(part) if part else None for part in (tests.clean, tests.backdoor)))
     writer = stack.enter_context(checkpoint.Writer())  # exits before the report: it logs each checkpoint
     return Session(context, state, defense, tests, report, writer)
+
+
+def build_defense(context: Context, data: PoisonedData, seeds: Tensor) -> DefenseBase:
+    """Return the configured defense.
+
+    Args:
+        data: its ground truth is for reference rows alone, and only to choose indices.
+        seeds: (S,) int64, the images known to be clean.
+    """
+    config, truth = context.config, data.ground_truth
+    plugin, given = plugins.load(DEFENSES.package, config.defense.name), seeds
+    if hasattr(plugin, "reference_images"):
+        if truth is None:
+            raise UserError(f"defense: {config.defense.name}: needs the ground truth, which is unknown for these images")
+        given = plugin.reference_images(config, truth.flags)
+    defense: DefenseBase = plugin.Defense(context, given)
+    return defense
 
 
 def save(config: Config, state: State, writer: checkpoint.Writer, report: Report) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from data.augment import Pipeline
 from data.batches import SupervisedDraws
 from engine.context import Context, build_stepper
 from loss.supervised import cross_entropy
@@ -19,12 +20,14 @@ BatchLoss = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def train_supervised(context: Context, state: State, name: str, draws: SupervisedDraws, batch: int) -> float:
-    """Train for one pass over the drawn images, by `state.steps` or else with cross-entropy; return the mean loss."""
+    """Train for one pass over the drawn images, by `state.steps` or else with cross-entropy; return the mean loss.
+
+    The model stays in the mode that it is in, train or eval.
+    """
     machine = context.machine
     full, last = draws.to(machine.device).cut(batch, least=2 * machine.world_size)
     steps = state.steps or supervised_steps(context, state)
     total = torch.zeros(1, device=machine.device)
-    state.model.train()
     with count_at_end(state.model, len(full.order) + (len(last.order) > 0)):
         if len(full.order):
             total = steps.run(full, lambda numbers: progress(numbers, name, len(full.order)))
@@ -33,22 +36,25 @@ def train_supervised(context: Context, state: State, name: str, draws: Supervise
     return float(machine.all_reduce(total)) / len(draws.order)
 
 
-def supervised_steps(context: Context, state: State, batch_loss: BatchLoss | None = None) -> Stepper:
+def supervised_steps(
+    context: Context, state: State, batch_loss: BatchLoss | None = None, transform: Pipeline | None = None
+) -> Stepper:
     """Return the stepper of supervised training.
 
     Args:
         batch_loss: takes this process' images (b, 3, H, W) of a batch, their indices (b,) and the size B of the whole batch;
             returns its share of the batch's loss, a scalar. None: the mean cross-entropy with the labels that the images carry.
+        transform: gives the views that were drawn; None: the train transform.
     """
     machine, train_set = context.machine, context.train_set
-    compute = batch_loss or mean_cross_entropy(context, state)
+    compute, view = batch_loss or mean_cross_entropy(context, state), transform or context.train_transform
 
     def step(draw: SupervisedDraws) -> Tensor:
         """Train on a batch of B images; return this process' share of its loss times B, (1,)."""
         count = len(draw.order)
         mine = machine.shard(count)
         index = draw.order[mine]
-        inputs = machine.to_memory_format(context.train_transform(train_set.fetch(index), draw.views[mine]))  # (b, 3, H, W)
+        inputs = machine.to_memory_format(view(train_set.fetch(index), draw.views[mine]))  # (b, 3, H, W)
         loss = compute(inputs, index, count)
         state.optimizer.zero_grad(set_to_none=True)
         machine.backward(loss)

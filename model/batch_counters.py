@@ -20,14 +20,15 @@ KINDS = (nn.BatchNorm2d, GroupedBatchNorm2d)  # not those that synchronize proce
 def count_at_end(model: nn.Module, batches: int) -> Iterator[None]:
     """Inside the block batch normalizations do not count; where it ends well, all counters are `batches` higher.
 
-    The counters are missing from the model's buffers inside the block. A normalization whose statistics are the mean over
-    all batches (`momentum=None`) reads its counter in every forward pass, and counts for itself.
+    Those in eval mode see no batches. The counters are missing from the model's buffers inside the block. A normalization
+    whose statistics are the mean over all batches (`momentum=None`) reads its counter in every forward pass, and counts for
+    itself.
 
     Args:
         batches: how often each normalization is used in the block, once in a forward pass of the model.
     """
     norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d) and type(norm) in KINDS]
-    counters = {norm: norm.num_batches_tracked for norm in norms if norm.momentum is not None}
+    counters = {norm: norm.num_batches_tracked for norm in norms if norm.momentum is not None and norm.training}
     for norm in counters:
         norm.num_batches_tracked = None
     try:

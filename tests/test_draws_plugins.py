@@ -9,8 +9,10 @@ import random
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -215,7 +217,7 @@ def test_the_programs_run_what_is_dropped_into_the_folders(tmp_path: Path) -> No
     set.
     """
     program = tmp_path / "program"
-    for folder in ("data", "engine", "loss", "model", "utils"):
+    for folder in ("data", "defenses", "engine", "loss", "model", "utils"):
         shutil.copytree(REPOSITORY / folder, program / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for script in ("ASD.py", "test.py"):
         shutil.copy(REPOSITORY / script, program)
@@ -235,7 +237,7 @@ def test_the_programs_run_what_is_dropped_into_the_folders(tmp_path: Path) -> No
         "storage_dir": str(tmp_path / "storage"),
     }
     plan["transform"]["train"]["primary"] = {"negative": {}}  # type: ignore[index]
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
     said = []
     for command in (["ASD.py"], ["test.py"], ["-m", "data.poison", "--out", str(tmp_path / "set")]):
         line = [sys.executable, *command, "--config", str(tmp_path / "plan.yaml"), "--gpu", "cpu"]
@@ -259,3 +261,112 @@ def test_nearest_names() -> None:
     assert nearest("epsilom", ["alpha", "epsilon"]).startswith("did you mean epsilon?")
     assert nearest("xyz", ["alpha", "epsilon"]) == "known: alpha, epsilon"
     assert nearest(3, []) == "known: none"
+
+
+DEFENSE = """
+import torch
+from dataclasses import dataclass
+from data.batches import draw_supervised
+from engine.defense import DefenseBase
+from engine.supervised import supervised_steps, train_supervised
+from loss.supervised import cross_entropy
+from model.classifier import build_classifier
+from utils.config import OPTIMIZERS, SGD
+from utils.schema import Named, setting
+from utils.stages import DefenseSettings, Stage
+
+@dataclass(frozen=True)
+class Settings(DefenseSettings):
+    needs_clean = True
+    first: int = setting(2, "epochs on all images", low=0)
+    last: int = setting(2, "epochs on the lowest losses", low=0)
+    optimizer: Named = setting(Named("SGD", SGD(lr=0.05, momentum=0.9)), "of both stages", choices=OPTIMIZERS)
+
+    def stages(self, config):
+        return Stage("helper", self.first, self.optimizer), Stage("lowest", self.last, self.optimizer)
+
+class Defense(DefenseBase):
+    def build(self, state, stage):
+        config, device = self.context.config, self.context.machine.device
+        helper = state.networks.setdefault("helper", build_classifier(config.network, config.num_classes, 1).to(device))
+        self.train_with(state, stage, (helper if stage.name == "helper" else state.model).parameters())
+        self.trained = helper if stage.name == "helper" else state.model
+        state.steps = supervised_steps(self.context, state, self.loss)
+
+    def loss(self, inputs, index, count):
+        return cross_entropy(self.trained(inputs), self.context.train_set.labels[index]).sum() / count
+
+    def enter(self, state, stage):
+        if stage.name == "lowest":
+            state.sets["lowest"] = self.given.sort().values
+            state.model.load_state_dict(state.networks["helper"].state_dict())
+
+    def train_epoch(self, state, epoch):
+        chosen = state.sets.get("lowest", torch.arange(len(self.context.train_set)))
+        draws = draw_supervised(self.context.config.seed.seed, "plain", epoch, len(chosen), self.context.train_transform)
+        self.trained.train()
+        loss = train_supervised(self.context, state, "training", draws.of(chosen), 16)
+        return {"loss": loss, "images": len(chosen)}
+"""
+
+
+@pytest.mark.slow
+def test_a_dropped_in_defense_trains_and_resumes(tmp_path: Path) -> None:
+    """A defense is one new file: with stages, networks and index sets of its own it trains, is tested, and resumes exactly."""
+    program = tmp_path / "program"
+    for folder in ("data", "defenses", "engine", "loss", "model", "utils"):
+        shutil.copytree(REPOSITORY / folder, program / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for script in ("ASD.py", "test.py"):
+        shutil.copy(REPOSITORY / script, program)
+    (program / "defenses" / "two_stages.py").write_text(DEFENSE)
+    plan = TINY | {"defense": {"two_stages": {"last": 1}}}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
+
+    def call(script: str, *options: str, code: int = 0) -> str:
+        line = [sys.executable, script, "--config", str(tmp_path / "plan.yaml"), "--gpu", "cpu", *options]
+        line += [f"--set=saved_dir={tmp_path / 'saved'}", f"--set=storage_dir={tmp_path / 'storage'}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+        done = subprocess.run(line, cwd=program, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+    call("ASD.py", "--set=run=whole")
+    call("test.py", "--set=run=whole")
+    rows = [json.loads(row) for row in (tmp_path / "saved/whole/log/metrics.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["images"], row.get("lowest_size")) for row in rows] == [
+        ("helper", 200, None), ("helper", 200, None), ("lowest", 20, 20),
+    ]  # fmt: skip
+    assert rows[-1]["poisoned_in_lowest"] == 0 and {row["defense"] for row in rows} == {"two_stages"}
+    for stop in (1, 2):  # within the first stage, and between the stages
+        cut = f"--set=run=cut-{stop}"
+        environment_line = "import sys, engine.session as s; old = s.Session.finish_epoch\n" + textwrap.dedent(f"""
+            def finish(self, losses):
+                old(self, losses)
+                if self.state.epoch == {stop}:
+                    self.writer.wait()
+                    raise KeyboardInterrupt
+            s.Session.finish_epoch = finish
+            import ASD, runpy
+            from utils.cli import command
+            command("ASD.py", ASD.main)
+        """)
+        (program / "cut.py").write_text(environment_line)
+        call("cut.py", cut, code=130)
+        assert f"epoch {stop}/3" in call("ASD.py", cut)
+        one, two = (
+            torch.load(tmp_path / "storage" / name / "checkpoint/latest_model.pt", weights_only=True)
+            for name in ("whole", f"cut-{stop}")
+        )
+        for part in ("model_state_dict", "optimizer_state_dict", "networks", "sets"):
+            assert same(one[part], two[part]), (stop, part)
+    assert "two_stages.lst" in call("ASD.py", "--set=defense.two_stages.lst=1", code=2)
+    assert "no stage" in call("ASD.py", "--set=defense={two_stages: {first: 0, last: 0}}", code=2)
+
+
+def same(one: Any, two: Any) -> bool:
+    """Return whether two nested containers hold equal values."""
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(same, one, two))
+    return torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two

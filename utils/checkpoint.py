@@ -59,6 +59,7 @@ class State:
     epochs_in_clean_pool: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))  # (N,)
     networks: dict[str, nn.Module] = field(default_factory=dict)  # of a defense, beside the model
     sets: dict[str, Tensor] = field(default_factory=dict)  # of a defense: indices (n,) int64 of training images, on the CPU
+    tables: dict[str, Tensor] = field(default_factory=dict)  # of a defense: any other tensors, on the CPU
     about: dict[str, Any] = field(default_factory=dict)  # class names and image size: for test.py --images, not for training
     data: str = ""  # the manifest of the run's data (`utils/manifest.py`)
     parallel: Any = None  # the model as training calls it: wrapped where there are several processes; not saved
@@ -72,8 +73,8 @@ class State:
         """Return all tensors that training changes in place, by kind: weights, BN statistics, the optimizer's moments."""
         return changed_tensors(self.model, self.optimizer)
 
-    def keep_split(self, clean_pool: Tensor, values: Tensor) -> None:
-        """Keep the split of an epoch: the clean pool (P,) int64 and the values (N,) that decided, on the CPU."""
+    def keep_split(self, clean_pool: Tensor, values: Tensor | None) -> None:
+        """Keep the split of an epoch: the clean pool (P,) int64 and the values (N,), if any, that decided; on the CPU."""
         self.clean_pool, self.split_values = clean_pool, values
         self.epochs_in_clean_pool[clean_pool] += 1
 
@@ -98,8 +99,7 @@ def contents(state: State, config: dict[str, Any]) -> dict[str, Any]:
         saved["scheduler_state_dict"] = state.scheduler.state_dict()
     if state.networks:
         saved["networks"] = {name: network.state_dict() for name, network in state.networks.items()}
-    if state.sets:
-        saved["sets"] = state.sets
+    saved |= {name: getattr(state, name) for name in ("sets", "tables") if getattr(state, name)}
     return saved
 
 
@@ -291,7 +291,7 @@ def load(path: Path, state: State, config: dict[str, Any], saved: dict[str, Any]
         state.epochs_in_clean_pool = saved.get("epochs_in_clean_pool", state.epochs_in_clean_pool)
         for name, network in state.networks.items():
             network.load_state_dict(saved["networks"][name])
-        state.sets = dict(saved.get("sets", {}))
+        state.sets, state.tables = dict(saved.get("sets", {})), dict(saved.get("tables", {}))
         check_state(state, count)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(

@@ -1,0 +1,56 @@
+"""Defenses that repair a trained network: the first stage trains it without a defense, or a finished run provides it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from data.batches import draw_supervised
+from engine.context import Context
+from engine.supervised import train_supervised
+from utils import checkpoint
+from utils.checkpoint import State
+from utils.config import Config
+from utils.draws import generator
+from utils.run import LATEST, locate
+from utils.stages import Stage
+
+UNDEFENDED_STAGE = "undefended"
+START_HELP = "a finished run without a defense, by its name, whose weights are taken; null: train them first, for num_epochs"
+
+
+def undefended_stage(config: Config, start_run: str | None) -> Stage:
+    """Return the stage that trains as `defense: none` does; without epochs where a run provides the weights."""
+    plan = config.undefended
+    epochs = 0 if start_run else config.num_epochs
+    return Stage(UNDEFENDED_STAGE, epochs, plan.optimizer, plan.lr_scheduler, "undefended.optimizer")
+
+
+def train_undefended(context: Context, state: State, epoch: int) -> dict[str, float]:
+    """Train one epoch of that stage, bit for bit as `defense: none` does; return its mean loss."""
+    config = context.config
+    draws = draw_supervised(config.seed.seed, "undefended", epoch, len(context.train_set), context.train_transform)
+    state.model.train()
+    return {"loss": train_supervised(context, state, "training", draws, config.undefended.batch_size)}
+
+
+def take_weights(context: Context, state: State, start_run: str) -> None:
+    """Load the weights of the last epoch of another run, which must have trained on the same data.
+
+    Raises:
+        UserError: there is no such run, or it is of another network or other data.
+    """
+    config = context.config
+    path = locate(replace(config, run=start_run)).checkpoints / LATEST
+    saved = checkpoint.read(path)
+    checkpoint.refuse_other_data(path, saved, state.data)
+    checkpoint.load_weights(state.model, saved, path)
+
+
+def split_clean(given: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Return two halves of the clean images (S,), drawn by the seed: one to rank or to train with, one to validate on."""
+    order = torch.randperm(len(given), generator=generator(seed, "halves of the clean images", 0))
+    half = len(given) // 2
+    return given[order[:half]].sort().values, given[order[half:]].sort().values

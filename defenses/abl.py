@@ -1,0 +1,133 @@
+"""ABL: isolate a few images of low loss, fine-tune on the others, unlearn the isolated ones.
+
+Li et al., "Anti-Backdoor Learning: Training Clean Models on Poisoned Data", NeurIPS 2021.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.augment import Pipeline
+from data.batches import draw_supervised
+from data.pools import lowest, rest
+from engine.context import Context
+from engine.defense import DefenseBase
+from engine.evaluation import infer
+from engine.supervised import BatchLoss, mean_cross_entropy, supervised_steps, train_supervised
+from loss.supervised import cross_entropy
+from utils.checkpoint import State
+from utils.config import OPTIMIZERS, SCHEDULERS, SGD, Config, MultiStep
+from utils.schema import Named, setting
+from utils.stages import DefenseSettings, Stage, locate
+
+ISOLATED = "isolated"
+
+
+def sgd(lr: float) -> Named:
+    """Return the optimizer of all stages."""
+    return Named("SGD", SGD(lr=lr, momentum=0.9, weight_decay=5e-4))
+
+
+@dataclass(frozen=True)
+class Settings(DefenseSettings):
+    isolation_epochs: int = setting(20, "epochs of the isolation stage", low=1)
+    isolation_optimizer: Named = setting(sgd(0.1), "optimizer of the isolation stage", choices=OPTIMIZERS)
+    gamma: float = setting(0.5, "the loss at which gradient ascent begins", low=0)
+    unit: str = setting(
+        "batch", "what the ascent is decided for: the mean of a batch, or each image", options=("batch", "example")
+    )
+    isolation_ratio: float = setting(0.01, "share of the images that are isolated", above=0, below=1)
+    finetune_epochs: int = setting(70, "epochs on the images that are not isolated", low=0)
+    finetune_optimizer: Named = setting(sgd(0.1), "optimizer of the fine-tuning", choices=OPTIMIZERS)
+    finetune_scheduler: Named | None = setting(
+        Named("multi_step", MultiStep(milestones=(30, 55))),
+        "learning rate of the fine-tuning; null: constant",
+        choices=SCHEDULERS,
+    )
+    unlearn_epochs: int = setting(5, "epochs of gradient ascent on the isolated images", low=0)
+    unlearn_optimizer: Named = setting(sgd(5e-4), "optimizer of the unlearning", choices=OPTIMIZERS)
+    unlearn_bn: str = setting("train", "batch statistics while unlearning: train updates them", options=("train", "eval"))
+    augmented: tuple[str, ...] = setting(
+        ("isolate", "finetune", "unlearn"), "stages that see augmented images", options=("isolate", "finetune", "unlearn")
+    )
+    batch_size: int = setting(128, "batch size of all stages", low=2)
+
+    def stages(self, config: Config) -> tuple[Stage, ...]:
+        """Each stage has an optimizer of its own, without momentum from the one before."""
+        key = "defense.abl"
+        return (
+            Stage("isolate", self.isolation_epochs, self.isolation_optimizer, None, f"{key}.isolation_optimizer"),
+            Stage(
+                "finetune", self.finetune_epochs, self.finetune_optimizer, self.finetune_scheduler, f"{key}.finetune_optimizer"
+            ),
+            Stage("unlearn", self.unlearn_epochs, self.unlearn_optimizer, None, f"{key}.unlearn_optimizer"),
+        )
+
+
+class Defense(DefenseBase):
+    """The three stages of ABL on one network."""
+
+    def build(self, state: State, stage: Stage) -> None:
+        """Build the stage's optimizer and its loss."""
+        super().build(state, stage)
+        losses = {
+            "isolate": ascent_below(self.context, state, self.settings),
+            "unlearn": negative(mean_cross_entropy(self.context, state)),
+        }
+        state.steps = supervised_steps(self.context, state, losses.get(stage.name), self.view(stage))
+
+    def view(self, stage: Stage) -> Pipeline:
+        """Return the transform of a stage."""
+        return self.context.train_transform if stage.name in self.settings.augmented else self.context.eval_transform
+
+    def enter(self, state: State, stage: Stage) -> None:
+        """After the isolation stage, isolate the images of lowest loss."""
+        if stage.name != "isolate" and ISOLATED not in state.sets:
+            state.sets[ISOLATED] = isolate(self.context, state, self.settings.isolation_ratio)
+
+    def train_epoch(self, state: State, epoch: int) -> dict[str, float]:
+        """Train one pass over the stage's images; return the mean of its loss."""
+        stage, _ = locate(self.context.config.stages, epoch)
+        chosen = torch.arange(len(self.context.train_set))
+        if stage.name == "finetune":
+            chosen = rest(state.sets[ISOLATED], len(chosen))
+        elif stage.name == "unlearn":
+            chosen = state.sets[ISOLATED]
+        draws = draw_supervised(self.context.config.seed.seed, "abl", epoch, len(chosen), self.view(stage)).of(chosen)
+        state.model.train(stage.name != "unlearn" or self.settings.unlearn_bn == "train")
+        return {"loss": train_supervised(self.context, state, stage.name, draws, self.settings.batch_size)}
+
+
+def ascent_below(context: Context, state: State, settings: Settings) -> BatchLoss:
+    """Return local gradient ascent (LGA): `sign(m - gamma) m` for the mean cross-entropy m of the batch, or of each image.
+
+    The sign is a constant. Flooding, `|m - gamma| + gamma`, has the same gradient.
+    """
+
+    def loss(inputs: Tensor, index: Tensor, count: int) -> Tensor:
+        """Return this process' share of the loss."""
+        with context.machine.autocast():
+            logits = state.parallel(inputs)  # (b, C)
+        losses = cross_entropy(logits, context.train_set.labels[index])  # (b,)
+        if settings.unit == "example":
+            return (torch.sign(losses.detach() - settings.gamma) * losses).sum() / count
+        share = losses.sum() / count
+        mean = context.machine.all_reduce(share.detach().clone())
+        return torch.sign(mean - settings.gamma) * share
+
+    return loss
+
+
+def negative(loss: BatchLoss) -> BatchLoss:
+    """Return the loss that gradient descent increases."""
+    return lambda inputs, index, count: -loss(inputs, index, count)
+
+
+def isolate(context: Context, state: State, ratio: float) -> Tensor:
+    """Return the `int(N ratio)` images of lowest cross-entropy, plain views in eval mode, sorted (n,) int64."""
+    logits = infer(context, "isolate", state.model, context.train_set)  # (N, C)
+    losses = cross_entropy(logits, context.train_set.labels).cpu()  # (N,)
+    return lowest(losses, int(len(losses) * ratio)).sort().values

@@ -1,0 +1,129 @@
+"""Fine-pruning: silence the channels that clean images use least, then fine-tune.
+
+Liu et al., "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks", RAID 2018.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.batches import draw_supervised
+from defenses._start import START_HELP, UNDEFENDED_STAGE, split_clean, take_weights, train_undefended, undefended_stage
+from engine.defense import DefenseBase
+from engine.evaluation import infer
+from engine.supervised import BatchLoss, mean_cross_entropy, supervised_steps, train_supervised
+from loss.supervised import cross_entropy
+from model.classifier import Classifier, Features
+from utils.checkpoint import State
+from utils.config import OPTIMIZERS, SGD, Config
+from utils.schema import Named, setting
+from utils.stages import DefenseSettings, Stage, locate
+
+PRUNED = "pruned channels"
+
+
+@dataclass(frozen=True)
+class Settings(DefenseSettings):
+    needs_clean = True
+    start_run: str | None = setting(None, START_HELP)
+    accuracy_drop: float = setting(0.04, "share of accuracy on half of the clean images that pruning may cost", low=0, high=1)
+    finetune_epochs: int = setting(10, "epochs on the clean images after pruning", low=0)
+    finetune_optimizer: Named = setting(
+        Named("SGD", SGD(lr=0.01, momentum=0.9, weight_decay=5e-4)), "optimizer of the fine-tuning", choices=OPTIMIZERS
+    )
+    batch_size: int = setting(128, "batch size of the fine-tuning", low=2)
+
+    def stages(self, config: Config) -> tuple[Stage, ...]:
+        """The undefended network; one epoch in which nothing is trained but the pruned network is tested; fine-tuning."""
+        key = "defense.fp.finetune_optimizer"
+        return (
+            undefended_stage(config, self.start_run),
+            Stage("pruned", 1, self.finetune_optimizer, None, key),
+            Stage("finetune", self.finetune_epochs, self.finetune_optimizer, None, key),
+        )
+
+
+class Defense(DefenseBase):
+    """A pruned channel of the last stage is a column of the linear layer that is 0: the layer sees the channels' means."""
+
+    def build(self, state: State, stage: Stage) -> None:
+        """Build the stage's optimizer, and a loss that holds the pruned columns at 0."""
+        super().build(state, stage)
+        if stage.name != UNDEFENDED_STAGE:
+            state.steps = supervised_steps(self.context, state, self.held(state))
+
+    def held(self, state: State) -> BatchLoss:
+        """Return the mean cross-entropy of the network without the pruned channels."""
+        plain = mean_cross_entropy(self.context, state)
+
+        def loss(inputs: Tensor, index: Tensor, count: int) -> Tensor:
+            """Return this process' share of the loss."""
+            silence(state)
+            return plain(inputs, index, count)
+
+        return loss
+
+    def enter(self, state: State, stage: Stage) -> None:
+        """Choose the channels and silence them, once."""
+        if stage.name != "pruned":
+            return
+        if self.settings.start_run:
+            take_weights(self.context, state, self.settings.start_run)
+        rank, check = split_clean(self.given, self.context.config.seed.seed)
+        state.tables[PRUNED] = self.choose(state, rank, check)
+        silence(state)
+
+    def choose(self, state: State, rank: Tensor, check: Tensor) -> Tensor:
+        """Return the channels to prune (k,) int64: as many as accuracy on the images `check` allows."""
+        assert isinstance(state.model, Classifier)
+        labels = self.context.train_set.labels[check].cpu()
+        features = infer(self.context, "prune", Features(state.model), self.context.train_set).cpu().float()  # (N, D)
+        order = features[rank].mean(0).argsort(stable=True)  # (D,): the least active first
+        return order[: prunable(features[check], labels, state.model.linear, order, self.settings.accuracy_drop)]
+
+    def train_epoch(self, state: State, epoch: int) -> dict[str, float]:
+        """Train one pass over the stage's images; of the stage `pruned` only the loss on the clean images is computed."""
+        context, (stage, _) = self.context, locate(self.context.config.stages, epoch)
+        if stage.name == UNDEFENDED_STAGE:
+            return train_undefended(context, state, epoch)
+        if stage.name == "pruned":
+            logits = infer(context, "pruned", state.model, context.train_set)[self.given]
+            return {"loss": float(cross_entropy(logits, context.train_set.labels[self.given]).mean())} | self.count(state)
+        draws = draw_supervised(context.config.seed.seed, "fp", epoch, len(self.given), context.train_transform)
+        state.model.train()
+        loss = train_supervised(context, state, stage.name, draws.of(self.given), self.settings.batch_size)
+        silence(state)
+        return {"loss": loss} | self.count(state)
+
+    def count(self, state: State) -> dict[str, float]:
+        """Return the row's figure of how many channels are pruned."""
+        return {"channels_pruned": len(state.tables[PRUNED])}
+
+
+@torch.no_grad()
+def silence(state: State) -> None:
+    """Set the linear layer's columns of the pruned channels to 0, in place."""
+    assert isinstance(state.model, Classifier)
+    weight = state.model.linear.weight  # (C, D)
+    weight.index_fill_(1, state.tables[PRUNED].to(weight.device), 0.0)
+
+
+@torch.no_grad()
+def prunable(features: Tensor, labels: Tensor, linear: torch.nn.Linear, order: Tensor, drop: float) -> int:
+    """Return the largest k for which pruning the first k channels costs at most `drop` of the accuracy.
+
+    Args:
+        features: (V, D) of the images that it is measured on, with their labels (V,).
+        order: (D,) channels, the first to be pruned first.
+    """
+    weight, bias = linear.weight.cpu().float(), linear.bias.cpu().float()
+    logits, best = features @ weight.T + bias, 0
+    floor = float((logits.argmax(1) == labels).float().mean()) - drop
+    for k, channel in enumerate(order.tolist(), 1):
+        logits -= features[:, channel, None] * weight[None, :, channel]
+        if float((logits.argmax(1) == labels).float().mean()) >= floor:
+            best = k
+    return best

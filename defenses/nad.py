@@ -1,0 +1,119 @@
+"""NAD: fine-tune a teacher on clean images, then the student on them with the teacher's attention maps.
+
+Li et al., "Neural Attention Distillation: Erasing Backdoor Triggers from Deep Neural Networks", ICLR 2021. With all `betas` 0
+it is plain fine-tuning of the student.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.batches import draw_supervised
+from defenses._start import START_HELP, UNDEFENDED_STAGE, take_weights, train_undefended, undefended_stage
+from engine.defense import DefenseBase
+from engine.supervised import BatchLoss, supervised_steps, train_supervised
+from loss.attention import attention_distance
+from loss.supervised import cross_entropy
+from model.classifier import Classifier
+from model.feature_maps import collect_maps
+from utils.checkpoint import State
+from utils.config import OPTIMIZERS, SCHEDULERS, SGD, Config, MultiStep
+from utils.schema import Named, Reader, setting
+from utils.stages import DefenseSettings, Stage, locate
+
+TEACHER = "teacher"
+PLAN = Named("SGD", SGD(lr=0.01, momentum=0.9, weight_decay=5e-4))
+
+
+@dataclass(frozen=True)
+class Settings(DefenseSettings):
+    needs_clean = True
+    start_run: str | None = setting(None, START_HELP)
+    teacher_epochs: int = setting(10, "epochs of the teacher", low=0)
+    teacher_optimizer: Named = setting(PLAN, "optimizer of the teacher", choices=OPTIMIZERS)
+    student_epochs: int = setting(20, "epochs of the student", low=1)
+    student_optimizer: Named = setting(PLAN, "optimizer of the student", choices=OPTIMIZERS)
+    student_scheduler: Named | None = setting(
+        Named("multi_step", MultiStep(milestones=(2, 4, 6, 8))),
+        "learning rate of the student; null: constant",
+        choices=SCHEDULERS,
+    )
+    layers: tuple[str, ...] = setting(("layer2", "layer3", "layer4"), "parts of the backbone whose attention maps are compared")
+    betas: tuple[float, ...] = setting((500.0, 500.0, 500.0), "weight of each of them", low=0)
+    batch_size: int = setting(64, "batch size of teacher and student", low=2)
+
+    def stages(self, config: Config) -> tuple[Stage, ...]:
+        """The undefended network, the teacher, the student."""
+        key = "defense.nad"
+        return (
+            undefended_stage(config, self.start_run),
+            Stage("teacher", self.teacher_epochs, self.teacher_optimizer, None, f"{key}.teacher_optimizer"),
+            Stage("student", self.student_epochs, self.student_optimizer, self.student_scheduler, f"{key}.student_optimizer"),
+        )
+
+    def check(self, config: Config, reader: Reader) -> None:
+        """Each layer has a weight."""
+        if len(self.layers) != len(self.betas):
+            reader.fail("defense.nad.betas", list(self.betas), f"give {len(self.layers)} numbers, one for each of layers")
+
+
+class Defense(DefenseBase):
+    """The undefended network is the model throughout: it is tested while the teacher learns, and then it is the student."""
+
+    def build(self, state: State, stage: Stage) -> None:
+        """Build the teacher, the stage's optimizer and its loss."""
+        assert isinstance(state.model, Classifier)
+        if stage.name != UNDEFENDED_STAGE and TEACHER not in state.networks:
+            state.networks[TEACHER] = copy.deepcopy(state.model)
+        trained = state.networks[TEACHER] if stage.name == TEACHER else state.model
+        self.train_with(state, stage, trained.parameters())
+        if stage.name == TEACHER:
+            self.teacher = State(trained, state.optimizer, None)
+            self.teacher.parallel = self.context.machine.wrap(trained)
+            self.teacher.steps = supervised_steps(self.context, self.teacher)
+        elif stage.name == "student":
+            state.steps = supervised_steps(self.context, state, self.distillation(state))
+
+    def enter(self, state: State, stage: Stage) -> None:
+        """Take another run's weights where one is named; the teacher begins as the undefended network."""
+        if stage.name == UNDEFENDED_STAGE:
+            return
+        first = stage.name == TEACHER or not self.settings.teacher_epochs
+        if first and self.settings.start_run:
+            take_weights(self.context, state, self.settings.start_run)
+        if first:
+            state.networks[TEACHER].load_state_dict(state.model.state_dict())
+
+    def distillation(self, state: State) -> BatchLoss:
+        """Return the student's loss: cross-entropy, and the weighted distances of the attention maps from the teacher's."""
+        context, s, teacher = self.context, self.settings, state.networks[TEACHER]
+        assert isinstance(state.model, Classifier)
+        assert isinstance(teacher, Classifier)
+        maps, taught = collect_maps(state.model, s.layers), collect_maps(teacher, s.layers)
+
+        def loss(inputs: Tensor, index: Tensor, count: int) -> Tensor:
+            """Return this process' share of the loss."""
+            with context.machine.autocast():
+                logits = state.parallel(inputs)  # (b, C)
+                with torch.no_grad():
+                    teacher.eval()(inputs)
+            losses = cross_entropy(logits, context.train_set.labels[index])  # (b,)
+            for name, beta in zip(s.layers, s.betas, strict=True):
+                losses = losses + beta * attention_distance(maps[name], taught[name])
+            return losses.sum() / count
+
+        return loss
+
+    def train_epoch(self, state: State, epoch: int) -> dict[str, float]:
+        """Train one pass over the stage's images; return the mean of its loss."""
+        stage, _ = locate(self.context.config.stages, epoch)
+        if stage.name == UNDEFENDED_STAGE:
+            return train_undefended(self.context, state, epoch)
+        draws = draw_supervised(self.context.config.seed.seed, "nad", epoch, len(self.given), self.context.train_transform)
+        part = self.teacher if stage.name == TEACHER else state
+        part.model.train()
+        return {"loss": train_supervised(self.context, part, stage.name, draws.of(self.given), self.settings.batch_size)}

@@ -1,0 +1,55 @@
+"""Reference row: plain training on a part of the images, chosen with the ground truth. It bounds what a filter can reach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.batches import draw_supervised
+from data.sets import CLEAN, COVER, POISONED
+from engine.defense import DefenseBase
+from engine.supervised import train_supervised
+from utils.checkpoint import State
+from utils.config import Config
+from utils.draws import generator
+from utils.schema import setting
+from utils.stages import DefenseSettings, Stage
+
+
+@dataclass(frozen=True)
+class Settings(DefenseSettings):
+    """Optimizer, schedule and batch size are those of the section `undefended`."""
+
+    removes: str = setting(
+        "poisoned", "what is left out: the poisoned images, or as many images drawn at random", options=("poisoned", "random")
+    )
+    keeps_cover: bool = setting(True, "removes: poisoned: train on the cover images")
+
+    def stages(self, config: Config) -> tuple[Stage, ...]:
+        """All epochs are alike."""
+        plan = config.undefended
+        return (Stage("filtered", config.num_epochs, plan.optimizer, plan.lr_scheduler, "undefended.optimizer"),)
+
+
+def reference_images(config: Config, flags: Tensor) -> Tensor:
+    """Return the images to train on, sorted (K,) int64, from the ground truth (N,) uint8."""
+    settings = config.defense.settings
+    if settings.removes == "random":
+        order = torch.randperm(len(flags), generator=generator(config.seed.seed, "random filter", 0))
+        return order[int((flags == POISONED).sum()) :].sort().values
+    kept = (flags == CLEAN) | ((flags == COVER) if settings.keeps_cover else torch.zeros_like(flags, dtype=torch.bool))
+    return torch.nonzero(kept).squeeze(1)
+
+
+class Defense(DefenseBase):
+    """Plain training on the given images."""
+
+    def train_epoch(self, state: State, epoch: int) -> dict[str, float]:
+        """Train one pass over the kept images; return its mean loss."""
+        config, transform = self.context.config, self.context.train_transform
+        state.sets["kept"] = self.given
+        draws = draw_supervised(config.seed.seed, "undefended", epoch, len(self.given), transform).of(self.given)
+        state.model.train()
+        return {"loss": train_supervised(self.context, state, "training", draws, config.undefended.batch_size)}
