@@ -156,17 +156,21 @@ def build_virtual(context: Context, model: nn.Module) -> State:
 FORWARDS = 5  # forward passes in a MixMatch step: 2 to guess labels, 3 to train
 
 
-def train_mixmatch(context: Context, epoch: int, state: State, clean_pool: Tensor) -> dict[str, float]:
+def train_mixmatch(
+    context: Context, epoch: int, state: State, clean_pool: Tensor, lambda_u: Tensor | None = None
+) -> dict[str, float]:
     """Train one epoch on both pools, using only the labels of the clean pool.
 
     Args:
         clean_pool: (P,) int64 on the CPU.
+        lambda_u: (S,) weights of the unlabeled loss; None: the ramp of ASD, from the first epoch of the run.
     Returns:
         means over the epoch of `loss`, `loss_x`, `loss_u`, `lambda_u`.
     """
     s = context.config.semi
     count = s.mixmatch.train_iteration
-    lambda_u = ramp_up(epoch, count, s.criterion.mixmatch.lambda_u, s.criterion.mixmatch.rampup_length)  # (S,)
+    if lambda_u is None:
+        lambda_u = ramp_up(epoch, count, s.criterion.mixmatch.lambda_u, s.criterion.mixmatch.rampup_length)  # (S,)
     polluted_pool = rest(clean_pool, len(context.train_set))
     draws = draw_mixmatch(context.config, epoch, clean_pool, polluted_pool, context.train_transform, lambda_u)
     steps = state.steps or mixmatch_steps(context, state)

@@ -37,34 +37,32 @@ class Settings(DefenseSettings):
     isolation_optimizer: Named = setting(sgd(0.1), "optimizer of the isolation stage", choices=OPTIMIZERS)
     gamma: float = setting(0.5, "the loss at which gradient ascent begins", low=0)
     unit: str = setting(
-        "batch", "what the ascent is decided for: the mean of a batch, or each image", options=("batch", "example")
+        "batch", "whose loss decides on ascent: the mean of a batch, or each image", options=("batch", "example")
     )
     isolation_ratio: float = setting(0.01, "share of the images that are isolated", above=0, below=1)
     finetune_epochs: int = setting(70, "epochs on the images that are not isolated", low=0)
     finetune_optimizer: Named = setting(sgd(0.1), "optimizer of the fine-tuning", choices=OPTIMIZERS)
     finetune_scheduler: Named | None = setting(
         Named("multi_step", MultiStep(milestones=(30, 55))),
-        "learning rate of the fine-tuning; null: constant",
+        "of the fine-tuning rate; null: constant",
         choices=SCHEDULERS,
     )
     unlearn_epochs: int = setting(5, "epochs of gradient ascent on the isolated images", low=0)
     unlearn_optimizer: Named = setting(sgd(5e-4), "optimizer of the unlearning", choices=OPTIMIZERS)
     unlearn_bn: str = setting("train", "batch statistics while unlearning: train updates them", options=("train", "eval"))
     augmented: tuple[str, ...] = setting(
-        ("isolate", "finetune", "unlearn"), "stages that see augmented images", options=("isolate", "finetune", "unlearn")
+        ("isolation", "finetune", "unlearn"), "stages that see augmented images", options=("isolation", "finetune", "unlearn")
     )
     batch_size: int = setting(128, "batch size of all stages", low=2)
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """Each stage has an optimizer of its own, without momentum from the one before."""
-        key = "defense.abl"
-        return (
-            Stage("isolate", self.isolation_epochs, self.isolation_optimizer, None, f"{key}.isolation_optimizer"),
-            Stage(
-                "finetune", self.finetune_epochs, self.finetune_optimizer, self.finetune_scheduler, f"{key}.finetune_optimizer"
-            ),
-            Stage("unlearn", self.unlearn_epochs, self.unlearn_optimizer, None, f"{key}.unlearn_optimizer"),
-        )
+        plans = {
+            "isolation": (self.isolation_epochs, self.isolation_optimizer, None),
+            "finetune": (self.finetune_epochs, self.finetune_optimizer, self.finetune_scheduler),
+            "unlearn": (self.unlearn_epochs, self.unlearn_optimizer, None),
+        }
+        return tuple(Stage(name, *plan, f"defense.abl.{name}_optimizer") for name, plan in plans.items())
 
 
 class Defense(DefenseBase):
@@ -73,11 +71,12 @@ class Defense(DefenseBase):
     def build(self, state: State, stage: Stage) -> None:
         """Build the stage's optimizer and its loss."""
         super().build(state, stage)
-        losses = {
-            "isolate": ascent_below(self.context, state, self.settings),
-            "unlearn": negative(mean_cross_entropy(self.context, state)),
-        }
-        state.steps = supervised_steps(self.context, state, losses.get(stage.name), self.view(stage))
+        loss = mean_cross_entropy(self.context, state)
+        if stage.name == "isolation":
+            loss = ascent_below(self.context, state, self.settings)
+        elif stage.name == "unlearn":
+            loss = negative(loss)
+        state.steps = supervised_steps(self.context, state, loss, self.view(stage))
 
     def view(self, stage: Stage) -> Pipeline:
         """Return the transform of a stage."""
@@ -85,7 +84,7 @@ class Defense(DefenseBase):
 
     def enter(self, state: State, stage: Stage) -> None:
         """After the isolation stage, isolate the images of lowest loss."""
-        if stage.name != "isolate" and ISOLATED not in state.sets:
+        if stage.name != "isolation" and ISOLATED not in state.sets:
             state.sets[ISOLATED] = isolate(self.context, state, self.settings.isolation_ratio)
 
     def train_epoch(self, state: State, epoch: int) -> dict[str, float]:

@@ -36,8 +36,8 @@ def reference_images(config: Config, flags: Tensor) -> Tensor:
     candidates = torch.arange(len(flags)) if of_all else torch.nonzero(flags == CLEAN).squeeze(1)
     if len(candidates) < size:
         raise UserError(
-            f"global.epsilon: {config.global_.epsilon}: a pool of {size} images is larger than the {len(candidates)} clean ones: "
-            "lower it"
+            f"global.epsilon: {config.global_.epsilon}: a pool of {size} images needs more than the {len(candidates)} "
+            "clean ones: lower it"
         )
     order = torch.randperm(len(candidates), generator=generator(config.seed.seed, "fixed split", 0))
     return candidates[order[:size]].sort().values

@@ -46,13 +46,13 @@ class Session:
     writer: checkpoint.Writer  # of the checkpoints
 
     def __post_init__(self) -> None:
-        self.trains = self.state.epoch < self.context.config.num_epochs
+        self.trains = self.state.epoch < self.context.config.epochs
         self.started = time.monotonic()
         self.confusion: Tensor | None = None  # (C, C) of the last epoch
 
     def epochs(self) -> Iterator[int]:
         """Yield the 0-based numbers of the remaining epochs; call `finish_epoch` at the end of each."""
-        for epoch in range(self.state.epoch, self.context.config.num_epochs):
+        for epoch in range(self.state.epoch, self.context.config.epochs):
             self.started = time.monotonic()
             torch.manual_seed(key_seed(self.context.config.seed.seed, "torch", epoch))  # for networks with dropout
             self.defense.begin_epoch(self.state, epoch)
@@ -174,7 +174,7 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, stack
     state.about = {"class_names": list(data.class_names), "image_size": list(context.train_set.images.shape[2:])}
     state.data = complete_manifest(config, data, seeds)
     if saved is not None and resume is not None:
-        defense.build(state, stages.locate(config.stages, checkpoint.last_epoch(saved, config.num_epochs))[0])
+        defense.build(state, stages.locate(config.stages, checkpoint.last_epoch(saved, config.epochs))[0])
         checkpoint.load(resume, state, as_dict(config), saved)
     if not make_ready(run, config, resume or run.checkpoints / LATEST, state, first):
         return None

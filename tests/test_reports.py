@@ -423,7 +423,7 @@ def test_suspects_are_written_before_their_picture(tmp_path: Path, monkeypatch: 
     e = Evidence(*(np.array(column) for column in ([0, 1], [1, 1], [0.1, 0.9], [0.9, 0.1], [1.0, 0.1], [0, 2])))
     run = SimpleNamespace(log=tmp_path, saved=tmp_path, name="run")
     subject = Subject(None, (), None, None, np.zeros((2, 0)), "")
-    report = Report(run, SimpleNamespace(defense="asd"), subject, 0)  # type: ignore[arg-type]
+    report = Report(run, SimpleNamespace(defense=SimpleNamespace(name="asd")), subject, 0)  # type: ignore[arg-type]
     there: list[bool] = []
 
     def fail(*args: Any) -> None:
@@ -446,7 +446,7 @@ def test_a_page_that_fails_costs_a_line(tmp_path: Path, monkeypatch: pytest.Monk
     report = Report(run, config.load(REPOSITORY / "config" / "demo_undefended.yaml"), subject, 0)  # type: ignore[arg-type]
     monkeypatch.setattr(page, "write_page", lambda *args: 1 / 0)
     history = rows(2, "none")
-    state = SimpleNamespace(history=history, epoch=2, best_acc=0.9, best_epoch=1)
+    state = SimpleNamespace(history=history, epoch=2, best_acc=0.9, best_epoch=1, clean_pool=())
     report.conclude(state, torch.tensor([[3, 1], [0, 2]]))  # type: ignore[arg-type]
     report.close()
     assert ["report.html" in line for line in said if line.startswith("warning: ")] == [True]

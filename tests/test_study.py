@@ -383,7 +383,7 @@ def test_run_sh_makes_every_run_with_settings_that_load(tmp_path: Path) -> None:
         sets = [word for before, word in pairwise(command) if before == "--set"]
         c = config.load(REPOSITORY / command[command.index("--config") + 1], sets)
         attack, _, run = str(c.run).partition("/")
-        assert attack in report.TITLES and (c.defense == "none") == (run == "undefended")
+        assert attack in report.TITLES and (c.defense.name == "none") == (run == "undefended")
         attacks.setdefault(attack, []).append(c.backdoor)
     assert {str(name) for name in attacks} | {name.partition("/")[0] for name in kept} == set(report.TITLES)
     assert all(backdoor == found[0] for found in attacks.values() for backdoor in found)

@@ -357,13 +357,19 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
 def chosen_differently(key: str, then: dict[str, Any], now: dict[str, Any]) -> tuple[str, str, str] | None:
     """Return the section above a key, and the names chosen there, if it chooses another name (an optimizer, a defense)."""
     section = key
-    while section := section.rpartition(".")[0]:
-        before, after = (
-            {name[len(section) + 1 :].split(".")[0] for name in t if name.startswith(section + ".")} for t in (then, now)
-        )
+    while section:
+        before, after = (names_below(section, settings) for settings in (then, now))
         if before - after and after - before:
             return section, ", ".join(sorted(before - after)), ", ".join(sorted(after - before))
+        section = section.rpartition(".")[0]
     return None
+
+
+def names_below(section: str, settings: dict[str, Any]) -> set[str]:
+    """Return the names of the keys of a section; of a choice without settings, the name that is chosen."""
+    if section in settings:
+        return {settings[section]} if isinstance(settings[section], str) else set()
+    return {key[len(section) + 1 :].split(".")[0] for key in settings if key.startswith(section + ".")}
 
 
 def read_config(config: dict[str, Any]) -> Config:

@@ -276,8 +276,7 @@ class Config:
     )
     transform: Transform = setting(Transform)
     prefetch: bool = setting(True, "accepted for the authors' YAML files; see data.placement")
-    defense: Named = setting("asd", "the defense; none: training without one", choices=DEFENSES)
-    num_epochs: int = setting(120, "epochs of the run; a defense whose own settings give its epochs ignores it", low=1)
+    num_epochs: int = setting(120, "epochs of the run; a defense with its own stages may add to them or not need them", low=1)
     optimizer: Named = setting(Named("Adam", Adam()), "one optimizer for the whole run", choices=OPTIMIZERS)
     lr_scheduler: Named | None = setting(None, "learning rate by epoch; null: constant", choices=SCHEDULERS)
     criterion: Criterion = setting(Criterion)
@@ -286,6 +285,7 @@ class Config:
     global_: Global = setting(Global, key="global")
     meta: Meta = setting(Meta)
     undefended: Undefended = setting(Undefended)
+    defense: Named = setting("asd", "the defense; none: training without one", choices=DEFENSES)
     loader: Loader = setting(Loader)
     sync_bn: bool = setting(False, "several processes: BN statistics over the whole batch")
     saved_dir: str = setting("./saved_data", "logs and results: <saved_dir>/<run>/")
@@ -309,6 +309,11 @@ class Config:
         """The stages of the defense."""
         found: tuple[Stage, ...] = self.defense.settings.stages(self)
         return found
+
+    @property
+    def epochs(self) -> int:
+        """The epochs of all stages."""
+        return sum(stage.epochs for stage in self.stages)
 
     def stage(self, epoch: int) -> str:
         """Return the name of the stage that a 0-based epoch belongs to."""
@@ -339,8 +344,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
     if config.backdoor is not None and config.backdoor.target_label is None and config.backdoor.target_shift is None:
         config = replace(config, backdoor=replace(config.backdoor, target_label=DEFAULT_TARGET))
     check(config, reader)
-    epochs = sum(stage.epochs for stage in config.stages)
-    return replace(config, run=config.run or run_name(path), num_epochs=epochs)
+    return replace(config, run=config.run or run_name(path))
 
 
 def check(config: Config, reader: Reader) -> None:
@@ -390,7 +394,7 @@ def check(config: Config, reader: Reader) -> None:
     if (config.run is not None and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", config.run)) or ".." in (config.run or ""):
         reader.fail("run", config.run, "give a plain name, e.g. asd-seed-1")
     config.defense.settings.check(config, reader)
-    if not any(stage.epochs for stage in config.stages):
+    if not config.epochs:
         reader.fail(f"defense.{config.defense.name}", 0, "no stage has any epochs: give one at least 1")
 
 

@@ -76,10 +76,10 @@ class Report:
         logger.info(
             f"{c.network.name}, {parameters:,} parameters, on {machine.device} in {number}{processes}; logs in {self.run.log}"
         )
-        if state.epoch >= c.num_epochs:
-            logger.info(f"the checkpoint has all {c.num_epochs} epochs: nothing to do")
+        if state.epoch >= c.epochs:
+            logger.info(f"the checkpoint has all {c.epochs} epochs: nothing to do")
         elif state.epoch:
-            logger.info(f"going on after epoch {state.epoch}/{c.num_epochs}")
+            logger.info(f"going on after epoch {state.epoch}/{c.epochs}")
         else:
             self.log.start(to_yaml(c), self.subject.examples[1])
         if state.history:
@@ -99,7 +99,7 @@ class Report:
         """Report the values (N,) that split the set, and draw them at the end of each stage."""
         c, stage = self.config, self.config.stage(epoch)
         self.log.losses(values, self.flags, epoch)
-        if epoch + 1 == c.num_epochs or c.stage(epoch + 1) != stage:
+        if epoch + 1 == c.epochs or c.stage(epoch + 1) != stage:
             label = "split loss - split loss of the virtual model" if stage == "meta-split" else "split loss"
             title = f"{stage.removesuffix('-split')} split of epoch {epoch + 1}: {len(clean_pool)} images in the clean pool"
             path = self.run.log / f"split_{stage}.png"
@@ -113,7 +113,7 @@ class Report:
 
     def epoch(self, history: list[dict[str, Any]]) -> None:
         """Report the last row of the history, in the thread that has just written its checkpoint."""
-        self.log.epoch(history, self.config.num_epochs)
+        self.log.epoch(history, self.config.epochs)
 
     def truth_of_pool(self, clean_pool: Tensor | None) -> dict[str, float | None]:
         """Return what the row of an epoch tells of its split; None where the truth is unknown or nothing is split.

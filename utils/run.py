@@ -112,9 +112,9 @@ def make_ready(run: Run, config: Config, loaded: Path, state: State, first: bool
     Returns:
         False: the checkpoint has all epochs and the run has more, so that all of it stays as it is.
     """
-    finished = state.epoch >= config.num_epochs
+    finished = state.epoch >= config.epochs
     if finished and (there := epochs_there(run, loaded)) > state.epoch:
-        logger.info(f"{loaded} has all {config.num_epochs} epochs: nothing to do; the run in {run.saved} has {there} and stays")
+        logger.info(f"{loaded} has all {config.epochs} epochs: nothing to do; the run in {run.saved} has {there} and stays")
         return False
     if first:
         if not finished and (there := epochs_there(run, loaded)) > state.epoch:

@@ -346,6 +346,8 @@ def as_dict(value: Any) -> Any:
     out: dict[str, Any] = {}
     for name, key in keys_of(value.__class__).items():
         item = as_dict(getattr(value, key.field.name))
+        if key.kinds[0] is Named and not key.inline and isinstance(item, dict) and not any(item.values()):
+            (item,) = item  # a choice without settings is written as its name
         out |= item if key.inline else {name: item}
     return out
 

@@ -63,8 +63,8 @@ def collect(run: str, source: Path, weights: Path, facts: dict[str, str], out: P
     c = config.load(readable(source / "config.yaml"))
     rows = [json.loads(line) for line in readable(source / "log" / "metrics.jsonl").read_text().splitlines()]
     saved = checkpoint.read(weights)
-    if not len(rows) == saved.get("epoch", -1) + 1 == c.num_epochs:
-        raise UserError(f"{source}: {len(rows)} of {c.num_epochs} epochs are finished: go on with ASD.py first")
+    if not len(rows) == saved.get("epoch", -1) + 1 == c.epochs:
+        raise UserError(f"{source}: {len(rows)} of {c.epochs} epochs are finished: go on with ASD.py first")
     if saved.get("history") != rows:
         raise UserError(f"{source / 'log' / 'metrics.jsonl'}: is not of the run of {weights}: give folders of one run")
     tested = json.loads(readable(source / "log" / "test.json", "run test.py first").read_text())
@@ -95,7 +95,7 @@ def collect(run: str, source: Path, weights: Path, facts: dict[str, str], out: P
         "config": f"config/{newest}",
         "seed": c.seed.seed,
         **facts,
-        "steps": c.num_epochs * steps,
+        "steps": c.epochs * steps,
         "minutes": round(sum(row["seconds"] for row in rows) / 60),
         **{key: tested[key] for key in FIGURES},
         "sha256": sha256((out / f"{run}.pt").read_bytes()).hexdigest(),

@@ -1,0 +1,95 @@
+"""CBD: train a network that learns the backdoor quickly, then one with little weight on what the first one has learnt.
+
+Zhang et al., "Backdoor Defense via Deconfounded Representation Learning", CVPR 2023, without its optional term of mutual
+information, which the authors' code leaves out too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.batches import draw_supervised
+from engine.defense import DefenseBase
+from engine.supervised import BatchLoss, mean_cross_entropy, supervised_steps, train_supervised
+from loss.supervised import cross_entropy
+from model.classifier import build_classifier
+from utils.checkpoint import State
+from utils.config import OPTIMIZERS, SCHEDULERS, SGD, Config, MultiStep
+from utils.schema import Named, setting
+from utils.stages import DefenseSettings, Stage, locate
+
+BIASED = "biased"
+PLAN = Named("SGD", SGD(lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True))
+FLOOR = 1e-8  # of the sum of both losses
+
+
+@dataclass(frozen=True)
+class Settings(DefenseSettings):
+    biased_epochs: int = setting(5, "epochs of the biased network", low=1)
+    clean_epochs: int = setting(100, "epochs of the clean network", low=1)
+    optimizer: Named = setting(PLAN, "optimizer of both networks", choices=OPTIMIZERS)
+    lr_scheduler: Named | None = setting(
+        Named("multi_step", MultiStep(milestones=(20, 70))),
+        "of the clean network; null: constant",
+        choices=SCHEDULERS,
+    )
+    batch_size: int = setting(64, "batch size of both", low=2)
+
+    def stages(self, config: Config) -> tuple[Stage, ...]:
+        """The biased network, then the clean one, which is the model."""
+        key = "defense.cbd.optimizer"
+        return (
+            Stage(BIASED, self.biased_epochs, self.optimizer, None, key),
+            Stage("clean", self.clean_epochs, self.optimizer, self.lr_scheduler, key),
+        )
+
+
+class Defense(DefenseBase):
+    """Two networks, one after the other; the model is tested untrained while the biased one learns."""
+
+    def build(self, state: State, stage: Stage) -> None:
+        """Build the biased network, the stage's optimizer and its loss."""
+        config, machine = self.context.config, self.context.machine
+        if BIASED not in state.networks:
+            biased = build_classifier(config.network, config.num_classes, config.seed.seed + 1)
+            state.networks[BIASED] = biased.to(machine.device).to(memory_format=machine.memory_format)
+        part = state
+        if stage.name == BIASED:
+            part = State(state.networks[BIASED], state.optimizer, None)
+            part.parallel = machine.wrap(part.model)
+        self.train_with(state, stage, part.model.parameters())
+        part.optimizer, self.part = state.optimizer, part
+        loss = mean_cross_entropy(self.context, part) if stage.name == BIASED else self.deconfounded(state)
+        part.steps = supervised_steps(self.context, part, loss)
+
+    def deconfounded(self, state: State) -> BatchLoss:
+        """Return the weighted cross-entropy: `w = CE_b / (CE_b + CE + 1e-8)`, scaled to a mean of 1 in the batch.
+
+        CE_b is the loss of the biased network, in eval mode; the weights are constants.
+        """
+        context, biased = self.context, state.networks[BIASED]
+
+        def loss(inputs: Tensor, index: Tensor, count: int) -> Tensor:
+            """Return this process' share of the loss."""
+            labels = context.train_set.labels[index]
+            with context.machine.autocast():
+                logits = state.parallel(inputs)  # (b, C)
+                with torch.no_grad():
+                    known = cross_entropy(biased.eval()(inputs), labels)  # (b,)
+            losses = cross_entropy(logits, labels)  # (b,)
+            weights = known / (known + losses.detach() + FLOOR)
+            mean = context.machine.all_reduce(weights.sum()) / count
+            return (weights / mean * losses).sum() / count
+
+        return loss
+
+    def train_epoch(self, state: State, epoch: int) -> dict[str, float]:
+        """Train one pass over all images; return the mean of the stage's loss."""
+        stage, _ = locate(self.context.config.stages, epoch)
+        seed, transform = self.context.config.seed.seed, self.context.train_transform
+        draws = draw_supervised(seed, "cbd", epoch, len(self.context.train_set), transform)
+        self.part.model.train()
+        return {"loss": train_supervised(self.context, self.part, stage.name, draws, self.settings.batch_size)}
