@@ -1,0 +1,305 @@
+"""The defenses against slow references of their losses and schedules, and the rules that hold for all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, TINY
+from torch import Tensor, nn
+from training import train_here
+
+from data.pools import draw_seed_samples
+from data.sets import GroundTruth
+from defenses import abl, cbd, fp, reference_filter, reference_split
+from defenses._start import split_clean
+from engine.session import Session
+from loss.attention import attention_distance, attention_map
+from loss.contrastive import nt_xent
+from loss.mixmatch import ramp_up
+from loss.supervised import cross_entropy
+from utils import config, plugins
+from utils.errors import UserError
+from utils.machine import Machine
+from utils.stages import Stage, locate, schedule_length
+
+SMALL: dict[str, dict[str, Any]] = {  # a few epochs of every stage
+    "none": {},
+    "asd": {},
+    "abl": {"isolation_epochs": 2, "isolation_ratio": 0.1, "finetune_epochs": 2, "unlearn_epochs": 1, "batch_size": 32},
+    "nad": {"teacher_epochs": 1, "student_epochs": 2, "batch_size": 16},
+    "fp": {"finetune_epochs": 1},
+    "cbd": {"biased_epochs": 1, "clean_epochs": 2, "lr_scheduler": None},
+    "dbd": {
+        "simclr_epochs": 2, "simclr_batch_size": 32, "head_epochs": 1, "mixmatch_epochs": 2, "projection_dim": 8,
+        "simclr_transform": {"random_resize_crop": {"size": 32}, "random_horizontal_flip": {}, "random_grayscale": {"p": 0.2}},
+    },
+    "reference_filter": {},
+    "reference_split": {},
+}  # fmt: skip
+every_defense = pytest.mark.parametrize("name", SMALL)
+
+
+def small(folder: Path, name: str, *overrides: str) -> tuple[config.Config, Path]:
+    """A tiny run of a defense, and its YAML."""
+    raw = TINY | {"defense": {name: SMALL[name]}, "num_epochs": 3, "saved_dir": str(folder / "saved")}
+    raw |= {"storage_dir": str(folder / "storage"), "global": TINY["global"] | {"epoch_first": 1, "epoch_second": 2}}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return config.load(path, overrides), path
+
+
+def last(folder: Path, run: str) -> dict[str, Any]:
+    """The last checkpoint of a run."""
+    loaded: dict[str, Any] = torch.load(folder / "storage" / run / "checkpoint/latest_model.pt", weights_only=True)
+    return loaded
+
+
+def same(one: Any, two: Any) -> bool:
+    """Return whether two nested containers hold equal values, seconds aside."""
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one if key != "seconds")
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(same, one, two))
+    return torch.equal(one, two) if isinstance(one, Tensor) else one == two or one != one
+
+
+def test_every_defense_is_tested() -> None:
+    """The tests below run every file of the folder."""
+    assert set(SMALL) == set(plugins.names("defenses"))
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "config" / "table1").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configurations_of_the_table_load(path: Path) -> None:
+    """Every row of the paper's table has the network, the poisoned set, and the seed of ASD's own configuration."""
+    own, row = config.load(REPOSITORY / "config/baseline_asd.yaml"), config.load(path)
+    for key in ("network", "backdoor", "seed", "dataset", "transform"):
+        assert getattr(own, key) == getattr(row, key), key
+    assert row.epochs >= 74
+
+
+@pytest.mark.slow
+@every_defense
+def test_a_run_that_is_interrupted_ends_like_one_that_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Stopped after any epoch, between stages too, and resumed: weights, optimizer, networks, sets and rows are equal."""
+    settings, path = small(tmp_path, name, "run=whole")
+    train_here(settings, path)
+    whole = last(tmp_path, "whole")
+    assert [row["stage"] for row in whole["history"]] == [settings.stage(e) for e in range(settings.epochs)]
+    assert {row["defense"] for row in whole["history"]} == {name}
+    finish = Session.finish_epoch
+
+    def interrupted(session: Session, losses: dict[str, float]) -> None:
+        finish(session, losses)
+        session.writer.wait()
+        raise KeyboardInterrupt
+
+    cut, _ = small(tmp_path, name, "run=cut")
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "finish_epoch", interrupted)
+        for _ in range(settings.epochs - 1):
+            with pytest.raises(KeyboardInterrupt):
+                train_here(cut, path)
+    train_here(cut, path)
+    resumed = last(tmp_path, "cut")
+    for key in whole.keys() - {"config"}:
+        assert same(whole[key], resumed[key]), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nad", "fp"])
+def test_what_repairs_a_network_begins_with_the_undefended_one(tmp_path: Path, name: str) -> None:
+    """Its first stage is `defense: none` bit for bit; a finished run without a defense may be named instead."""
+    train_here(*small(tmp_path, "none", "run=plain"))
+    train_here(*small(tmp_path, name, "run=whole"))
+    plain, whole = last(tmp_path, "plain"), last(tmp_path, "whole")
+    rows = [[row | {"defense": None} for row in saved["history"][:3]] for saved in (plain, whole)]
+    assert same(*rows)
+    train_here(*small(tmp_path, name, "run=short", f"defense.{name}.start_run=plain"))
+    short = last(tmp_path, "short")
+    assert len(short["history"]) == len(whole["history"]) - 3
+    with pytest.raises(UserError, match="nowhere"):
+        train_here(*small(tmp_path, name, "run=lost", f"defense.{name}.start_run=nowhere"))
+    with pytest.raises(UserError, match="other"):
+        train_here(*small(tmp_path, name, "run=other", f"defense.{name}.start_run=plain", "backdoor.poison_ratio=0.2"))
+
+
+def test_stages_and_schedules() -> None:
+    """An epoch belongs to the stage that its number falls into; a schedule lasts until the next new optimizer."""
+    parts = [Stage("a", 2, None), Stage("b", 0, None), Stage("c", 3, None), Stage("d", 4, None, fresh=False)]  # type: ignore[arg-type]
+    assert [locate(parts, e)[0].name for e in range(9)] == [*"aacccdddd"] and [locate(parts, e)[1] for e in range(5)] == [
+        0,
+        1,
+        0,
+        1,
+        2,
+    ]
+    assert [schedule_length(parts, stage) for stage in parts] == [2, 0, 7, 7]
+    with pytest.raises(IndexError):
+        locate(parts, 9)
+
+
+def world(logits: Tensor, labels: Tensor) -> Any:
+    """What a loss needs of a context, for given logits: a model that returns them."""
+    context = SimpleNamespace(machine=Machine(torch.device("cpu")), train_set=SimpleNamespace(labels=labels))
+    return context, SimpleNamespace(parallel=lambda inputs: logits)
+
+
+@pytest.mark.parametrize("shift", [0.0, 8.0])
+def test_local_gradient_ascent_is_flooding(shift: float) -> None:
+    """Above and below gamma the gradient is that of `|m - gamma| + gamma`; by example each image has its own sign."""
+    torch.manual_seed(0)
+    labels, index = torch.randint(0, 4, (20,)), torch.arange(20)
+    logits = torch.randn(20, 4, dtype=torch.float64)
+    logits[index, labels] += shift
+    logits.requires_grad_()
+    mean = cross_entropy(logits, labels).mean()
+    (flooding,) = torch.autograd.grad((mean - 0.5).abs() + 0.5, logits)
+    context, state = world(logits, labels)
+    loss = abl.ascent_below(context, state, abl.Settings())(torch.zeros(0), index, 20)
+    assert torch.allclose(torch.autograd.grad(loss, logits)[0], flooding)
+    loss = abl.ascent_below(context, state, abl.Settings(unit="example"))(torch.zeros(0), index, 20)
+    slow = sum((1 if x > 0.5 else -1) * x for x in cross_entropy(logits, labels)) / 20
+    assert float(loss) == pytest.approx(float(slow))
+
+
+def test_the_isolated_images_have_the_lowest_losses(tmp_path: Path) -> None:
+    """ABL isolates `int(N p)` images: those that a slow sort of plain cross-entropies puts first."""
+    run = train_here(*small(tmp_path, "abl", "run=whole"))
+    settings, _ = small(tmp_path, "abl", "run=whole", "defense.abl.finetune_epochs=0", "defense.abl.unlearn_epochs=0")
+    train_here(*small(tmp_path, "abl", "run=first", "defense.abl.finetune_epochs=0", "defense.abl.unlearn_epochs=0"))
+    found, network = last(tmp_path, "whole")["sets"]["isolated"], last(tmp_path, "first")["model_state_dict"]
+    assert run.saved.exists() and settings.epochs == 2
+    from data.sources import prepare
+    from model.classifier import build_classifier, new_classifier
+
+    data = prepare(settings, tmp_path / "fresh", new_classifier=new_classifier)
+    model = build_classifier(settings.network, 10, 7).eval()
+    model.load_state_dict(network)
+    from engine.context import build_transforms
+
+    plain = build_transforms(settings, data.train)[1]
+    with torch.no_grad():
+        losses = [
+            float(cross_entropy(model(plain(data.train.images[i : i + 1], torch.zeros(1, 0))), data.train.labels[i : i + 1]))
+            for i in range(200)
+        ]
+    cut = sorted(losses)[20]
+    assert len(found) == 20 and all(losses[i] <= cut + 1e-4 for i in found.tolist())
+    row = last(tmp_path, "whole")["history"][-1]
+    assert row["isolated_size"] == 20 and 0 <= row["poisoned_in_isolated"] <= 20
+
+
+def test_simclr_is_a_loop_over_pairs() -> None:
+    """Each first view against its partner and all other views of the batch."""
+    torch.manual_seed(0)
+    first, second = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    views = [v / v.norm() for v in [*first, *second]]
+    for i, loss in enumerate(nt_xent(first, second, 0.5).tolist()):
+        similar = [float(views[i] @ view) / 0.5 for view in views]
+        below = torch.tensor([s for k, s in enumerate(similar) if k != i]).exp().sum().log()
+        assert loss == pytest.approx(float(below) - similar[i + 5], abs=1e-5)
+
+
+def test_the_ramp_of_dbd() -> None:
+    """lambda_u is 0.79 when MixMatch begins after 10 epochs of the linear layer, and 15 in its last 10 epochs."""
+    starts = [float(ramp_up(10 + e, 4, 15, 190)[0]) for e in (0, 90, 180, 189)]
+    assert starts == pytest.approx([15 * 10 / 190, 15 * 100 / 190, 15, 15])
+
+
+def test_attention_maps() -> None:
+    """Maps have length 1 whatever the scale of the features; equal maps, and maps of one pixel, are at distance 0."""
+    torch.manual_seed(0)
+    one, two = torch.randn(3, 4, 5, 6), torch.randn(3, 7, 5, 6)
+    assert torch.allclose(attention_map(one).norm(dim=1), torch.ones(3)) and torch.allclose(
+        attention_map(one), attention_map(9 * one), atol=1e-6
+    )
+    assert (
+        attention_distance(one, 2 * one).abs().max() < 1e-10
+        and attention_distance(one[:, :, :1, :1], one[:, :, 1:2, :1]).max() < 1e-9
+    )
+    slow = []
+    for a, b in zip(one, two, strict=True):
+        maps = [sum(channel**2 for channel in f).flatten() for f in (a, b)]
+        maps = [m / (m.norm() + 1e-6) for m in maps]
+        slow.append(float(((maps[0] - maps[1]) ** 2).mean()))
+    assert attention_distance(one, two).tolist() == pytest.approx(slow)
+
+
+def test_pruning_stops_where_accuracy_does() -> None:
+    """k is the largest for which the network without the first k channels loses at most the allowed share, by a slow loop."""
+    torch.manual_seed(0)
+    features, linear = torch.rand(60, 12), nn.Linear(12, 4)
+    labels = linear(features).argmax(1)
+    labels[:6] = (labels[:6] + 1) % 4
+    order = torch.randperm(12)
+    for drop in (0.0, 0.05, 0.2, 1.0):
+        allowed = []
+        for k in range(13):
+            masked = features.clone()
+            masked[:, order[:k]] = 0
+            if (linear(masked).argmax(1) == labels).float().mean() >= 0.9 - drop - 1e-6:
+                allowed.append(k)
+        assert fp.prunable(features, labels, linear, order, drop) == max(allowed)
+    assert fp.prunable(features, labels, linear, order, 1.0) == 12
+
+
+@pytest.mark.slow
+def test_pruned_channels_stay_pruned(tmp_path: Path) -> None:
+    """After fine-tuning the columns are still 0, and no others; the rows say how many."""
+    train_here(*small(tmp_path, "fp", "run=whole", "defense.fp.accuracy_drop=0.3"))
+    saved = last(tmp_path, "whole")
+    pruned, weight = saved["tables"]["pruned channels"], saved["model_state_dict"]["linear.weight"]
+    silent = torch.nonzero((weight == 0).all(0)).squeeze(1)
+    assert len(pruned) > 0 and torch.equal(pruned.sort().values, silent)
+    assert [row.get("channels_pruned") for row in saved["history"][-2:]] == [len(pruned)] * 2
+
+
+def test_the_weights_of_cbd() -> None:
+    """`CE_b / (CE_b + CE + 1e-8)`, scaled to a mean of 1, are constants of the gradient."""
+    torch.manual_seed(0)
+    labels, index = torch.randint(0, 4, (12,)), torch.arange(12)
+    logits, biased = torch.randn(12, 4, requires_grad=True), torch.randn(12, 4)
+    context, state = world(logits, labels)
+    state.networks = {"biased": SimpleNamespace(eval=lambda: lambda inputs: biased)}
+    defense = SimpleNamespace(context=context)
+    loss = cbd.Defense.deconfounded(defense, state)(torch.zeros(0), index, 12)  # type: ignore[arg-type]
+    own, known = cross_entropy(logits, labels), cross_entropy(biased, labels)
+    weights = [float(b / (b + c + 1e-8)) for b, c in zip(known, own, strict=True)]
+    mean = sum(weights) / 12
+    slow = sum(w / mean * c for w, c in zip(weights, own, strict=True)) / 12
+    assert float(loss) == pytest.approx(float(slow), rel=1e-5)
+    assert torch.allclose(*(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, slow)), atol=1e-6)
+
+
+def test_the_reference_rows_choose_by_the_truth(tmp_path: Path) -> None:
+    """The perfect filter leaves out the poisoned images and nothing else, the random one as many; a pool is half of the set."""
+    flags = torch.tensor([0, 1, 0, 2, 0, 0, 1, 0, 0, 0] * 4, dtype=torch.uint8)
+
+    def chosen(module: Any, name: str, **settings: Any) -> list[int]:
+        c, _ = small(tmp_path, name, *(f"defense.{name}.{key}={value}" for key, value in settings.items()))
+        found: list[int] = module.reference_images(c, flags).tolist()
+        return found
+
+    assert chosen(reference_filter, "reference_filter") == [i for i in range(40) if flags[i] != 1]
+    assert chosen(reference_filter, "reference_filter", keeps_cover="false") == [i for i in range(40) if flags[i] == 0]
+    random = chosen(reference_filter, "reference_filter", removes="random")
+    assert len(random) == 32 and sorted(set(random)) == random and any(flags[i] == 1 for i in random)
+    pool = chosen(reference_split, "reference_split")
+    assert len(pool) == 20 and sorted(set(pool)) == pool and all(flags[i] == 0 for i in pool)
+    assert any(flags[i] for i in chosen(reference_split, "reference_split", pool="random"))
+
+
+def test_larger_clean_sets_hold_the_smaller_ones() -> None:
+    """The clean images of NAD and fine-pruning include ASD's seed samples; the two halves share no image."""
+    labels, flags = torch.arange(400) % 4, torch.zeros(400, dtype=torch.uint8)
+    few, many = (draw_seed_samples(labels, GroundTruth(flags, labels), 4, n, 7).tolist() for n in (3, 20))
+    assert set(few) < set(many) and len(many) == 80
+    one, two = split_clean(torch.tensor(many), 7)
+    assert len(one) == len(two) == 40 and set(one.tolist()) | set(two.tolist()) == set(many)
