@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, draw_supervised
-from data.pools import class_agnostic_split, class_aware_split, meta_split, per_class, rest
+from data.pools import class_agnostic_split, class_aware_split, meta_split, per_class, pools_of
 from engine.context import Context, build_stepper
 from engine.evaluation import infer
 from engine.session import Session, open_session
@@ -158,8 +158,8 @@ def train_mixmatch(context: Context, epoch: int, state: State, clean_pool: Tenso
     s = context.config.semi
     count = s.mixmatch.train_iteration
     lambda_u = ramp_up(epoch, count, s.criterion.mixmatch.lambda_u, s.criterion.mixmatch.rampup_length)  # (S,)
-    polluted_pool = rest(clean_pool, len(context.train_set))
-    draws = draw_mixmatch(context.config, epoch, clean_pool, polluted_pool, context.train_transform, lambda_u)
+    pools = pools_of(clean_pool, len(context.train_set))
+    draws = draw_mixmatch(context.config, epoch, pools, context.train_transform, lambda_u)
     steps = state.steps or mixmatch_steps(context, state)
     state.model.train()
     with count_at_end(state.model, FORWARDS * count):
