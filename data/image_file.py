@@ -203,7 +203,7 @@ def depth_line(depths: Sequence[int], count: int) -> str | None:
 
 
 def unreadable_lines(unreadable: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """Yield a log line for each of the first `LISTED` unreadable files, given as (name, reason), and one that counts the rest."""
+    """Yield a log line for each of the first `LISTED` unreadable files, given as (name, reason), and one for the rest."""
     for file, why in unreadable[:LISTED]:
         yield f"cannot be read: {printable(file)}: {printable(why)}"
     if len(unreadable) > LISTED:

@@ -35,10 +35,8 @@ def choose_placement(wanted: str, train: np.ndarray, tests: Sequence[np.ndarray]
     host = available_memory() / processes
     free = host if device.type == "cpu" else float(torch.cuda.mem_get_info(device)[0])
     if wanted == "device" and size > free:
-        raise UserError(
-            f"data.placement: device: the images need {gigabytes(size)}, but {device} has {gigabytes(free)} free: set auto, host "
-            "or disk"
-        )
+        need = f"the images need {gigabytes(size)}, but {device} has {gigabytes(free)} free"
+        raise UserError(f"data.placement: device: {need}: set auto, host or disk")
     mapped = isinstance(train, Mapped)
     if wanted == "auto":
         placement = "device" if size <= SHARE * free else "disk" if mapped and size > SHARE * host else "host"

@@ -219,7 +219,7 @@ class Scene:
 
 
 def to_set(images: np.ndarray, labels: np.ndarray, placement: str = "device") -> ImageSet:
-    """Return an ImageSet on the CPU from images (N, H, W, 3) uint8 and labels (N,); `host` and `disk` do not copy the images."""
+    """Return a set on the CPU from images (N, H, W, 3) uint8 and labels (N,); `host` and `disk` do not copy the images."""
     pixels = images.transpose(0, 3, 1, 2)
     if placement == "device":
         pixels = np.ascontiguousarray(pixels)

@@ -48,7 +48,7 @@ def to_raw(found: RawData | Listing, pre: Sequence[Any], folder: Path, on_disk: 
     """Return a data set as two tables of one size.
 
     Args:
-        pre: settings of the transforms of `transform.pre`; each takes a PIL image, as torchvision's transform of that name does.
+        pre: settings of the transforms of `transform.pre`; each takes a PIL image, like torchvision's transform of that name.
         folder: the tables' folder.
         on_disk: write tables also for data that are in memory already and need no pre-transform.
     Raises:

@@ -60,7 +60,7 @@ class Attack(AttackBase):
         self.pattern = np.asarray(trigger.resize((width, height), Image.Resampling.BICUBIC))
 
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
-        """Return copies of images (n, H, W, 3) uint8 with the trigger: pieces of T in training images, all of T in test images."""
+        """Return copies of images (n, H, W, 3) uint8 with the trigger: pieces of T in training, all of T in test images."""
         if split == "test":
             return in_batches(lambda part, _: mix(part, self.pattern, self.settings.test_alpha), images, index, CACHED)
         return in_batches(lambda part, at: mix(part, self.pattern, self.opacity(at)), images, index, CACHED)

@@ -1,6 +1,6 @@
 """BadNets (Gu et al., 2017): a small patch at a fixed place.
 
-`out = where(mask, pattern, x)`: only masked pixels change, and black pixels of a built-in pattern are stamped too.
+`out = where(mask, pattern, x)`: only masked pixels change, and black pixels of a built-in pattern are applied too.
 """
 
 from __future__ import annotations
@@ -47,9 +47,8 @@ class Attack(AttackBase):
     def __init__(self, settings: Settings, scene: Scene) -> None:
         height, width = scene.raw.train_images.shape[1:3]
         if settings.trigger_path and settings.pattern:
-            raise UserError(
-                f"backdoor.badnets: trigger_path and pattern: {settings.trigger_path}, {settings.pattern}: give only one of them"
-            )
+            both = f"{settings.trigger_path}, {settings.pattern}"
+            raise UserError(f"backdoor.badnets: trigger_path and pattern: {both}: give only one of the two")
         if settings.trigger_path:
             self.pattern = read_trigger(settings.trigger_path, height, width)
             self.mask = np.asarray((self.pattern > 0).any(2))

@@ -270,7 +270,7 @@ def rise_and_fall(done: float) -> float:
 
 
 def build_augmentation(height: int, width: int) -> Pipeline:
-    """Return the surrogate's augmentation: flips and a square crop, padded by an eighth of the shorter side; values in [0, 1]."""
+    """Return the surrogate's augmentation: square crops, padded by an eighth of the shorter side, and flips; in [0, 1]."""
     side = min(height, width)
     crop = plugins.settings("data.transforms", "random_crop")(size=side, padding=side // 8, padding_mode="reflect")
     flip = plugins.settings("data.transforms", "random_horizontal_flip")()

@@ -109,9 +109,8 @@ def image_files(root: Path, part: Path, names: list[str], folders: dict[str, str
         folder = part / folders[name]
         found = visible(folder)
         if not found and part.name == "train":
-            raise UserError(
-                f"{folder}: contains no images: add some, remove the folder, or list the other classes in dataset.folder.classes"
-            )
+            remedy = "add some, remove the folder, or list the other classes in dataset.folder.classes"
+            raise UserError(f"{folder}: contains no images: {remedy}")
         for entry in found:
             if is_folder(entry):
                 raise UserError(f"{entry.path}: a folder inside a class folder: move its images up, or remove it")

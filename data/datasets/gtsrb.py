@@ -68,8 +68,8 @@ def find_folder(folder: Path, download: bool) -> tuple[Path, Path]:
     if not download:
         raise UserError(
             f"dataset_dir: {folder}: does not contain GTSRB: download GTSRB_Final_Training_Images.zip, "
-            "GTSRB_Final_Test_Images.zip and GTSRB_Final_Test_GT.zip from https://benchmark.ini.rub.de and unpack them there, or "
-            "set download: true (--set download=true)"
+            "GTSRB_Final_Test_Images.zip and GTSRB_Final_Test_GT.zip from https://benchmark.ini.rub.de and unpack them there, "
+            "or set download: true (--set download=true)"
         )
     from torchvision.datasets import GTSRB  # only here: it imports all of torchvision
 
