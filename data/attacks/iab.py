@@ -206,7 +206,7 @@ def log_success(scene: Scene, networks: Networks) -> None:
 
 
 def epoch_batches(scene: Scene, size: int, what: str, epoch: int, epochs: int = 0) -> Iterator[np.ndarray]:
-    """Yield one epoch's batches of shuffled indices (B,), the incomplete last one dropped; `epochs` > 0 shows a progress bar."""
+    """Yield an epoch's batches of shuffled indices (B,), the incomplete last one dropped; `epochs` > 0 shows a progress bar."""
     count = len(scene.raw.train_images)
     size = min(size, count)
     order = torch.randperm(count, generator=generator(scene.seed, "iab", what, epoch)).numpy()
