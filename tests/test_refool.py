@@ -289,8 +289,9 @@ def test_every_reflection_is_used_about_equally_often() -> None:
     """All reflections are drawn equally often."""
     pool = np.arange(1, 6, dtype=np.uint8).reshape(5, 1, 1, 1).repeat(12, 1).repeat(12, 2).repeat(3, 3) * 50
     attack = Attack(
-        Settings(source="classes", ghost_probability=1.0, reflectance=(1.0, 1.0)), scene(pool)
-    )  # only the reflection is visible
+        Settings(source="classes", ghost_probability=1.0, reflectance=(1.0, 1.0)),  # only the reflection is visible
+        scene(pool),
+    )
     out = triggered(attack, np.zeros((2000, 12, 12, 3), np.uint8))
     levels, counts = np.unique(out[:, 6, 6, 0], return_counts=True)
     assert levels.tolist() == [50, 100, 150, 200, 250]
