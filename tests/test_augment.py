@@ -569,9 +569,8 @@ def test_a_mixed_pipeline_applies_its_steps_in_the_order_of_the_yaml(seed: int) 
         x = as_tensor(pil_move(as_pil(x), steps[6], row[8:9]))
         x = TF.center_crop(x, [9, 9])
         gap = (view - TF.normalize(x.float().div(255), MEAN, STD)).abs()
-        assert (
-            gap.max() <= 1.01 / 255 / min(STD) and (gap > 0).double().mean() <= 0.01
-        )  # sums of the blur may be rounded differently
+        # Sums of the blur may be rounded differently.
+        assert gap.max() <= 1.01 / 255 / min(STD) and (gap > 0).double().mean() <= 0.01
 
 
 # -- Any size, any batch, any device -----------------------------------------------------------------------------------
