@@ -75,7 +75,7 @@ def place(config: Config, raw: RawData, stored: StoredSet | None, device: torch.
 
 
 def from_attack(config: Config, raw: RawData, attack: AttackBase, folder: Path, placement: str = "device") -> PoisonedData:
-    """Return raw images, poisoned by the attack; which ones is stored as `poison_idx.npy` in the run's folder."""
+    """Return raw images, poisoned by the attack; which ones are poisoned is stored as `poison_idx.npy` in the run's folder."""
     tests = build_test_sets(config, raw, attack, placement)  # first: its errors must come before anything is stored
     train = poison_training_set(config, raw, attack, folder, placement)
     some = np.flatnonzero(train.flags == POISONED)[:EXAMPLES]
