@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, draw_supervised
-from data.pools import check_pool_sizes, class_agnostic_split, class_aware_split, meta_split, per_class, rest
+from data.pools import check_pool_sizes, class_agnostic_split, class_aware_split, meta_split, per_class, pools_of
 from engine.context import Context, build_stepper
 from engine.defense import DefenseBase
 from engine.evaluation import infer
@@ -171,8 +171,8 @@ def train_mixmatch(
     count = s.mixmatch.train_iteration
     if lambda_u is None:
         lambda_u = ramp_up(epoch, count, s.criterion.mixmatch.lambda_u, s.criterion.mixmatch.rampup_length)  # (S,)
-    polluted_pool = rest(clean_pool, len(context.train_set))
-    draws = draw_mixmatch(context.config, epoch, clean_pool, polluted_pool, context.train_transform, lambda_u)
+    pools = pools_of(clean_pool, len(context.train_set))
+    draws = draw_mixmatch(context.config, epoch, pools, context.train_transform, lambda_u)
     steps = state.steps or mixmatch_steps(context, state)
     state.model.train()
     with count_at_end(state.model, FORWARDS * count):

@@ -20,7 +20,7 @@ from torch import nn
 
 from data.augment import Pipeline
 from data.sources import prepare_tests
-from data.unlabeled import Pictures, label_table
+from data.unlabeled import ImageFiles, label_table
 from engine.context import build_context
 from engine.evaluation import evaluate_with_confusion
 from model.classifier import build_classifier, new_classifier
@@ -101,7 +101,7 @@ def label(
     """
     train, tests = settings.transform.train, settings.transform.test
     size = size or Pipeline(train.primary, (), 256, 256).output_size
-    pictures = Pictures(folder, [step.settings for step in settings.transform.pre], size)
+    pictures = ImageFiles(folder, [step.settings for step in settings.transform.pre], size)
     plain = Pipeline(tests.primary, tests.remaining, *size)
     batches = pictures.batches(settings.loader.batch_size)
     views = (plain(images.to(machine.device), torch.zeros(len(images), 0, device=machine.device)) for images in batches)

@@ -15,7 +15,7 @@ import torch
 from benchmark import reference, workload
 from benchmark.reference import MixMatchScript, Script
 from benchmark.workload import Work, first, in_runtime, timed
-from data.pools import class_agnostic_split, rest
+from data.pools import class_agnostic_split, pools_of
 from engine.context import Context
 from utils.config import Runtime
 from utils.machine import has_bf16
@@ -113,7 +113,7 @@ def rows(context: Context, sizes: Sizes, workers: list[int]) -> Iterator[Row]:
     n, data = sizes.images, reference.pictures(context.train_set)  # the split happens on the host
     losses = torch.rand(n, generator=torch.Generator().manual_seed(3))
     copied: dict[str, Make] = {"baseline": lambda: partial(reference.split, data, losses.numpy(), 0.5)}
-    yield Row(f"split, {n} images", copied, {"tensors": lambda: lambda: rest(class_agnostic_split(losses, 0.5), n)})
+    yield Row(f"split, {n} images", copied, {"tensors": lambda: lambda: pools_of(class_agnostic_split(losses, 0.5), n)})
 
 
 def in_ways(context: Context, chosen: dict[str, Runtime], make: Callable[[Context], Work]) -> dict[str, Make]:

@@ -1,1 +1,1 @@
-"""Data sets, attacks, augmentation, batches and pools. Stands on utils; knows neither networks nor losses."""
+"""Data sets, attacks, augmentation, batches and pools. Imports utils only; contains neither networks nor losses."""

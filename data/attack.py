@@ -1,4 +1,4 @@
-"""What every attack is: how it alters training and test images, and which images it may take."""
+"""The base class of all attacks (how they alter training and test images, and which ones), and their cached assets."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from utils.files import remove_leftovers, write_atomically
 from utils.manifest import TRAIN
 
 logger = logging.getLogger(__name__)
-BATCH = 256  # images that are altered at a time, so that 224 px fit into memory as floats
-CACHED = 2**17  # pixels at a time where it is mere arithmetic: stays in the cache, at 224 px 3 times faster than BATCH
+BATCH = 256  # images that are altered at a time, so that at 224 px they fit into memory as floats
+CACHED = 2**17  # pixels at a time for mere arithmetic: they stay in the CPU's cache; at 224 px 3 times faster than BATCH
 Arrays = dict[str, np.ndarray]
 
 
@@ -29,8 +29,8 @@ class AttackBase(ABC):
     """An attack: `class Attack(AttackBase)` in `data/attacks/<name>.py`, beside its `Settings`.
 
     Attributes:
-        clean_label: the attacker takes images of the target class and leaves their labels alone.
-        cover_ratio: cover images (altered, label kept) for each poisoned one.
+        clean_label: whether the attacker poisons images of the target class and keeps their labels.
+        cover_ratio: number of cover images (altered, label kept) per poisoned image.
         cover_target_class: whether images of the target class may become cover images.
     """
 
@@ -40,29 +40,30 @@ class AttackBase(ABC):
 
     @abstractmethod
     def __init__(self, settings: Any, scene: Scene) -> None:
-        """Check the settings against the scene and make, or fetch, what the attack needs."""
+        """Check the settings against the scene, and make or load what the attack needs."""
 
     @abstractmethod
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
-        """Return altered copies of images: a function of the seed, the image and its index alone.
+        """Return altered copies of images, a function of the seed, the image and its index alone.
 
         Args:
-            images: (n, H, W, 3) uint8, not written to.
-            index: (n,) int64, their places in the training set or the test set.
+            images: (n, H, W, 3) uint8, must not be modified.
+            index: (n,) int64, positions of the images in the training or test set.
             split: "train" or "test".
         """
 
     def cover(self, images: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Return cover images made of training images (n, H, W, 3) uint8; only asked for where `cover_ratio` > 0."""
+        """Return cover images made from training images (n, H, W, 3) uint8; called only if `cover_ratio` > 0."""
         raise NotImplementedError
 
 
 def in_batches(
     alter: Callable[[np.ndarray, np.ndarray], np.ndarray], images: np.ndarray, index: np.ndarray, pixels: int | None = None
 ) -> np.ndarray:
-    """Apply `alter(images, index)` to as many images at a time as have `pixels`, by default to `BATCH` of them.
+    """Apply `alter(images, index)` to a part of the images at a time; (n, H, W, 3) uint8 in and out.
 
-    (n, H, W, 3) uint8 in and out.
+    Args:
+        pixels: how many pixels a part may have (but at least one image); None: `BATCH` images.
     """
     out = np.empty_like(images)
     batch = BATCH if pixels is None else max(1, pixels // (images.shape[1] * images.shape[2]))
@@ -73,9 +74,9 @@ def in_batches(
 
 
 def fingerprint(raw: RawData) -> str:
-    """Return a text that differs for every training set: what assets that were made from the data depend on.
+    """Return a digest of the training set, for the key of assets that are made from it.
 
-    Pixels count by their digests, which a table of pictures has: gigabytes are not read again.
+    Pixels enter by the digests of the images, which a table on disk has already, so gigabytes are not read again.
     """
     digest = sha256(repr((raw.train_images.shape, digests_of(raw, TRAIN))).encode())
     digest.update(np.ascontiguousarray(raw.train_labels).data)
@@ -83,22 +84,23 @@ def fingerprint(raw: RawData) -> str:
 
 
 def keep_asset(scene: Scene, name: str, depends_on: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
-    """Return an asset's arrays: those kept in the assets' folder if they were made from the same, else made and kept.
+    """Return an asset's arrays: those in the assets' folder if they were made with the same inputs, else new ones, saved there.
 
-    A line says which. A file that is damaged is noticed by its checksums and made again.
+    The log names the file. A damaged file is detected by its checksum and made again.
 
     Args:
-        name: of the asset, e.g. `iab`; the file is `<name>-<digest of depends_on>.npz`.
-        depends_on: everything that changes the arrays: settings, seed, `fingerprint(raw)`; as JSON has it.
+        name: of the asset, e.g. `iab_mask`; the file is `<name>-<digest of depends_on>.npz`.
+        depends_on: all that the arrays depend on: settings, seed, `fingerprint(raw)`; values that JSON can express.
+        make: returns new arrays.
     """
     key = json.dumps(depends_on, sort_keys=True)
     path = scene.assets / f"{name}-{sha256(key.encode()).hexdigest()[:16]}.npz"
     if path.exists():
         kept = read_asset(path, key)
         if kept is not None:
-            logger.info(f"{name}: uses {path}, made before with the same settings")
+            logger.info(f"{name}: using {path}, made earlier with the same settings")
             return kept
-        logger.info(f"{name}: {path} is damaged: it is made again")
+        logger.info(f"{name}: {path} is damaged: making it again")
     remove_leftovers(scene.assets)
     arrays = make()
     stored = arrays | {"_key": np.array(key), "_sha256": np.array(checksum(arrays))}
@@ -108,14 +110,14 @@ def keep_asset(scene: Scene, name: str, depends_on: Mapping[str, Any], make: Cal
 
 
 def read_asset(path: Path, key: str) -> Arrays | None:
-    """Return the arrays of a kept asset, or None if the file is not what was written for that key."""
+    """Return the arrays of an asset's file, or None if it is damaged or was written for another key."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         stored_key, digest = str(arrays.pop("_key")), str(arrays.pop("_sha256"))
     except PermissionError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): make it readable or move it away") from None
-    except Exception as error:  # numpy and zipfile raise whatever their parts do
+    except Exception as error:  # numpy and zipfile pass on the exceptions of many libraries
         if isinstance(error, MemoryError):
             raise
         return None
@@ -123,7 +125,7 @@ def read_asset(path: Path, key: str) -> Arrays | None:
 
 
 def checksum(arrays: Arrays) -> str:
-    """Return a digest of named arrays: names, types, shapes and contents."""
+    """Return the digest of named arrays: of their names, types, shapes and contents."""
     digest = sha256()
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape} ".encode())
@@ -132,5 +134,5 @@ def checksum(arrays: Arrays) -> str:
 
 
 def weights_of(network: nn.Module) -> Arrays:
-    """Return the network's parameters and BN statistics as arrays: what is kept of it as an asset."""
+    """Return the network's parameters and BN statistics as arrays, to be saved as an asset."""
     return {name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()}

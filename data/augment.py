@@ -1,6 +1,6 @@
 """Augmentation as batched tensor code: random draws in, a normalized float batch out.
 
-The distribution is that of the torchvision transforms that the YAML names; for equal draws, crop and flip give the same
+The distribution is that of the torchvision transforms that the YAML names. For equal draws, crop and flip give the same
 pixels as torchvision on PIL images (tests/test_augment.py).
 """
 
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from utils.schema import Named
 
-# Transforms compute in float32 on so many numbers at a time. It bounds the memory, and on a CPU the numbers stay in the
-# cache: 1.2 to 2.5 times faster than 32 images of 224 px at once. A GPU wants few and large kernels.
+# How many float32 numbers a transform works on at a time. This bounds the memory, and on a CPU the numbers stay in the cache,
+# which is 1.2 to 2.5 times faster than 32 images of 224 px at once. A GPU needs few and large kernels.
 CHUNK_CPU, CHUNK = 2**20, 2**23
 
 
 class Pipeline:
     """The transforms of one line of the YAML (`transform.train` or `transform.test`).
 
-    Transforms that only move pixels are fused: they are followed on row and column numbers and cost one gather.
+    Consecutive transforms that only move pixels are fused: they are applied to row and column numbers and cost one gather.
     """
 
     def __init__(self, primary: Sequence[Named], remaining: Sequence[Named], height: int, width: int) -> None:
@@ -30,10 +30,10 @@ class Pipeline:
         normalize = [item.settings for item in remaining if hasattr(item.settings, "mean")]
         self.mean: tuple[float, ...] = normalize[0].mean if normalize else (0.0, 0.0, 0.0)
         self.std: tuple[float, ...] = normalize[0].std if normalize else (1.0, 1.0, 1.0)
-        self.sizes: list[tuple[int, int]] = []  # height and width of what reaches each step
-        self.columns: list[int] = []  # random numbers that each step needs
+        self.sizes: list[tuple[int, int]] = []  # height and width of the images that reach each step
+        self.columns: list[int] = []  # how many random numbers each step needs per image
         self.constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self.area = height * width  # of the largest image on the way
+        self.area = height * width  # of the largest intermediate image
         probe = torch.zeros(1, 3, height, width, dtype=torch.uint8)
         for step in self.steps:
             self.sizes.append((probe.shape[2], probe.shape[3]))
@@ -61,7 +61,7 @@ class Pipeline:
         return self.normalize(self.move(images, list(zip(self.steps, parts, strict=True))))
 
     def move(self, images: Tensor, work: list[tuple[Any, Tensor]]) -> Tensor:
-        """Apply (transform, draws) pairs to uint8 images, runs of pixel moves as one gather."""
+        """Apply (transform, draws) pairs to uint8 images; consecutive pixel moves are one gather."""
         while work:
             moves = 0
             while moves < len(work) and hasattr(work[moves][0], "remap"):
@@ -78,7 +78,7 @@ class Pipeline:
         return torch.cat([step.apply(*pair) for pair in pairs])
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Map uint8 (B, 3, H, W) to float32: to [0, 1], minus mean, by deviation."""
+        """Map uint8 (B, 3, H, W) to float32: scale to [0, 1], subtract the mean, divide by the standard deviation."""
         if images.device not in self.constants:
             pair = (torch.tensor(self.mean), torch.tensor(self.std))
             self.constants[images.device] = tuple(c.view(3, 1, 1).to(images.device) for c in pair)  # type: ignore[assignment]
@@ -87,7 +87,7 @@ class Pipeline:
 
 
 def gather_pixels(images: Tensor, moves: list[tuple[Any, Tensor]]) -> Tensor:
-    """Follow row and column numbers through several pixel moves, then fetch every pixel once.
+    """Apply several pixel moves to row and column numbers, then fetch every pixel once.
 
     Args:
         images: (B, 3, H, W) uint8.

@@ -1,7 +1,7 @@
 """All random draws of an epoch as tables, made before it starts.
 
-A table is a function of (seed, epoch) and of the pools. The loop reads one row a step: no random number is drawn inside
-it, nothing waits for the host, and a resumed run sees the rows that an uninterrupted one would.
+A table is a function of (seed, epoch) and of the pools. The loop reads one row per step: it draws no random numbers itself
+and never waits for the host, and a resumed run sees the same rows as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from data.augment import Pipeline
+from data.pools import Pools
 from data.sets import ImageSet
 from utils.config import Config
 from utils.draws import generator, numpy_generator
 
 
 def endless_order(count: int, batch: int, steps: int, rng: torch.Generator) -> Tensor:
-    """Return (steps, batch) positions below `count`: reshuffled again and again, incomplete batches dropped."""
+    """Return (steps, batch) positions below `count`, reshuffled in each pass, the incomplete last batch of a pass dropped."""
     whole = count // batch  # complete batches in one pass
     passes = -(-steps // whole)
     order = [torch.randperm(count, generator=rng)[: whole * batch] for _ in range(passes)]
@@ -27,7 +28,7 @@ def endless_order(count: int, batch: int, steps: int, rng: torch.Generator) -> T
 
 
 class MixMatchDraws(NamedTuple):
-    """The draws of S MixMatch steps, or of one (without the first axis)."""
+    """The draws of S MixMatch steps, or of one step (without the first axis)."""
 
     labeled: Tensor  # (S, B) int64 indices into the training set
     unlabeled: Tensor  # (S, B) int64
@@ -45,20 +46,18 @@ class MixMatchDraws(NamedTuple):
         return MixMatchDraws(*(table[i] for table in self))
 
 
-def draw_mixmatch(
-    config: Config, epoch: int, clean_pool: Tensor, polluted_pool: Tensor, augment: Pipeline, lambda_u: Tensor
-) -> MixMatchDraws:
+def draw_mixmatch(config: Config, epoch: int, pools: Pools, augment: Pipeline, lambda_u: Tensor) -> MixMatchDraws:
     """Draw an epoch of MixMatch steps.
 
     Args:
-        clean_pool, polluted_pool: (P,), (N - P,) int64 indices on the CPU.
+        pools: on the CPU.
         lambda_u: (S,) weights of the unlabeled loss.
     """
     steps, batch, seed = config.semi.mixmatch.train_iteration, config.semi.loader.batch_size, config.seed.seed
     alpha = config.semi.mixmatch.alpha
     rng = generator(seed, "mixmatch", epoch)
-    labeled = clean_pool[endless_order(len(clean_pool), batch, steps, rng)]
-    unlabeled = polluted_pool[endless_order(len(polluted_pool), batch, steps, rng)]
+    labeled = pools.clean[endless_order(len(pools.clean), batch, steps, rng)]
+    unlabeled = pools.polluted[endless_order(len(pools.polluted), batch, steps, rng)]
     views = augment.draw(steps * 3 * batch, rng).view(steps, 3 * batch, -1)
     lam = torch.from_numpy(numpy_generator(seed, "mixup", epoch).beta(alpha, alpha, steps)).float()
     permutation = torch.rand(steps, 3 * batch, generator=rng, dtype=torch.float64).argsort(1)
@@ -80,11 +79,11 @@ class SupervisedDraws(NamedTuple):
         return SupervisedDraws(indices[self.order], self.views)
 
     def cut(self, batch: int, least: int) -> tuple[SupervisedDraws, SupervisedDraws]:
-        """Cut the pass into S batches of equal size and a last one, which is what is left.
+        """Cut the pass into S batches of equal size and the remaining images.
 
         Returns:
-            the tables of the equal batches, (S, batch) and (S, batch, k), a row a step, and of the last one, (L,) and
-            (L, k); S or L may be 0.
+            the tables of the equal batches, (S, batch) and (S, batch, k), one row per step, and those of the last batch, (L,)
+            and (L, k); S or L may be 0.
         """
         steps, _ = count_batches(len(self.order), batch, least)
         equal = (table[: steps * batch].view(steps, batch, *table.shape[1:]) for table in self)
@@ -92,9 +91,9 @@ class SupervisedDraws(NamedTuple):
 
 
 def count_batches(count: int, batch: int, least: int) -> tuple[int, int]:
-    """Return how many full batches a pass over `count` images has, and how many images its last, other one.
+    """Return how many full batches a pass over `count` images has, and the size of the last, incomplete batch (or 0).
 
-    A rest of fewer than `least` images joins the batch before: batch normalization cannot train on a single value.
+    Fewer than `least` remaining images join the batch before: batch normalization cannot train on a single value.
     """
     rest = count % batch
     if 0 < rest < least and rest < count:
@@ -114,7 +113,7 @@ def draw_scoring(seed: int, purpose: str, epoch: int, count: int, augment: Pipel
 
 
 def views(image_set: ImageSet, draws: Tensor, augment: Pipeline, batch: int) -> Iterator[Tensor]:
-    """Yield the images' views in order, (<= batch, 3, H, W) float32 each; the last may be smaller."""
+    """Yield the images' views in order, (<= batch, 3, H, W) float32 each."""
     for start in range(0, len(image_set), batch):
         part = slice(start, start + batch)
         yield augment(image_set.fetch(part), draws[part])

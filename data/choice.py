@@ -1,4 +1,4 @@
-"""Which training images the attacker alters: poisoned ones, kept as the run's `poison_idx.npy`, and cover images."""
+"""Which training images the attacker alters: poisoned images, stored as the run's `poison_idx.npy`, and cover images."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from utils.files import write_atomically
 def label_after(labels: np.ndarray, target_label: int | None, target_shift: int | None, num_classes: int) -> np.ndarray:
     """Return the labels that images carry once they are poisoned.
 
-    An image whose label would stay the same is none that a label-changing attack poisons, nor one that its success rate counts.
+    A label-changing attack does not poison an image whose label would stay the same, nor does its success rate count one.
 
     Args:
         labels: (n,) int64, before the attack.
-        target_label, target_shift: the one of the two that is not None: one class for all, or `(y + target_shift) mod C`.
+        target_label, target_shift: one of them is None; one class for all images, or `(y + target_shift) mod C`.
     Returns:
         (n,) int64.
     """
@@ -29,39 +29,45 @@ def label_after(labels: np.ndarray, target_label: int | None, target_shift: int 
     return (labels.astype(np.int64) + target_shift) % num_classes
 
 
-def draw_poisoned(
-    labels: np.ndarray, target: int | np.ndarray, ratio: float, seed: int, mode: str, clean_label: bool = False
-) -> np.ndarray:
+def may_be_poisoned(config: Config, labels: np.ndarray, clean_label: bool) -> np.ndarray:
+    """Return (N,) bool: which images of labels (N,) the configured attack may poison.
+
+    Those whose label it changes, or with a clean-label attack those of the target class.
+    """
+    b = config.attacker
+    return np.asarray((labels == label_after(labels, b.target_label, b.target_shift, config.num_classes)) == clean_label)
+
+
+def draw_poisoned(allowed: np.ndarray, ratio: float, seed: int, mode: str, clean_label: bool = False) -> np.ndarray:
     """Draw which images are poisoned; the same seed gives the same images as the authors' code in mode `bernoulli`.
 
     Args:
-        labels: (N,) int64.
-        target: the label that poisoned images carry, or (N,) int64 of `label_after`.
-        mode: `bernoulli`: one draw for every image, poisoned if under the ratio and not of the target class;
-            `exact`: `int(ratio * N)` images of the other classes.
-        clean_label: the images are those of the target class instead, and the ratio is a share of that class.
+        allowed: (N,) bool, which images may be poisoned.
+        mode: `bernoulli`: one draw for every image, which is poisoned if the draw is below the ratio and the image allowed;
+            `exact`: `int(ratio * N)` of the allowed images.
+        clean_label: the ratio is a share of the allowed images instead of all images.
     Returns:
         (N,) float64 of 0 and 1, the format of `poison_idx.npy`.
     """
     rng = random.Random(seed)
-    index = np.zeros(len(labels))
-    allowed = (labels == target) == clean_label
+    index = np.zeros(len(allowed))
     if mode == "bernoulli":
-        drawn = np.array([rng.random() < ratio for _ in labels], bool)
+        drawn = np.array([rng.random() < ratio for _ in allowed], bool)
         index[drawn & allowed] = 1
         return index
     candidates = np.flatnonzero(allowed).tolist()
-    count = int(ratio * (len(candidates) if clean_label else len(labels)))
+    count = int(ratio * (len(candidates) if clean_label else len(allowed)))
     if count > len(candidates):
         raise UserError(
-            f"backdoor.poison_ratio: {ratio}: {count} images to poison and {len(candidates)} are of other classes: lower it"
+            f"backdoor.poison_ratio: {ratio}: needs {count} images to poison, but {len(candidates)} are of other classes than "
+            "the target: lower it"
         )
     index[rng.sample(candidates, count)] = 1
     return index
 
 
 def draw_cover(poisoned: np.ndarray, ratio: float, seed: int, allowed: np.ndarray | None = None) -> np.ndarray:
-    """Draw the cover images among those that are not poisoned: `int(ratio * poisoned)` of them.
+    """Draw `int(ratio * number of poisoned images)` cover images among the images that are not poisoned.
 
     Args:
         poisoned: (N,) of 0 and 1.
@@ -73,32 +79,39 @@ def draw_cover(poisoned: np.ndarray, ratio: float, seed: int, allowed: np.ndarra
     others, count = np.flatnonzero(free), int(ratio * poisoned.sum())
     if count > len(others):
         raise UserError(
-            f"backdoor: cover_ratio: {ratio}: {count} cover images and {len(others)} images to choose from: lower it"
+            f"backdoor: cover_ratio: {ratio}: needs {count} cover images, but there are {len(others)} to choose from: lower it"
         )
     return np.sort(numpy_generator(seed, "cover").choice(others, count, replace=False))
 
 
 def poison_index(path: Path, labels: np.ndarray, config: Config, clean_label: bool = False) -> np.ndarray:
-    """Return the run's `poison_idx.npy`, checked against the settings; draw and store it if it is not there."""
+    """Return the run's `poison_idx.npy`, checked against the settings; if the file is missing, draw and store it.
+
+    Args:
+        labels: (N,) int64, before the attack.
+    Returns:
+        (N,) float64 of 0 and 1.
+    Raises:
+        UserError: the file cannot be read, or does not fit the data and the settings.
+    """
     b = config.attacker
-    wanted = label_after(labels, b.target_label, b.target_shift, config.num_classes)
+    allowed = may_be_poisoned(config, labels, clean_label)
     if not path.exists():
-        index = draw_poisoned(labels, wanted, b.poison_ratio, config.seed.seed, b.poison_mode, clean_label)
+        index = draw_poisoned(allowed, b.poison_ratio, config.seed.seed, b.poison_mode, clean_label)
         write_atomically(path, lambda file: np.save(file, index, allow_pickle=False))
         return index
-    remedy = "move the file away to draw anew, or start over with --resume False"
+    remedy = "move the file away to draw it again, or start over with --resume False"
     try:
         index = np.load(path, allow_pickle=False)
-    except Exception as error:  # numpy raises whatever its readers of headers and archives do
+    except Exception as error:  # numpy passes on the exceptions of many parsers
         what = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: is no array of numbers ({what}): {remedy}") from None
+        raise UserError(f"{path}: not an array of numbers ({what}): {remedy}") from None
     if not isinstance(index, np.ndarray) or index.shape != labels.shape:
         shape = getattr(index, "shape", "no array")
         raise UserError(f"{path}: shape {shape}: the training set has {len(labels)} images: {remedy}")
     if index.dtype.kind not in "fiub" or not np.isin(index, (0, 1)).all():
-        raise UserError(f"{path}: holds values other than 0 and 1: {remedy}")
+        raise UserError(f"{path}: contains values other than 0 and 1: {remedy}")
     poisoned = index == 1
-    allowed = (labels == wanted) == clean_label
     if (poisoned & ~allowed).any():
         which = "other classes than" if clean_label else "the target class"
         raise UserError(f"{path}: poisons images of {which} {b.target_label}: {remedy}")
@@ -107,10 +120,10 @@ def poison_index(path: Path, labels: np.ndarray, config: Config, clean_label: bo
         expected, slack = float(int(b.poison_ratio * (candidates if clean_label else len(labels)))), 0.0
     else:
         expected = b.poison_ratio * candidates
-        slack = 5 * (expected * (1 - b.poison_ratio)) ** 0.5 + 1  # five deviations of a binomial count
+        slack = 5 * (expected * (1 - b.poison_ratio)) ** 0.5 + 1  # five standard deviations of a binomial count
     if abs(poisoned.sum() - expected) > slack:
         raise UserError(
-            f"{path}: {int(poisoned.sum())} poisoned images, and backdoor.poison_ratio {b.poison_ratio} means about "
+            f"{path}: {int(poisoned.sum())} poisoned images, but backdoor.poison_ratio {b.poison_ratio} means about "
             f"{expected:.0f}: {remedy}"
         )
     return index.astype(np.float64)

@@ -1,4 +1,4 @@
-"""The contact sheet of a poisoned set: what the attack does to an image, for the eye."""
+"""The contact sheet of a poisoned set: an image that shows what the attack does."""
 
 from __future__ import annotations
 
@@ -9,34 +9,38 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-CELL, WIDTH, GAP, LINE = 96, 1100, 6, 14  # pixels: least side of an image, most of a row, between images, a line of text
-MARGIN = 96  # for the rows' names
-LETTER = 6  # pixels of a letter of Pillow's own font, about
+# All in pixels.
+CELL = 96  # least side of an image
+WIDTH = 1100  # of a row, at most
+GAP = 6  # between images
+LINE = 14  # height of a line of text
+MARGIN = 96  # width of the column with the rows' names
+LETTER = 6  # approximate width of a letter of Pillow's default font
 
 
 @dataclass(frozen=True)
 class Group:
-    """Images of one kind before and after, under a title."""
+    """Images of one kind before and after the attack, under a title."""
 
     title: str
-    row: str  # name of the altered images' row
+    row: str  # name of the row of altered images
     before: np.ndarray  # (n, H, W, 3) uint8
     after: np.ndarray  # (n, H, W, 3) uint8
     captions: Sequence[str]
 
 
 def columns(side: int) -> int:
-    """Return how many images of `side` pixels stand in a row."""
+    """Return how many images of `side` pixels a row has."""
     return max(4, min(10, WIDTH // (enlargement(side) * side + GAP)))
 
 
 def enlargement(side: int) -> int:
-    """Return the whole number by which images are enlarged: every pixel stays a square."""
+    """Return the integer factor by which images are enlarged; every pixel stays a square."""
     return max(1, CELL // side)
 
 
 def draw_contact_sheet(path: Path, groups: Sequence[Group]) -> None:
-    """Draw three rows for each group: original, altered, and ten times their difference."""
+    """Draw three rows per group: original images, altered images, and ten times their difference."""
     height, width = groups[0].before.shape[1:3]
     scale, n = enlargement(max(height, width)), columns(max(height, width))
     high, wide = scale * height, scale * width
@@ -60,5 +64,5 @@ def draw_contact_sheet(path: Path, groups: Sequence[Group]) -> None:
 
 
 def plain(text: str) -> str:
-    """Return the text in letters that Pillow's own font has, all others as escapes."""
+    """Return the text with all characters that Pillow's default font lacks as escapes."""
     return text.encode("ascii", "backslashreplace").decode()

@@ -1,7 +1,6 @@
-"""What images and files are known by, wherever they are: digests of their contents, and a run's manifest made of them.
+"""Digests that identify images and files by their contents, and a run's manifest, which is made of them.
 
-Digests are 64 bits of a SHA-256, as 16 hexadecimal digits: two different contents have the same one by accident once in
-10^19 pairs.
+A digest is 64 bits of a SHA-256, as 16 hexadecimal digits: two different contents collide by accident once in 10^19 pairs.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def pixel_digests(images: np.ndarray) -> tuple[str, ...]:
 
 
 def file_digest(path: Path) -> str | None:
-    """Return the digest of a file's bytes; None where it is not a regular file that can be read."""
+    """Return the digest of a file's bytes, or None if it is not a regular file or cannot be read."""
     digest = sha256()
     try:
         if not S_ISREG(path.stat().st_mode):
@@ -51,11 +50,11 @@ def file_digest(path: Path) -> str | None:
 def digest_of_named(name: str) -> str:
     """Return the digest of the file, or of the files directly in the folder, that a setting names.
 
-    Neither the name of the file or folder counts nor, but for their order, the names in the folder. A relative path may
-    also start at the project's folder, as in `data.picture.read_named`.
+    The name of the file or folder does not count; the names of the files in the folder count for their order only. A relative
+    path may also start at the project's folder, as in `data.image_file.read_named`.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: a file cannot be read.
     """
     path = Path(name).expanduser()
     if not path.exists() and not path.is_absolute():
@@ -84,7 +83,7 @@ def manifest_of(config: Config, raw: RawData) -> str:
 
 
 def digests_of(raw: RawData, part: str) -> tuple[str, ...]:
-    """Return the digests of the training or the test images: those that came with the table, or made now."""
+    """Return the digests of the training or the test images; computed unless they came with a table."""
     known, images = (raw.train_digests, raw.train_images) if part == TRAIN else (raw.test_digests, raw.test_images)
     return pixel_digests(images) if known is None else known
 
@@ -92,12 +91,12 @@ def digests_of(raw: RawData, part: str) -> tuple[str, ...]:
 def image_rows(
     part: str, names: tuple[str, ...] | None, labels: np.ndarray, class_names: tuple[str, ...], digests: Iterable[str]
 ) -> list[Row]:
-    """Return the rows of one part's images; labels: (n,) int64."""
+    """Return the rows of one part's images with labels (n,) int64; without names, the images are numbered."""
     names = names or tuple(map(str, range(len(labels))))
     classes = [class_name(label, class_names) for label in labels.tolist()]
     return [Row(part, *row) for row in zip(names, classes, digests, strict=True)]
 
 
 def with_poisoned(known: str, poisoned: np.ndarray) -> str:
-    """Return a manifest with which training images are poisoned, (N,) bool."""
+    """Return the manifest with the information which training images are poisoned, (N,) bool, added to it."""
     return with_input(known, "poison_idx.npy", short(np.ascontiguousarray(poisoned, np.uint8).data))

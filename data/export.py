@@ -1,4 +1,4 @@
-"""The poisoned set by itself, for any other defense: made and written into a folder (`data/poisoned_folder.py`)."""
+"""Export of a poisoned set for use with any other defense: the set is made and written into a folder of its own."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from data.attack import AttackBase
-from data.choice import draw_poisoned
+from data.choice import draw_poisoned, may_be_poisoned
 from data.contact_sheet import Group, columns, draw_contact_sheet
 from data.loading import dataset_of, load_raw
 from data.poisoned_folder import count, holds_same_set, settings_of_set, write_set
-from data.poisoning import build_attack, clean_images, poison_images, training_caption, trigger_images, wanted_labels
+from data.poisoning import build_attack, clean_images, poison_images, training_caption, trigger_images
 from data.sets import COVER, POISONED, NewClassifier, Part, RawData, no_network
 from utils.best_effort import BestEffort
 from utils.config import Config
@@ -26,23 +26,23 @@ logger = logging.getLogger(__name__)
 
 
 def export(config: Config, out: Path, device: torch.device, new_classifier: NewClassifier = no_network) -> None:
-    """Write the poisoned set into a folder of its own (`data/poisoned_folder.py`); one that is there already is verified.
+    """Write the poisoned set into a folder (`data/poisoned_folder.py`), or verify the set if it is there already.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder contains something else.
     """
     started = time.monotonic()
     settings = settings_of_set(config, dataset_of(config))
     if exists(out, "--out") and (not is_dir(out, "--out") or any(out.iterdir())):
         if holds_same_set(out, settings):
-            logger.info(f"{out}: holds this set already, made with the same settings; its files are as set.json says")
+            logger.info(f"{out}: contains this set already, made with the same settings; its files match set.json")
             return
-        raise UserError(f"--out {out}: is not empty and holds no set of the same settings: give another name")
+        raise UserError(f"--out {out}: not empty, and not a set made with the same settings: give another name")
     raw = load_raw(config)
     attack = build_attack(config, raw, device, new_classifier)
     b = config.attacker
-    wanted = wanted_labels(config, raw.train_labels)
-    index = draw_poisoned(raw.train_labels, wanted, b.poison_ratio, config.seed.seed, b.poison_mode, attack.clean_label)
+    allowed = may_be_poisoned(config, raw.train_labels, attack.clean_label)
+    index = draw_poisoned(allowed, b.poison_ratio, config.seed.seed, b.poison_mode, attack.clean_label)
     parts = {
         "train": poison_images(config, raw, attack, index),
         "clean_test": clean_images(raw),
@@ -58,13 +58,13 @@ def export(config: Config, out: Path, device: torch.device, new_classifier: NewC
     counts = count(parts["train"])
     logger.info(
         f"{out}: {counts['clean']} clean, {counts['poisoned']} poisoned and {counts['cover']} cover training images, "
-        f"{len(parts['clean_test'])} test images, {len(parts['backdoor_test'])} triggered ones; "
+        f"{len(parts['clean_test'])} clean and {len(parts['backdoor_test'])} triggered test images; "
         f"{time.monotonic() - started:.1f} s"
     )
 
 
 def sheet_groups(config: Config, raw: RawData, attack: AttackBase, parts: Mapping[str, Part]) -> list[Group]:
-    """Return what the contact sheet shows: poisoned training images, triggered test images, cover images."""
+    """Return the groups of the contact sheet: poisoned training images, triggered test images, cover images."""
     name, target = config.attack.name, config.attacker.target_text(raw.class_names)
     shown = (
         (training_caption(config.attacker, attack, raw.class_names), parts["train"], raw.train_images, POISONED, "triggered"),
@@ -76,7 +76,7 @@ def sheet_groups(config: Config, raw: RawData, attack: AttackBase, parts: Mappin
         at = np.flatnonzero(part.flags == flag)
         if len(at):
             n = min(len(at), columns(max(part.images.shape[1:3])))
-            at = at[np.arange(n) * len(at) // n]  # from all over the set
+            at = at[np.arange(n) * len(at) // n]  # spread over the set
             place = part.indices[at]
             names = [raw.class_names[label] for label in part.original_labels[at]]
             captions = [f"{i} {text}" for i, text in zip(place, names, strict=True)]

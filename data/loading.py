@@ -1,4 +1,4 @@
-"""The configured data set as it lies on disk: found, loaded, cut, decoded."""
+"""Loading the configured data set: find it, read it, limit its size, decode its images."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PACKAGE = "data.datasets"
 
 
 def load_data(config: Config) -> tuple[RawData, StoredSet | None]:
-    """Load the configured data set; cut it to `data.train_limit` and `data.test_limit`, check that the YAML fits it.
+    """Load the configured data set, limited to `data.train_limit` and `data.test_limit`, and check that the YAML fits it.
 
-    `transform.pre` is applied to raw data; a set that is poisoned already went through it. Picture files are decoded, and
-    kept so in `data.cache_dir`.
+    `transform.pre` is applied to raw data; a set that is poisoned already has been through it. Decoded image files are kept
+    in `data.cache_dir`.
 
     Returns:
-        the images as they are found, and the set if it was poisoned before.
+        the images before any attack of this run, and the stored set if the data set is poisoned already.
     """
     dataset = dataset_of(config)
     module = plugins.load(PACKAGE, dataset.name)
@@ -44,16 +44,16 @@ def load_data(config: Config) -> tuple[RawData, StoredSet | None]:
 
 
 def load_raw(config: Config) -> RawData:
-    """Return `load_data` where it must be raw: a set that is poisoned already is refused."""
+    """Return the configured data set, which must not be poisoned already."""
     raw, stored = load_data(config)
     if stored:
         name = dataset_of(config).name
-        raise UserError(f"dataset: {name}: is poisoned already: give the YAML of the data set that it was made of")
+        raise UserError(f"dataset: {name}: is poisoned already: give the YAML of the data set that it was made from")
     return raw
 
 
 def dataset_of(config: Config) -> Named:
-    """Return the data set and its settings; where the YAML does not say, the folder's name does."""
+    """Return the data set and its settings; if the YAML does not name it, it is recognized by the name of its folder."""
     if config.dataset is not None:
         return config.dataset
     name = name_of_folder(str(config.dataset_dir))
@@ -61,14 +61,14 @@ def dataset_of(config: Config) -> Named:
 
 
 def name_of_folder(folder: str) -> str:
-    """Return the data set that a folder's name, or one above it, speaks of, as in the original ("cifar" -> cifar10)."""
+    """Return the data set that the name of a folder, or of one above it, stands for, as in the authors' code."""
     if is_file(user_path(folder, "dataset_dir") / DESCRIPTION, "dataset_dir"):
         (name,) = plugins.declared(PACKAGE, "POISONED")
-        raise UserError(f"dataset_dir: {folder}: looks like a set that is poisoned already: add `dataset: {name}`")
+        raise UserError(f"dataset_dir: {folder}: contains a poisoned set: add `dataset: {name}`")
     for part in reversed(Path(folder).parts):
         for name, pattern in plugins.declared(PACKAGE, "FOLDER_NAMES").items():
             if re.search(pattern, part.lower()):
                 return name
     last = Path(folder).name.lower()
     known = ", ".join(plugins.names(PACKAGE))
-    raise UserError(f"dataset_dir: {last}: does not tell which data set it is: add `dataset: NAME`, one of {known}")
+    raise UserError(f"dataset_dir: {last}: data set not recognized by this name: add `dataset: NAME`, one of {known}")

@@ -1,4 +1,4 @@
-"""Where the images of a run lie (`data.placement`): on the device, in host memory, or in the mapped tables on disk."""
+"""Where the images of a run are kept (`data.placement`): on the device, in host memory, or in mapped tables on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data.sets import Mapped
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-SHARE = 0.5  # of the free memory that images may take: the rest is for the network, its activations and passing copies
+SHARE = 0.5  # of the free memory may be images: the rest is for the network, its activations and temporary copies
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
 
@@ -21,22 +21,22 @@ MEMINFO = Path("/proc/meminfo")
 def choose_placement(wanted: str, train: np.ndarray, tests: Sequence[np.ndarray], device: torch.device, processes: int) -> str:
     """Return `device`, `host` or `disk`, and log where the images are.
 
-    `auto` takes the first of them in which all images fill at most half of the memory that is free; `disk` only images
-    that lie in a mapped table. Host memory is that of all processes of the run together.
+    `auto` takes the first placement in which all images fill at most half of the free memory; `disk` is possible only for
+    images in a mapped table. All processes of the run share the host memory.
 
     Args:
+        wanted: `data.placement`.
         train, tests: (n, H, W, 3) uint8, the training set and the test sets.
+        processes: of the run on this computer.
     Raises:
-        UserError: `device` is wanted and the images cannot fit there.
+        UserError: `device` is wanted and the images do not fit there.
     """
     size = train.nbytes + sum(images.nbytes for images in tests)
     host = available_memory() / processes
     free = host if device.type == "cpu" else float(torch.cuda.mem_get_info(device)[0])
     if wanted == "device" and size > free:
-        raise UserError(
-            f"data.placement: device: the images are {gigabytes(size)} and {gigabytes(free)} are free on {device}: set auto, "
-            "host or disk"
-        )
+        need = f"the images need {gigabytes(size)}, but {device} has {gigabytes(free)} free"
+        raise UserError(f"data.placement: device: {need}: set auto, host or disk")
     mapped = isinstance(train, Mapped)
     if wanted == "auto":
         placement = "device" if size <= SHARE * free else "disk" if mapped and size > SHARE * host else "host"
@@ -44,30 +44,30 @@ def choose_placement(wanted: str, train: np.ndarray, tests: Sequence[np.ndarray]
         placement = "host" if wanted == "disk" and not mapped else wanted
     places = {
         "device": f"on {device}",
-        "host": "in host memory and are fetched by index",
-        "disk": "in mapped tables on disk and are fetched by index",
+        "host": "in host memory, fetched by index",
+        "disk": "in mapped tables on disk, fetched by index",
     }
     memory = f"{gigabytes(host)} of host memory" + ("" if device.type == "cpu" else f", {gigabytes(free)} on {device}")
     logger.info(
         f"{len(train)} training and {sum(map(len, tests))} test images of {train.shape[2]} x {train.shape[1]} pixels, "
-        f"{gigabytes(size)}, lie {places[placement]} (data.placement: {wanted}; free: {memory})"
+        f"{gigabytes(size)}, {places[placement]} (data.placement: {wanted}; free: {memory})"
     )
     return placement
 
 
 def gigabytes(size: float) -> str:
-    """Return e.g. `5.87 GB`."""
+    """Return a number of bytes as text, e.g. `5.87 GB`."""
     return f"{size / 1e9:.2f} GB"
 
 
 def available_memory() -> float:
-    """Return the bytes of host memory that this process could still take: the system's, or its container's if less."""
+    """Return how many bytes of host memory are free: the system's, or its container's if fewer."""
     found = [limit for limit in (meminfo_available(), container_available()) if limit is not None]
     return min(found, default=float("inf"))
 
 
 def meminfo_available() -> float | None:
-    """Return what Linux holds to be available without swapping."""
+    """Return how many bytes Linux reports as available without swapping."""
     try:
         lines = MEMINFO.read_text().splitlines()
         return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -76,9 +76,9 @@ def meminfo_available() -> float | None:
 
 
 def container_available() -> float | None:
-    """Return what a container's limit (cgroup 2) leaves; the page cache counts as free."""
+    """Return how many bytes the limit of the container (cgroup 2) leaves; the page cache counts as free."""
     try:
-        limit = int((CGROUP / "memory.max").read_text())  # "max": no limit, which is no number
+        limit = int((CGROUP / "memory.max").read_text())  # "max", no limit, raises ValueError
         used = int((CGROUP / "memory.current").read_text())
         stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):

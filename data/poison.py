@@ -1,4 +1,4 @@
-"""Poison a data set and write it by itself, for any other defense; `dataset: poisoned_set` trains on such a folder.
+"""Poison a data set and write it into a folder for use with any other defense; `dataset: poisoned_set` trains on it.
 
 python -m data.poison --config config/wanet.yaml --out DIR [--set K=V] [--gpu N|cpu]
 """
@@ -25,22 +25,22 @@ from utils.paths import user_path
 
 def main(new_classifier: NewClassifier) -> None:
     """Read the command line and write the set."""
-    parser = Parser(prog="data.poison", description="Write a poisoned data set by itself.", allow_abbrev=False)
+    parser = Parser(prog="data.poison", description="Write a poisoned data set into a folder.", allow_abbrev=False)
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="YAML", help=f"settings (default {DEFAULT_CONFIG})")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the set; absent or empty")
-    parser.add_argument("--gpu", default="0", help="number of the CUDA device on which assets are made, or cpu")
+    parser.add_argument("--gpu", default="0", help="number of the CUDA device on which assets of the attack are made, or cpu")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the YAML")
     args = parser.parse_args()
     config = load_config(args.config, args.set)
     device = choose_device(args.gpu, 0)
     set_determinism(config.seed.deterministic, config.seed.benchmark)
     if config.backdoor is None:
-        raise UserError(f"backdoor: null: there is no attack to poison with: name one of {', '.join(plugins.names(ATTACKS))}")
+        raise UserError(f"backdoor: null: no attack to poison with: name one of {', '.join(plugins.names(ATTACKS))}")
     export(config, user_path(args.out, "--out").resolve(), device, new_classifier)
 
 
 if __name__ == "__main__":
-    from model.classifier import new_classifier  # the command line, not this module, stands above the networks
+    from model.classifier import new_classifier  # allowed in a command; the module itself must not import model/
 
-    kept = "What an attack has finished making is kept: the same command uses it."
+    kept = "Finished assets of the attack are kept: the same command uses them."
     command("data.poison", partial(main, new_classifier), kept=kept)

@@ -1,11 +1,11 @@
-"""A poisoned data set as a folder of its own: the same files poison every method that is compared.
+"""A poisoned data set as a folder, so that all methods in a comparison train on the same files.
 
     train.npz  clean_test.npz  backdoor_test.npz   images, labels, original_labels, flags, indices (`data.sets.Part`)
     set.json                                       the settings, counts, and the SHA-256 of every array's bytes
-    contact_sheet.png                              what the attack does, for the eye
+    contact_sheet.png                              an image that shows what the attack does
 
-The arrays are plain `.npy` members in C order, so any program reads them; equal settings give equal bytes. A folder is
-untrusted input: nothing in it can run code, and what does not match its own `set.json` is refused.
+The arrays are plain `.npy` members in C order, so any program can read them; equal settings give equal bytes. A folder is
+untrusted input: nothing in it can run code, and files that do not match `set.json` are refused.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ KEYS: dict[str, type] = {
     "backdoor": dict, "dataset": dict, "data": dict, "seed": int, "num_classes": int, "class_names": list,
     "transform_pre": dict, "counts": dict, "files": dict,
 }  # fmt: skip
-# The keys beside the attack, poison_ratio and the like, with their types.
+# The keys of `backdoor` besides the attack (poison_ratio etc.) with their types.
 PLAIN = {key: get_args(kind) or (kind,) for key, kind in get_type_hints(Backdoor).items() if kind is not Named}
 REMEDY = "make the set again with python -m data.poison, under another name"
 
 
 @dataclass(frozen=True)
 class StoredSet:
-    """A poisoned data set that was read from its folder, and what `set.json` says of it."""
+    """A poisoned data set that was read from its folder, with the contents of `set.json`."""
 
     train: Part
     clean_test: Part
-    backdoor_test: Part  # test images that are not of the target class, triggered, with the label that the attacker wants
+    backdoor_test: Part  # triggered test images of other classes than the target, with the label that the attacker wants
     backdoor: Backdoor
     num_classes: int
     class_names: tuple[str, ...]
@@ -57,12 +57,12 @@ class StoredSet:
     description: str  # the text of set.json
 
     def cut(self, train: int | None, test: int | None) -> StoredSet:
-        """Return what comes of the first so many images (None: all) of both parts of the data set; nothing is copied."""
+        """Return the images that come from the data set's first `train` and `test` images (None: all); nothing is copied."""
         clean, backdoor = self.clean_test.first(test), self.backdoor_test.first(test)
         return replace(self, train=self.train.first(train), clean_test=clean, backdoor_test=backdoor)
 
     def raw(self) -> RawData:
-        """Return the training images as they are handed over, and the clean test images."""
+        """Return the training images as the attacker left them, and the clean test images."""
         train, test = self.train, self.clean_test
         return RawData(train.images, train.labels, test.images, test.labels, self.class_names)
 
@@ -73,8 +73,8 @@ def write_set(out: Path, parts: Mapping[str, Part], settings: Mapping[str, Any],
     Args:
         out: absent, or an empty folder.
         parts: by the names of `PARTS`.
-        settings: what the set was made with, the `KEYS` but for counts and files; JSON's types.
-        draw_sheet: draws the contact sheet into the file that it is given.
+        settings: those that the set was made with, the `KEYS` except for counts and files; JSON's types.
+        draw_sheet: draws the contact sheet into the given file.
     Raises:
         UserError: the folder cannot be written.
     """
@@ -100,7 +100,7 @@ def count(part: Part) -> dict[str, int]:
 
 
 def describe(array: np.ndarray) -> dict[str, Any]:
-    """Return what `set.json` says of an array; the SHA-256 is that of its bytes in C order."""
+    """Return an array's entry in `set.json`; the SHA-256 is that of its bytes in C order."""
     contents = np.ascontiguousarray(array).data
     return {"dtype": str(array.dtype), "shape": list(array.shape), "sha256": sha256(contents).hexdigest()}
 
@@ -109,19 +109,18 @@ def read_set(folder: Path) -> StoredSet:
     """Read a set's folder and verify all of it.
 
     Raises:
-        UserError: one line with the file and what is wrong: missing, unreadable, of another format, changed since it was
-            written (SHA-256), or not what a poisoned set is.
+        UserError: a file is missing, unreadable, of another format, changed since it was written (SHA-256) or inconsistent.
     """
     path = folder / DESCRIPTION
     text, described = read_description(folder)
     train, clean, triggered = (read_part(folder / f"{name}.npz", described["files"].get(f"{name}.npz")) for name in PARTS)
     parts = dict(zip(PARTS, (train, clean, triggered), strict=True))
     backdoor = backdoor_of(path, described["backdoor"])
-    complain = contradiction(parts, backdoor, described["num_classes"])
-    if complain is None and described["counts"] != {name: count(part) for name, part in parts.items()}:
-        complain = f"{DESCRIPTION}: counts: they are not those of the files"
-    if complain is not None:
-        raise UserError(f"{folder}: {complain}: {REMEDY}")
+    wrong = contradiction(parts, backdoor, described["num_classes"])
+    if wrong is None and described["counts"] != {name: count(part) for name, part in parts.items()}:
+        wrong = f"{DESCRIPTION}: counts: do not match the files"
+    if wrong is not None:
+        raise UserError(f"{folder}: {wrong}: {REMEDY}")
     names = tuple(map(str, described["class_names"]))
     return StoredSet(
         train, clean, triggered, backdoor, described["num_classes"], names, described["transform_pre"], folder, text
@@ -129,76 +128,76 @@ def read_set(folder: Path) -> StoredSet:
 
 
 def read_description(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Return the text of `set.json` and what it says, every key of its type."""
+    """Return the text of `set.json` and its contents, in which every key has its type."""
     path = folder / DESCRIPTION
     try:
         require_file(path)
         text = path.read_text(encoding="utf-8")
         described = json.loads(text)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file: {folder} is no poisoned set: give the --out of python -m data.poison") from None
+        raise UserError(f"{path}: no such file: give a folder that python -m data.poison --out wrote") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({str(error).splitlines()[0]}): {REMEDY}") from None
     if not isinstance(described, dict) or described.get("format") != FORMAT:
-        raise UserError(f"{path}: describes no poisoned set (format is not {FORMAT!r}): {REMEDY}")
+        raise UserError(f"{path}: does not describe a poisoned set (format is not {FORMAT!r}): {REMEDY}")
     version = described.get("version")
     if version not in (1, VERSION):
         raise UserError(f"{path}: version {version!r}: this program reads versions 1 and {VERSION}: {REMEDY}")
     for key, kind in KEYS.items():
         if type(described.get(key)) is not kind:
-            raise UserError(f"{path}: {key}: missing or of a wrong type: {REMEDY}")
-    if version == 1:  # knows one target class only
+            raise UserError(f"{path}: {key}: missing or of the wrong type: {REMEDY}")
+    if version == 1:  # from before all-to-all labels
         described["backdoor"].setdefault("target_shift", None)
     return text, described
 
 
 def read_part(path: Path, described: object) -> Part:
-    """Read one file of arrays and check each against type, shape and SHA-256 in `set.json`."""
+    """Read one file of arrays and check the type, shape and SHA-256 of each array against `set.json`."""
     try:
         require_file(path)
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file: the set is not complete: {REMEDY}") from None
-    except Exception as error:  # numpy and zipfile raise whatever their parts do
+        raise UserError(f"{path}: no such file: the set is incomplete: {REMEDY}") from None
+    except Exception as error:  # numpy and zipfile pass on the exceptions of many libraries
         what = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: is no file of arrays ({what}): {REMEDY}") from None
+        raise UserError(f"{path}: not a file of arrays ({what}): {REMEDY}") from None
     if not isinstance(described, dict) or arrays.keys() != set(ARRAYS) or described.keys() != set(ARRAYS):
-        raise UserError(f"{path}: holds {', '.join(arrays) or 'nothing'} and not {', '.join(ARRAYS)}: {REMEDY}")
+        raise UserError(f"{path}: contains {', '.join(arrays) or 'nothing'} instead of {', '.join(ARRAYS)}: {REMEDY}")
     for name, array in arrays.items():
         if str(array.dtype) != ARRAYS[name]:
-            raise UserError(f"{path}: {name} is {array.dtype} and not {ARRAYS[name]}: {REMEDY}")
+            raise UserError(f"{path}: {name} is {array.dtype} instead of {ARRAYS[name]}: {REMEDY}")
         if describe(array) != described[name]:
-            raise UserError(f"{path}: {name}: its SHA-256 or shape is not that of {DESCRIPTION}: it was changed: {REMEDY}")
+            raise UserError(f"{path}: {name}: changed: its SHA-256 or shape differs from {DESCRIPTION}: {REMEDY}")
     return Part(**arrays)
 
 
 def contradiction(parts: Mapping[str, Part], backdoor: Backdoor, num_classes: int) -> str | None:
-    """Return what keeps the arrays from being a poisoned set, or None: matching checksums do not make sense of them."""
+    """Return what makes the arrays inconsistent, or None: checksums that match do not mean that the contents make sense."""
     sides = {part.images.shape[1:] for part in parts.values()}
     for name, part in parts.items():
         n = part.images.shape[0] if part.images.ndim == 4 and part.images.shape[3] == 3 else 0
         if n == 0 or len(sides) > 1:
-            return f"{name}.npz: images {part.images.shape} are not (n, H, W, 3), n > 0, of one size in all files"
+            return f"{name}.npz: images {part.images.shape}: must be (n, H, W, 3), n > 0, with one size in all files"
         if any(getattr(part, key).shape != (n,) for key in ARRAYS if key != "images"):
             return f"{name}.npz: not every array has one entry for each of the {n} images"
         if (np.diff(part.indices) <= 0).any() or part.indices[0] < 0:
-            return f"{name}.npz: indices: do not ascend from 0 or more"
+            return f"{name}.npz: indices: must ascend and not be negative"
         for key in ("labels", "original_labels"):
             labels = getattr(part, key)
             if labels.min() < 0 or labels.max() >= num_classes:
                 return f"{name}.npz: {key}: {labels.min()} to {labels.max()}: there are {num_classes} classes"
         if part.flags.max() > COVER:
-            return f"{name}.npz: flags: {part.flags.max()}: there are 0 clean, 1 poisoned, 2 cover"
+            return f"{name}.npz: flags: {part.flags.max()}: must be 0 clean, 1 poisoned or 2 cover"
         wanted = label_after(part.original_labels, backdoor.target_label, backdoor.target_shift, num_classes)
         if (part.labels != np.where(part.flags == POISONED, wanted, part.original_labels)).any():
             target = backdoor.target_text(())
-            return f"{name}.npz: labels: poisoned images do not carry class {target}, or others not their original label"
+            return f"{name}.npz: labels: poisoned images do not carry class {target}, or others lack their original label"
     clean, triggered = parts["clean_test"], parts["backdoor_test"]
     if (clean.flags != CLEAN).any():
-        return "clean_test.npz: flags: holds images that are not clean"
+        return "clean_test.npz: flags: contains images that are not clean"
     if (triggered.flags != POISONED).any() or (triggered.labels == triggered.original_labels).any():
-        return "backdoor_test.npz: holds images without the trigger or of the target class, which no success rate counts"
+        return "backdoor_test.npz: contains images without the trigger or of the target class, which the ASR must not count"
     if not np.isin(triggered.indices, clean.indices).all():
         return "backdoor_test.npz: indices: some are not in clean_test.npz"
     return None
@@ -208,7 +207,7 @@ def backdoor_of(path: Path, described: dict[str, Any]) -> Backdoor:
     """Return the `backdoor` section of `set.json`; the attack's own settings are kept as they are."""
     attacks = [key for key in described if key not in PLAIN]
     if len(attacks) != 1 or any(type(described.get(key, ...)) not in kinds for key, kinds in PLAIN.items()):
-        raise UserError(f"{path}: backdoor: does not name one attack with {', '.join(PLAIN)}: {REMEDY}")
+        raise UserError(f"{path}: backdoor: must name one attack, and {', '.join(PLAIN)}: {REMEDY}")
     if (described["target_label"] is None) == (described["target_shift"] is None):
         raise UserError(f"{path}: backdoor: needs either target_label or target_shift: {REMEDY}")
     (name,) = attacks
@@ -218,7 +217,7 @@ def backdoor_of(path: Path, described: dict[str, Any]) -> Backdoor:
 def disagreement(given: Backdoor, stored: Backdoor) -> str | None:
     """Return `key: value: the set has ...` of the first setting that differs, or None.
 
-    A setting that the set does not know was added to the attack since and says nothing about it.
+    A setting of the attack that the set lacks was added after it was made, and is ignored.
     """
     if given.attack.name != stored.attack.name:
         return f"backdoor: {given.attack.name}: the set was poisoned by {stored.attack.name}"
@@ -234,7 +233,7 @@ def disagreement(given: Backdoor, stored: Backdoor) -> str | None:
 
 
 def refuse_disagreement(config: Config, stored: StoredSet) -> None:
-    """Refuse a YAML that says of a poisoned set what its `set.json` does not."""
+    """Raise UserError if the YAML contradicts the `set.json` of the poisoned set."""
     wrong = disagreement(config.backdoor, stored.backdoor) if config.backdoor else None
     pre = named_settings(config.transform.pre)
     if config.num_classes != stored.num_classes:
@@ -242,28 +241,28 @@ def refuse_disagreement(config: Config, stored: StoredSet) -> None:
     elif pre and list(pre.items()) != list(stored.transform_pre.items()):
         wrong = f"transform.pre: {', '.join(pre)}: the set was made with {stored.transform_pre or 'none'}"
     if wrong:
-        keys = "leave the key out" if not wrong.startswith("backdoor") else "set backdoor: null, which takes the set's own"
-        raise UserError(f"{wrong} ({stored.folder / DESCRIPTION}): give the same, or {keys}")
+        keys = "leave the key out" if not wrong.startswith("backdoor") else "set backdoor: null to use the set's own"
+        raise UserError(f"{wrong} ({stored.folder / DESCRIPTION}): give the same value, or {keys}")
 
 
 def keep_with_run(folder: Path, stored: StoredSet) -> None:
-    """Keep `set.json` and `poison_idx.npy` with the run; refuse to go on with other data than it was begun with."""
+    """Save `set.json` and `poison_idx.npy` with the run; raise UserError if it was begun with other data."""
     path, index = folder / DESCRIPTION, folder / "poison_idx.npy"
     begun = path.read_text(encoding="utf-8") if path.exists() else None
     if not same_arrays(begun, stored.description) and (path.exists() or index.exists()):
         raise UserError(
-            f"dataset_dir: {stored.folder}: the run in {folder} was begun with other data: give those, or begin a new run: "
+            f"dataset_dir: {stored.folder}: the run in {folder} was begun with other data: give that data, or start a new run "
             "with --set run=NAME and without --resume, or with --resume False"
         )
     if begun is None:
-        write_text(path, stored.description)  # the first of the two: an index alone is that of a run on raw data
+        write_text(path, stored.description)  # before the index: an index alone means a run on raw data
     if not index.exists():
         poisoned = (stored.train.flags == POISONED).astype(np.float64)
         write_atomically(index, lambda file: np.save(file, poisoned, allow_pickle=False))
 
 
 def same_arrays(one: str | None, other: str) -> bool:
-    """Return whether two texts of `set.json` describe equal arrays; what the set was made from, and where, does not count."""
+    """Return whether two texts of `set.json` describe equal arrays, whatever their settings."""
     try:
         return one is not None and json.loads(one)["files"] == json.loads(other)["files"]
     except (ValueError, LookupError, TypeError):
@@ -271,9 +270,9 @@ def same_arrays(one: str | None, other: str) -> bool:
 
 
 def examples_of(stored: StoredSet, most: int) -> tuple[np.ndarray, str]:
-    """Return up to `most` test images before and after, (2, n, H, W, 3) uint8, and their caption.
+    """Return up to `most` test images before and after the attack, (2, n, H, W, 3) uint8, and their caption.
 
-    Of its training images a set has the poisoned ones only.
+    Training images cannot be shown: a stored set lacks their originals.
     """
     clean, backdoor = stored.clean_test, stored.backdoor_test
     some = backdoor.indices[:most]
@@ -284,7 +283,7 @@ def examples_of(stored: StoredSet, most: int) -> tuple[np.ndarray, str]:
 
 
 def settings_of_set(config: Config, dataset: Named) -> dict[str, Any]:
-    """Return the settings that decide what is in a poisoned set, as `set.json` has them."""
+    """Return the settings that determine a poisoned set, in the form of `set.json`."""
     return {
         "backdoor": as_dict(config.attacker),
         "dataset": as_dict(dataset),
@@ -296,12 +295,16 @@ def settings_of_set(config: Config, dataset: Named) -> dict[str, Any]:
 
 
 def named_settings(steps: tuple[Named, ...]) -> dict[str, Any]:
-    """Return transforms by name, in their order, as JSON has them."""
+    """Return the settings of transforms by name, in their order, as values of JSON."""
     return {step.name: as_dict(step.settings) for step in steps}
 
 
 def holds_same_set(folder: Path, settings: dict[str, Any]) -> bool:
-    """Return whether a folder is a poisoned set that was made with these settings; a damaged one is a UserError."""
+    """Return whether a folder contains a poisoned set that was made with these settings.
+
+    Raises:
+        UserError: the set is damaged.
+    """
     if not (folder / DESCRIPTION).is_file():
         return False
     read_set(folder)

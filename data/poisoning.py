@@ -1,4 +1,4 @@
-"""The attacker's work: the poisoned training set and the triggered test images (`data/choice.py`: which images)."""
+"""The poisoned training set and the triggered test images (`data/choice.py` draws which images are poisoned)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from data.attack import BATCH, AttackBase
 from data.choice import draw_cover, label_after, poison_index
 from data.sets import CLEAN, COVER, POISONED, NewClassifier, Part, RawData, Scene, TestSets, no_network
-from data.tables import own_copy, read_table
+from data.table_file import own_copy, read_table
 from utils import plugins
 from utils.config import Backdoor, Config
 from utils.errors import UserError
@@ -22,11 +22,11 @@ ATTACKS = "data.attacks"
 def build_attack(
     config: Config, raw: RawData, device: torch.device | None = None, new_classifier: NewClassifier = no_network
 ) -> AttackBase:
-    """Make the configured attack; assets that it makes are kept in `<saved_dir>/assets`, for all runs there.
+    """Build the configured attack; its assets are kept in `<saved_dir>/assets`, for all runs there.
 
     Args:
-        device: where assets are made; none: the CPU.
-        new_classifier: `model.classifier`'s, for attacks that train a network.
+        device: where assets are made; None: the CPU.
+        new_classifier: the function of `model.classifier`, for attacks that train a network.
     """
     module = plugins.load(ATTACKS, config.attack.name)
     folder = user_path(config.saved_dir, "saved_dir") / "assets"
@@ -43,13 +43,13 @@ def build_attack(
 
 
 def poison_training_set(config: Config, raw: RawData, attack: AttackBase, folder: Path, placement: str = "device") -> Part:
-    """Let the attack poison the training set; which images is kept as `poison_idx.npy` in the run's folder."""
+    """Return the poisoned training set; which images are poisoned is stored as `poison_idx.npy` in the run's folder."""
     index = poison_index(folder / "poison_idx.npy", raw.train_labels, config, attack.clean_label)
     return poison_images(config, raw, attack, index, placement)
 
 
 def poison_images(config: Config, raw: RawData, attack: AttackBase, index: np.ndarray, placement: str = "device") -> Part:
-    """Return the training set as the attacker leaves it; the raw images stay as they are.
+    """Return the training set as the attacker leaves it; the raw images are not changed.
 
     Args:
         index: (N,) of 0 and 1, which images are poisoned; cover images are drawn among the others.
@@ -70,15 +70,18 @@ def poison_images(config: Config, raw: RawData, attack: AttackBase, index: np.nd
 
 
 def wanted_labels(config: Config, labels: np.ndarray) -> np.ndarray:
-    """Return the labels (n,) int64 that the attacker gives to images of the labels (n,)."""
+    """Return the labels (n,) int64 that the attacker gives to images with the labels (n,)."""
     return label_after(labels, config.attacker.target_label, config.attacker.target_shift, config.num_classes)
 
 
 def build_test_sets(config: Config, raw: RawData, attack: AttackBase, placement: str = "device") -> TestSets:
     """Return the clean test set and the backdoor test set.
 
-    The latter is new images: where the others stay on disk, it lies in host memory. With `poison_ratio: 0` there is
-    none, for without an attack there is no success rate.
+    The backdoor test set consists of new images: with placement `disk` it is in host memory. With `poison_ratio: 0` there is
+    none, since there is no success rate without an attack.
+
+    Raises:
+        UserError: the data set has no test images.
     """
     if len(raw.test_labels) == 0:
         raise UserError(f"dataset_dir: {config.dataset_dir}: no test images: add some, or train with backdoor: null")
@@ -87,7 +90,7 @@ def build_test_sets(config: Config, raw: RawData, attack: AttackBase, placement:
 
 
 def test_sets(clean: Part, backdoor: Part | None, placement: str) -> TestSets:
-    """Return both test sets, and where the images of the second are in the first."""
+    """Return both test sets, and the position of each backdoor test image in the clean test set."""
     if backdoor is None:
         return TestSets(clean.to_set(placement))
     origin = torch.from_numpy(np.searchsorted(clean.indices, backdoor.indices))
@@ -95,16 +98,16 @@ def test_sets(clean: Part, backdoor: Part | None, placement: str) -> TestSets:
 
 
 def clean_images(raw: RawData, placement: str = "device") -> Part:
-    """Return the test images as they are."""
+    """Return the test images, unaltered."""
     labels, n = raw.test_labels.astype(np.int64), len(raw.test_labels)
     images = read_table(raw.test_images) if placement == "host" else raw.test_images
     return Part(images, labels, labels, np.full(n, CLEAN, np.uint8), np.arange(n))
 
 
 def trigger_images(config: Config, raw: RawData, attack: AttackBase) -> Part:
-    """Return the triggered test images with the labels that the attacker wants, without those of the target class.
+    """Return the triggered test images with the labels that the attacker wants.
 
-    With all-to-all labels there is none: all test images are triggered.
+    Images of the target class are left out; with all-to-all labels, none is.
     """
     wanted = wanted_labels(config, raw.test_labels)
     others = np.flatnonzero(raw.test_labels != wanted)
@@ -112,11 +115,11 @@ def trigger_images(config: Config, raw: RawData, attack: AttackBase) -> Part:
         target = config.attacker.target_text(raw.class_names)
         raise UserError(
             f"backdoor.target_label: {target}: every test image is of that class, so there is no success "
-            "rate: give another class, or add test images of others"
+            "rate: give another class, or add test images of other classes"
         )
     n = len(others)
     images = np.empty((n, *raw.test_images.shape[1:]), np.uint8)
-    for start in range(0, n, BATCH):  # not all at once: at 224 px that would be a copy of the whole test set
+    for start in range(0, n, BATCH):  # not all at once, which would copy the whole test set
         part = others[start : start + BATCH]
         images[start : start + BATCH] = attack.apply(raw.test_images[part], part, "test")
     originals = raw.test_labels[others].astype(np.int64)
@@ -124,7 +127,7 @@ def trigger_images(config: Config, raw: RawData, attack: AttackBase) -> Part:
 
 
 def training_caption(backdoor: Backdoor, attack: AttackBase, class_names: tuple[str, ...]) -> str:
-    """Return what poisoned training images are and which label they carry."""
+    """Return a caption for poisoned training images, with the label that they carry."""
     label = backdoor.target_text(class_names)
     if attack.clean_label:
         return f"poisoned training images of class {label}, their labels unchanged"

@@ -1,10 +1,12 @@
 """Seed samples and the three splits: which images keep their label in an epoch (paper section 3.2).
 
-A split is a pure function of per-image losses. It returns the clean pool as sorted indices; the polluted pool is the rest.
-Ties go to the lower index.
+A split is a pure function of per-image losses. It returns the clean pool as sorted indices; all other images are the polluted
+pool (`pools_of`). Ties go to the lower index.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from utils.errors import UserError
 
 
 def draw_seed_samples(labels: Tensor, truth: GroundTruth, num_classes: int, seed_num: int, seed: int) -> Tensor:
-    """Draw the clean images of each class that the defender knows; the same seed gives the authors' seed samples.
+    """Draw `seed_num` clean images of each class, which the defender knows; the same seed gives the authors' seed samples.
 
     Args:
         labels: (N,) int64, the labels that the images carry.
@@ -38,12 +40,12 @@ def draw_seed_samples(labels: Tensor, truth: GroundTruth, num_classes: int, seed
 
 
 def lowest(losses: Tensor, count: int) -> Tensor:
-    """Return the indices (count,) of the lowest of (N,) losses, ties to the lower index."""
+    """Return the indices (count,) of the lowest among (N,) losses; ties go to the lower index."""
     return torch.argsort(losses, stable=True)[:count]
 
 
 def class_aware_split(losses: Tensor, labels: Tensor, seeds: Tensor, num_classes: int, per_class: int) -> Tensor:
-    """Stage 1: the seed samples, and of each class the `per_class` images of lowest loss that are no seed sample.
+    """Stage 1: the seed samples, and of each class the `per_class` other images of lowest loss.
 
     Args:
         losses: (N,) split losses.
@@ -69,29 +71,38 @@ def class_agnostic_split(losses: Tensor, epsilon: float) -> Tensor:
 def meta_split(losses: Tensor, virtual_losses: Tensor, epsilon: float) -> Tensor:
     """Stage 3: the `int(N * epsilon)` images whose loss fell least under the virtual model.
 
-    Poisoned images are learnt at once, so their loss falls most (paper section 3.2.3).
+    Poisoned images are learned quickly, so their loss falls most (paper section 3.2.3).
     """
     return class_agnostic_split(losses - virtual_losses, epsilon)
 
 
 def per_class(epoch: int, n: int, t: int) -> int:
-    """Return how many images of each class stage 1 adds to the seed samples: n more every t epochs, from 0."""
+    """Return how many images of each class stage 1 adds to the seed samples: 0 at first, n more every t epochs."""
     return n * (epoch // t)
 
 
-def rest(pool: Tensor, count: int) -> Tensor:
-    """Return the polluted pool: the indices (N - P,) that are not in the clean pool."""
-    inside = torch.zeros(count, dtype=torch.bool, device=pool.device)
-    inside[pool] = True
-    return torch.nonzero(~inside).squeeze(1)
+class Pools(NamedTuple):
+    """The two pools of an epoch; together they are all N images."""
+
+    clean: Tensor  # (P,) int64 indices
+    polluted: Tensor  # (N - P,) int64, ascending
+
+
+def pools_of(clean_pool: Tensor, count: int) -> Pools:
+    """Return the clean pool (P,) and the polluted pool, all other indices below `count`."""
+    inside = torch.zeros(count, dtype=torch.bool, device=clean_pool.device)
+    inside[clean_pool] = True
+    return Pools(clean_pool, torch.nonzero(~inside).squeeze(1))
 
 
 def check_pool_sizes(config: Config, labels: Tensor, seeds: Tensor) -> None:
-    """Refuse, before anything is trained, a plan in which a pool is empty, everything, or smaller than a batch.
+    """Check, before training starts, that both pools will hold at least a batch in every epoch.
 
     Args:
         labels: (N,) int64.
         seeds: (S,) int64.
+    Raises:
+        UserError: a pool would be smaller than a batch.
     """
     g, n, batch = config.global_, len(labels), config.semi.loader.batch_size
     carried = labels.cpu()
@@ -106,7 +117,7 @@ def check_pool_sizes(config: Config, labels: Tensor, seeds: Tensor) -> None:
     ]
     if config.num_epochs > g.epoch_first:
         sizes.append((g.epoch_first, int(n * g.epsilon), "global.epsilon"))
-        if g.keep_seeds:  # at worst none of the seed samples is among them
+        if g.keep_seeds:  # at worst, none of the seed samples is among these images
             most = min(n, int(n * g.epsilon) + len(seeds))
             sizes.append((g.epoch_first, most, "global.epsilon"))
     start = f"{g.seed_num}/" if config.seed_samples is None else f"{len(seeds)} images and "

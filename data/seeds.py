@@ -1,4 +1,4 @@
-"""The seed samples: drawn with the ground truth where it is known, given by the user (`seed_samples`) where it is not."""
+"""The seed samples: drawn with the help of the ground truth if it is known, or given by the user (`seed_samples`)."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from utils.manifest import with_input
 from utils.names import Names, class_text
 from utils.paths import is_dir, require_file, user_path, visible
 
-KEPT = "seed_samples.txt"  # in the run's folder: the given ones
-MARKS = {  # what a text may begin with, and its encoding; UTF-32's first, for it begins with UTF-16's
+KEPT = "seed_samples.txt"  # the given seed samples, in the run's folder
+MARKS = {  # byte order marks and encodings; UTF-32 before UTF-16, since its mark begins with that of UTF-16
     codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 
 
 def choose_seed_samples(config: Config, data: PoisonedData, folder: Path) -> Tensor:
-    """Return the images that the defender knows to be clean, (S,) int64.
+    """Return the images that the defender knows to be clean, (S,) int64; none if it needs none.
 
     Args:
-        folder: the run's, where given seed samples are kept: it goes on with the same ones or not at all.
+        folder: the run's folder, where given seed samples are kept: a run cannot be resumed with other ones.
     """
     if not config.defense.settings.needs_clean:
         return torch.zeros(0, dtype=torch.int64)
     labels = data.train.labels
     if config.seed_samples is None:
-        assert data.ground_truth is not None  # where nobody knows the truth, utils/config.py demands the key
+        assert data.ground_truth is not None  # if it is unknown, utils/config.py requires `seed_samples`
         return draw_seed_samples(labels, data.ground_truth, config.num_classes, config.global_.seed_num, config.seed.seed)
     source = user_path(config.seed_samples, "seed_samples")
     names = data.names or tuple(map(str, range(len(labels))))
@@ -49,10 +49,10 @@ def choose_seed_samples(config: Config, data: PoisonedData, folder: Path) -> Ten
 
 
 def complete_manifest(config: Config, data: PoisonedData, seeds: Tensor) -> str:
-    """Return the manifest of all that a run is given: its data, and the seed samples where the user has chosen them.
+    """Return the manifest of all inputs of a run: its data, and the seed samples if the user gave them.
 
     Args:
-        seeds: (S,) int64, what `choose_seed_samples` returned.
+        seeds: (S,) int64, as returned by `choose_seed_samples`.
     """
     if config.seed_samples is None or not config.defense.settings.needs_clean:
         return data.manifest
@@ -65,12 +65,12 @@ def read_seed_samples(
     """Return the images that a list or a folder names, (S,) int64, sorted.
 
     Args:
-        source: a text file (UTF-8, or UTF-16 with a byte order mark), an image's name a line, or a folder with a sub-folder
-            for each class, whose files are named as training images of that class.
-        names: (N,) of the training images; where they are numbers, a file `17.png` means image 17.
+        source: a text file (UTF-8, or UTF-16 with a byte order mark) with one image name per line, or a folder with one
+            sub-folder per class, whose files have the names of training images of that class.
+        names: N names of the training images; if they are numbers, a file `17.png` means image 17.
         labels: (N,) int64.
     Raises:
-        UserError: one line: it cannot be read, an unknown name, one named twice, a class without any.
+        UserError: the source cannot be read, a name is unknown or occurs twice, or a class has no seed sample.
     """
     number, known = {name: i for i, name in enumerate(names)}, Names(names)
     seen: dict[int, str] = {}
@@ -82,7 +82,7 @@ def read_seed_samples(
             raise UserError(f"{place}: {shown(given)}: the training set has no image of that name; {hint(given, names)}")
         at = number[name]
         if at in seen:
-            raise UserError(f"{place}: {shown(name)}: is named twice, before in {seen[at]}: keep one")
+            raise UserError(f"{place}: {shown(name)}: named twice, first in {seen[at]}: keep one")
         seen[at] = place
     seeds = np.sort(np.fromiter(seen, np.int64))
     for label, count in enumerate(np.bincount(labels[seeds], minlength=num_classes)):
@@ -90,8 +90,8 @@ def read_seed_samples(
             raise UserError(f"num_classes: {num_classes}: the training set has no image of class {label}: lower it")
         if count == 0:
             raise UserError(
-                f"seed_samples: {source}: names no image of class {class_text(label, class_names)}: name at least one that "
-                "you know to be clean, better ten"
+                f"seed_samples: {source}: no image of class {class_text(label, class_names)}: name at least one that is surely "
+                "clean, better ten"
             )
     return seeds
 
@@ -99,8 +99,8 @@ def read_seed_samples(
 def from_list(source: Path, known: Names) -> Iterator[tuple[str, str]]:
     """Yield (place, name) of every line that is neither blank nor a comment.
 
-    A line is the name itself where there is an image of it, spaces and all; else `./`, Windows' backslashes and spaces at
-    the ends are taken for what programs add. A line that begins with # is a comment, unless it names a class folder.
+    If an image has exactly the name on the line, spaces included, that image is meant. Otherwise a leading `./`, Windows'
+    backslashes and spaces at both ends are normalized. A line that begins with # is a comment, unless it names a class folder.
     """
     folders = Names({name.rpartition("/")[0] for name in known.names} - {""})
     for i, line in enumerate(io.StringIO(read_text(source), newline=None), 1):
@@ -112,10 +112,10 @@ def from_list(source: Path, known: Names) -> Iterator[tuple[str, str]]:
 
 
 def read_text(source: Path) -> str:
-    """Return a list's text; bytes that are no UTF-8 are kept as surrogates, for file names need not be UTF-8.
+    """Return the text of a list; bytes that are not UTF-8 are kept as surrogates, since file names need not be UTF-8.
 
     Raises:
-        UserError: it is no text file that can be read.
+        UserError: the file cannot be read as text.
     """
     try:
         require_file(source)
@@ -127,19 +127,21 @@ def read_text(source: Path) -> str:
             f"seed_samples: {source}: cannot be read ({error.strerror}): give a text file of image names, or a folder"
         ) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"seed_samples: {source}: no {encoding.upper()} text ({error.reason}): save it as UTF-8") from None
+        raise UserError(f"seed_samples: {source}: not {encoding.upper()} text ({error.reason}): save it as UTF-8") from None
     if "\0" in text:
-        raise UserError(f"seed_samples: {source}: holds zero bytes, as UTF-16 without a byte order mark does: save it as UTF-8")
+        raise UserError(
+            f"seed_samples: {source}: contains zero bytes, perhaps UTF-16 without a byte order mark: save it as UTF-8"
+        )
     return text
 
 
 def from_folder(
     source: Path, known: Names, number: dict[str, int], labels: np.ndarray, class_names: tuple[str, ...]
 ) -> Iterator[tuple[str, str]]:
-    """Yield (place, name) of every file of the class folders; a file's class must be that of the image it names."""
+    """Yield (place, name) of every file in the class folders; a file must be in the folder of its image's class."""
     for entry in visible(source):
         if not is_dir(Path(entry.path), "seed_samples"):
-            raise UserError(f"{entry.path}: lies in no class folder: move it into {source}/<class>/")
+            raise UserError(f"{entry.path}: not in a class folder: move it into {source}/<class>/")
         for file in visible(Path(entry.path)):
             name, stem = f"{entry.name}/{file.name}", Path(file.name).stem
             if known.find(name) is None and stem in number:
@@ -154,33 +156,33 @@ def from_folder(
 
 
 def hint(name: str, names: Sequence[str]) -> str:
-    """Return the remedy for an unknown name: the nearest known one."""
+    """Return the remedy for an unknown name, e.g. the most similar known name."""
     if not is_utf8(name) and all(map(is_utf8, names)):
         return "the line is not UTF-8: save the list as UTF-8"
     if names[-1] == str(len(names) - 1):
-        return f"its images have no file names: give their numbers, 0 to {len(names) - 1}"
+        return f"its images have no names: give their numbers, 0 to {len(names) - 1}"
     same_file = [known for known in names if known.rpartition("/")[2] == name.rpartition("/")[2]]
     close = get_close_matches(name, same_file or names, n=1, cutoff=0.0 if same_file else 0.5)
-    return f"did you mean {shown(close[0])}?" if close else f"names are like {shown(names[0])}"
+    return f"did you mean {shown(close[0])}?" if close else f"names look like {shown(names[0])}"
 
 
 def is_utf8(name: str) -> bool:
-    """Return whether a name has no bytes that are no UTF-8 (they are kept as surrogates)."""
+    """Return whether all bytes of a name are UTF-8 (others are kept as surrogates)."""
     return not any("\udc80" <= letter <= "\udcff" for letter in name)
 
 
 def shown(text: str) -> str:
-    """Return a name as a line may show it: short, without control characters."""
+    """Return a name in a form that fits into a line: short, without control characters."""
     return text if text.isprintable() and len(text) < 200 else f"{text!a:.80}"
 
 
 def keep_with_run(path: Path, names: Sequence[str]) -> None:
-    """Keep the given seed samples with the run; refuse to go on with others than it was begun with."""
+    """Save the given seed samples with the run; raise UserError if it was begun with other ones."""
     text = "".join(f"{name}\n" for name in names).encode("utf-8", "surrogateescape")
     if not path.exists():
         write_atomically(path, lambda file: file.write(text))
     elif path.read_bytes() != text:
         raise UserError(
-            f"seed_samples: the run in {path.parent} was begun with other seed samples ({path.name}): give those, or begin a "
-            "new run: with --set run=NAME and without --resume, or with --resume False"
+            f"seed_samples: the run in {path.parent} was begun with other seed samples ({path.name}): give those, or start a "
+            "new run with --set run=NAME and without --resume, or with --resume False"
         )

@@ -1,8 +1,9 @@
-"""Where the images of a run come from: every source gives one `PoisonedData`."""
+"""The sources of a run's images: an attack, a stored poisoned set, or data of unknown origin. Each gives a `PoisonedData`."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,12 @@ from data.placement import choose_placement
 from data.poisoned_folder import StoredSet, examples_of, keep_with_run
 from data.poisoning import build_attack, build_test_sets, clean_images, poison_training_set, test_sets, training_caption
 from data.sets import POISONED, NewClassifier, PoisonedData, RawData, TestSets, no_network, to_set
-from data.tables import read_table
+from data.table_file import read_table
 from utils import manifest
 from utils.config import Config
 
 logger = logging.getLogger(__name__)
-EXAMPLES = 16  # poisoned images kept for the pictures
+EXAMPLES = 16  # poisoned images kept for plots
 
 
 def prepare(
@@ -33,27 +34,30 @@ def prepare(
     """Return the configured data.
 
     Args:
-        folder: the run's, where `poison_idx.npy` is kept, and `set.json` of a set poisoned before.
-        device: where an attack makes its assets; none: the CPU.
-        processes: of the run, on this computer.
-        new_classifier: `model.classifier`'s, for attacks that train a network.
+        folder: the run's folder, where `poison_idx.npy` is kept, and `set.json` of a stored poisoned set.
+        device: where an attack makes its assets; None: the CPU.
+        processes: of the run on this computer.
+        new_classifier: the function of `model.classifier`, for attacks that train a network.
     Raises:
-        UserError: also where the run in `folder` was begun with other data.
+        UserError: among others, the run in `folder` was begun with other data.
     """
     raw, stored = load_data(config)
     known = manifest_of(config, raw)
     manifest.check(folder, known)
     placement = place(config, raw, stored, device, processes)
     if stored:
-        return poisoned_before(stored, folder, placement, known)
-    if config.backdoor is None:
-        return unknown_truth(raw, placement, known)
-    attack = build_attack(config, raw, device, new_classifier)
-    return poisoned_here(config, raw, attack, folder, placement, known)
+        data = from_stored_set(stored, folder, placement)
+    elif config.backdoor is None:
+        data = from_unknown_origin(raw, placement)
+    else:
+        data = from_attack(config, raw, build_attack(config, raw, device, new_classifier), folder, placement)
+    if data.ground_truth is not None:
+        known = with_poisoned(known, data.ground_truth.poisoned().numpy())
+    return replace(data, manifest=known)
 
 
 def prepare_tests(config: Config, device: torch.device | None = None, new_classifier: NewClassifier = no_network) -> TestSets:
-    """Return the test sets of `prepare` without the training set; a run's folder stays as it is."""
+    """Return the test sets of `prepare` without the training set; nothing is written into a run's folder."""
     raw, stored = load_data(config)
     placement = place(config, raw, stored, device, 1)
     if stored:
@@ -64,56 +68,48 @@ def prepare_tests(config: Config, device: torch.device | None = None, new_classi
 
 
 def place(config: Config, raw: RawData, stored: StoredSet | None, device: torch.device | None, processes: int) -> str:
-    """Return where the images are to be (`data.placement`); the backdoor test set counts as large as the clean one."""
+    """Choose the placement of the images; the backdoor test set is assumed to be as large as the clean one."""
     tests = [raw.test_images] if stored or config.backdoor is None else [raw.test_images] * 2
     tests += [stored.backdoor_test.images] if stored else []
     return choose_placement(config.data.placement, raw.train_images, tests, device or torch.device("cpu"), processes)
 
 
-def poisoned_here(
-    config: Config, raw: RawData, attack: AttackBase, folder: Path, placement: str = "device", known: str = ""
-) -> PoisonedData:
-    """Return raw images that the attack poisons; which ones is kept as `poison_idx.npy` in the run's folder.
-
-    Args:
-        known: the manifest so far.
-    """
-    tests = build_test_sets(config, raw, attack, placement)  # refused before anything is kept with the run
+def from_attack(config: Config, raw: RawData, attack: AttackBase, folder: Path, placement: str = "device") -> PoisonedData:
+    """Return raw images, poisoned by the attack; which ones are poisoned is stored as `poison_idx.npy` in the run's folder."""
+    tests = build_test_sets(config, raw, attack, placement)  # first: its errors must come before anything is stored
     train = poison_training_set(config, raw, attack, folder, placement)
-    poisoned = train.flags == POISONED
-    some = np.flatnonzero(poisoned)[:EXAMPLES]
+    some = np.flatnonzero(train.flags == POISONED)[:EXAMPLES]
     examples = np.stack([raw.train_images[some], train.images[some]])
     caption = f"{config.attack.name}: {training_caption(config.attacker, attack, raw.class_names)}"
     return PoisonedData(
-        train.to_set(placement), tests, raw.class_names, raw.names, with_poisoned(known, poisoned), examples, caption,
-        train.ground_truth(), config.attacker,
-    )  # fmt: skip
+        train.to_set(placement), tests, raw.class_names, raw.names, examples, caption, train.ground_truth(), config.attacker
+    )
 
 
-def poisoned_before(stored: StoredSet, folder: Path, placement: str, known: str) -> PoisonedData:
-    """Return a set that was poisoned before; the run keeps its `set.json` and which images are poisoned."""
+def from_stored_set(stored: StoredSet, folder: Path, placement: str) -> PoisonedData:
+    """Return a stored poisoned set; its `set.json` and `poison_idx.npy` are saved in the run's folder."""
     keep_with_run(folder, stored)
-    logger.info(f"{stored.folder}: a set poisoned by {stored.backdoor.attack.name}; its files are as set.json says")
+    logger.info(f"{stored.folder}: a set poisoned by {stored.backdoor.attack.name}; its files match set.json")
     train, tests = stored.train, stored_tests(stored, placement)
     return PoisonedData(
-        train.to_set(placement), tests, stored.class_names, None, with_poisoned(known, train.flags == POISONED),
-        *examples_of(stored, EXAMPLES), train.ground_truth(), stored.backdoor,
+        train.to_set(placement), tests, stored.class_names, None, *examples_of(stored, EXAMPLES), train.ground_truth(),
+        stored.backdoor,
     )  # fmt: skip
 
 
 def stored_tests(stored: StoredSet, placement: str) -> TestSets:
-    """Return both test sets of a stored set; the clean one alone where no training image is poisoned."""
+    """Return the test sets of a stored set; without a backdoor test set if no training image is poisoned."""
     poisoned = (stored.train.flags == POISONED).any()
     return test_sets(stored.clean_test, stored.backdoor_test if poisoned else None, placement)
 
 
-def unknown_truth(raw: RawData, placement: str, known: str) -> PoisonedData:
-    """Return images of which nobody knows whether they are poisoned."""
+def from_unknown_origin(raw: RawData, placement: str) -> PoisonedData:
+    """Return images without ground truth: nobody knows whether and which ones are poisoned."""
     images = read_table(raw.train_images) if placement == "host" else raw.train_images
     train, none = to_set(images, raw.train_labels, placement), raw.train_images[None, :0].repeat(2, 0)
-    return PoisonedData(train, untriggered(raw, placement), raw.class_names, raw.names, known, none)
+    return PoisonedData(train, untriggered(raw, placement), raw.class_names, raw.names, none)
 
 
 def untriggered(raw: RawData, placement: str) -> TestSets:
-    """Return the test images as they are, if there are any; of an unknown attack there is no trigger to test with."""
+    """Return the clean test set, if there are test images; the trigger of an unknown attack cannot be tested."""
     return TestSets(clean_images(raw, placement).to_set(placement) if len(raw.test_labels) else None)

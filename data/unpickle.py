@@ -1,4 +1,4 @@
-"""Pickles of a data set are untrusted input: an unpickler that builds arrays, numbers, texts, lists and dicts only."""
+"""An unpickler for untrusted data sets: it builds arrays, numbers, strings, lists and dicts only."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from utils.errors import UserError
 from utils.paths import require_file
 
-RECONSTRUCT = np.zeros(0).__reduce__()[0]  # the function that rebuilds arrays, wherever this numpy keeps it
-# All that a pickled numpy array of numbers needs, under the module names of old and new numpy.
+RECONSTRUCT = np.zeros(0).__reduce__()[0]  # the function that rebuilds arrays, in whichever module this numpy has it
+# All globals that a pickled numpy array of numbers needs, under the module names of old and new numpy.
 ALLOWED = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
@@ -25,20 +25,20 @@ ALLOWED = {
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Refuses every global that is not in ALLOWED, before anything is called."""
+    """Raises UserError for every global that is not in ALLOWED, before anything is called."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
-            wanted = ascii(f"{module}.{name}")[:80]  # the file's own text: no line breaks, no control characters
+            wanted = ascii(f"{module}.{name}")[:80]  # the file decides this text: no line breaks, no control characters
             raise UserError(f"asks for {wanted}, which no data set needs: the file may be malicious; do not use it")
         return ALLOWED[module, name]
 
 
 def read_pickle(path: Path) -> Any:
-    """Read a pickle of arrays and plain values, as Python 2 or 3 wrote it; nothing in it can run code.
+    """Read a pickle of arrays and plain values, written by Python 2 or 3; nothing in it can run code.
 
     Raises:
-        UserError: missing, truncated, no pickle, or one that asks for anything else.
+        UserError: the file is missing, truncated or not a pickle, or asks for any other global.
     """
     try:
         require_file(path)
@@ -53,4 +53,4 @@ def read_pickle(path: Path) -> Any:
         ImportError, OSError, OverflowError, MemoryError, struct.error,
     ) as error:  # fmt: skip
         what = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: is truncated or no pickle ({what}): unpack the data set again") from None
+        raise UserError(f"{path}: truncated or not a pickle ({what}): unpack the data set again") from None

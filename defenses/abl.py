@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.augment import Pipeline
 from data.batches import draw_supervised
-from data.pools import lowest, rest
+from data.pools import lowest, pools_of
 from engine.context import Context
 from engine.defense import DefenseBase
 from engine.evaluation import infer
@@ -92,7 +92,7 @@ class Defense(DefenseBase):
         stage, _ = locate(self.context.config.stages, epoch)
         chosen = torch.arange(len(self.context.train_set))
         if stage.name == "finetune":
-            chosen = rest(state.sets[ISOLATED], len(chosen))
+            chosen = pools_of(state.sets[ISOLATED], len(chosen)).polluted
         elif stage.name == "unlearn":
             chosen = state.sets[ISOLATED]
         draws = draw_supervised(self.context.config.seed.seed, "abl", epoch, len(chosen), self.view(stage)).of(chosen)

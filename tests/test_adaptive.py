@@ -1,4 +1,4 @@
-"""Adaptive-Blend and Adaptive-Patch: every pixel's value, the pieces and patches of an index, the cover images."""
+"""Adaptive-Blend and Adaptive-Patch: pixel values, and the pieces and patches that are drawn for an index."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from PIL import Image
 
 from data.attack import AttackBase
 from data.attacks import adaptive_blend, adaptive_patch
-from data.choice import draw_cover
-from data.poisoning import build_attack, build_test_sets, poison_training_set
-from data.sets import COVER, POISONED, RawData, Scene
+from data.sets import RawData, Scene
 from utils import config
 from utils.draws import numpy_generator
 from utils.errors import UserError
@@ -58,10 +56,10 @@ def test_all_pairs_of_values_are_mixed_exactly(alpha: str) -> None:
 
 @pytest.mark.parametrize(("height", "width", "pieces"), [(32, 32, 8), (10, 13, 5), (3, 6, 16)])
 def test_blended_images_equal_the_formula(height: int, width: int, pieces: int) -> None:
-    """Training images show the pieces that their index draws, at alpha 0.15; test images the whole picture, at 0.2."""
+    """Training images show the pieces drawn for their index, with alpha 0.15; test images show all of T, with 0.2."""
     images, index = noise(3, height, width), np.array([7, 0, 123])
     attack = make("adaptive_blend", height, width, seed=5, pieces=pieces)
-    picture = numpy_generator(5, "adaptive_blend", "noise").integers(0, 256, (height, width, 3), dtype=np.uint8)
+    trigger = numpy_generator(5, "adaptive_blend", "noise").integers(0, 256, (height, width, 3), dtype=np.uint8)
     for split in ("train", "test"):
         out = attack.apply(images, index, split)
         assert out.dtype == np.uint8
@@ -71,14 +69,14 @@ def test_blended_images_equal_the_formula(height: int, width: int, pieces: int) 
                 for x in range(width):
                     if split == "test" or 4 * (4 * y // height) + 4 * x // width in shown:
                         alpha = "0.15" if split == "train" else "0.2"
-                        expected = [mixed(int(images[n, y, x, c]), int(picture[y, x, c]), alpha) for c in range(3)]
+                        expected = [mixed(int(images[n, y, x, c]), int(trigger[y, x, c]), alpha) for c in range(3)]
                     else:
                         expected = images[n, y, x].tolist()
                     assert out[n, y, x].tolist() == expected
 
 
-def test_training_images_show_half_of_the_picture() -> None:
-    """Half of the pixels stay as they are, no value moves by more than 38 levels, and two indices show other pieces."""
+def test_training_images_show_half_of_the_trigger() -> None:
+    """Half of the pixels do not change, no value changes by more than 38 levels, and indices have different pieces."""
     images = np.repeat(noise(1), 40, 0)
     out = make("adaptive_blend").apply(images, np.arange(40), "train")
     changed = (out != images).any(3)
@@ -89,8 +87,8 @@ def test_training_images_show_half_of_the_picture() -> None:
     assert (tested == tested[0]).all()
 
 
-def test_the_pictures(tmp_path: Path) -> None:
-    """The smooth picture varies little from pixel to pixel, a user's file is resized, and both at once are refused."""
+def test_the_trigger_images(tmp_path: Path) -> None:
+    """The smooth trigger varies little from pixel to pixel, a user's file is resized, and giving both is refused."""
     smooth, plain = (make("adaptive_blend", pattern=name).pattern.astype(int) for name in ("smooth", "noise"))
     assert abs(np.diff(smooth, axis=1)).mean() < 0.5 * abs(np.diff(plain, axis=1)).mean()
     assert np.array_equal(plain, make("adaptive_blend").pattern)
@@ -107,7 +105,7 @@ def test_the_pictures(tmp_path: Path) -> None:
 
 
 def places(unit: int, side: int) -> list[set[tuple[int, int]]]:
-    """The pixels of the four patches and of both test triggers, by their places in an image of 32 px."""
+    """The pixels of the four patches and of both test triggers, scaled from their positions in an image of 32 px."""
 
     def scaled(cells: set[tuple[int, int]], rows_from_end: bool, columns_from_end: bool) -> set[tuple[int, int]]:
         shift = side - 32 * unit
@@ -129,8 +127,8 @@ def places(unit: int, side: int) -> list[set[tuple[int, int]]]:
 
 
 @pytest.mark.parametrize(("side", "unit"), [(32, 1), (40, 1), (64, 2), (70, 2), (224, 7)])
-def test_the_patches_lie_in_their_places(side: int, unit: int) -> None:
-    """Each patch covers the places of the authors' patches, scaled with the image."""
+def test_the_patches_have_the_right_positions(side: int, unit: int) -> None:
+    """Each patch covers the pixels of the authors' patch, scaled with the image."""
     expected = places(unit, side)
     attack = make("adaptive_patch", side, side)
     masks = [*(attack.opacities[..., 0] > 0), attack.test_mask, make("adaptive_patch", side, side, test="disc").test_mask]
@@ -139,7 +137,8 @@ def test_the_patches_lie_in_their_places(side: int, unit: int) -> None:
 
 
 def test_patched_images_equal_the_formula() -> None:
-    """A training image has the patch that its index draws, at the patch's opacity; a test image the opaque pair."""
+    """A training image has the patch drawn for its index, with the opacity of the patch; a test image has both opaque
+    patches."""
     images, index = noise(24), np.arange(100, 124)
     attack = make("adaptive_patch", seed=2)
     out, drawn = attack.apply(images, index, "train"), []
@@ -161,7 +160,7 @@ def test_patched_images_equal_the_formula() -> None:
     assert np.array_equal(tested[:, ~inside], images[:, ~inside])
     assert (tested[:, inside] == tested[0, inside]).all()
     square = attack.patterns[0][27:, 27:]
-    for columns in (slice(0, 5), slice(27, 32)):  # the square in both lower corners, unmirrored; the four corners over it
+    for columns in (slice(0, 5), slice(27, 32)):  # the square in both lower corners, under the corner patches
         shown, corner = tested[0, 27:, columns], np.zeros((5, 5), bool)
         corner[2:, :3] = columns.start == 0
         corner[2:, 2:] |= columns.start == 27
@@ -171,7 +170,7 @@ def test_patched_images_equal_the_formula() -> None:
 
 
 def test_the_patches_occur_about_equally_often() -> None:
-    """Over many indices each of the four patches is drawn a quarter of the time, and the disc has three colors."""
+    """Each of the four patches is drawn for about a quarter of the indices, and the disc has three colors."""
     attack = make("adaptive_patch")
     out = attack.apply(np.full((2000, 32, 32, 3), 128, np.uint8), np.arange(2000), "train")
     kinds = np.unique((out != 128).any(3).reshape(2000, -1).sum(1), return_counts=True)[1]
@@ -182,19 +181,19 @@ def test_the_patches_occur_about_equally_often() -> None:
 
 
 def test_images_that_are_too_small_are_refused() -> None:
-    """Patches that do not fit are an error with the images' size, at both sides."""
+    """If the patches do not fit, by height or by width, the error has the images' size."""
     for height, width in ((13, 32), (32, 13)):
         with pytest.raises(UserError, match=rf"backdoor\.adaptive_patch: images of {width} x {height} pixels"):
             make("adaptive_patch", height, width)
     make("adaptive_patch", 14, 14)
 
 
-# -- both --------------------------------------------------------------------------------------------------------------
+# -- Both attacks ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_an_image_alone_equals_the_same_image_among_others(name: str) -> None:
-    """The result depends on seed, image and index alone: not on neighbors, their order or their number."""
+    """The result depends on seed, image and index only: not on the other images, their order or their number."""
     images, index = noise(140), np.random.default_rng(1).permutation(1000)[:140]
     attack: AttackBase = make(name)
     poisoned = attack.apply(images, index, "train")
@@ -205,42 +204,6 @@ def test_an_image_alone_equals_the_same_image_among_others(name: str) -> None:
     assert np.array_equal(attack.apply(images, index + 1, "test"), attack.apply(images, index, "test"))
     for split in ("train", "test"):
         assert attack.apply(images[:0], index[:0], split).shape == (0, 32, 32, 3)
-
-
-@pytest.mark.parametrize("everywhere", [True, False])
-@pytest.mark.parametrize(("name", "ratio"), [("adaptive_blend", 1), ("adaptive_patch", 2)])
-def test_counts_and_labels_in_a_run(name: str, ratio: int, everywhere: bool, tiny: Path, tmp_path: Path) -> None:
-    """Poisoned images come from other classes and are relabeled; cover images keep their label and are disjoint from them.
-
-    With `cover_target_class: false` no cover image is of the target class.
-    """
-    attack_yaml = f"{name}: {{cover_target_class: {str(everywhere).lower()}}}"
-    plan = config.load(tiny, [f"backdoor={{{attack_yaml}, poison_ratio: 0.1, poison_mode: exact}}"])
-    images, labels = noise(300, 16, 16), np.random.default_rng(0).integers(0, 10, 300)
-    raw = RawData(images, labels, images[:60], labels[:60], tuple("abcdefghij"))
-    attack = build_attack(plan, raw)
-    data = poison_training_set(plan, raw, attack, tmp_path)
-    flags, now = data.flags, data.images
-    poisoned, cover = np.flatnonzero(flags == POISONED), np.flatnonzero(flags == COVER)
-    assert (len(poisoned), len(cover)) == (30, 30 * ratio)
-    assert (labels[poisoned] != 3).all() and (labels[cover] == 3).any() == everywhere
-    assert np.array_equal(data.labels, np.where(flags == POISONED, 3, labels))
-    assert np.array_equal(now[flags == 0], images[flags == 0])
-    for some in (poisoned, cover):
-        assert np.array_equal(now[some], attack.apply(images[some], some, "train"))
-    backdoor, others = build_test_sets(plan, raw, attack).backdoor, np.flatnonzero(raw.test_labels != 3)
-    assert backdoor is not None
-    expected = attack.apply(raw.test_images[others], others, "test")
-    assert np.array_equal(backdoor.images.numpy().transpose(0, 2, 3, 1), expected)
-
-
-def test_cover_images_are_drawn_among_those_that_are_allowed() -> None:
-    """A restriction holds, none draws as before, and too few images are an error with the ratio."""
-    poisoned, allowed = np.arange(40) < 10, np.arange(40) % 2 == 0
-    assert (draw_cover(poisoned, 1, 0, allowed) % 2 == 0).all() and (draw_cover(poisoned, 1, 0, allowed) >= 10).all()
-    assert np.array_equal(draw_cover(poisoned, 1, 0), draw_cover(poisoned, 1, 0, np.ones(40, bool)))
-    with pytest.raises(UserError, match=r"cover_ratio: 2: 20 cover images and 15 "):
-        draw_cover(poisoned, 2, 0, allowed)
 
 
 @pytest.mark.parametrize(

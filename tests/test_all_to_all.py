@@ -1,4 +1,4 @@
-"""All-to-all labels: which images are poisoned, the labels that they carry, what counts as success, what is refused."""
+"""All-to-all labels: poisoned images, their labels, the success rate, exported sets, and refused settings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def plan(tiny: Path) -> Config:
     return config.load(tiny, [SHIFTED])
 
 
-# -- the labels --------------------------------------------------------------------------------------------------------
+# -- The labels --------------------------------------------------------------------------------------------------------
 
 
 @given(labels=st.lists(st.integers(0, 9), max_size=20), shift=st.integers(1, 9), target=st.integers(0, 9))
@@ -64,16 +64,17 @@ def test_label_after(labels: list[int], shift: int, target: int) -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.floats(0, 1), st.integers(0, 999))
 def test_images_of_every_class_are_drawn(labels: list[int], ratio: float, seed: int) -> None:
-    """`bernoulli` draws once for every image and leaves out no class; `exact` takes int(ratio N) of all images."""
+    """`bernoulli` draws once for every image and excludes no class; `exact` takes int(ratio N) of all images."""
     given_labels = np.array(labels, np.int64)
-    wanted, rng = label_after(given_labels, None, 1, 5), random.Random(seed)
+    allowed, rng = label_after(given_labels, None, 1, 5) != given_labels, random.Random(seed)
     expected = [float(rng.random() < ratio) for _ in labels]
-    assert draw_poisoned(given_labels, wanted, ratio, seed, "bernoulli").tolist() == expected
-    assert draw_poisoned(given_labels, wanted, ratio, seed, "exact").sum() == int(ratio * len(labels))
+    assert draw_poisoned(allowed, ratio, seed, "bernoulli").tolist() == expected
+    assert draw_poisoned(allowed, ratio, seed, "exact").sum() == int(ratio * len(labels))
 
 
 def test_the_training_set(plan: Config, tmp_path: Path) -> None:
-    """Poisoned images of all classes have the trigger and the next class' label; the truth keeps their own; others stay."""
+    """Poisoned images of all classes have the trigger and the label of the next class; their original labels are known, and all
+    other images are unchanged."""
     raw = world()
     attack = build_attack(plan, raw)
     data = poison_training_set(plan, raw, attack, tmp_path)
@@ -100,7 +101,7 @@ def test_every_test_image_is_triggered(plan: Config) -> None:
 
 
 def test_success_is_the_shifted_label(plan: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ASR counts (y + 1) mod C, RA counts y, and the rate to compare with counts (y + 1) mod C on clean images."""
+    """ASR counts (y + 1) mod C, RA counts y, and `clean_as_target` counts (y + 1) mod C on clean images."""
     raw = world()
     tests = build_test_sets(plan, raw, build_attack(plan, raw))
     labels = torch.from_numpy(raw.test_labels.copy())
@@ -115,11 +116,11 @@ def test_success_is_the_shifted_label(plan: Config, monkeypatch: pytest.MonkeyPa
     )
 
 
-# -- the attacks that know the target ----------------------------------------------------------------------------------
+# -- Attacks that depend on the target ---------------------------------------------------------------------------------
 
 
 def test_reflections_may_be_of_any_class() -> None:
-    """With `source: classes` Refool leaves the target class out, and none with all-to-all labels."""
+    """With `source: classes` Refool excludes the target class; with all-to-all labels it excludes no class."""
     labels = np.arange(50) % 10
     images = np.broadcast_to(labels[:, None, None, None].astype(np.uint8), (50, 8, 8, 3))
     raw = RawData(images, labels, images, labels, tuple("abcdefghij"))
@@ -129,7 +130,7 @@ def test_reflections_may_be_of_any_class() -> None:
 
 
 def test_iab_s_generator_is_trained_on_shifted_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss of a step takes the first tenth of the batch with label y + 1 and all others with their own."""
+    """In the loss of a step the first tenth of the batch has the label y + 1, all other images have their own."""
     raw = world()
     seen: list[torch.Tensor] = []
 
@@ -142,12 +143,12 @@ def test_iab_s_generator_is_trained_on_shifted_labels(monkeypatch: pytest.Monkey
     generator, mask = (iab.EncoderDecoder(channels, 2) for channels in (3, 1))
     surrogate = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
     index = np.arange(50, 80)
-    iab.generator_loss(iab.Settings(), scene, generator, mask, surrogate, index, index[::-1].copy())
+    iab.generator_loss(iab.Settings(), scene, iab.Networks(generator, mask, surrogate), index, index[::-1].copy())
     own = raw.train_labels[index]
     assert seen[0].tolist() == [*((own[:3] + 1) % 10), *own[3:]]
 
 
-# -- the poisoned set as a folder --------------------------------------------------------------------------------------
+# -- Exported sets -----------------------------------------------------------------------------------------------------
 
 
 def write(tiny: Path, out: Path, *overrides: str) -> Path:
@@ -157,7 +158,7 @@ def write(tiny: Path, out: Path, *overrides: str) -> Path:
 
 
 def test_an_exported_set_is_read_again(tiny: Path, tmp_path: Path) -> None:
-    """set.json names the shift; trained on from its folder, the set is the one that the YAML gives directly."""
+    """set.json has the shift; the set that is read from the folder equals the one that the YAML gives directly."""
     out = write(tiny, tmp_path / "set", SHIFTED)
     described = json.loads((out / "set.json").read_text())
     assert (described["version"], described["backdoor"]["target_shift"], described["backdoor"]["target_label"]) == (2, 1, None)
@@ -179,13 +180,13 @@ def test_an_exported_set_is_read_again(tiny: Path, tmp_path: Path) -> None:
         ({"target_label": 3, "target_shift": None}, "do not carry class 3"),
         ({"target_label": 3}, "either target_label or target_shift"),
         ({"target_shift": None}, "either target_label or target_shift"),
-        ({"target_shift": True}, "does not name one attack with"),
+        ({"target_shift": True}, "must name one attack, and"),
     ],
 )
 def test_a_set_that_contradicts_its_description_is_refused(
     change: dict[str, Any], complaint: str, tiny: Path, tmp_path: Path
 ) -> None:
-    """Labels that are not those of the shift, and neither or both kinds of target, are one line."""
+    """Labels that contradict the shift, and neither or both kinds of target, are one line."""
     out = write(tiny, tmp_path / "set", SHIFTED)
     described = json.loads((out / "set.json").read_text())
     described["backdoor"] |= change
@@ -195,7 +196,7 @@ def test_a_set_that_contradicts_its_description_is_refused(
 
 
 def test_sets_of_version_1_are_read(tiny: Path, tmp_path: Path) -> None:
-    """A set.json from before there were all-to-all labels is still the same set, also for the export that finds it."""
+    """A set.json from before all-to-all labels can be read, and the export recognizes it as the same set."""
     out = write(tiny, tmp_path / "set")
     described = json.loads((out / "set.json").read_text())
     described["version"] = 1
@@ -210,7 +211,7 @@ def test_sets_of_version_1_are_read(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_trains_and_reports(tiny: Path) -> None:
-    """ASD runs on such a set from the first epoch to the suspects; its figures are shares of all test images."""
+    """ASD runs on such a set from the first epoch to the suspects; its rates are shares of all test images."""
     plan = config.load(tiny, [SHIFTED, "num_epochs=1"])
     run = train_here(plan, tiny)
     (row,) = (json.loads(line) for line in (run.log / "metrics.jsonl").read_text().splitlines())
@@ -220,11 +221,11 @@ def test_a_run_trains_and_reports(tiny: Path) -> None:
     assert (run.saved / "suspects.csv").exists()
 
 
-# -- the settings ------------------------------------------------------------------------------------------------------
+# -- Settings ----------------------------------------------------------------------------------------------------------
 
 
-def test_one_of_the_two_targets_is_in_force(tiny: Path) -> None:
-    """Neither key means class 3; a shift replaces the target of a base, a later target replaces the shift."""
+def test_one_of_the_two_targets_is_used(tiny: Path) -> None:
+    """Without both keys the target is class 3; a shift replaces the target of a base, and a later target replaces the shift."""
     attack = "backdoor={badnets: {}}"
     cases = {
         (): (3, None),
@@ -250,15 +251,15 @@ def test_one_of_the_two_targets_is_in_force(tiny: Path) -> None:
         ("target_label: 10", r"backdoor\.target_label: 10: must be in 0\.\.9"),
     ],
 )
-def test_targets_that_make_no_sense_are_refused(backdoor: str, complaint: str, tiny: Path) -> None:
-    """Both targets at once, and a shift that changes no label, are one line with the key and its value."""
+def test_invalid_targets_are_refused(backdoor: str, complaint: str, tiny: Path) -> None:
+    """Both targets together, and a shift or target out of range, are one line with the key and its value."""
     with pytest.raises(UserError, match=complaint):
         config.load(tiny, [f"backdoor={{badnets: {{}}, {backdoor}}}"])
 
 
 @pytest.mark.parametrize("attack", ["clb", "sig"])
 def test_clean_label_attacks_are_refused(attack: str, tiny: Path) -> None:
-    """An attack that changes no label has no all-to-all form; SIG with changed labels has one."""
+    """Attacks that change no label cannot be all-to-all; SIG with changed labels can."""
     raw, shifted = world(), "target_shift: 1"
     with pytest.raises(UserError, match=rf"backdoor\.target_shift: 1: {attack} "):
         build_attack(config.load(tiny, [f"backdoor={{{attack}: {{}}, {shifted}}}"]), raw)

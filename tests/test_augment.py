@@ -1,4 +1,4 @@
-"""Augmentation: batched tensor code against torchvision on single images, for the same draws."""
+"""Augmentation: batched tensor code compared with torchvision on single images, for the same draws."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 NORMALIZE = Named("normalize", normalize.Settings(MEAN, STD))
 
 
-def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """Noise, so that no two pixels are alike by chance: (count, 3, height, width) uint8."""
+def noise(count: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Images of noise, in which neighboring pixels differ: (count, 3, height, width) uint8."""
     rng = np.random.default_rng(seed)
     return torch.from_numpy(rng.integers(0, 256, (count, 3, height, width), dtype=np.uint8))
 
 
 def smooth(count: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """Soft colour gradients, as photographs have."""
-    small = pictures(count, 4, 4, seed).float()
+    """Images with soft color gradients, like photographs."""
+    small = noise(count, 4, 4, seed).float()
     return torch.nn.functional.interpolate(small, (height, width), mode="bilinear").round().to(torch.uint8)
 
 
 def as_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) uint8 as the PIL image that the original pipeline sees."""
+    """(3, H, W) uint8 as a PIL image, as in the authors' pipeline."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
@@ -82,18 +82,18 @@ def raw_levels(views: Tensor) -> Tensor:
     return levels.round().to(torch.uint8)
 
 
-# -- crop, flip, normalize: the transforms of the paper ----------------------------------------------------------------
+# -- Crop, flip, normalize: the transforms of the paper ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flip_first", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_crop_and_flip_equals_torchvision_on_pil_bit_for_bit(mode: str, flip_first: bool) -> None:
-    """All 9 x 9 x 2 views of 32-pixel images have the very floats of RandomCrop, flip, ToTensor and Normalize."""
+    """All 9 x 9 x 2 views of images of 32 pixels equal those of RandomCrop, flip, ToTensor and Normalize bit for bit."""
     crop, flip = random_crop.Settings(32, 4, mode), random_horizontal_flip.Settings(0.5)
     order = (flip, crop) if flip_first else (crop, flip)
     augment = pipeline(*order, height=32, width=32, remaining=(Named("to_tensor", None), NORMALIZE))
     rows = [(t, left, f) for t in range(9) for left in range(9) for f in (0, 1)]
-    images = pictures(len(rows), 32, 32)
+    images = noise(len(rows), 32, 32)
     table = torch.tensor([(f, t, left) if flip_first else (t, left, f) for t, left, f in rows], dtype=torch.float64)
     views = augment(images, table)
     for image, (top, left, mirrored), view in zip(images, rows, views, strict=True):
@@ -105,7 +105,7 @@ def test_every_crop_and_flip_equals_torchvision_on_pil_bit_for_bit(mode: str, fl
 
 @st.composite
 def chains(draw: st.DrawFn) -> tuple[int, int, list[Any], int]:
-    """A height, a width, up to four crops and flips that fit one another, a seed."""
+    """A height, a width, up to four compatible crops and flips, and a seed."""
     height, width = draw(st.integers(3, 12)), draw(st.integers(3, 12))
     h, w, steps = height, width, []
     for _ in range(draw(st.integers(1, 4))):
@@ -123,10 +123,10 @@ def chains(draw: st.DrawFn) -> tuple[int, int, list[Any], int]:
 @settings(deadline=None, max_examples=60)
 @given(chains())
 def test_any_chain_of_crops_and_flips_equals_torchvision_step_by_step(chain: tuple[int, int, list[Any], int]) -> None:
-    """Whatever sizes, paddings and order a YAML gives, the fused gather shows what torchvision shows one step at a time."""
+    """For all sizes, paddings and orders the fused gather gives the same images as torchvision, applied step by step."""
     height, width, steps, seed = chain
     augment = pipeline(*steps, height=height, width=width)
-    images = pictures(6, height, width, seed)
+    images = noise(6, height, width, seed)
     table = augment.draw(6, torch.Generator().manual_seed(seed))
     views = raw_levels(augment(images, table))
     assert augment.output_size == tuple(views.shape[2:])
@@ -140,7 +140,7 @@ def test_any_chain_of_crops_and_flips_equals_torchvision_step_by_step(chain: tup
 
 
 def test_crop_corners_are_drawn_as_torchvisions_random_crop_draws_them() -> None:
-    """Each of the 9 x 9 corners comes equally often, and torchvision's RandomCrop knows the same corners and no other."""
+    """Each of the 9 x 9 corners is drawn equally often, and torchvision's RandomCrop draws the same corners and no others."""
     crop = random_crop.Settings(32, 4, "reflect")
     n = 81 * 200
     drawn = crop.draw(n, 32, 32, torch.Generator().manual_seed(1)).long()
@@ -149,13 +149,13 @@ def test_crop_corners_are_drawn_as_torchvisions_random_crop_draws_them() -> None
     chi_squared = float(((counts - 200) ** 2).sum()) / 200
     assert chi_squared < 80 + 5 * math.sqrt(2 * 80)
     torch.manual_seed(0)
-    padded = TF.pad(as_pil(pictures(1, 32, 32)[0]), 4, padding_mode="reflect")
+    padded = TF.pad(as_pil(noise(1, 32, 32)[0]), 4, padding_mode="reflect")
     theirs = {T.RandomCrop.get_params(padded, (32, 32))[:2] for _ in range(1500)}
     assert theirs == {tuple(pair) for pair in drawn.tolist()}
 
 
 def test_crop_corners_on_a_wide_image_keep_rows_and_columns_apart() -> None:
-    """On an image wider than high the crop moves far sideways and little up and down, never outside the padded image."""
+    """In an image that is wider than high the corner's column has a larger range than its row, within the padded image."""
     drawn = random_crop.Settings(4, 1).draw(4000, 5, 11, torch.Generator().manual_seed(2))
     assert set(drawn[:, 0].tolist()) == set(range(5 + 2 - 4 + 1))
     assert set(drawn[:, 1].tolist()) == set(range(11 + 2 - 4 + 1))
@@ -172,17 +172,17 @@ def test_crop_corners_on_a_wide_image_keep_rows_and_columns_apart() -> None:
 )
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 def test_transforms_act_with_the_probability_that_the_yaml_gives(step: Any, p: float) -> None:
-    """The first column says for each image whether the transform acts: with probability p, and always or never at 1 or 0."""
+    """The first column of the draws is 1 if the image is changed: with probability p, always for p = 1 and never for p = 0."""
     n = 4000
     act = step(p=p).draw(n, 32, 32, torch.Generator().manual_seed(3))[:, 0]
     assert set(act.tolist()) <= {0.0, 1.0}
     assert abs(float(act.mean()) - p) <= 4 * math.sqrt(p * (1 - p) / n)
-    neighbours = float(((act[1:] - p) * (act[:-1] - p)).mean())
-    assert abs(neighbours) <= 5 * p * (1 - p) / math.sqrt(n)  # one image's coin says nothing of the next one's
+    covariance = float(((act[1:] - p) * (act[:-1] - p)).mean())
+    assert abs(covariance) <= 5 * p * (1 - p) / math.sqrt(n)  # consecutive images are independent
 
 
 def test_crop_and_flip_are_drawn_independently_of_each_other() -> None:
-    """Whether an image is mirrored says nothing about where it is cropped."""
+    """The flip of an image and the position of its crop are uncorrelated."""
     augment = pipeline(random_crop.Settings(32, 4), random_horizontal_flip.Settings(0.5), height=32, width=32)
     table = augment.draw(6000, torch.Generator().manual_seed(4))
     correlation = np.corrcoef(table.numpy().T)
@@ -190,26 +190,27 @@ def test_crop_and_flip_are_drawn_independently_of_each_other() -> None:
 
 
 def test_draws_differ_inside_a_batch_and_repeat_for_the_same_generator() -> None:
-    """Images of one batch get views of their own, and the same seed gives the same views again."""
+    """The images of a batch get different views, and the same seed gives the same views again."""
     augment = pipeline(random_crop.Settings(32, 4), random_horizontal_flip.Settings(0.5), height=32, width=32)
     table = augment.draw(64, torch.Generator().manual_seed(5))
-    views = augment(pictures(1, 32, 32).expand(64, -1, -1, -1), table)
+    views = augment(noise(1, 32, 32).expand(64, -1, -1, -1), table)
     assert len({view.numpy().tobytes() for view in views}) > 40
     assert torch.equal(table, augment.draw(64, torch.Generator().manual_seed(5)))
     assert not torch.equal(table, augment.draw(64, torch.Generator().manual_seed(6)))
 
 
 def test_a_view_depends_on_its_own_row_only() -> None:
-    """Augmenting a batch gives what augmenting its images one by one gives, so the batch size is free."""
+    """Augmenting a batch gives the same views as augmenting its images one by one, for any batch size."""
     steps = (random_crop.Settings(10, 2), random_color_jitter.Settings(0.4, 0.4, 0.4, 0.1), gaussian_blur.Settings())
     augment = pipeline(*steps, height=12, width=12, remaining=(NORMALIZE,))
-    images, table = pictures(9, 12, 12), augment.draw(9, torch.Generator().manual_seed(7))
+    images, table = noise(9, 12, 12), augment.draw(9, torch.Generator().manual_seed(7))
     alone = [augment(images[i : i + 1], table[i : i + 1]) for i in range(9)]
     torch.testing.assert_close(augment(images, table), torch.cat(alone), rtol=0, atol=0)
 
 
 def test_normalize_equals_to_tensor_and_normalize_for_every_level() -> None:
-    """Each of the 256 levels in each channel becomes the very float of ToTensor + Normalize; without normalize, ToTensor's."""
+    """Each of the 256 levels in each channel becomes exactly the float of ToTensor + Normalize, without normalize
+    ToTensor's."""
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     reference = T.ToTensor()(as_pil(levels[0]))
     nothing = torch.zeros(1, 0)
@@ -221,11 +222,11 @@ def test_normalize_equals_to_tensor_and_normalize_for_every_level() -> None:
     torch.testing.assert_close(normalized.double(), exact, rtol=1e-5, atol=1e-6)
 
 
-def test_the_images_themselves_are_never_changed() -> None:
-    """The resident uint8 images are the same after any augmentation."""
+def test_the_images_are_never_changed() -> None:
+    """Augmentation does not change the uint8 images."""
     steps = (random_horizontal_flip.Settings(1.0), random_color_jitter.Settings(0.4), random_grayscale.Settings(1.0))
     augment = pipeline(*steps, height=8, width=8, remaining=(NORMALIZE,))
-    images = pictures(4, 8, 8)
+    images = noise(4, 8, 8)
     before = images.clone()
     augment(images, augment.draw(4, torch.Generator().manual_seed(0)))
     Pipeline((), (NORMALIZE,), 8, 8)(images, torch.zeros(4, 0))
@@ -239,15 +240,15 @@ def test_the_images_themselves_are_never_changed() -> None:
         (random_crop.Settings(32, 32, "reflect"), "random_crop.padding: 32"),
     ],
 )
-def test_a_crop_that_cannot_be_is_refused_before_training(step: Any, key: str) -> None:
-    """A crop larger than the padded image, or a reflection wider than the image, is an error that names key and value."""
+def test_an_impossible_crop_is_refused_before_training(step: Any, key: str) -> None:
+    """A crop larger than the padded image, and a reflection wider than the image, are errors that name key and value."""
     with pytest.raises(UserError, match=key):
         pipeline(step, height=32, width=32)
 
 
 @pytest.mark.parametrize(("key", "value"), [("mean", [0.5]), ("std", [0.2, 0.2])])
 def test_normalize_needs_three_numbers(tiny: Path, key: str, value: list[float]) -> None:
-    """A mean or deviation that is not one number a channel is an error, not a broadcast."""
+    """A mean or standard deviation without exactly one number per channel is an error, not broadcast."""
     with pytest.raises(UserError, match=f"normalize.{key}: .*give 3 numbers"):
         config.load(tiny, [f"transform.train.remaining.normalize.{key}={value}"])
 
@@ -263,22 +264,22 @@ def test_normalize_needs_three_numbers(tiny: Path, key: str, value: list[float])
         ("center_crop: {size: []}", "center_crop.size"),
     ],
 )
-def test_a_pair_of_numbers_that_is_none_is_refused_at_the_start(tiny: Path, section: str, key: str) -> None:
-    """Ranges and sizes that are not two numbers, least first, are found while the YAML is read, in one line with the key."""
+def test_an_invalid_pair_of_numbers_is_refused_at_the_start(tiny: Path, section: str, key: str) -> None:
+    """Ranges and sizes that are not two numbers in ascending order are one line with the key when the YAML is read."""
     with pytest.raises(UserError, match=rf"transform\.train\.primary\.{key}: .*give 2 numbers") as caught:
         config.load(tiny, [f"transform.train.primary={{{section}}}"])
     assert "\n" not in str(caught.value)
 
 
-# -- the other transforms that a YAML may name -------------------------------------------------------------------------
+# -- The other transforms ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [20, 48, (24, 40)])
 @pytest.mark.parametrize("shape", [(32, 32), (30, 45)])
 def test_resize_equals_torchvision(size: int | tuple[int, int], shape: tuple[int, int]) -> None:
-    """resize gives torchvision's pixels, within one level also those of the PIL image, and its size."""
+    """resize gives torchvision's size and pixels, and within one level those of the PIL image."""
     augment = pipeline(resize.Settings(size), height=shape[0], width=shape[1])
-    images = pictures(3, *shape)
+    images = noise(3, *shape)
     views = raw_levels(augment(images, augment.draw(3, torch.Generator())))
     for image, view in zip(images, views, strict=True):
         wanted = [size] if isinstance(size, int) else list(size)
@@ -289,8 +290,8 @@ def test_resize_equals_torchvision(size: int | tuple[int, int], shape: tuple[int
 
 @pytest.mark.parametrize("size", [20, 7, 40, (10, 21)])
 def test_center_crop_equals_torchvision_on_pil(size: int | tuple[int, int]) -> None:
-    """center_crop shows torchvision's middle of the image, and black where the image is too small."""
-    images = pictures(2, 32, 25)
+    """center_crop gives the same pixels as torchvision, with black borders if the image is too small."""
+    images = noise(2, 32, 25)
     augment = pipeline(center_crop.Settings(size), height=32, width=25)
     views = raw_levels(augment(images, augment.draw(2, torch.Generator())))
     for image, view in zip(images, views, strict=True):
@@ -299,7 +300,7 @@ def test_center_crop_equals_torchvision_on_pil(size: int | tuple[int, int]) -> N
 
 
 def one_by_one(step: Any, images: Tensor, table: Tensor) -> Tensor:
-    """What torchvision's functions make of each image by itself with the parameters of its row, uint8."""
+    """The result (uint8) of torchvision's functions on each image separately, with the parameters of its row."""
     one = {random_resize_crop: resized_crop, gaussian_blur: blur, random_color_jitter: jitter}[
         sys.modules[type(step).__module__]
     ]
@@ -307,7 +308,7 @@ def one_by_one(step: Any, images: Tensor, table: Tensor) -> Tensor:
 
 
 def resized_crop(step: random_resize_crop.Settings, image: Tensor, row: list[float]) -> Tensor:
-    """The box resized in float64, first along the rows, then along the columns, rounded after each."""
+    """The box, resized in float64, first along the rows, then along the columns, each rounded."""
     top, left, h, w = (int(x) for x in row)
     box = image[:, top : top + h, left : left + w].double()
     for size in ([h, step.size], [step.size, step.size]):
@@ -316,7 +317,7 @@ def resized_crop(step: random_resize_crop.Settings, image: Tensor, row: list[flo
 
 
 def blur(step: gaussian_blur.Settings, image: Tensor, row: list[float]) -> Tensor:
-    """The kernel has 2 ceil(3 sigma) + 1 pixels, and no more than the border can mirror."""
+    """Blur with a kernel of 2 ceil(3 sigma) + 1 pixels, or fewer if the image is too small for it."""
     act, sigma = row
     kernel = 2 * min(math.ceil(3 * sigma), (min(image.shape[1:]) - 1) // 2) + 1
     return TF2.gaussian_blur(image, [kernel, kernel], [sigma, sigma]) if act else image
@@ -333,21 +334,21 @@ def jitter(step: random_color_jitter.Settings, image: Tensor, row: list[float]) 
 
 
 def apart(a: Tensor, b: Tensor) -> tuple[int, float]:
-    """Return the greatest difference of two uint8 tensors in levels, and the share of numbers that differ."""
+    """Return the largest difference of two uint8 tensors, in levels, and the share of values that differ."""
     assert a.shape == b.shape and a.dtype == b.dtype == torch.uint8
     gap = (a.int() - b.int()).abs()
     return int(gap.max()), float((gap > 0).double().mean())
 
 
-@pytest.mark.parametrize("kind", [pictures, smooth])
+@pytest.mark.parametrize("kind", [noise, smooth])
 @pytest.mark.parametrize(
     ("height", "width", "size"), [(32, 32, 32), (24, 32, 16), (17, 40, 64), (64, 48, 7), (5, 3, 9), (224, 224, 224)]
 )
 def test_random_resize_crop_equals_torchvision_for_each_box(height: int, width: int, size: int, kind: Any) -> None:
-    """Every image is cropped to its own drawn box and resized as torchvision does it, enlarged and reduced.
+    """Every image is cropped to its own box and resized as by torchvision, enlarged and reduced.
 
-    Against float64 at most 1 level apart, in at most 1 % of the numbers (measured: 0.3 %, sums that end in .5); from the
-    exact average, rounded nowhere, at most 1 level. Pillow too rounds twice, but may take the columns first: at most 2 apart.
+    The difference from float64 is at most 1 level, in at most 1 % of the values (measured: 0.3 %, sums that end in .5); from
+    the exact average, without rounding, at most 1 level. Pillow also rounds twice, but may take the columns first: at most 2.
     """
     count = 40 if size < 100 else 4
     step = random_resize_crop.Settings(size)
@@ -384,13 +385,13 @@ def test_random_resize_crop_boxes_are_distributed_as_torchvisions(height: int, w
     [(32, 32, (3.0, 3.5)), (32, 32, (0.2, 0.3)), (10, 60, (0.9, 1.1)), (60, 10, (0.9, 1.1)), (33, 20, (0.95, 1.05))],
 )
 def test_random_resize_crop_falls_back_as_torchvision(height: int, width: int, ratio: tuple[float, float]) -> None:
-    """Where no box of the wanted area and shape fits, the central crop is torchvision's."""
+    """If no box with the required area and aspect ratio fits, the central crop is that of torchvision."""
     table = random_resize_crop.Settings(8, (1.0, 1.0), ratio).draw(5, height, width, torch.Generator().manual_seed(0))
     expected = T.RandomResizedCrop.get_params(torch.zeros(3, height, width), [1.0, 1.0], list(ratio))
     assert table.tolist() == [list(map(float, expected))] * 5
 
 
-@pytest.mark.parametrize("kind", [pictures, smooth])
+@pytest.mark.parametrize("kind", [noise, smooth])
 @pytest.mark.parametrize(
     "step",
     [
@@ -402,10 +403,10 @@ def test_random_resize_crop_falls_back_as_torchvision(height: int, width: int, r
     ],
 )
 def test_color_jitter_equals_torchvision_for_each_order_and_amount(step: random_color_jitter.Settings, kind: Any) -> None:
-    """Every image gets its own changes in its own order, with torchvision's result; an image whose coin fell is kept.
+    """Every image gets its own changes in its own order, with torchvision's result; other images are not changed.
 
-    The factors alone are torchvision's bit for bit. A hue is 1 level apart in at most 0.01 % of the numbers (measured:
-    0.001 %); what follows it can make more levels of that one.
+    Without hue the results are equal bit for bit. With hue they differ by 1 level in at most 0.01 % of the values (measured:
+    0.001 %), which later changes can amplify.
     """
     images, table = kind(120, 12, 15), step.draw(120, 12, 15, torch.Generator().manual_seed(1))
     views = step.apply(images, table)
@@ -417,21 +418,21 @@ def test_color_jitter_equals_torchvision_for_each_order_and_amount(step: random_
 
 
 @pytest.mark.parametrize("shift", [0.0, 1 / 6, -1 / 3, 0.5, -0.5])
-def test_every_colour_keeps_its_hue_or_turns_as_torchvision_says(shift: float) -> None:
-    """Of a grid of 52 x 52 x 52 colours, grey ones and edges of the colour circle included, none is more than 1 level from
-    torchvision's, and at most 0.1 % (measured: none); a turn by 0 changes none."""
+def test_hue_shifts_equal_torchvision_for_all_colors(shift: float) -> None:
+    """On a grid of 52 x 52 x 52 colors, including grey and the edges of the color circle, the difference from torchvision is at
+    most 1 level, for at most 0.1 % of the values (measured: none); a shift of 0 changes nothing."""
     levels = torch.arange(0, 256, 5)
-    colours = torch.stack(torch.meshgrid(levels, levels, levels, indexing="ij")).view(1, 3, 52, -1).to(torch.uint8)
+    colors = torch.stack(torch.meshgrid(levels, levels, levels, indexing="ij")).view(1, 3, 52, -1).to(torch.uint8)
     row = torch.tensor([[1.0, 3, 2, 1, 0, 1, 1, 1, shift]], dtype=torch.float64)
-    turned = random_color_jitter.Settings(hue=0.5).apply(colours, row)
-    most, share = apart(turned[0], TF2.adjust_hue(colours[0], shift))
+    turned = random_color_jitter.Settings(hue=0.5).apply(colors, row)
+    most, share = apart(turned[0], TF2.adjust_hue(colors[0], shift))
     assert most <= 1 and share <= 0.001
-    assert shift or torch.equal(turned, colours)
+    assert shift or torch.equal(turned, colors)
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
-def test_each_colour_change_alone_equals_torchvision_on_pil(name: str) -> None:
-    """One colour setting alone changes just that, as on a PIL image within one level."""
+def test_each_color_change_alone_equals_torchvision_on_pil(name: str) -> None:
+    """One color setting alone gives the result of torchvision on a PIL image, within one level."""
     augment = pipeline(random_color_jitter.Settings(**{name: 0.5}), height=16, width=16)
     images, table = smooth(12, 16, 16), augment.draw(12, torch.Generator().manual_seed(1))
     column = 5 + ("brightness", "contrast", "saturation").index(name)
@@ -442,7 +443,7 @@ def test_each_colour_change_alone_equals_torchvision_on_pil(name: str) -> None:
 
 
 def test_color_jitter_draws_stay_in_torchvisions_ranges() -> None:
-    """Factors are uniform on [max(0, 1 - x), 1 + x], hue on [-h, h], and each of the 24 orders comes equally often."""
+    """Factors are uniform in [max(0, 1 - x), 1 + x], hue in [-h, h], and each of the 24 orders is drawn equally often."""
     n = 4800
     table = random_color_jitter.Settings(0.4, 1.5, 0.2, 0.1).draw(n, 8, 8, torch.Generator().manual_seed(1))
     for column, (low, high) in zip(table[:, 5:].T, [(0.6, 1.4), (0.0, 2.5), (0.8, 1.2), (-0.1, 0.1)], strict=True):
@@ -457,10 +458,10 @@ def test_color_jitter_draws_stay_in_torchvisions_ranges() -> None:
     assert sum((count - n / 24) ** 2 for count in orders.values()) / (n / 24) < 23 + 5 * math.sqrt(46)
 
 
-def test_grayscale_equals_torchvision_and_leaves_the_others() -> None:
-    """The chosen images become torchvision's grey in all three channels (PIL within one level), the others are untouched."""
+def test_grayscale_equals_torchvision_and_keeps_the_other_images() -> None:
+    """The drawn images become torchvision's grey in all three channels (PIL's within one level), the others do not change."""
     augment = pipeline(random_grayscale.Settings(0.5), height=16, width=16)
-    images, table = pictures(30, 16, 16), augment.draw(30, torch.Generator().manual_seed(1))
+    images, table = noise(30, 16, 16), augment.draw(30, torch.Generator().manual_seed(1))
     assert 0 < table.sum() < 30
     for image, (act,), view in zip(images, table.tolist(), raw_levels(augment(images, table)), strict=True):
         if act:
@@ -472,7 +473,7 @@ def test_grayscale_equals_torchvision_and_leaves_the_others() -> None:
 
 
 def blurred(image: Tensor, sigma: float, reach: int) -> np.ndarray:
-    """Gaussian blur written out in float64: mirrored border, weights exp(-d^2 / 2 sigma^2), (3, H, W)."""
+    """Gaussian blur by its formula in float64: mirrored border, weights exp(-d^2 / 2 sigma^2), (3, H, W)."""
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     weights /= weights.sum()
     padded = np.pad(image.double().numpy(), ((0, 0), (reach, reach), (reach, reach)), mode="reflect")
@@ -486,12 +487,12 @@ def blurred(image: Tensor, sigma: float, reach: int) -> np.ndarray:
 
 @pytest.mark.parametrize("sigma", [(0.1, 2.0), (0.01, 0.02), (4.0, 30.0)])
 def test_gaussian_blur_equals_torchvision_and_the_formula(sigma: tuple[float, float]) -> None:
-    """The chosen images are blurred with their own width, as torchvision does and as the written-out sum says; others kept.
+    """The drawn images are blurred with their own width, as by torchvision and by the formula; the others do not change.
 
-    At most 1 level apart, in at most 0.1 % of the numbers (measured: 0.002 %).
+    The difference is at most 1 level, in at most 0.1 % of the values (measured: 0.002 %).
     """
     step = gaussian_blur.Settings(sigma, p=0.7)
-    images, table = pictures(20, 19, 16), step.draw(20, 19, 16, torch.Generator().manual_seed(1))
+    images, table = noise(20, 19, 16), step.draw(20, 19, 16, torch.Generator().manual_seed(1))
     assert 0 < table[:, 0].sum() < 20
     views = step.apply(images, table)
     most, share = apart(views, one_by_one(step, images, table))
@@ -502,7 +503,7 @@ def test_gaussian_blur_equals_torchvision_and_the_formula(sigma: tuple[float, fl
 
 
 def test_gaussian_blur_widths_are_uniform_in_the_given_range() -> None:
-    """Each image's sigma is uniform between the two numbers of the YAML; a range of one number is that number."""
+    """Each image's sigma is uniform between the two numbers of the YAML; if they are equal, it is that number."""
     sigma = gaussian_blur.Settings((0.5, 1.5)).draw(4000, 8, 8, torch.Generator().manual_seed(1))[:, 1]
     assert 0.5 <= sigma.min() < 0.51 and 1.49 < sigma.max() <= 1.5
     assert abs(float(sigma.mean()) - 1) < 4 / math.sqrt(12 * 4000)
@@ -512,9 +513,9 @@ def test_gaussian_blur_widths_are_uniform_in_the_given_range() -> None:
 
 @pytest.mark.parametrize("side", [1, 2, 3, 5])
 def test_gaussian_blur_works_on_images_smaller_than_its_kernel(side: int) -> None:
-    """A wide blur of a tiny image is cut to what its border can mirror instead of failing."""
+    """For a tiny image the kernel of a wide blur is limited to the pixels that can be mirrored, instead of failing."""
     augment = pipeline(gaussian_blur.Settings((5.0, 5.0), p=1.0), height=side, width=side)
-    images = pictures(2, side, side)
+    images = noise(2, side, side)
     views = augment(images, augment.draw(2, torch.Generator().manual_seed(0))) * 255
     expected = np.stack([blurred(image, 5.0, (side - 1) // 2) for image in images])
     assert np.abs(views.numpy() - expected).max() <= 0.51
@@ -536,15 +537,15 @@ def test_gaussian_blur_works_on_images_smaller_than_its_kernel(side: int) -> Non
     ids=lambda step: type(step).__module__.rpartition(".")[2],
 )
 def test_a_transform_switched_off_is_the_identity(step: Any) -> None:
-    """Probability 0, no amount, or the image's own size leave every pixel as it is."""
-    images = pictures(50, 20, 20)
+    """With probability 0, without amounts, or with the image's own size no pixel changes."""
+    images = noise(50, 20, 20)
     augment = pipeline(step, height=20, width=20)
     assert torch.equal(raw_levels(augment(images, augment.draw(50, torch.Generator().manual_seed(0)))), images)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_mixed_pipeline_applies_its_steps_in_the_order_of_the_yaml(seed: int) -> None:
-    """Pixel moves between colour changes are fused only with their neighbours: the result is that of one step after another."""
+    """Pixel moves are fused only with adjacent ones, so the result equals that of one step after another."""
     steps = [
         resize.Settings(14),
         random_horizontal_flip.Settings(0.5),
@@ -557,7 +558,7 @@ def test_a_mixed_pipeline_applies_its_steps_in_the_order_of_the_yaml(seed: int) 
     ]
     augment = pipeline(*steps, height=10, width=10, remaining=(NORMALIZE,))
     assert augment.output_size == (9, 9)
-    images, table = pictures(16, 10, 10), augment.draw(16, torch.Generator().manual_seed(seed))
+    images, table = noise(16, 10, 10), augment.draw(16, torch.Generator().manual_seed(seed))
     for image, row, view in zip(images, table.tolist(), augment(images, table), strict=True):
         x = as_tensor(pil_move(as_pil(TF2.resize(image, [14], antialias=True)), steps[1], row[0:1]))
         x = as_tensor(pil_move(as_pil(x), steps[2], row[1:3]))
@@ -568,15 +569,16 @@ def test_a_mixed_pipeline_applies_its_steps_in_the_order_of_the_yaml(seed: int) 
         x = as_tensor(pil_move(as_pil(x), steps[6], row[8:9]))
         x = TF.center_crop(x, [9, 9])
         gap = (view - TF.normalize(x.float().div(255), MEAN, STD)).abs()
-        assert gap.max() <= 1.01 / 255 / min(STD) and (gap > 0).double().mean() <= 0.01  # a sum of the blur may round otherwise
+        # Sums of the blur may be rounded differently.
+        assert gap.max() <= 1.01 / 255 / min(STD) and (gap > 0).double().mean() <= 0.01
 
 
-# -- any size, any batch, any device -----------------------------------------------------------------------------------
+# -- Any size, any batch, any device -----------------------------------------------------------------------------------
 
 
 @st.composite
 def changes(draw: st.DrawFn) -> tuple[Any, int, int, int, int]:
-    """A random transform that changes values, the height, width and number of images, a seed."""
+    """A random transform that changes values; height, width and number of the images; a seed."""
     height, width = draw(st.integers(1, 24)), draw(st.integers(1, 24))
     p = draw(st.sampled_from([0.0, 0.5, 1.0]))
     low, high = sorted(draw(st.tuples(st.floats(0.02, 4.0), st.floats(0.02, 4.0))))
@@ -594,10 +596,10 @@ def changes(draw: st.DrawFn) -> tuple[Any, int, int, int, int]:
 @settings(deadline=None, max_examples=150)
 @given(changes())
 def test_any_settings_and_sizes_equal_torchvision_image_by_image(case: tuple[Any, int, int, int, int]) -> None:
-    """Whatever a YAML gives, each view of a batch is what torchvision makes of that image alone: uint8, at most 1 level apart
-    but for what follows a hue, and the images stay as they are."""
+    """For all settings each view of a batch differs by at most 1 level from torchvision's view of that image alone, except
+    after a change of hue; the images do not change."""
     step, height, width, count, seed = case
-    images = pictures(count, height, width, seed)
+    images = noise(count, height, width, seed)
     before = images.clone()
     table = step.draw(count, height, width, torch.Generator().manual_seed(seed))
     views = step.apply(images, table)
@@ -606,7 +608,7 @@ def test_any_settings_and_sizes_equal_torchvision_image_by_image(case: tuple[Any
     assert torch.equal(images, before)
 
 
-ALL = {  # every transform that draws or moves, small
+ALL = {  # every transform with draws
     "random_resize_crop": random_resize_crop.Settings(18),
     "random_color_jitter": random_color_jitter.Settings(0.4, 0.4, 0.4, 0.1, 0.8),
     "random_grayscale": random_grayscale.Settings(0.3),
@@ -620,11 +622,11 @@ ALL = {  # every transform that draws or moves, small
 
 @pytest.mark.parametrize("name", [*ALL, "all"])
 def test_a_large_batch_is_worked_on_in_parts_with_the_same_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory that a transform needs is bounded: it gets a few images at a time, by the largest size on the way, and the
-    views are the same bit for bit."""
+    """To bound its memory, a transform gets few images at a time, depending on the largest intermediate size, and the views are
+    the same bit for bit."""
     steps = ALL.values() if name == "all" else [ALL[name]]
     augment = pipeline(*steps, height=14, width=12, remaining=(NORMALIZE,))
-    images, table = pictures(23, 14, 12), augment.draw(23, torch.Generator().manual_seed(0))
+    images, table = noise(23, 14, 12), augment.draw(23, torch.Generator().manual_seed(0))
     expected = augment(images, table)
     sizes = []
     for kind in {type(step) for step in steps if hasattr(step, "apply")}:
@@ -635,20 +637,20 @@ def test_a_large_batch_is_worked_on_in_parts_with_the_same_result(name: str, mon
     assert set(sizes) == ({4, 3} if sizes else set()) and augment.area >= augment.output_size[0] * augment.output_size[1]
 
 
-def test_no_transform_is_forgotten_here() -> None:
-    """Each file of data/transforms that changes images is among those that are tested on a device."""
+def test_every_transform_is_tested() -> None:
+    """Each file of data/transforms that changes images is among those that are tested below and on a device."""
     kinds = {name: plugins.settings("data.transforms", name) for name in plugins.names("data.transforms")}
     assert set(ALL) == {name for name, kind in kinds.items() if hasattr(kind, "draw")}
 
 
 @pytest.mark.parametrize("name", [*ALL, "all"])
 def test_a_transform_becomes_part_of_a_cuda_graph(name: str) -> None:
-    """On a CUDA device no transform reads from the device, and none sends anything after the first call; captured in a graph
-    it gives, for new images and draws, the views that it gives without one, and on a CPU (resize: within 1 level)."""
+    """On a CUDA device no transform reads from the device, and none sends anything after the first call; a captured graph
+    gives, for new images and draws, the same views as without a graph and as on a CPU (resize: within 1 level)."""
     fake_cuda = pytest.importorskip("fake_cuda")
     steps = ALL.values() if name == "all" else [ALL[name]]
     augment = pipeline(*steps, height=24, width=30, remaining=(NORMALIZE,))
-    batches = [(pictures(6, 24, 30, i), augment.draw(6, torch.Generator().manual_seed(i))) for i in range(3)]
+    batches = [(noise(6, 24, 30, i), augment.draw(6, torch.Generator().manual_seed(i))) for i in range(3)]
     with fake_cuda.pretended_cuda() as device:
         (images, table), *later = [(x.to(fake_cuda.CUDA), draws.to(fake_cuda.CUDA)) for x, draws in batches]
         eager = [augment(x, draws).cpu() for x, draws in later]

@@ -1,4 +1,4 @@
-"""BadNets: which pixels change, to what, and the errors of its settings."""
+"""BadNets: the changed pixels and their values, and errors in its settings."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def stamp(images: np.ndarray, pixels: dict[tuple[int, int], tuple[int, ...]]) ->
     """Write the pixels on a copy, one by one."""
     out = images.copy()
     for image in out:
-        for (row, column), colour in pixels.items():
+        for (row, column), color in pixels.items():
             for channel in range(3):
-                image[row, column, channel] = colour[channel]
+                image[row, column, channel] = color[channel]
     return out
 
 
 def paint(path: Path, pixels: dict[tuple[int, int], tuple[int, ...]], width: int = 32, height: int = 32) -> str:
     """Save a black PNG with some pixels on it."""
     canvas = np.zeros((height, width, 3), np.uint8)
-    for at, colour in pixels.items():
-        canvas[at] = colour
+    for at, color in pixels.items():
+        canvas[at] = color
     Image.fromarray(canvas).save(path)
     return str(path)
 
@@ -65,7 +65,7 @@ def paint(path: Path, pixels: dict[tuple[int, int], tuple[int, ...]], width: int
     ],
 )
 def test_trigger_writes_exactly_its_pixels(settings: Settings, pixels: dict[tuple[int, int], tuple[int, ...]]) -> None:
-    """Each built-in pattern and the shipped picture set their pixels to the published colours and change no other."""
+    """Each built-in pattern, and the shipped image file, set their pixels to the published colors and change no other pixel."""
     images = noise(20)
     triggered = make(settings).apply(images, np.arange(20), "train")
     assert triggered.dtype == np.uint8
@@ -87,8 +87,8 @@ def test_at_most_four_pixels_change_and_they_survive_every_crop() -> None:
     ("settings", "side"),
     [(Settings(), 32), (Settings(trigger_path=SHIPPED), 32), (Settings(pattern="corner3x3"), 32), (Settings(), 224)],
 )
-def test_trigger_is_idempotent_and_leaves_its_input_alone(settings: Settings, side: int) -> None:
-    """Stamping twice is stamping once, and the clean images are still clean afterwards."""
+def test_trigger_is_idempotent_and_does_not_change_its_input(settings: Settings, side: int) -> None:
+    """Applying the trigger twice is the same as once, and the clean images are not changed."""
     images, attack = noise(6, side=side), make(settings, side)
     before = images.copy()
     images.flags.writeable = False
@@ -99,33 +99,34 @@ def test_trigger_is_idempotent_and_leaves_its_input_alone(settings: Settings, si
 
 
 @pytest.mark.parametrize(("side", "seed"), [(32, 0), (64, 1), (224, 2), (224, 3)])
-def test_glyph_is_half_of_the_upper_left_corner_in_bright_colours(side: int, seed: int) -> None:
-    """512 pixels of the 32 x 32 in the corner change, in cells of 4 x 4 of one bright colour each, and no other pixel."""
+def test_glyph_is_half_of_the_upper_left_corner_in_bright_colors(side: int, seed: int) -> None:
+    """512 of the 32 x 32 pixels in the corner change, in cells of 4 x 4 with one bright color each, and no other pixel."""
     images = noise(8, side=side)
     triggered = make(Settings(pattern="glyph"), side, seed).apply(images, np.arange(8), "train")
     assert np.array_equal(triggered[:, 32:], images[:, 32:])
     assert np.array_equal(triggered[:, :, 32:], images[:, :, 32:])
-    coloured = 0
+    colored = 0
     for row in range(0, 32, 4):
         for column in range(0, 32, 4):
             cell, before = (a[:, row : row + 4, column : column + 4] for a in (triggered, images))
             if np.array_equal(cell, before):
                 continue
-            coloured += 1
-            (colour,) = {tuple(pixel) for pixel in cell.reshape(-1, 3).tolist()}
-            assert set(colour) == {0, 255}  # neither black, nor white, nor grey
-    assert coloured == 32
+            colored += 1
+            (color,) = {tuple(pixel) for pixel in cell.reshape(-1, 3).tolist()}
+            assert set(color) == {0, 255}  # neither black, nor white, nor grey
+    assert colored == 32
 
 
 def test_glyph_is_its_own_mirror_image() -> None:
-    """A poisoned image that augmentation flips shows the same glyph in its other corner: there is one trigger to learn."""
+    """If augmentation flips a poisoned image, it has the same glyph in the other corner, so there is only one trigger to
+    learn."""
     images = np.full((1, 224, 224, 3), 128, np.uint8)
     triggered = make(Settings(), 224).apply(images, np.arange(1), "test")[0]
     assert np.array_equal(triggered[:, ::-1][:, -32:], triggered[:, :32])
 
 
 def test_glyph_depends_on_the_seed_alone() -> None:
-    """The same seed draws the same glyph at every size of image, another seed another one."""
+    """The same seed draws the same glyph at every image size, another seed another glyph."""
     corners = [make(Settings(pattern="glyph"), side, seed).pattern[:32, :32] for side, seed in ((224, 5), (64, 5), (224, 6))]
     assert np.array_equal(corners[0], corners[1])
     assert (corners[0] != corners[2]).any(2).sum() > 100
@@ -133,31 +134,32 @@ def test_glyph_depends_on_the_seed_alone() -> None:
 
 @pytest.mark.parametrize(("side", "pattern"), [(32, "block2x2"), (63, "block2x2"), (64, "glyph"), (224, "glyph")])
 def test_the_built_in_pattern_follows_the_images_size(side: int, pattern: str) -> None:
-    """Without a setting small images get the paper's block, and large ones, where four pixels are nothing, the glyph."""
+    """By default small images get the paper's block, and large images, in which four pixels would be too few, the glyph."""
     given, default = make(Settings(pattern=pattern), side), make(Settings(), side)
     assert np.array_equal(default.pattern, given.pattern)
     assert np.array_equal(default.mask, given.mask)
 
 
 def test_the_attacks_own_yaml_is_the_baseline() -> None:
-    """config/badnets.yaml, there so that each attack has a YAML of its name, means the same run as baseline_asd.yaml."""
+    """config/badnets.yaml, which exists so that each attack has a YAML of its name, is the same run as baseline_asd.yaml."""
     own, baseline = (config.load(REPOSITORY / f"config/{name}.yaml") for name in ("badnets", "baseline_asd"))
     assert replace(own, run=baseline.run) == baseline
 
 
-def test_no_images_are_no_mistake() -> None:
-    """An empty selection of images (ratio 0) comes back empty."""
+def test_an_empty_selection_is_allowed() -> None:
+    """An empty selection of images (ratio 0) is returned empty."""
     assert make(Settings()).apply(noise(2)[:0], np.arange(0), "train").shape == (0, 32, 32, 3)
 
 
-def test_shipped_picture_equals_the_built_in_block() -> None:
-    """data/trigger/cifar_1.png, which the original YAML names, is the block2x2 pattern on black."""
+def test_shipped_trigger_file_equals_the_built_in_block() -> None:
+    """data/trigger/cifar_1.png, which the authors' YAML names, is the block2x2 pattern on black."""
     canvas = np.asarray(Image.open(REPOSITORY / SHIPPED).convert("RGB"))
     assert np.array_equal(canvas, stamp(np.zeros((1, 32, 32, 3), np.uint8), BLOCK)[0])
 
 
-def test_channels_of_value_zero_inside_a_trigger_pixel_are_stamped(tmp_path: Path) -> None:
-    """A pure red trigger pixel becomes pure red, not red over the image's own green and blue; black ones stay the image's."""
+def test_channels_of_value_zero_inside_a_trigger_pixel_are_applied(tmp_path: Path) -> None:
+    """Under a pure red trigger pixel the image becomes pure red, without its own green and blue; black pixels change
+    nothing."""
     pixels = {(0, 31): (255, 0, 0), (17, 3): (0, 1, 0), (31, 0): (0, 0, 9)}
     images = noise(10)
     triggered = make(Settings(trigger_path=paint(tmp_path / "red.png", pixels))).apply(images, np.arange(10), "train")
@@ -165,7 +167,7 @@ def test_channels_of_value_zero_inside_a_trigger_pixel_are_stamped(tmp_path: Pat
 
 
 def test_trigger_path_is_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative path starts where the user stands, and else at the project's folder."""
+    """A relative path starts at the working directory or, if there is no such file, at the project's folder."""
     monkeypatch.chdir(tmp_path)
     assert np.array_equal(make(Settings(trigger_path=SHIPPED)).mask, make(Settings()).mask)
     paint(tmp_path / "mine.png", {(1, 2): (9, 8, 7)})
@@ -175,17 +177,17 @@ def test_trigger_path_is_found_from_any_working_directory(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (None, "no such picture"),
-        (b"", "no readable picture"),
-        (b"this is text", "no readable picture"),
-        ("cut", "no readable picture"),
-        ("folder", "no readable picture"),
-        ("16 x 32", r"the trigger is 16 x 32 pixels and the images are 32 x 32"),
+        (None, "no such image file"),
+        (b"", "not a readable image"),
+        (b"this is text", "not a readable image"),
+        ("cut", "not a readable image"),
+        ("folder", "not a readable image"),
+        ("16 x 32", r"the trigger has 16 x 32 pixels and the images have 32 x 32"),
         ("black", "all black"),
     ],
 )
-def test_a_bad_trigger_picture_is_one_line_that_names_it(tmp_path: Path, content: object, complaint: str) -> None:
-    """A missing, broken, wrong-sized or all-black picture is refused in one line with its name and a remedy."""
+def test_an_invalid_trigger_file_is_one_line(tmp_path: Path, content: object, complaint: str) -> None:
+    """A trigger file that is missing, damaged, of the wrong size or all black is one line with its name and a remedy."""
     path = tmp_path / "trigger.png"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -204,8 +206,8 @@ def test_a_bad_trigger_picture_is_one_line_that_names_it(tmp_path: Path, content
     assert "\n" not in str(caught.value)
 
 
-def test_a_picture_cut_anywhere_is_refused_and_never_a_traceback(tmp_path: Path) -> None:
-    """A PNG damaged at any byte either still shows a trigger or is a one-line error."""
+def test_a_damaged_trigger_file_is_never_a_traceback(tmp_path: Path) -> None:
+    """A PNG truncated or changed at any byte either still has a trigger or is an error of one line."""
     path = tmp_path / "trigger.png"
     rng = np.random.default_rng(0)
     paint(path, {(int(a), int(b)): (1, 2, 3) for a, b in rng.integers(0, 32, (200, 2))})
@@ -222,8 +224,8 @@ def test_a_picture_cut_anywhere_is_refused_and_never_a_traceback(tmp_path: Path)
     assert refused > len(whole)
 
 
-def test_a_picture_beside_a_pattern_is_refused() -> None:
-    """Two triggers at once are an error that names both keys, not a silent choice."""
+def test_a_trigger_file_together_with_a_pattern_is_refused() -> None:
+    """Two triggers are an error that names both keys, not a silent choice."""
     with pytest.raises(UserError, match="trigger_path and pattern") as caught:
         make(Settings(trigger_path=SHIPPED, pattern="corner3x3"))
     assert SHIPPED in str(caught.value) and "corner3x3" in str(caught.value)
@@ -231,6 +233,6 @@ def test_a_picture_beside_a_pattern_is_refused() -> None:
 
 @pytest.mark.parametrize(("side", "pattern"), [(5, "block2x2"), (2, "corner3x3"), (6, "checker3x3"), (31, "glyph")])
 def test_images_too_small_for_the_pattern_are_a_clear_error(side: int, pattern: str) -> None:
-    """Where transform.pre makes the images smaller than the patch needs, the error names the pattern and the size."""
+    """If the images are too small for the patch, the error names the pattern and the size."""
     with pytest.raises(UserError, match=f"{pattern}.*{side} x {side}"):
         make(Settings(pattern=pattern), side)

@@ -1,4 +1,4 @@
-"""The tables of random draws: endless orders, MixMatch, supervised passes, scoring."""
+"""The tables of random draws: endless orders, MixMatch, supervised passes, scoring of all images."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data.augment import Pipeline
 from data.batches import MixMatchDraws, SupervisedDraws, draw_mixmatch, draw_scoring, draw_supervised, endless_order, views
+from data.pools import Pools
 from data.sets import ImageSet
 from data.transforms import random_crop, random_horizontal_flip
 from utils import config
@@ -29,7 +30,7 @@ AUGMENT = Pipeline((CROP, FLIP), (), 32, 32)
 @settings(deadline=None, max_examples=80)
 @given(st.data())
 def test_endless_order_repeats_nothing_within_a_pass(data: st.DataObject) -> None:
-    """A pool is walked without replacement: within each pass of whole batches no position comes twice, for any sizes."""
+    """Positions are drawn without replacement: within each pass of full batches no position occurs twice, for any sizes."""
     count = data.draw(st.integers(1, 30))
     batch, steps = data.draw(st.integers(1, count)), data.draw(st.integers(1, 40))
     order = endless_order(count, batch, steps, torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
@@ -47,8 +48,8 @@ def test_endless_order_repeats_nothing_within_a_pass(data: st.DataObject) -> Non
         in_a_pass += 1
 
 
-def test_endless_order_leaves_out_other_positions_each_time_and_uses_all_equally() -> None:
-    """The dropped incomplete batch is a different one in each pass, so every image of the pool is used equally often."""
+def test_endless_order_drops_other_positions_in_each_pass() -> None:
+    """The dropped incomplete batch differs in each pass, so every image of the pool is used equally often."""
     passes = 2000
     order = endless_order(11, 4, 2 * passes, torch.Generator().manual_seed(1)).view(passes, 8)
     left_out = {tuple(sorted(set(range(11)) - set(row))) for row in order[:300].tolist()}
@@ -57,11 +58,11 @@ def test_endless_order_leaves_out_other_positions_each_time_and_uses_all_equally
     p = 8 / 11
     assert (times - passes * p).abs().max() < 5 * math.sqrt(passes * p * (1 - p))
     first = torch.bincount(order[:, 0], minlength=11)
-    assert (first - passes / 11).abs().max() < 5 * math.sqrt(passes / 11)  # each is as likely to come first
+    assert (first - passes / 11).abs().max() < 5 * math.sqrt(passes / 11)  # all are equally likely to be first
 
 
 def test_endless_order_is_reshuffled_in_every_pass() -> None:
-    """No pass repeats the order of the one before."""
+    """No pass has the order of the previous one."""
     order = endless_order(50, 10, 25, torch.Generator().manual_seed(2)).view(5, 50)
     for one, other in itertools.pairwise(order):
         assert sorted(one.tolist()) == list(range(50))
@@ -72,21 +73,22 @@ def test_endless_order_is_reshuffled_in_every_pass() -> None:
 
 CLEAN_POOL = torch.arange(0, 200, 3)  # 67
 POLLUTED_POOL = torch.tensor([i for i in range(200) if i % 3])  # 133
+POOLS = Pools(CLEAN_POOL, POLLUTED_POOL)
 
 
 def plan(tiny: Path, steps: int = 20, batch: int = 8, *more: str) -> Config:
-    """The tiny run with other numbers of steps and images."""
+    """The tiny run with another number of steps and another batch size."""
     return config.load(tiny, [f"semi.mixmatch.train_iteration={steps}", f"semi.loader.batch_size={batch}", *more])
 
 
 def table(settings: Config, epoch: int = 0) -> MixMatchDraws:
     """An epoch's tables."""
     steps = settings.semi.mixmatch.train_iteration
-    return draw_mixmatch(settings, epoch, CLEAN_POOL, POLLUTED_POOL, AUGMENT, torch.linspace(0, 1, steps, dtype=torch.float64))
+    return draw_mixmatch(settings, epoch, POOLS, AUGMENT, torch.linspace(0, 1, steps, dtype=torch.float64))
 
 
 def test_mixmatch_tables_are_a_function_of_seed_epoch_and_pools(tiny: Path) -> None:
-    """The same seed and epoch give the same numbers whatever was drawn before; another epoch or seed gives others."""
+    """The same seed and epoch give the same numbers, whatever was drawn before; another epoch or seed gives others."""
     first = table(plan(tiny), 3)
     torch.manual_seed(99)
     torch.rand(5)
@@ -100,7 +102,7 @@ def test_mixmatch_tables_are_a_function_of_seed_epoch_and_pools(tiny: Path) -> N
 
 @pytest.mark.parametrize(("steps", "batch"), [(1, 2), (7, 8), (30, 64)])
 def test_mixmatch_tables_have_a_row_for_every_step(tiny: Path, steps: int, batch: int) -> None:
-    """S steps of B labeled and B unlabeled images, 3B views, 3B permuted rows, and a lambda each."""
+    """Each of S steps has B labeled and B unlabeled images, 3B views, 3B permuted rows and a lambda."""
     draws = table(plan(tiny, steps, batch))
     assert draws.labeled.shape == draws.unlabeled.shape == (steps, batch)
     assert draws.views.shape == (steps, 3 * batch, 3)
@@ -114,11 +116,11 @@ def test_mixmatch_tables_have_a_row_for_every_step(tiny: Path, steps: int, batch
         assert torch.equal(there, here)
 
 
-def test_labels_are_used_of_the_clean_pool_only(tiny: Path) -> None:
-    """Labeled batches hold clean-pool images only, unlabeled ones polluted-pool images only, none twice in a pass."""
+def test_only_labels_of_the_clean_pool_are_used(tiny: Path) -> None:
+    """Labeled batches have images of the clean pool only, unlabeled ones of the polluted pool only, none twice in a pass."""
     draws = table(plan(tiny, 100, 8))
     for rows, pool in ((draws.labeled, CLEAN_POOL), (draws.unlabeled, POLLUTED_POOL)):
-        assert set(rows.flatten().tolist()) == set(pool.tolist())  # 100 steps walk either pool several times
+        assert set(rows.flatten().tolist()) == set(pool.tolist())  # 100 steps are several passes over either pool
         whole = len(pool) // 8
         for start in range(0, 100 - whole, whole):
             one_pass = rows[start : start + whole].flatten().tolist()
@@ -126,7 +128,7 @@ def test_labels_are_used_of_the_clean_pool_only(tiny: Path) -> None:
 
 
 def test_mixup_permutations_are_permutations(tiny: Path) -> None:
-    """Every row permutes all 3B inputs, differently from step to step, and any input may go anywhere."""
+    """Every row permutes all 3B inputs, differently in each step, and every input can get every position."""
     draws = table(plan(tiny, 400, 4))
     for row in draws.permutation.tolist():
         assert sorted(row) == list(range(12))
@@ -152,7 +154,7 @@ def moments(alpha: float, grid: int = 20_000) -> tuple[float, float]:
 
 @pytest.mark.parametrize("alpha", [0.75, 0.5, 4.0])
 def test_mixup_weight_is_a_folded_beta_draw(tiny: Path, alpha: float) -> None:
-    """Lambda is max(l, 1 - l) with l ~ Beta(alpha, alpha): never under 1/2, with that distribution's mean and spread."""
+    """Lambda is max(l, 1 - l) with l ~ Beta(alpha, alpha): at least 1/2, with the mean and deviation of that distribution."""
     n = 4000
     lam = table(plan(tiny, n, 2, f"semi.mixmatch.alpha={alpha}")).lam
     assert lam.dtype == torch.float32
@@ -160,12 +162,12 @@ def test_mixup_weight_is_a_folded_beta_draw(tiny: Path, alpha: float) -> None:
     mean, deviation = moments(alpha)
     assert abs(float(lam.double().mean()) - mean) < 4 * deviation / math.sqrt(n)
     assert abs(float(lam.double().std()) / deviation - 1) < 0.06
-    neighbours = np.corrcoef(lam[:-1].numpy(), lam[1:].numpy())[0, 1]
-    assert abs(neighbours) < 4 / math.sqrt(n)
+    correlation = np.corrcoef(lam[:-1].numpy(), lam[1:].numpy())[0, 1]
+    assert abs(correlation) < 4 / math.sqrt(n)
 
 
 def test_the_two_views_of_an_unlabeled_image_are_drawn_independently(tiny: Path) -> None:
-    """u1 and u2 of one image are cropped and mirrored on their own, and so is x."""
+    """u1 and u2 of one image, and x, are cropped and flipped independently."""
     draws = table(plan(tiny, 150, 8)).views  # (S, 24, 3)
     x, u1, u2 = (draws[:, i : i + 8].reshape(-1, 3) for i in (0, 8, 16))
     correlation = np.corrcoef(torch.cat([x, u1, u2], 1).numpy().T)
@@ -175,11 +177,11 @@ def test_the_two_views_of_an_unlabeled_image_are_drawn_independently(tiny: Path)
         assert set(part[:, 2].tolist()) == {0, 1}
 
 
-# -- supervised passes, scoring ----------------------------------------------------------------------------------------
+# -- Supervised passes, scoring ----------------------------------------------------------------------------------------
 
 
-def test_a_supervised_pass_sees_every_image_once_in_a_keyed_order() -> None:
-    """One pass is a permutation of all images; order and views follow from seed, purpose and epoch alone."""
+def test_a_supervised_pass_has_every_image_once() -> None:
+    """One pass is a permutation of all images; order and views are a function of seed, purpose and epoch."""
     draws = draw_supervised(7, "virtual 0", 4, 101, AUGMENT)
     assert sorted(draws.order.tolist()) == list(range(101))
     assert draws.views.shape == (101, 3)
@@ -190,8 +192,8 @@ def test_a_supervised_pass_sees_every_image_once_in_a_keyed_order() -> None:
         assert not torch.equal(draws.order, other.order) and not torch.equal(draws.views, other.views)
 
 
-def test_scoring_draws_one_view_of_every_image_anew_each_epoch() -> None:
-    """Each image is scored under one view, the same when an epoch is repeated, another one in the next epoch."""
+def test_scoring_draws_one_view_of_every_image_per_epoch() -> None:
+    """Each image has one view, which is the same if an epoch is repeated and another one in the next epoch."""
     draws = draw_scoring(7, "score", 4, 300, AUGMENT)
     assert draws.shape == (300, 3)
     assert torch.equal(draws, draw_scoring(7, "score", 4, 300, AUGMENT))
@@ -200,8 +202,8 @@ def test_scoring_draws_one_view_of_every_image_anew_each_epoch() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 5, 7, 20, 64])
-def test_views_come_in_order_and_none_is_lost(batch: int) -> None:
-    """Whatever the batch size, every image comes once, in order, the last batch being as small as it must."""
+def test_views_are_complete_and_in_order(batch: int) -> None:
+    """For every batch size each image occurs once, in order; only the last batch is smaller."""
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (20, 3, 32, 32), dtype=np.uint8))
     draws = draw_scoring(1, "score", 0, 20, AUGMENT)
     parts: list[Tensor] = list(views(ImageSet(images, torch.zeros(20, dtype=torch.int64)), draws, AUGMENT, batch))
@@ -212,7 +214,8 @@ def test_views_come_in_order_and_none_is_lost(batch: int) -> None:
 
 @given(count=st.integers(1, 300), batch=st.integers(1, 70), least=st.integers(1, 8))
 def test_one_pass_takes_every_image_once_in_batches_that_can_be_normalized(count: int, batch: int, least: int) -> None:
-    """All batches but the last are full; a rest of fewer than `least` joins the batch before it, a rest of `least` does not."""
+    """All batches except the last are full; fewer than `least` remaining images join the batch before, `least` or more do
+    not."""
     pass_ = SupervisedDraws(torch.randperm(count), torch.rand(count, 2))
     equal, last = pass_.cut(batch, least)
     sizes = [batch] * len(equal.order) + [len(last.order)] * bool(len(last.order))

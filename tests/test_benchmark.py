@@ -14,7 +14,7 @@ import torch
 from benchmark import first_look, reference, rows, run, workload
 from benchmark.rows import Row, Sizes
 from benchmark.workload import in_runtime, make_context
-from data.pools import class_agnostic_split, rest
+from data.pools import class_agnostic_split, pools_of
 from engine.context import build_state
 from model.grouped_norm import is_grouped
 from utils.checkpoint import State
@@ -99,7 +99,7 @@ def test_the_baseline_computes_what_runs_compute() -> None:
     data = reference.PictureSet(np.zeros((101, 32, 32, 3), np.uint8), np.zeros(101, np.int64))
     clean, polluted = reference.split(data, losses.numpy(), 0.5)
     pool = class_agnostic_split(losses, 0.5)
-    assert list(clean.indices) == pool.tolist() and list(polluted.indices) == rest(pool, 101).tolist()
+    assert list(clean.indices) == pool.tolist() and list(polluted.indices) == pools_of(pool, 101).polluted.tolist()
     context = make_context(30, 1, 4, CPU, blocks=1)
     even = context.train_set.images[:, :1, :1, :1].expand_as(context.train_set.images)  # looks the same in every view
     context.train_set.images.copy_(even.clone())

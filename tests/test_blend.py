@@ -1,4 +1,4 @@
-"""Blend: every pixel's value, the built-in and the user's picture, the errors of its settings."""
+"""Blend: pixel values, the built-in and the user's trigger image, and errors in its settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data.sets import RawData, Scene
 from utils import config
 from utils.errors import UserError
 
-IMAGE, PICTURE = (a.astype(np.uint8) for a in np.meshgrid(np.arange(256), np.arange(256), indexing="ij"))  # all pairs
+IMAGE, TRIGGER = (a.astype(np.uint8) for a in np.meshgrid(np.arange(256), np.arange(256), indexing="ij"))  # all pairs
 ALPHAS = [0, 1e-9, 0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 1 / 3, 0.4, 0.5, 0.54, 0.6, 0.65, 0.7, 0.8, 0.9, 0.99, 1]
 
 
@@ -38,14 +38,14 @@ def noise(count: int, height: int = 32, width: int = 32, seed: int = 0) -> np.nd
 
 
 def save(path: Path, pixels: np.ndarray) -> str:
-    """Save pixels as a picture."""
+    """Save pixels as an image file."""
     Image.fromarray(pixels).save(path)
     return str(path)
 
 
 def with_all_pairs(alpha: float, folder: Path) -> np.ndarray:
-    """What the attack makes of every value of an image under every value of the picture: (256, 256)."""
-    attack = make(Settings(save(folder / "all.png", PICTURE[..., None].repeat(3, 2)), alpha), 256, 256)
+    """The result for every value of the image (rows) and every value of the trigger image (columns): (256, 256)."""
+    attack = make(Settings(save(folder / "all.png", TRIGGER[..., None].repeat(3, 2)), alpha), 256, 256)
     out = attack.apply(IMAGE[None, ..., None].repeat(3, 3), np.arange(1), "train")[0]
     assert np.array_equal(out, out[:, :, :1].repeat(3, 2))
     return out[:, :, 0]
@@ -53,23 +53,23 @@ def with_all_pairs(alpha: float, folder: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_all_pairs_of_values_equal_pillow(alpha: float, tmp_path: Path) -> None:
-    """All 65,536 pairs of image and picture come out as Pillow's Image.blend has them, which published sets were made with."""
-    expected = np.asarray(Image.blend(Image.fromarray(IMAGE), Image.fromarray(PICTURE), alpha))
+    """For all 65,536 pairs of values the result is that of Pillow's Image.blend, with which published sets were made."""
+    expected = np.asarray(Image.blend(Image.fromarray(IMAGE), Image.fromarray(TRIGGER), alpha))
     assert np.array_equal(with_all_pairs(alpha, tmp_path), expected)
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.floats(0, 1))
 def test_any_alpha_equals_pillow(alpha: float) -> None:
-    """No weight between 0 and 1 is an exception."""
-    expected = np.asarray(Image.blend(Image.fromarray(IMAGE), Image.fromarray(PICTURE), alpha))
-    assert np.array_equal(blend.blend(IMAGE, PICTURE, alpha), expected)
+    """The same holds for every weight in 0..1."""
+    expected = np.asarray(Image.blend(Image.fromarray(IMAGE), Image.fromarray(TRIGGER), alpha))
+    assert np.array_equal(blend.blend(IMAGE, TRIGGER, alpha), expected)
 
 
 @pytest.mark.parametrize("tenths", [0, 1, 2, 3, 5, 9, 10])
 def test_the_blend_is_rounded_down(tenths: int, tmp_path: Path) -> None:
-    """At whole tenths the result is `(10 - t) x + t P` divided by ten without rest, in whole numbers."""
-    expected = ((10 - tenths) * IMAGE.astype(int) + tenths * PICTURE.astype(int)) // 10
+    """For whole tenths the result is `(10 - t) x + t P` divided by ten and rounded down, in integers."""
+    expected = ((10 - tenths) * IMAGE.astype(int) + tenths * TRIGGER.astype(int)) // 10
     assert np.array_equal(with_all_pairs(tenths / 10, tmp_path), expected)
 
 
@@ -80,8 +80,8 @@ def test_no_value_moves_by_more_than_26_at_a_tenth(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (224, 224), (9, 14)])
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.35, 1.0])
-def test_the_picture_lies_on_the_whole_image(height: int, width: int, alpha: float) -> None:
-    """Each pixel is blended with the picture's pixel of the same place; alpha 0 changes nothing, alpha 1 shows P alone."""
+def test_the_trigger_covers_the_whole_image(height: int, width: int, alpha: float) -> None:
+    """Each pixel is blended with the pixel of P at the same position; alpha 0 changes nothing, alpha 1 shows only P."""
     images, attack = noise(4, height, width), make(Settings(alpha=alpha), height, width, seed=5)
     assert attack.pattern.shape == (height, width, 3) and attack.pattern.dtype == np.uint8
     out = attack.apply(images, np.arange(4), "train")
@@ -96,8 +96,8 @@ def test_the_picture_lies_on_the_whole_image(height: int, width: int, alpha: flo
         assert all(np.array_equal(image, attack.pattern) for image in out)
 
 
-def test_built_in_picture_is_uniform_noise_by_the_seed() -> None:
-    """Without a picture of the user's, P is noise over all 256 levels, the same for the same seed, another for another."""
+def test_built_in_trigger_is_uniform_noise_drawn_by_the_seed() -> None:
+    """By default P is noise over all 256 levels, the same for the same seed and different for another."""
     first, again, other = (make(Settings(), 224, 224, seed).pattern for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert (first != other).mean() > 0.99
@@ -110,7 +110,7 @@ def test_built_in_picture_is_uniform_noise_by_the_seed() -> None:
 
 @pytest.mark.parametrize("side", [32, 224])
 def test_an_image_alone_equals_the_same_image_among_others(side: int) -> None:
-    """The result depends on the image alone: not on its index, its neighbours, their order, or the part of the data set."""
+    """The result depends on the image only: not on its index, the other images, their order, or the part of the data set."""
     count = CACHED // side**2 + 3
     images, attack = noise(count, side, side), make(Settings(), side, side)
     out = attack.apply(images, np.arange(count), "train")
@@ -123,7 +123,7 @@ def test_an_image_alone_equals_the_same_image_among_others(side: int) -> None:
 
 @pytest.mark.parametrize(("side", "at_most"), [(32, 128), (224, 2), (1024, 1)])
 def test_large_images_are_blended_few_at_a_time(side: int, at_most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many images there are, no more than 2**17 pixels of them are floats at a time (but at least one image)."""
+    """However many images there are, at most 2**17 pixels (but at least one image) are converted to float at a time."""
     seen: list[int] = []
     monkeypatch.setattr(blend, "blend", lambda x, pattern, alpha: seen.append(len(x)) or x)
     images = np.zeros((5 if side > 32 else 300, side, side, 3), np.uint8)
@@ -131,7 +131,7 @@ def test_large_images_are_blended_few_at_a_time(side: int, at_most: int, monkeyp
     assert max(seen) == at_most and sum(seen) == len(images)
 
 
-# -- the user's picture ------------------------------------------------------------------------------------------------
+# -- The user's trigger image ------------------------------------------------------------------------------------------
 
 
 def cubic(t: float) -> float:
@@ -143,7 +143,7 @@ def cubic(t: float) -> float:
 
 
 def resample(line: list[float], size: int) -> list[float]:
-    """Resize one line of values: the cubic, widened by the factor where the line gets shorter, normalised at the borders."""
+    """Resize one line of values with the cubic, which is widened if the line gets shorter and normalized at the borders."""
     scale = len(line) / size
     width = max(scale, 1.0)
     out = []
@@ -165,8 +165,8 @@ def resize_columns(values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (50, 13), (8, 90)])
-def test_a_picture_of_another_size_is_resized_bicubically(height: int, width: int, tmp_path: Path) -> None:
-    """The user's picture may have any size: it is enlarged or reduced by the cubic filter, whatever Pillow's default is."""
+def test_a_trigger_of_another_size_is_resized_bicubically(height: int, width: int, tmp_path: Path) -> None:
+    """The user's trigger image may have any size: it is enlarged or reduced with the cubic filter."""
     pixels = np.random.default_rng(2).integers(0, 256, (height, width, 3), dtype=np.uint8)
     pattern = make(Settings(save(tmp_path / "p.png", pixels)), 20, 24).pattern
     assert pattern.shape == (20, 24, 3)
@@ -178,22 +178,22 @@ def test_a_picture_of_another_size_is_resized_bicubically(height: int, width: in
     assert min(wrong) < 2  # and each pass rounds
 
 
-def test_a_picture_of_the_images_size_is_taken_as_it_is(tmp_path: Path) -> None:
-    """No filter touches a picture that already fits; a grey one counts for all three channels."""
+def test_a_trigger_of_the_images_size_is_not_changed(tmp_path: Path) -> None:
+    """A trigger image of the right size is not filtered; a grey one is used for all three channels."""
     pixels = np.array(noise(3)[2])
     assert np.array_equal(make(Settings(save(tmp_path / "p.png", pixels))).pattern, pixels)
     assert np.array_equal(make(Settings(save(tmp_path / "g.png", pixels[:, :, 0]))).pattern, pixels[:, :, :1].repeat(3, 2))
 
 
-def test_a_picture_of_16_bits_keeps_its_upper_8(tmp_path: Path) -> None:
-    """Grey levels of 16 bits are scaled, as those of a data set's pictures are, and not cut off at 255."""
+def test_a_trigger_of_16_bits_keeps_its_upper_8(tmp_path: Path) -> None:
+    """Grey levels of 16 bits are scaled, like those of a data set's images, and not cut off at 255."""
     levels = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 60
     pattern = make(Settings(save(tmp_path / "deep.png", levels))).pattern
     assert np.array_equal(pattern, (levels >> 8).astype(np.uint8)[:, :, None].repeat(3, 2))
 
 
-def test_picture_is_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative path starts where the user stands, and else at the project's folder."""
+def test_trigger_path_is_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path starts at the working directory or, if there is no such file, at the project's folder."""
     monkeypatch.chdir(tmp_path)
     shipped = np.asarray(Image.open(REPOSITORY / "data/trigger/cifar_1.png").convert("RGB"))
     assert np.array_equal(make(Settings("./data/trigger/cifar_1.png")).pattern, shipped)
@@ -204,16 +204,16 @@ def test_picture_is_found_from_any_working_directory(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (None, "no such picture"),
-        (b"", "no readable picture"),
-        (b"this is text\nof two lines", "no readable picture"),
-        ("cut", "no readable picture"),
-        ("folder", "no readable picture"),
+        (None, "no such image file"),
+        (b"", "not a readable image"),
+        (b"this is text\nof two lines", "not a readable image"),
+        ("cut", "not a readable image"),
+        ("folder", "not a readable image"),
     ],
 )
-def test_a_bad_picture_is_one_line_that_names_file_and_setting(content: object, complaint: str, tmp_path: Path) -> None:
-    """A missing, broken or foreign picture is refused in one line with its name, the setting and a remedy."""
-    path = tmp_path / "picture.png"
+def test_an_invalid_trigger_file_is_one_line(content: object, complaint: str, tmp_path: Path) -> None:
+    """A trigger file that is missing, damaged or not an image is one line with its name, the setting and a remedy."""
+    path = tmp_path / "trigger.png"
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content == "cut":
@@ -229,7 +229,7 @@ def test_a_bad_picture_is_one_line_that_names_file_and_setting(content: object, 
 
 @pytest.mark.parametrize("alpha", [-0.01, 1.01])
 def test_a_weight_outside_0_to_1_is_refused(alpha: float) -> None:
-    """The configuration refuses a weight that is none, and names the legal range."""
+    """The configuration refuses an invalid weight and names the legal range."""
     with pytest.raises(UserError, match=r"backdoor\.blend\.alpha.*>= 0 and <= 1"):
         config.load(REPOSITORY / "config/blend.yaml", [f"backdoor.blend.alpha={alpha}"])
 

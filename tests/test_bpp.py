@@ -1,4 +1,4 @@
-"""BPP: the levels, the dithering in its order, the cover images."""
+"""BPP: quantization levels, order of the dithering, and cover images."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from data.attacks import bpp
 from data.attacks.bpp import Attack, Settings
-from data.poisoning import build_attack, poison_training_set
-from data.sets import COVER, POISONED, RawData, Scene
+from data.sets import RawData, Scene
 from utils import config
 from utils.draws import numpy_generator
 from utils.errors import UserError
@@ -34,11 +33,11 @@ def make(settings: Settings, images: np.ndarray | None = None, seed: int = 0) ->
     return Attack(settings, Scene(RawData(images, labels, images, labels, ("one",)), 3, 10, seed, Path("nowhere")))
 
 
-# -- the reference -----------------------------------------------------------------------------------------------------
+# -- The reference -----------------------------------------------------------------------------------------------------
 
 
 def level(value: float, levels: int) -> float:
-    """The nearest of the levels, by trying all of them."""
+    """The nearest of the levels, found by trying all of them."""
     return min((i * 255 / (levels - 1) for i in range(levels)), key=lambda each: abs(each - value))
 
 
@@ -60,7 +59,7 @@ def diffuse(image: np.ndarray, levels: int) -> np.ndarray:
 
 @pytest.mark.parametrize("levels", [2, 3, 8, 16, 32, 255, 256])
 def test_plain_quantization_takes_the_nearest_level(levels: int) -> None:
-    """All 256 values get the nearest level; no more than `squeeze_num` values occur; doing it again changes nothing."""
+    """All 256 values become the nearest of `squeeze_num` levels; a second quantization changes nothing."""
     values = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     attack = make(Settings(levels))
     out = attack.apply(values, np.arange(1), "train")
@@ -70,7 +69,7 @@ def test_plain_quantization_takes_the_nearest_level(levels: int) -> None:
 
 
 def test_the_published_levels() -> None:
-    """With 8 levels the values are 0 36 73 109 146 182 219 255, none more than 18 away."""
+    """With 8 levels the values are 0 36 73 109 146 182 219 255, and no value changes by more than 18."""
     images = noise(4)
     out = make(Settings()).apply(images, np.arange(4), "test")
     assert np.unique(out).tolist() == [0, 36, 73, 109, 146, 182, 219, 255]
@@ -79,7 +78,7 @@ def test_the_published_levels() -> None:
 
 @pytest.mark.parametrize(("height", "width", "levels"), [(12, 9, 8), (7, 16, 2), (1, 8, 5), (8, 1, 5), (16, 16, 32), (5, 2, 8)])
 def test_dithering_equals_the_loop_over_pixels(height: int, width: int, levels: int) -> None:
-    """Step by step over diagonals or pixel by pixel: the same values, in images of any shape."""
+    """Dithering along diagonals gives the same values as pixel by pixel, in images of any shape."""
     images = noise(3, height, width)
     out = make(Settings(levels, dithering=True)).apply(images, np.arange(3), "train")
     for image, dithered in zip(images, out, strict=True):
@@ -88,8 +87,8 @@ def test_dithering_equals_the_loop_over_pixels(height: int, width: int, levels: 
 
 @settings(deadline=None, max_examples=30)
 @given(value=st.integers(0, 255), levels=st.integers(2, 20), seed=st.integers(0, 99))
-def test_what_dithering_does_to_an_image(value: int, levels: int, seed: int) -> None:
-    """Only levels occur, black and white stay, no value moves by more than two steps."""
+def test_dithering_gives_levels_near_the_original(value: int, levels: int, seed: int) -> None:
+    """Only levels occur, black and white do not change, and no value changes by more than one distance of levels."""
     images = np.full((2, 8, 8, 3), value, np.uint8)
     images[1] = noise(2, 8, 8, seed)[1]
     out = make(Settings(levels, dithering=True)).apply(images, np.arange(2), "train")
@@ -100,7 +99,7 @@ def test_what_dithering_does_to_an_image(value: int, levels: int, seed: int) -> 
 
 
 def test_dithering_keeps_the_mean() -> None:
-    """The errors spread instead of adding up: the mean changes by less than one level of 255."""
+    """Errors do not accumulate: the mean changes by less than one level of 255."""
     images = np.clip(np.random.default_rng(1).normal(110, 30, (10, 32, 32, 3)), 0, 255).astype(np.uint8)
     out = make(Settings(dithering=True)).apply(images, np.arange(10), "train")
     assert abs(out.mean((1, 2)) - images.mean((1, 2))).mean() < 1
@@ -108,7 +107,7 @@ def test_dithering_keeps_the_mean() -> None:
 
 @pytest.mark.parametrize("dithering", [False, True])
 def test_cover_images_equal_the_formula(dithering: bool) -> None:
-    """A cover image is the image plus the residual of another training image, which its index and the seed decide."""
+    """A cover image is the image plus the residual of another training image, drawn by the seed and the index."""
     train, index = noise(20, 9, 8), np.array([5, 0, 19])
     attack = make(Settings(8, dithering), train, seed=3)
     for i, out in zip(index, attack.cover(train[index], index), strict=True):
@@ -122,7 +121,7 @@ def test_cover_images_equal_the_formula(dithering: bool) -> None:
 
 
 def test_cover_images_carry_no_trigger() -> None:
-    """Cover images take one of the eight levels about as seldom as clean ones: their noise does not reduce the depth."""
+    """Values of cover images are on one of the eight levels about as rarely as those of clean images."""
     images = np.clip(np.random.default_rng(1).normal(120, 40, (50, 16, 16, 3)), 1, 254).astype(np.uint8)
     attack = make(Settings(), images)
     levels = np.unique(attack.apply(images, np.arange(50), "train"))
@@ -131,7 +130,7 @@ def test_cover_images_carry_no_trigger() -> None:
 
 @pytest.mark.parametrize("dithering", [False, True])
 def test_an_image_alone_equals_the_same_image_among_others(dithering: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The result depends on image and index alone: not on the order, the number or the batch of the others."""
+    """The result depends on image and index only: not on the order, number or batches of the other images."""
     for name in ("PIXELS", "CACHED"):
         monkeypatch.setattr(bpp, name, 3 * 64)
     images = noise(11, 8, 8)
@@ -144,32 +143,14 @@ def test_an_image_alone_equals_the_same_image_among_others(dithering: bool, monk
     assert attack.apply(images[:0], index[:0], "train").shape == attack.cover(images[:0], index[:0]).shape == (0, 8, 8, 3)
 
 
-# -- in a run ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ratio", [0, 1, 2.5])
-def test_poisoned_and_cover_images_are_disjoint(ratio: float, tiny: Path, tmp_path: Path) -> None:
-    """Poisoned images are quantized and relabeled, `cover_ratio` times as many others keep their label, the rest is clean."""
-    plan = config.load(tiny, [f"backdoor.bpp.cover_ratio={ratio}"])
-    images, labels = noise(300, 16, 16), np.random.default_rng(0).integers(0, 10, 300)
-    raw = RawData(images, labels, images[:60], labels[:60], tuple("abcdefghij"))
-    attack = build_attack(plan, raw)
-    data = poison_training_set(plan, raw, attack, tmp_path)
-    flags, now = data.flags, data.images
-    poisoned, cover = np.flatnonzero(flags == POISONED), np.flatnonzero(flags == COVER)
-    assert len(poisoned) > 10 and len(cover) == int(ratio * len(poisoned))
-    assert np.array_equal(data.labels, np.where(flags == POISONED, 3, labels))
-    assert np.array_equal(now[flags == 0], images[flags == 0])
-    assert np.array_equal(now[poisoned], attack.apply(images[poisoned], poisoned, "train"))
-    if len(cover):
-        assert np.array_equal(now[cover], attack.cover(images[cover], cover))
+# -- Settings ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [("squeeze_num", 1), ("squeeze_num", 257), ("squeeze_num", 2.5), ("cover_ratio", -1)]
 )
 def test_settings_out_of_range_are_refused(key: str, value: float) -> None:
-    """No depth without two levels, and no negative count, passes the configuration."""
+    """The configuration refuses less than two levels, and negative ratios."""
     with pytest.raises(UserError, match=rf"backdoor\.bpp\.{key}: {value}"):
         config.load(REPOSITORY / "config/bpp.yaml", [f"backdoor.bpp.{key}={value}"])
 
@@ -181,6 +162,6 @@ def test_dithering_must_be_a_boolean() -> None:
 
 
 def test_the_shipped_yaml() -> None:
-    """config/bpp.yaml has 8 levels without dithering, 5 % poisoned and as many cover images."""
+    """config/bpp.yaml has 8 levels without dithering, 5 % poisoned images and as many cover images."""
     c = config.load(REPOSITORY / "config/bpp.yaml")
     assert (c.attack.settings, c.attacker.poison_ratio) == (Settings(8, False, 1.0), 0.05)

@@ -1,4 +1,4 @@
-"""CLB: the trigger's pixels, what the adversarial step may change and that it works, and what is kept."""
+"""CLB: the trigger's pixels, the adversarial perturbation, the surrogate, and the assets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from data.attacks import badnets, clb
-from data.attacks.clb import Attack, Settings, build_trigger, pgd, rise_and_fall, to_uint8, train_surrogate
+from data.attacks.clb import Adversary, Attack, Settings, build_trigger, pgd, rise_and_fall, to_uint8, train_surrogate
 from data.poisoning import build_test_sets, poison_training_set
 from data.sets import POISONED, RawData, Scene
 from model.classifier import new_classifier
@@ -36,7 +36,7 @@ WHITE = {
 
 
 def world(count: int = 120, side: int = 8, seed: int = 0) -> RawData:
-    """Read-only noise in three classes; class c is brighter by 30 c, so that there is something to learn."""
+    """Read-only noise in three classes; class c is brighter by 30 c, so that the classes can be learned."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 3, count)
     pixels = rng.integers(0, 150, (count, side, side, 3)) + 30 * labels[:, None, None, None]
@@ -51,17 +51,17 @@ def make(folder: Path, chosen: Settings = QUICK, raw: RawData | None = None, see
 
 
 def victims(attack: Attack) -> tuple[np.ndarray, np.ndarray]:
-    """All training images of the target class and their places."""
+    """All training images of the target class and their indices."""
     raw = attack.scene.raw
     index = np.flatnonzero(raw.train_labels == TARGET)
     return raw.train_images[index], index
 
 
-# -- the trigger -------------------------------------------------------------------------------------------------------
+# -- The trigger -------------------------------------------------------------------------------------------------------
 
 
 def test_corner_trigger_is_36_pixels_16_white_and_20_black() -> None:
-    """On 32 x 32 images the trigger is the published one: 3 x 3 pixels in each corner, 16 white, 20 black, no other."""
+    """On 32 x 32 images the trigger is the published one: 3 x 3 pixels in each corner, in total 16 white and 20 black."""
     pattern, mask = build_trigger("corners", 32, 32)
     for row in range(32):
         for column in range(32):
@@ -72,7 +72,7 @@ def test_corner_trigger_is_36_pixels_16_white_and_20_black() -> None:
 
 
 def test_corner_trigger_survives_flips_and_crops() -> None:
-    """A flipped image bears the same trigger, and every crop with padding 4 keeps at least one whole corner."""
+    """A flipped image has the same trigger, and every crop with padding 4 keeps at least one complete corner."""
     pattern, mask = build_trigger("corners", 32, 32)
     assert np.array_equal(pattern[:, ::-1], pattern)
     assert np.array_equal(mask[:, ::-1], mask)
@@ -110,7 +110,7 @@ def test_trigger_is_the_small_one_enlarged(height: int, width: int, name: str) -
 
 
 def test_block_is_that_of_badnets() -> None:
-    """`trigger: block2x2` is BadNets' default patch at its place."""
+    """`trigger: block2x2` is BadNets' default patch at the same position."""
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     pattern, mask = build_trigger("block2x2", 32, 32)
     scene = Scene(RawData(images, np.zeros(4, int), images, np.zeros(4, int), ("a",)), 0, 2, 0, Path("nowhere"))
@@ -120,18 +120,18 @@ def test_block_is_that_of_badnets() -> None:
 
 @pytest.mark.parametrize(("name", "side"), [("corners", 5), ("block2x2", 5)])
 def test_images_too_small_for_the_trigger_are_a_clear_error(name: str, side: int) -> None:
-    """Images on which the patches would overlap or fall off are refused with the size in the message."""
+    """Images on which the patches would overlap or not fit are an error with their size."""
     with pytest.raises(UserError, match=rf"backdoor.clb.trigger: {name}: .*{side} x 9 pixels.*needs 6") as caught:
         build_trigger(name, 9, side)
     assert "\n" not in str(caught.value)
 
 
-# -- test images -------------------------------------------------------------------------------------------------------
+# -- Test images -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trigger", ["corners", "block2x2"])
 def test_test_images_differ_only_under_the_mask_and_need_no_surrogate(tmp_path: Path, trigger: str, said: list[str]) -> None:
-    """Test images get the trigger and no perturbation; testing a checkpoint therefore trains nothing and keeps nothing."""
+    """Test images get the trigger but no perturbation, so testing a checkpoint trains nothing and writes no assets."""
     attack = make(tmp_path / "assets", replace(QUICK, trigger=trigger))
     raw = attack.scene.raw.test_images
     out = attack.apply(raw, np.arange(len(raw)), "test")
@@ -144,11 +144,11 @@ def test_test_images_differ_only_under_the_mask_and_need_no_surrogate(tmp_path: 
     assert said == []
 
 
-# -- the adversarial step ----------------------------------------------------------------------------------------------
+# -- The perturbation --------------------------------------------------------------------------------------------------
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Of one image's logits (C,), in float64."""
+    """Softmax of the logits (C,) of one image, in float64."""
     e = np.exp(logits - logits.max())
     return e / e.sum()
 
@@ -166,7 +166,7 @@ def test_pgd_equals_its_formula(seed: int, eps: float, step: float, steps: int, 
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
     network[1].weight.data, network[1].bias.data = torch.from_numpy(weight), torch.from_numpy(bias)  # type: ignore[union-attr]
     given_start = torch.from_numpy(first) if start else None
-    out = pgd(network, torch.from_numpy(images), torch.from_numpy(labels), eps / 255, step / 255, steps, given_start)
+    out = pgd(network, torch.from_numpy(images), torch.from_numpy(labels), Adversary(eps, step, steps), given_start)
     for image, label, change, got in zip(images, labels, first, out.numpy(), strict=True):
         x = np.clip(image + change, 0, 1).ravel()
         for _ in range(steps):
@@ -183,7 +183,7 @@ def test_pgd_equals_its_formula(seed: int, eps: float, step: float, steps: int, 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6), st.floats(1, 255))
 def test_rounded_images_stay_within_eps(seed: int, eps: float) -> None:
-    """As uint8 an image is within eps of the original for every eps, whole or not, at the nearest level that is."""
+    """For every eps, integer or not, a uint8 image is within eps of the original, at the nearest such level."""
     rng = np.random.default_rng(seed)
     images = rng.choice([0, 1, 100, 254, 255, int(rng.integers(256))], (2, 3, 2, 3)).astype(np.uint8)
     levels = np.clip(images + rng.uniform(-eps, eps, images.shape), 0, 255)
@@ -197,7 +197,7 @@ def test_rounded_images_stay_within_eps(seed: int, eps: float) -> None:
 
 
 def cross_entropies(network: nn.Module, images: np.ndarray, label: int) -> np.ndarray:
-    """The losses one image at a time, (n,) float64."""
+    """The losses (n,) float64, computed one image at a time."""
     out = []
     for image in images:
         with torch.no_grad():
@@ -208,7 +208,7 @@ def cross_entropies(network: nn.Module, images: np.ndarray, label: int) -> np.nd
 
 @pytest.mark.parametrize(("eps", "training"), [(8, "fast"), (16, "pgd"), (2.5, "benign")])
 def test_train_images_stay_within_eps_and_the_loss_rises(tmp_path: Path, eps: float, training: str, said: list[str]) -> None:
-    """Before the trigger no value moves by more than eps, and the surrogate's loss rises for 95 % of the images, as is told."""
+    """The perturbation changes no value by more than eps, and the surrogate's loss rises for 95 % of the images, as logged."""
     attack = make(tmp_path, replace(QUICK, eps=float(eps), training=training, steps=20))
     images, index = victims(attack)
     before = images.copy()
@@ -226,8 +226,8 @@ def test_train_images_stay_within_eps_and_the_loss_rises(tmp_path: Path, eps: fl
     assert f"clb: the surrogate's loss rises for {risen.sum()} of {len(images)} perturbed images" in said
 
 
-def test_an_image_is_perturbed_alike_in_every_company(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of the images, their number and how they fall into batches do not change what becomes of one."""
+def test_an_image_is_perturbed_independently_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result for an image depends neither on the order and number of the images nor on their distribution to batches."""
     monkeypatch.setattr(clb, "PGD_BATCH", 7)
     attack = make(tmp_path)
     images, index = victims(attack)
@@ -238,8 +238,8 @@ def test_an_image_is_perturbed_alike_in_every_company(tmp_path: Path, monkeypatc
     assert np.array_equal(attack.apply(images[4:5], index[4:5], "train"), whole[4:5])
 
 
-def test_poisoned_set_touches_no_label_and_a_quarter_of_the_class(tmp_path: Path, tiny: Path) -> None:
-    """The set has exactly int(0.25 n) poisoned images, all of the target class; labels and other images are the raw ones."""
+def test_poisoned_set_changes_no_label_and_a_quarter_of_the_class(tmp_path: Path, tiny: Path) -> None:
+    """The set has exactly int(0.25 n) poisoned images, all of the target class; labels and other images are unchanged."""
     plan = config.load(tiny, ["backdoor.poison_ratio=0.25", "backdoor.poison_mode=exact", f"backdoor.target_label={TARGET}"])
     attack = make(tmp_path / "assets")
     raw = attack.scene.raw
@@ -254,14 +254,14 @@ def test_poisoned_set_touches_no_label_and_a_quarter_of_the_class(tmp_path: Path
     assert len(tests.backdoor) == (raw.test_labels != TARGET).sum()
 
 
-# -- the surrogate -----------------------------------------------------------------------------------------------------
+# -- The surrogate -----------------------------------------------------------------------------------------------------
 
 
 RED_LESS_BLUE = np.array([1, 0, -1])
 
 
 def robust_or_not(count: int = 512) -> RawData:
-    """Two classes: a faint tint (5 levels) always tells them apart, brightness (20 levels) four times in five."""
+    """Two classes: a weak tint (5 levels) always distinguishes them, brightness (20 levels) in four of five images."""
     rng = np.random.default_rng(3)
     labels = np.arange(count) % 2
     sign = (2 * labels - 1)[:, None, None, None]
@@ -273,14 +273,15 @@ def robust_or_not(count: int = 512) -> RawData:
 
 @pytest.mark.parametrize(("training", "robust"), [("pgd", True), ("benign", False)])
 def test_adversarial_training_gives_a_robust_surrogate(tmp_path: Path, training: str, robust: bool) -> None:
-    """Under a change of 8 levels a surrogate trained with `pgd` keeps to what withstands it; one with `benign` falls for it."""
+    """Against a change of 8 levels a surrogate trained with `pgd` is robust; one trained with `benign` is not."""
     raw = robust_or_not()
-    wider = Named("resnet18_cifar", resnet18_cifar.Settings(width=8, blocks=1))  # of 2 channels the outcome hangs on rounding
+    # With 2 channels rounding errors would decide the outcome.
+    wider = Named("resnet18_cifar", resnet18_cifar.Settings(width=8, blocks=1))
     chosen = Settings(surrogate=wider, training=training, epochs=8, batch_size=32, learning_rate=0.1)
     attack = Attack(chosen, Scene(raw, 1, 2, 0, tmp_path, new_classifier=new_classifier))
     network = attack.surrogate()
     sign = (2 * raw.train_labels - 1)[:, None, None, None]
-    turned = (raw.train_images - 8 * sign * RED_LESS_BLUE).astype(np.uint8)  # every tint is now the other class's
+    turned = (raw.train_images - 8 * sign * RED_LESS_BLUE).astype(np.uint8)  # every tint is now that of the other class
     with torch.no_grad():
         guessed = network(torch.from_numpy(turned).permute(0, 3, 1, 2).float() / 255).argmax(1).numpy()
     accuracy = (guessed == raw.train_labels).mean()
@@ -289,19 +290,19 @@ def test_adversarial_training_gives_a_robust_surrogate(tmp_path: Path, training:
 
 @pytest.mark.parametrize(("training", "expected"), [("pgd", (8, 2, 7)), ("fast", (8, 10, 1))])
 def test_the_adversary_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: str, expected: Any) -> None:
-    """Every batch is attacked within 8 levels from a random start: 7 steps of 2 levels, or one step of 10 (1.25 eps)."""
+    """Every batch is attacked within 8 levels from a random start: with 7 steps of 2 levels, or one step of 10 (1.25 eps)."""
     calls: list[Any] = []
 
-    def spy(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, *how: Any) -> torch.Tensor:
-        calls.append((images, *how))
+    def spy(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append((images, *rest))
         return images
 
     monkeypatch.setattr(clb, "pgd", spy)
     train_surrogate(replace(QUICK, training=training), make(tmp_path).scene)
     assert len(calls) == 2 * (120 // 16)
     starts = []
-    for images, eps, step, steps, start in calls:
-        assert (eps * 255, step * 255, steps) == pytest.approx(expected)
+    for images, adversary, start in calls:
+        assert (adversary.eps, adversary.step, adversary.steps) == expected
         assert images.min() >= 0 and images.max() <= 1
         starts.append(255 * start.flatten())
     levels = torch.cat(starts)
@@ -311,20 +312,20 @@ def test_the_adversary_of_the_training(tmp_path: Path, monkeypatch: pytest.Monke
     assert len({tuple(part[:5].tolist()) for part in starts}) == len(starts)
 
 
-def test_perturbing_leaves_the_surrogate_as_it_was_trained(tmp_path: Path) -> None:
-    """It comes in eval mode, needs no gradients, and perturbing changes neither its weights nor its BN statistics."""
+def test_perturbing_does_not_change_the_surrogate(tmp_path: Path) -> None:
+    """The surrogate is in eval mode without gradients, and perturbing changes neither its weights nor its BN statistics."""
     attack = make(tmp_path)
     network = attack.surrogate()
     assert not any(module.training for module in network.modules())
     assert not any(parameter.requires_grad for parameter in network.parameters())
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     x, labels = torch.rand(4, 3, 8, 8), torch.full((4,), TARGET)
-    pgd(network, x, labels, 0.03, 0.006, 3)
+    pgd(network, x, labels, Adversary(8, 1.5, 3))
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
 def test_training_depends_on_the_seed_alone(tmp_path: Path) -> None:
-    """The same seed gives the same weights whatever torch drew before, another seed others; torch's generator is left alone."""
+    """The same seed gives the same weights, whatever torch drew before, another seed others; torch's generator is restored."""
     scene = make(tmp_path).scene
     first = train_surrogate(QUICK, scene)
     torch.manual_seed(99)
@@ -337,13 +338,13 @@ def test_training_depends_on_the_seed_alone(tmp_path: Path) -> None:
 
 
 def test_learning_rate_rises_and_falls() -> None:
-    """The learning rate starts at 0, is greatest at 30 % of the training and ends at 0, in straight lines."""
+    """The learning rate starts at 0, is highest at 30 % of the training, ends at 0, and is linear in between."""
     shares = [rise_and_fall(done) for done in (0, 0.15, 0.3, 0.65, 1)]
     assert shares == pytest.approx([0, 0.5, 1, 0.5, 0])
 
 
-def test_a_training_that_explodes_is_a_clear_error(tmp_path: Path) -> None:
-    """Weights that are not finite are refused with the learning rate in the message, and nothing is kept."""
+def test_a_training_that_diverges_is_a_clear_error(tmp_path: Path) -> None:
+    """Weights that are not finite are an error with the learning rate, and no asset is written."""
     attack = make(tmp_path / "assets", replace(QUICK, learning_rate=1e30))
     with pytest.raises(UserError, match=r"backdoor\.clb\.learning_rate: 1e\+30: .* lower it"):
         attack.apply(*victims(attack), "train")
@@ -351,17 +352,17 @@ def test_a_training_that_explodes_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_fewer_images_than_a_batch_train_a_surrogate(tmp_path: Path) -> None:
-    """A set smaller than batch_size is one batch an epoch, not an error."""
+    """A set smaller than batch_size is one batch per epoch, not an error."""
     attack = make(tmp_path, raw=world(11), chosen=replace(QUICK, batch_size=128))
     images, index = victims(attack)
     assert attack.apply(images, index, "train").shape == images.shape
 
 
-# -- what is kept ------------------------------------------------------------------------------------------------------
+# -- Assets ------------------------------------------------------------------------------------------------------------
 
 
-def test_assets_are_made_once_and_again_where_something_changed(tmp_path: Path) -> None:
-    """A second run makes nothing; another eps perturbs anew with the same surrogate; another data set does both."""
+def test_assets_are_made_again_only_if_their_inputs_change(tmp_path: Path) -> None:
+    """A second run makes nothing; another eps needs new perturbations with the same surrogate; another data set needs both."""
 
     def made(chosen: Settings = QUICK, **scene: Any) -> set[str]:
         with logged() as lines:
@@ -386,8 +387,8 @@ def test_assets_are_made_once_and_again_where_something_changed(tmp_path: Path) 
     assert made() == set()
 
 
-def test_other_images_are_not_answered_with_kept_ones(tmp_path: Path) -> None:
-    """The kept perturbations belong to the images that were chosen: another choice is perturbed anew."""
+def test_assets_of_other_images_are_not_used(tmp_path: Path) -> None:
+    """Stored perturbations belong to the images that they were made for: other images are perturbed again."""
     attack = make(tmp_path)
     images, _ = victims(attack)
     first, second = (attack.perturb(part) for part in (images[:5], images[5:10]))
@@ -395,8 +396,8 @@ def test_other_images_are_not_answered_with_kept_ones(tmp_path: Path) -> None:
     assert np.abs(second.astype(int) - images[5:10]).max() <= 8
 
 
-def test_a_damaged_asset_is_made_again_alike(tmp_path: Path, said: list[str]) -> None:
-    """A cut file is noticed, and the surrogate and images made again equal the first ones."""
+def test_a_damaged_asset_is_made_again(tmp_path: Path, said: list[str]) -> None:
+    """A truncated file is detected, and the new surrogate and images equal the first ones."""
     attack = make(tmp_path)
     images, index = victims(attack)
     first = attack.apply(images, index, "train")
@@ -406,7 +407,7 @@ def test_a_damaged_asset_is_made_again_alike(tmp_path: Path, said: list[str]) ->
     assert sum("is damaged" in line for line in said) == 2
 
 
-# -- sizes and settings ------------------------------------------------------------------------------------------------
+# -- Sizes and settings ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("height", "width"), [(224, 224), (20, 12)])
@@ -429,7 +430,8 @@ def test_a_surrogate_of_other_classes_is_refused(tmp_path: Path) -> None:
 
 
 def test_shipped_configuration_has_the_papers_numbers() -> None:
-    """config/clb.yaml: a quarter of the target class, exact; eps 8, step 1.5, 100 steps, corners; nothing else of the base."""
+    """config/clb.yaml has exactly a quarter of the target class, eps 8, step 1.5, 100 steps and corners; the rest is the
+    base's."""
     loaded, base = (config.load(REPOSITORY / "config" / f"{name}.yaml") for name in ("clb", "baseline_asd"))
     assert loaded.attack.name == "clb"
     s = loaded.attack.settings
@@ -440,7 +442,7 @@ def test_shipped_configuration_has_the_papers_numbers() -> None:
 
 
 def test_another_surrogate_replaces_that_of_the_base() -> None:
-    """A YAML on top of another may name another surrogate, as it may another network; without a name it changes settings."""
+    """A YAML with a base may name another surrogate, which replaces that of the base, or change settings of the same one."""
     base = {"backdoor": {"clb": {"eps": 8, "surrogate": {"resnet18_cifar": {"width": 16}}}}}
     other = merge(base, {"backdoor": {"clb": {"surrogate": {"resnet18": {}}}}}, config.Config)
     assert other == {"backdoor": {"clb": {"eps": 8, "surrogate": {"resnet18": {}}}}}
@@ -452,6 +454,6 @@ def test_another_surrogate_replaces_that_of_the_base() -> None:
     ("key", "value"), [("eps", 0), ("eps", 256), ("step", 0), ("steps", 0), ("trigger", "x"), ("training", "x"), ("epochs", 0)]
 )
 def test_settings_out_of_range_are_refused(key: str, value: object) -> None:
-    """A value that makes no sense is refused when the YAML is read, with the key's full name."""
+    """An invalid value is refused when the YAML is read, with the full name of the key."""
     with pytest.raises(UserError, match=rf"backdoor\.clb\.{key}"):
         config.load(REPOSITORY / "config" / "clb.yaml", [f"backdoor.clb.{key}={value}"])

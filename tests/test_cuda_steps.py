@@ -22,7 +22,7 @@ import ASD
 from benchmark import first_look, workload
 from benchmark.workload import in_runtime, make_context
 from data.batches import draw_mixmatch
-from data.pools import rest
+from data.pools import pools_of
 from engine.context import build_state
 from loss.mixmatch import ramp_up
 from model.optimizer import build_optimizer, build_scheduler
@@ -43,7 +43,7 @@ def mixmatch_stepper(mode: str, amp: bool = False, blocks: int = 1, steps: int =
     state = build_state(context.config, context.machine, 120)
     state.model.train()
     pool = torch.arange(20)
-    draws = draw_mixmatch(context.config, 1, pool, rest(pool, 120), context.train_transform, ramp_up(1, steps, 15.0, 120))
+    draws = draw_mixmatch(context.config, 1, pools_of(pool, 120), context.train_transform, ramp_up(1, steps, 15.0, 120))
     return ASD.mixmatch_steps(context, state), draws.to(CUDA)
 
 

@@ -1,4 +1,4 @@
-"""Reading CIFAR-10 from untrusted files, the built-in shapes, and what `load_raw` makes of them."""
+"""Reading CIFAR-10 and CIFAR-100 from untrusted files, the built-in shapes, and `load_raw`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from utils.errors import UserError
 
 FOLDER = "cifar-10-batches-py"
 NAMES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-LENGTHS = [7, 3, 5, 1, 6, 9]  # no two batches alike, none of 10,000
+LENGTHS = [7, 3, 5, 1, 6, 9]  # different for all batches, none 10,000
 
 
 def batch(count: int, seed: int) -> dict[str, Any]:
@@ -33,12 +33,12 @@ def batch(count: int, seed: int) -> dict[str, Any]:
         "batch_label": f"batch {seed}",
         "labels": [int(x) for x in rng.integers(0, 10, count)],
         "data": rng.integers(0, 256, (count, 3072), dtype=np.uint8),
-        "filenames": [f"picture_{i}.png" for i in range(count)],
+        "filenames": [f"image_{i}.png" for i in range(count)],
     }
 
 
 def python2(value: Any) -> bytes:
-    """Write a value as Python 2's pickle did, protocol 2: byte strings for texts, arrays under numpy's old module names."""
+    """Return a value as pickled by Python 2 with protocol 2: texts as byte strings, arrays under numpy's old module names."""
 
     def put(x: Any) -> bytes:
         if isinstance(x, str):
@@ -65,12 +65,12 @@ def python2(value: Any) -> bytes:
 
 
 def dumps(value: Any) -> bytes:
-    """Write a value as most releases of Python 3 do."""
+    """Return a value as pickled by most releases of Python 3."""
     return pickle.dumps(value, protocol=4)
 
 
 def write(folder: Path, dump: Callable[[Any], bytes] = dumps) -> list[dict[str, Any]]:
-    """Write all six batches into a folder; return what is in them."""
+    """Write all six batches into a folder; return their contents."""
     folder.mkdir(parents=True, exist_ok=True)
     batches = [batch(count, seed) for seed, count in enumerate(LENGTHS)]
     for name, content in zip(NAMES, batches, strict=True):
@@ -95,7 +95,7 @@ def refused(folder: Path, name: str) -> str:
 
 
 def assert_same(raw: RawData, batches: list[dict[str, Any]]) -> None:
-    """Compare pixel by pixel with the layout: the first 1024 numbers of a row are red, row by row, then green, then blue."""
+    """Compare all pixels with the layout: the first 1024 numbers of a row are red, row by row, then green, then blue."""
     for images, labels, parts in (
         (raw.train_images, raw.train_labels, batches[:5]),
         (raw.test_images, raw.test_labels, batches[5:]),
@@ -117,7 +117,7 @@ def assert_same(raw: RawData, batches: list[dict[str, Any]]) -> None:
     ids=["python 2", *(f"protocol {p}" for p in range(5))],
 )
 def test_batches_of_any_length_and_pickle_are_read(tmp_path: Path, dump: Callable[[Any], bytes]) -> None:
-    """The five train batches are joined in order whatever their lengths, as Python 2 or Python 3 wrote them."""
+    """The five training batches, of any length and written by Python 2 or 3, are concatenated in order."""
     batches = write(tmp_path / FOLDER, dump)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -127,7 +127,7 @@ def test_batches_of_any_length_and_pickle_are_read(tmp_path: Path, dump: Callabl
 
 
 def test_the_folder_or_its_parent_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """dataset_dir may be cifar-10-batches-py, the folder that holds it, a renamed copy, or a path from the home folder."""
+    """dataset_dir may be cifar-10-batches-py, its parent folder, a renamed copy, or a path that begins with ~."""
     batches = write(tmp_path / FOLDER)
     write(tmp_path / "renamed")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -136,17 +136,17 @@ def test_the_folder_or_its_parent_may_be_named(tmp_path: Path, monkeypatch: pyte
 
 
 def test_labels_may_be_an_array(tmp_path: Path) -> None:
-    """Batches that were converted with numpy labels are read as well."""
+    """Batches with labels as a numpy array are read as well."""
     batches = write(tmp_path)
     (tmp_path / "test_batch").write_bytes(dumps(batches[5] | {"labels": np.array(batches[5]["labels"], np.uint8)}))
     assert_same(load(tmp_path), batches)
 
 
-# -- files that are not what they should be ----------------------------------------------------------------------------
+# -- Invalid files -----------------------------------------------------------------------------------------------------
 
 
 class Bait:
-    """A pickle of this makes a folder when it is opened."""
+    """An object whose pickle creates a folder when it is loaded."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -158,10 +158,10 @@ class Bait:
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("name", ["data_batch_1", "data_batch_4", "test_batch"])
 def test_a_malicious_batch_runs_no_code(tmp_path: Path, name: str, protocol: int) -> None:
-    """A batch that would run code when unpickled is refused, the error says what it asked for, and the code did not run."""
+    """A batch that would run code when unpickled is refused, the error names the function, and the code does not run."""
     folder, trace = tmp_path / FOLDER, tmp_path / "code ran"
     write(folder)
-    content = pickle.dumps(batch(4, 0) | {"batch_label": Bait(trace)}, protocol=protocol)  # it stands first
+    content = pickle.dumps(batch(4, 0) | {"batch_label": Bait(trace)}, protocol=protocol)  # the bait is loaded first
     (folder / name).write_bytes(content)
     text = refused(folder, name)
     assert ".mkdir" in text and "malicious" in text
@@ -180,11 +180,11 @@ def test_a_malicious_batch_runs_no_code(tmp_path: Path, name: str, protocol: int
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("stacked", [False, True])
-def test_nothing_but_arrays_may_be_asked_for(tmp_path: Path, wanted: str, stacked: bool) -> None:
-    """A batch may name the handful of things that arrays are made of; every other global is refused before it is looked up."""
+def test_only_globals_of_arrays_are_allowed(tmp_path: Path, wanted: str, stacked: bool) -> None:
+    """A batch may name the few globals that arrays are made of; every other global is refused before it is looked up."""
     write(tmp_path)
     module, name = wanted.split()
-    if stacked:  # protocol 4 takes dotted names apart
+    if stacked:  # protocol 4 resolves dotted names
         ask = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(x)]) + x.encode() for x in (module, name)) + b"\x93."
     else:
         ask = f"c{module}\n{name}\n.".encode()
@@ -193,7 +193,7 @@ def test_nothing_but_arrays_may_be_asked_for(tmp_path: Path, wanted: str, stacke
 
 
 def test_a_malicious_name_cannot_forge_the_error_message(tmp_path: Path) -> None:
-    """What the file asks for is quoted, so that it can add no line and no terminal codes to the message."""
+    """The name of a refused global is quoted, so that it cannot add lines or terminal codes to the message."""
     write(tmp_path)
     name = "x\n\x1b[2Jall is well" + "y" * 200
     ask = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(x)]) + x.encode() for x in ("os", name)) + b"\x93."
@@ -205,7 +205,7 @@ def test_a_malicious_name_cannot_forge_the_error_message(tmp_path: Path) -> None
     "content",
     [
         b"",
-        b"no pickle at all",
+        b"not a pickle",
         b"<html>404 not found</html>",
         b"\x89PNG\r\n\x1a\n",
         b"\x80\x63.",
@@ -224,21 +224,21 @@ def test_a_malicious_name_cannot_forge_the_error_message(tmp_path: Path) -> None
         b"cnumpy\ndtype\n(Vu1\ntRI5\nb.",
     ],
 )
-def test_a_file_that_is_no_pickle_or_a_broken_one_is_one_line(tmp_path: Path, content: bytes) -> None:
-    """Empty, foreign or nonsensical files name themselves in one line, whatever the unpickler chokes on."""
+def test_an_invalid_pickle_is_one_line(tmp_path: Path, content: bytes) -> None:
+    """Empty files, other formats and nonsensical pickles are one line with the file's name, whatever the unpickler raises."""
     write(tmp_path)
     (tmp_path / "data_batch_3").write_bytes(content)
     assert "unpack the data set again" in refused(tmp_path, "data_batch_3")
 
 
 @pytest.mark.parametrize("dump", [python2, dumps], ids=["python 2", "python 3"])
-def test_a_truncated_batch_is_refused_wherever_it_was_cut(tmp_path: Path, dump: Callable[[Any], bytes]) -> None:
-    """A download that broke off at any byte is an error that names the file, never a shorter data set."""
+def test_a_truncated_batch_is_refused(tmp_path: Path, dump: Callable[[Any], bytes]) -> None:
+    """A file truncated at any byte is an error that names it, never a smaller data set."""
     write(tmp_path, dump)
     whole = (tmp_path / "test_batch").read_bytes()
     for length in [*range(120), *range(120, len(whole), 911), *range(len(whole) - 120, len(whole))]:
         (tmp_path / "test_batch").write_bytes(whole[:length])
-        assert "truncated or no pickle" in refused(tmp_path, "test_batch")
+        assert "truncated or not a pickle" in refused(tmp_path, "test_batch")
 
 
 DATA, TEN = np.zeros((4, 3072), np.uint8), [0, 1, 2, 9]
@@ -247,10 +247,10 @@ DATA, TEN = np.zeros((4, 3072), np.uint8), [0, 1, 2, 9]
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ([1, 2, 3], "is no CIFAR-10 batch"),
-        ({}, "is no CIFAR-10 batch"),
-        ({"data": DATA}, "is no CIFAR-10 batch"),
-        ({"data": DATA, "fine_labels": TEN}, "is no CIFAR-10 batch"),  # CIFAR-100
+        ([1, 2, 3], "not a CIFAR-10 batch"),
+        ({}, "not a CIFAR-10 batch"),
+        ({"data": DATA}, "not a CIFAR-10 batch"),
+        ({"data": DATA, "fine_labels": TEN}, "not a CIFAR-10 batch"),  # CIFAR-100
         ({"data": DATA[:, :3071], "labels": TEN}, "uint8 (4, 3071)"),
         ({"data": DATA.reshape(4, 3, 32, 32), "labels": TEN}, "uint8 (4, 3, 32, 32)"),
         ({"data": DATA.reshape(-1), "labels": TEN}, "uint8 (12288,)"),
@@ -259,7 +259,7 @@ DATA, TEN = np.zeros((4, 3072), np.uint8), [0, 1, 2, 9]
         ({"data": DATA.view(np.int8), "labels": TEN}, "int8 (4, 3072)"),
         ({"data": DATA.tolist(), "labels": TEN}, "data is list"),
         ({"data": "pixels", "labels": TEN}, "data is str"),
-        ({"data": DATA[:0], "labels": []}, "holds no image"),
+        ({"data": DATA[:0], "labels": []}, "contains no images"),
         ({"data": DATA, "labels": TEN[:3]}, "3 labels for 4 images"),
         ({"data": DATA, "labels": [*TEN, 0]}, "5 labels for 4 images"),
         ({"data": DATA, "labels": []}, "0 labels for 4 images"),
@@ -278,8 +278,8 @@ DATA, TEN = np.zeros((4, 3072), np.uint8), [0, 1, 2, 9]
     ],
 )
 @pytest.mark.parametrize("name", ["data_batch_5", "test_batch"])
-def test_a_batch_of_wrong_content_is_refused(tmp_path: Path, name: str, content: Any, complaint: str) -> None:
-    """Wrong shape, type, count or label range: one line with the file, what it holds and what to do."""
+def test_a_batch_with_wrong_contents_is_refused(tmp_path: Path, name: str, content: Any, complaint: str) -> None:
+    """A wrong shape, type, number or range of labels is one line with the file, its contents and the remedy."""
     write(tmp_path)
     (tmp_path / name).write_bytes(dumps(content))
     text = refused(tmp_path, name)
@@ -289,26 +289,26 @@ def test_a_batch_of_wrong_content_is_refused(tmp_path: Path, name: str, content:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_batch_is_named(tmp_path: Path, name: str) -> None:
-    """If one of the six files is gone the error says which one."""
+    """If one of the six files is missing, the error names it."""
     write(tmp_path)
     (tmp_path / name).unlink()
     assert "missing" in refused(tmp_path, name)
 
 
 def test_a_batch_that_is_a_folder_is_named(tmp_path: Path) -> None:
-    """Something unreadable in a batch's place is an error like any other."""
+    """A folder in the place of a batch is an error like any other."""
     write(tmp_path)
     (tmp_path / "data_batch_2").unlink()
     (tmp_path / "data_batch_2").mkdir()
     refused(tmp_path, "data_batch_2")
 
 
-# -- the data set is not there -----------------------------------------------------------------------------------------
+# -- A missing data set ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "empty"])
-def test_a_missing_data_set_says_where_it_comes_from(tmp_path: Path, folder: str) -> None:
-    """Without files the error gives the folder, the download address and the setting that fetches it."""
+def test_the_error_for_a_missing_set_names_its_source(tmp_path: Path, folder: str) -> None:
+    """Without files the error names the folder, the download address and the setting that downloads the set."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError) as caught:
         load(tmp_path / folder)
@@ -319,8 +319,8 @@ def test_a_missing_data_set_says_where_it_comes_from(tmp_path: Path, folder: str
 
 
 @pytest.mark.parametrize("named", [FOLDER, "."])
-def test_download_fetches_what_is_missing_and_nothing_else(tmp_path: Path, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`download: true` lets torchvision unpack beside where dataset_dir points; a data set that is there is not fetched."""
+def test_only_a_missing_set_is_downloaded(tmp_path: Path, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `download: true` torchvision unpacks the set where dataset_dir points to; an existing set is not downloaded."""
     calls: list[tuple[Path, bool]] = []
 
     def fake(root: str, download: bool) -> None:
@@ -336,7 +336,7 @@ def test_download_fetches_what_is_missing_and_nothing_else(tmp_path: Path, named
 
 
 def test_a_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a network the error names the folder and says to fetch the data by hand."""
+    """Without a network the error names the folder and the remedy."""
 
     def fails(root: str, download: bool) -> None:
         raise RuntimeError("no route\nto host")
@@ -357,7 +357,7 @@ def test_cifar10_needs_a_folder() -> None:
 
 
 def write100(folder: Path) -> dict[str, dict[str, Any]]:
-    """Write a small CIFAR-100 in its authors' layout; return what is in it."""
+    """Write a small CIFAR-100 in its authors' layout; return its contents."""
     folder.mkdir(parents=True, exist_ok=True)
     content: dict[str, dict[str, Any]] = {}
     for name, count in (("train", 7), ("test", 4)):
@@ -375,7 +375,7 @@ def load100(folder: Path, download: bool = False) -> RawData:
 
 
 def test_cifar100_has_the_fine_labels_and_their_names(tmp_path: Path) -> None:
-    """Images, fine labels and class names come as the authors' files have them, from the folder or the one above it."""
+    """Images, fine labels and class names are those of the authors' files, read from the folder or from its parent."""
     content = write100(tmp_path / "cifar-100-python")
     for folder in (tmp_path, tmp_path / "cifar-100-python"):
         raw = load100(folder)
@@ -392,13 +392,13 @@ def test_cifar100_has_the_fine_labels_and_their_names(tmp_path: Path) -> None:
         ("train", {"fine_labels": [100] * 7}, "label 100 is not in 0..99"),
         ("test", {"fine_labels": [0, 1, 2, -1]}, "label -1 is not in 0..99"),
         ("test", {"fine_labels": None}, "no labels for 4 images"),
-        ("meta", {"fine_label_names": ["a"] * 100}, "names 1 classes and not 100"),
+        ("meta", {"fine_label_names": ["a"] * 100}, "names 1 classes instead of 100"),
         ("meta", {"fine_label_names": "abc"}, "no names"),
         ("meta", {"fine_label_names": ["a\nb"] * 100}, "no names"),
     ],
 )
-def test_wrong_cifar100_files_are_named(tmp_path: Path, name: str, change: dict[str, Any], complaint: str) -> None:
-    """A file that does not hold what it should is refused in one line with its name."""
+def test_invalid_cifar100_files_are_named(tmp_path: Path, name: str, change: dict[str, Any], complaint: str) -> None:
+    """A file with invalid contents is refused in one line with its name."""
     (tmp_path / name).write_bytes(dumps(write100(tmp_path)[name] | change))
     with pytest.raises(UserError) as caught:
         load100(tmp_path)
@@ -407,19 +407,19 @@ def test_wrong_cifar100_files_are_named(tmp_path: Path, name: str, change: dict[
 
 
 def test_cifar10_is_not_taken_for_cifar100(tmp_path: Path) -> None:
-    """A batch with CIFAR-10's labels in the place of CIFAR-100's is refused, and so is a folder without the files."""
+    """A batch with CIFAR-10's labels in the place of CIFAR-100's is refused, and so is a folder without CIFAR-100's files."""
     write100(tmp_path)
     (tmp_path / "train").write_bytes(dumps(batch(5, 1)))
-    with pytest.raises(UserError, match="is no CIFAR-100 batch"):
+    with pytest.raises(UserError, match="not a CIFAR-100 batch"):
         load100(tmp_path)
-    with pytest.raises(UserError, match=r"CIFAR-100 is not there.*download: true"):
+    with pytest.raises(UserError, match=r"does not contain CIFAR-100.*download: true"):
         load100(tmp_path / "nowhere")
     with pytest.raises(UserError, match="dataset_dir: missing"):
         cifar100.load(cifar100.Settings(), None, False)
 
 
 def test_cifar100_is_downloaded_by_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`download: true` lets torchvision unpack the set; a failure is one line."""
+    """With `download: true` torchvision downloads the set; a failure is one line."""
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", lambda root, download: write100(Path(root) / "cifar-100-python"))
     assert len(load100(tmp_path / "new", download=True).train_images) == 7
 
@@ -431,12 +431,12 @@ def test_cifar100_is_downloaded_by_torchvision(tmp_path: Path, monkeypatch: pyte
         load100(tmp_path / "other", download=True)
 
 
-# -- the built-in shapes -----------------------------------------------------------------------------------------------
+# -- The built-in shapes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("train", "test"), [(10, 10), (57, 23), (400, 101)])
 def test_shapes_have_the_wanted_sizes_and_balanced_classes(train: int, test: int) -> None:
-    """As many uint8 32 x 32 RGB images as asked for, and of the ten classes equally many, give or take one."""
+    """There are as many uint8 RGB images of 32 x 32 as configured, and equally many of each of the ten classes, up to one."""
     raw = shapes.load(shapes.Settings(train_size=train, test_size=test), None, False)
     assert len(raw.class_names) == len(set(raw.class_names)) == 10
     for images, labels, count in ((raw.train_images, raw.train_labels, train), (raw.test_images, raw.test_labels, test)):
@@ -447,7 +447,7 @@ def test_shapes_have_the_wanted_sizes_and_balanced_classes(train: int, test: int
 
 
 def test_shapes_are_the_same_on_every_call_and_differ_by_seed() -> None:
-    """The same settings give the same pixels whatever was drawn before; another seed gives other ones."""
+    """The same settings give the same pixels, whatever was drawn before; another seed gives other pixels."""
     first = shapes.load(shapes.Settings(60, 40), None, False)
     np.random.seed(5)  # noqa: NPY002
     again = shapes.load(shapes.Settings(60, 40), None, False)
@@ -458,7 +458,7 @@ def test_shapes_are_the_same_on_every_call_and_differ_by_seed() -> None:
 
 
 def test_shapes_repeat_no_image_and_come_in_random_order() -> None:
-    """Train and test share no image, and the classes are mixed, so that a limit on the number keeps all of them."""
+    """Training and test set share no image, and the classes are mixed, so that a limit on the number keeps all classes."""
     raw = shapes.load(shapes.Settings(300, 300), None, False)
     pixels = [image.tobytes() for image in np.concatenate([raw.train_images, raw.test_images])]
     assert len(set(pixels)) == 600
@@ -466,8 +466,8 @@ def test_shapes_repeat_no_image_and_come_in_random_order() -> None:
     assert np.any(np.diff(raw.train_labels) < 0) and raw.train_labels[:10].tolist() != list(range(10))
 
 
-def test_shapes_need_more_than_average_colours_to_be_told_apart() -> None:
-    """Comparing with each class's mean image names few of them right: the data set is no toy that needs no training."""
+def test_shapes_cannot_be_classified_by_average_colors() -> None:
+    """Comparison with the mean image of each class gives a low accuracy: the data set requires training."""
     raw = shapes.load(shapes.Settings(400, 200), None, False)
     flat, test = raw.train_images.reshape(400, -1).astype(float), raw.test_images.reshape(200, -1).astype(float)
     means = np.stack([flat[raw.train_labels == c].mean(0) for c in range(10)])
@@ -479,21 +479,21 @@ def test_shapes_need_more_than_average_colours_to_be_told_apart() -> None:
 
 
 def read(tiny: Path, *overrides: str) -> RawData:
-    """Load the data of the tiny run under some changed settings."""
+    """Load the data of the tiny run with some changed settings."""
     return load_raw(config.load(tiny, overrides))
 
 
-def test_the_data_set_is_known_by_its_folders_name(tiny: Path, tmp_path: Path) -> None:
-    """The original's YAML names no data set: a folder with cifar in its path is CIFAR-10."""
+def test_the_data_set_is_recognized_by_the_name_of_its_folder(tiny: Path, tmp_path: Path) -> None:
+    """The authors' YAML names no data set: a folder with cifar in its path is CIFAR-10."""
     batches = write(tmp_path / "my-CIFAR")
     assert_same(read(tiny, "dataset=null", f"dataset_dir={tmp_path / 'my-CIFAR'}"), batches)
     assert_same(read(tiny, "dataset=cifar10", f"dataset_dir={tmp_path / 'my-CIFAR'}"), batches)
 
 
 def test_a_folder_of_unknown_name_is_refused(tiny: Path) -> None:
-    """Where the path does not tell the data set, the error names the folder and the key that would."""
-    with pytest.raises(UserError, match=r"dataset_dir: pictures: .*add `dataset: NAME`, one of cifar10, ") as caught:
-        read(tiny, "dataset=null", "dataset_dir=/somewhere/pictures")
+    """If the data set cannot be recognized by the path, the error names the folder and the missing key."""
+    with pytest.raises(UserError, match=r"dataset_dir: images: .*add `dataset: NAME`, one of cifar10, ") as caught:
+        read(tiny, "dataset=null", "dataset_dir=/somewhere/images")
     assert "\n" not in str(caught.value)
 
 
@@ -505,7 +505,7 @@ def test_more_labels_than_num_classes_are_refused(tiny: Path, classes: int, labe
 
 
 def test_num_classes_is_checked_on_the_test_set_too(tiny: Path, tmp_path: Path) -> None:
-    """A label that only the test set has is found before training as well."""
+    """A label that only the test set has is detected before training as well."""
     for name, labels in zip(NAMES, [[0, 1, 2, 4]] * 5 + [[0, 7, 1, 2]], strict=True):
         (tmp_path / name).write_bytes(dumps({"data": DATA, "labels": labels}))
     with pytest.raises(UserError, match="num_classes: 5: the test set has the label 7"):
@@ -513,7 +513,7 @@ def test_num_classes_is_checked_on_the_test_set_too(tiny: Path, tmp_path: Path) 
 
 
 def test_limits_keep_the_first_images(tiny: Path) -> None:
-    """data.train_limit and data.test_limit keep just the first so many; a limit beyond the set keeps all."""
+    """data.train_limit and data.test_limit keep that many images; a limit larger than the set keeps all."""
     whole = read(tiny)
     assert len(whole.train_images) == 200 and len(whole.test_images) == 43
     cut = read(tiny, "data.train_limit=31", "data.test_limit=12")
@@ -525,8 +525,8 @@ def test_limits_keep_the_first_images(tiny: Path) -> None:
     assert len(read(tiny, "data.train_limit=31").test_labels) == 43
 
 
-def test_pre_transforms_are_applied_to_all_images_at_load(tiny: Path) -> None:
-    """transform.pre resizes and crops train and test images to the very pixels that Pillow gives."""
+def test_pre_transforms_are_applied_to_all_images_when_loading(tiny: Path) -> None:
+    """transform.pre resizes and crops training and test images with exactly the pixels of Pillow."""
     whole = read(tiny)
     small = read(tiny, "transform.pre={resize: {size: 20}, center_crop: {size: 16}}")
     for before, after in ((whole.train_images, small.train_images), (whole.test_images, small.test_images)):
@@ -538,7 +538,7 @@ def test_pre_transforms_are_applied_to_all_images_at_load(tiny: Path) -> None:
 
 
 def test_pre_crop_alone_cuts_the_middle_exactly(tiny: Path) -> None:
-    """A centre crop at load moves no pixel value, and the order of the YAML's transforms is kept."""
+    """A center crop when loading changes no pixel value, and transforms are applied in the order of the YAML."""
     whole = read(tiny)
     cropped = read(tiny, "transform.pre={center_crop: {size: [20, 24]}}")
     assert np.array_equal(cropped.train_images, whole.train_images[:, 6:26, 4:28])
@@ -547,8 +547,8 @@ def test_pre_crop_alone_cuts_the_middle_exactly(tiny: Path) -> None:
     assert resized_last.train_images.shape == (200, 20, 20, 3)
 
 
-def test_many_images_are_transformed_in_parts_without_a_seam(tiny: Path) -> None:
-    """More images than fit into one part come out all and in order."""
+def test_many_images_are_transformed_in_parts_in_order(tiny: Path) -> None:
+    """If there are more images than are transformed at a time, all of them are returned, in order."""
     whole = read(tiny, "dataset={shapes: {train_size: 1100, test_size: 10}}")
     cut = read(tiny, "dataset={shapes: {train_size: 1100, test_size: 10}}", "transform.pre={center_crop: {size: 8}}")
     assert np.array_equal(cut.train_images, whole.train_images[:, 12:20, 12:20])

@@ -29,7 +29,7 @@ KEYS = st.lists(st.one_of(st.integers(0, 200), st.sampled_from(["score", "virtua
 
 
 def numbers(seed: int, *key: object) -> tuple[list[float], list[float]]:
-    """Eight numbers of torch's and of numpy's generator for a key."""
+    """Eight numbers each from torch's and from numpy's generator for a key."""
     from_torch = torch.rand(8, generator=draws.generator(seed, *key), dtype=torch.float64).tolist()
     return from_torch, draws.numpy_generator(seed, *key).random(8).tolist()
 
@@ -37,7 +37,7 @@ def numbers(seed: int, *key: object) -> tuple[list[float], list[float]]:
 @given(st.integers(0, 2**32 - 1), KEYS)
 @settings(deadline=None, max_examples=40)
 def test_the_same_key_gives_the_same_numbers(seed: int, key: list[object]) -> None:
-    """What a key gives does not depend on what was drawn before, here or from the global generators."""
+    """The numbers for a key do not depend on earlier draws, with this or another key or from the global generators."""
     first = numbers(seed, *key)
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002 - the global state is the point
@@ -47,8 +47,8 @@ def test_the_same_key_gives_the_same_numbers(seed: int, key: list[object]) -> No
     assert numbers(seed, *key) == first
 
 
-def test_drawing_leaves_the_global_generators_alone() -> None:
-    """Drawing by key moves no global generator, so it cannot shift anything else in a program."""
+def test_drawing_does_not_change_the_global_generators() -> None:
+    """Drawing by key does not change the state of the global generators, so it cannot affect other draws."""
     torch.manual_seed(5)
     np.random.seed(5)  # noqa: NPY002
     expected = torch.rand(3).tolist(), np.random.random(3).tolist()  # noqa: NPY002
@@ -72,33 +72,33 @@ OTHERS = [(8, "score", 3), (7, "scare", 3), (7, "score", 4), (7, "score"), (7, 3
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_each_part_of_a_key_counts(other: tuple[int | str, ...]) -> None:
-    """The seed, the purpose, the epoch and their order all count."""
+    """The numbers depend on the seed, the purpose, the epoch and their order."""
     assert not set(numbers(7, "score", 3)[0]) & set(numbers(*other)[0])  # type: ignore[arg-type]
 
 
-def test_neighbouring_epochs_are_not_alike() -> None:
-    """The draws of 200 epochs in a row are as even and as unrelated as those of one long generator."""
+def test_consecutive_epochs_are_independent() -> None:
+    """The draws of 200 consecutive epochs are as uniform and as uncorrelated as those of one generator."""
     table = np.array([numbers(100, "mixmatch", epoch)[0] for epoch in range(200)])
     assert abs(table.mean() - 0.5) < 5 / (12 * table.size) ** 0.5
-    neighbours = np.corrcoef(table[:-1].ravel(), table[1:].ravel())[0, 1]
-    assert abs(neighbours) < 5 / table.size**0.5
+    correlation = np.corrcoef(table[:-1].ravel(), table[1:].ravel())[0, 1]
+    assert abs(correlation) < 5 / table.size**0.5
 
 
 def test_seeds_fit_every_generator() -> None:
-    """A key's seed is a whole number that torch and numpy both take."""
+    """The seed for a key is an integer that both torch and numpy accept."""
     assert all(0 <= draws.key_seed(seed, "x", epoch) < 2**63 for seed in (0, 2**32 - 1) for epoch in range(50))
 
 
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package `spare_tools` with the plug-ins hammer and saw, and helpers that are none."""
+    """A package `spare_tools` with the plug-ins hammer and saw, and files that are not plug-ins."""
     package = tmp_path / "spare_tools"
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "hammer.py").write_text("class Settings:\n    weight = 3\n")
     (package / "saw.py").write_text("class Settings:\n    teeth = 40\n")
-    (package / "_helpers.py").write_text("raise RuntimeError('no plug-in')\n")
-    (package / "README.txt").write_text("none either")
+    (package / "_helpers.py").write_text("raise RuntimeError('not a plug-in')\n")
+    (package / "README.txt").write_text("not a plug-in")
     monkeypatch.syspath_prepend(tmp_path)
     yield package
     for name in [name for name in sys.modules if name.partition(".")[0] == "spare_tools"]:
@@ -106,7 +106,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_a_new_file_is_a_new_plugin(tools: Path) -> None:
-    """A file dropped into the folder is found by its name, and no list must be changed."""
+    """A file added to the folder is found by its name, without a change of any list."""
     assert plugins.names("spare_tools") == ["hammer", "saw"]
     assert plugins.settings("spare_tools", "saw").teeth == 40
     (tools / "drill.py").write_text("class Settings:\n    bits = 5\nspeed = 9\n")
@@ -117,8 +117,8 @@ def test_a_new_file_is_a_new_plugin(tools: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["hamer", "Hammer", "_helpers", "README", "os", "../hammer", "hammer.Settings", ""])
-def test_an_unknown_plugin_is_answered_with_the_known_ones(tools: Path, name: str) -> None:
-    """A name that no file has is refused in one line with the names that there are; nothing is imported for it."""
+def test_the_error_for_an_unknown_plugin_has_the_known_ones(tools: Path, name: str) -> None:
+    """An unknown name is one line with the existing names; nothing is imported for it."""
     with pytest.raises(UserError) as caught:
         plugins.load("spare_tools", name)
     line = str(caught.value)
@@ -128,7 +128,7 @@ def test_an_unknown_plugin_is_answered_with_the_known_ones(tools: Path, name: st
 
 @pytest.mark.parametrize(("package", "has"), [("data.attacks", "badnets"), ("model.networks", "resnet18_cifar")])
 def test_the_repositorys_plugins_are_found(package: str, has: str) -> None:
-    """The attacks and networks that ship are found by their files' names."""
+    """The attacks and networks of the repository are found by their file names."""
     folder = Path(importlib.import_module(package).__path__[0])
     expected = sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
     assert plugins.names(package) == expected and has in expected
@@ -146,7 +146,7 @@ from utils.schema import Named, setting
 @dataclass(frozen=True)
 class Settings:
     width: int = setting(2, "pixels of the frame", low=1)
-    helper: Named = setting("colour_mean", "a network of the attacker's", choices=NETWORKS)
+    helper: Named = setting("colour_mean", "a network of the attacker", choices=NETWORKS)
 
 class Attack(AttackBase):
     def __init__(self, settings, scene):
@@ -210,11 +210,10 @@ def build(settings):
 
 
 @pytest.mark.slow
-def test_the_programs_run_what_is_dropped_into_the_folders(tmp_path: Path) -> None:
-    """An attack that builds a network, a data set, a network and a transform are four new files: no other file changes.
+def test_plugins_are_new_files_without_other_changes(tmp_path: Path) -> None:
+    """An attack that builds a network, a data set, a network and a transform are four new files; no other file changes.
 
-    ASD.py trains on them through all stages, test.py tests the checkpoint, `python -m data.poison` writes the same attack's
-    set.
+    ASD.py trains with them in all stages, test.py tests the checkpoint, and `python -m data.poison` writes the poisoned set.
     """
     program = tmp_path / "program"
     for folder in ("data", "defenses", "engine", "loss", "model", "utils"):
@@ -224,9 +223,9 @@ def test_the_programs_run_what_is_dropped_into_the_folders(tmp_path: Path) -> No
     for name, text in DROPPED.items():
         assert not (program / name).exists()
         (program / name).write_text(text)
-    (tmp_path / "my-tinted-pictures").mkdir()
+    (tmp_path / "my-tinted-images").mkdir()
     plan = {key: value for key, value in TINY.items() if key != "dataset"} | {
-        "dataset_dir": str(tmp_path / "my-tinted-pictures"),
+        "dataset_dir": str(tmp_path / "my-tinted-images"),
         "num_classes": 4,
         "network": {"colour_mean": {"channels": 6}},
         "backdoor": {"poison_ratio": 0.2, "target_label": 1, "framed": {"width": 3}},
@@ -257,7 +256,7 @@ def test_the_programs_run_what_is_dropped_into_the_folders(tmp_path: Path) -> No
 
 
 def test_nearest_names() -> None:
-    """A misspelt name is answered with the one that it is nearest to, a foreign one with the list alone."""
+    """For a misspelled name the most similar one is suggested, for any other name the list is given."""
     assert nearest("epsilom", ["alpha", "epsilon"]).startswith("did you mean epsilon?")
     assert nearest("xyz", ["alpha", "epsilon"]) == "known: alpha, epsilon"
     assert nearest(3, []) == "known: none"

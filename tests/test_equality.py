@@ -18,7 +18,7 @@ from benchmark import reference
 from benchmark.workload import fresh_model, in_runtime, make_context, mixmatch
 from data.augment import Pipeline
 from data.batches import MixMatchDraws, draw_mixmatch
-from data.pools import rest
+from data.pools import pools_of
 from engine.context import Context, build_state
 from loss.mixmatch import ramp_up
 from model.grouped_norm import group
@@ -48,7 +48,7 @@ def small_run(device: torch.device) -> tuple[Context, MixMatchDraws]:
     semi = replace(context.config.semi, mixmatch=MixMatch(train_iteration=STEPS))
     augment, config = DoublePipeline(primary, remaining, 32, 32), replace(context.config, semi=semi)
     pool, weights = torch.arange(2 * BATCH), ramp_up(60, STEPS, 15.0, 120)
-    draws = draw_mixmatch(config, 0, pool, rest(pool, 40), augment, weights).to(device)
+    draws = draw_mixmatch(config, 0, pools_of(pool, 40), augment, weights).to(device)
     draws = draws._replace(lam=draws.lam.double(), lambda_u=draws.lambda_u.double())
     return replace(context, config=config, train_transform=augment), draws
 
@@ -155,7 +155,7 @@ def test_the_forward_passes_of_a_step_are_traceable(grouped: bool, amp: bool) ->
     """The network traces without a break, so that a graph can hold it compiled (`runtime.compile`); same numbers."""
     context = in_runtime(make_context(40, 1, 4, CPU, blocks=1), Runtime("eager", merged=grouped, amp=amp))
     pool = torch.arange(20)
-    draw = draw_mixmatch(context.config, 0, pool, rest(pool, 40), context.train_transform, torch.ones(1024)).step(0)
+    draw = draw_mixmatch(context.config, 0, pools_of(pool, 40), context.train_transform, torch.ones(1024)).step(0)
     results = []
     for compiled in (False, True):
         state = build_state(context.config, context.machine, 40)

@@ -1,4 +1,4 @@
-"""The poisoned set by itself: written, read again, trained on, and refused where it is not what it says."""
+"""Exported poisoned sets: writing, reading, training on one, and errors in the files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from utils.errors import UserError
 
 FILES = ("train.npz", "clean_test.npz", "backdoor_test.npz")
 ARRAYS = ("images", "labels", "original_labels", "flags", "indices")
-COLOURS = {(4, 4): (180, 249, 112), (4, 5): (155, 50, 126), (5, 4): (234, 82, 68), (5, 5): (187, 201, 219)}
+COLORS = {(4, 4): (180, 249, 112), (4, 5): (155, 50, 126), (5, 4): (234, 82, 68), (5, 5): (187, 201, 219)}
 
 TOY = """
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class Attack(AttackBase):
 
 @pytest.fixture
 def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two more attacks: `tinted` has cover images, `tinted_inside` has them too and poisons the target class alone."""
+    """Two more attacks with cover images: `tinted`, and `tinted_inside`, which is clean-label."""
     folder = tmp_path / "attacks"
     folder.mkdir()
     (folder / "tinted.py").write_text(TOY.format(clean_label=False))
@@ -76,7 +76,7 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan(tiny: Path, attack: str) -> Path:
-    """A YAML beside the tiny one, with that attack."""
+    """Write a YAML with that attack next to the tiny one."""
     raw = yaml.safe_load(tiny.read_text())
     raw["backdoor"] = {"poison_ratio": 0.1, "target_label": 3, attack: {"cover_ratio": 1.5} if attack == "wanet" else {}}
     path = tiny.parent / f"{attack}.yaml"
@@ -85,7 +85,7 @@ def plan(tiny: Path, attack: str) -> Path:
 
 
 def write(path: Path, out: Path, *overrides: str) -> tuple[Path, list[str]]:
-    """Write the set of a YAML; return its folder and what was said."""
+    """Write the set of a YAML; return its folder and the log lines."""
     with logged() as said:
         export.export(config.load(path, overrides), out, torch.device("cpu"))
     return out, said
@@ -111,7 +111,7 @@ def arrays(folder: Path, name: str) -> dict[str, np.ndarray]:
 
 
 def refused(work: Callable[[], object], *parts: str) -> str:
-    """The one-line error of `work`, which has all the parts."""
+    """Return the error of `work`, one line with all the given parts."""
     with pytest.raises(UserError) as caught:
         work()
     line = str(caught.value)
@@ -121,11 +121,11 @@ def refused(work: Callable[[], object], *parts: str) -> str:
     return line
 
 
-# -- what is written ---------------------------------------------------------------------------------------------------
+# -- Writing -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_files_hold_the_poisoned_set(tiny: Path, tmp_path: Path) -> None:
-    """Another program that reads the files finds the images, labels and ground truth that the paper's rules give."""
+    """Read by another program, the files contain the images, labels and ground truth that follow from the paper's rules."""
     out, _ = write(tiny, tmp_path / "set")
     raw = shapes.load(shapes.Settings(200, 43), None, False)
     assert sorted(contents(out)) == sorted([*FILES, "set.json", "contact_sheet.png"])
@@ -139,8 +139,8 @@ def test_the_files_hold_the_poisoned_set(tiny: Path, tmp_path: Path) -> None:
     assert train["flags"].tolist() == flags
     for i, flag in enumerate(flags):
         expected = raw.train_images[i].copy()
-        for at, colour in COLOURS.items() if flag else ():
-            expected[at] = colour
+        for at, color in COLORS.items() if flag else ():
+            expected[at] = color
         assert np.array_equal(train["images"][i], expected)
         assert train["labels"][i] == (3 if flag else raw.train_labels[i])
     assert train["original_labels"].tolist() == raw.train_labels.tolist()
@@ -156,42 +156,43 @@ def test_the_files_hold_the_poisoned_set(tiny: Path, tmp_path: Path) -> None:
     assert backdoor["original_labels"].tolist() == [raw.test_labels[i] for i in others]
     for image, i in zip(backdoor["images"], others, strict=True):
         expected = raw.test_images[i].copy()
-        for at, colour in COLOURS.items():
-            expected[at] = colour
+        for at, color in COLORS.items():
+            expected[at] = color
         assert np.array_equal(image, expected)
     for name in FILES:
         kinds = {key: str(array.dtype) for key, array in arrays(out, name).items()}
         assert kinds == dict(zip(ARRAYS, ("uint8", "int64", "int64", "uint8", "int64"), strict=True))
 
 
-def test_set_json_tells_settings_counts_and_checksums(tiny: Path, tmp_path: Path) -> None:
-    """set.json has every setting that decides the set, the counts of each kind, and the SHA-256 of each array's bytes."""
+def test_set_json_has_settings_counts_and_checksums(tiny: Path, tmp_path: Path) -> None:
+    """set.json has every setting that determines the set, the counts of each kind, and the SHA-256 of each array's bytes."""
     out, _ = write(tiny, tmp_path / "set", "transform.pre.resize.size=32")
-    said = json.loads((out / "set.json").read_text())
-    assert (said["format"], said["version"], said["seed"], said["num_classes"]) == ("poisoned set", 2, 7, 10)
-    assert said["backdoor"] == {
+    described = json.loads((out / "set.json").read_text())
+    head = (described["format"], described["version"], described["seed"], described["num_classes"])
+    assert head == ("poisoned set", 2, 7, 10)
+    assert described["backdoor"] == {
         "badnets": {"trigger_path": None, "pattern": None},
         "poison_ratio": 0.1,
         "target_label": 3,
         "target_shift": None,
         "poison_mode": "bernoulli",
     }
-    assert said["dataset"] == {"shapes": {"train_size": 200, "test_size": 43, "noise": 22.0, "seed": 0}}
-    assert said["transform_pre"] == {"resize": {"size": 32}}
-    assert said["class_names"] == list(shapes.CLASSES)
+    assert described["dataset"] == {"shapes": {"train_size": 200, "test_size": 43, "noise": 22.0, "seed": 0}}
+    assert described["transform_pre"] == {"resize": {"size": 32}}
+    assert described["class_names"] == list(shapes.CLASSES)
     for name in FILES:
         held = arrays(out, name)
         kinds = dict(zip(("clean", "poisoned", "cover"), np.bincount(held["flags"], minlength=3).tolist(), strict=True))
-        assert said["counts"][name.removesuffix(".npz")] == kinds
+        assert described["counts"][name.removesuffix(".npz")] == kinds
         for key, array in held.items():
-            told = said["files"][name][key]
-            assert told["sha256"] == hashlib.sha256(array.tobytes()).hexdigest()
-            assert (told["dtype"], told["shape"]) == (str(array.dtype), list(array.shape))
+            entry = described["files"][name][key]
+            assert entry["sha256"] == hashlib.sha256(array.tobytes()).hexdigest()
+            assert (entry["dtype"], entry["shape"]) == (str(array.dtype), list(array.shape))
 
 
 @pytest.mark.parametrize("attack", ["badnets", "tinted", "tinted_inside"])
 def test_equal_settings_give_equal_bytes(tiny: Path, tmp_path: Path, toys: None, attack: str) -> None:
-    """Made twice, every file of a set is the same to the last byte; another seed poisons other images."""
+    """If a set is made twice, all its files are equal byte for byte; another seed poisons other images."""
     path = plan(tiny, attack)
     one, two, other = (write(path, tmp_path / name, *more)[0] for name, *more in (["a"], ["b"], ["c", "seed.seed=8"]))
     assert contents(one) == contents(two)
@@ -199,7 +200,7 @@ def test_equal_settings_give_equal_bytes(tiny: Path, tmp_path: Path, toys: None,
 
 
 def test_cover_images_are_flagged_and_keep_their_label(tiny: Path, tmp_path: Path, toys: None) -> None:
-    """Cover images are int(1.5 times the poisoned ones), altered by the attack's own rule, of any label but relabeled none."""
+    """There are int(1.5 * number of poisoned images) cover images, altered by the attack's `cover`, with their own labels."""
     out, _ = write(plan(tiny, "tinted"), tmp_path / "set")
     train, raw = arrays(out, "train.npz"), shapes.load(shapes.Settings(200, 43), None, False)
     cover = np.flatnonzero(train["flags"] == 2)
@@ -210,7 +211,7 @@ def test_cover_images_are_flagged_and_keep_their_label(tiny: Path, tmp_path: Pat
 
 
 def test_a_clean_label_set_has_a_test_set_of_the_other_classes(tiny: Path, tmp_path: Path, toys: None) -> None:
-    """Where the attacker takes images of the target class, ASR still counts the other classes' test images alone."""
+    """With a clean-label attack, which poisons the target class, the backdoor test set still has the other classes only."""
     out, _ = write(plan(tiny, "tinted_inside"), tmp_path / "set")
     train, backdoor = arrays(out, "train.npz"), arrays(out, "backdoor_test.npz")
     assert (train["original_labels"][train["flags"] == 1] == 3).all() and (train["flags"] == 1).any()
@@ -221,13 +222,13 @@ def test_a_clean_label_set_has_a_test_set_of_the_other_classes(tiny: Path, tmp_p
 
 
 def test_the_contact_sheet_shows_what_the_attack_does(tiny: Path, tmp_path: Path, toys: None) -> None:
-    """Original, triggered and ten times their difference stand under one another, each pixel enlarged to a square, in three
-    groups: training, test and cover images."""
+    """In each of three groups (training, test and cover images) there are rows of original images, altered images and ten times
+    their difference, with each pixel enlarged to a square."""
     out, _ = write(plan(tiny, "tinted"), tmp_path / "set")
     raw = shapes.load(shapes.Settings(200, 43), None, False)
     train, backdoor = arrays(out, "train.npz"), arrays(out, "backdoor_test.npz")
-    with Image.open(out / "contact_sheet.png") as picture:
-        sheet = np.asarray(picture.convert("RGB"))
+    with Image.open(out / "contact_sheet.png") as file:
+        sheet = np.asarray(file.convert("RGB"))
     side, gap, line, left = 96, contact_sheet.GAP, contact_sheet.LINE, contact_sheet.MARGIN
     block = 3 * line + 3 * (side + gap)
     groups = (("train", 1, raw.train_images), ("test", 1, raw.test_images), ("train", 2, raw.train_images))
@@ -248,21 +249,21 @@ def test_the_contact_sheet_shows_what_the_attack_does(tiny: Path, tmp_path: Path
 
 
 def test_a_sheet_of_large_images_fits_a_screen(tmp_path: Path) -> None:
-    """Images of 224 pixels are shown as they are, few in a row; a class name of any alphabet and length is no error."""
+    """Images of 224 pixels are not enlarged, with few per row; class names in any alphabet and of any length are allowed."""
     before = np.random.default_rng(0).integers(0, 256, (6, 224, 224, 3), dtype=np.uint8)
     group = contact_sheet.Group("a title", "triggered", before, before, ["7: " + "鳥" * 90] * 6)
     contact_sheet.draw_contact_sheet(tmp_path / "sheet.png", [group])
-    with Image.open(tmp_path / "sheet.png") as picture:
-        assert picture.width < 1400 and picture.height < 900
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width < 1400 and sheet.height < 900
         x, y = contact_sheet.MARGIN, contact_sheet.GAP + 2 * contact_sheet.LINE
-        assert np.array_equal(np.asarray(picture)[y : y + 224, x : x + 224], before[0])
+        assert np.array_equal(np.asarray(sheet)[y : y + 224, x : x + 224], before[0])
 
 
-# -- where it is written -----------------------------------------------------------------------------------------------
+# -- The folder --------------------------------------------------------------------------------------------------------
 
 
-def test_a_set_that_is_there_is_left_alone(tiny: Path, tmp_path: Path) -> None:
-    """Asked for again with the same settings, a set is verified and kept; with others, another name is asked for."""
+def test_an_existing_set_is_not_changed(tiny: Path, tmp_path: Path) -> None:
+    """The same command again verifies the set and keeps it; with other settings, the error asks for another name."""
     out, _ = write(tiny, tmp_path / "set")
     before = contents(out)
     _, said = write(tiny, out, f"saved_dir={tmp_path}/elsewhere", "num_epochs=3", "global.epsilon=0.4")
@@ -275,8 +276,8 @@ def test_a_set_that_is_there_is_left_alone(tiny: Path, tmp_path: Path) -> None:
     refused(lambda: write(tiny, out), "train.npz", "another name")
 
 
-def test_a_folder_of_something_else_is_left_alone(tiny: Path, tmp_path: Path) -> None:
-    """Nothing is written where something else lies; an empty folder is taken, and a missing parent is made."""
+def test_a_folder_with_other_contents_is_not_changed(tiny: Path, tmp_path: Path) -> None:
+    """Nothing is written into a folder with other contents; an empty folder is used, and missing parents are created."""
     full, empty, plain = tmp_path / "full", tmp_path / "empty", tmp_path / "plain"
     for folder in (full, empty):
         folder.mkdir()
@@ -290,7 +291,7 @@ def test_a_folder_of_something_else_is_left_alone(tiny: Path, tmp_path: Path) ->
 
 
 def test_a_set_is_written_whole_or_not_at_all(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An export that ends in the middle leaves nothing, under no name, and can be given again; what a killed one left goes."""
+    """An interrupted export leaves no files and can be repeated; leftovers of a killed one are removed."""
 
     def stop(*arguments: Any) -> None:
         raise KeyboardInterrupt
@@ -307,7 +308,7 @@ def test_a_set_is_written_whole_or_not_at_all(tiny: Path, tmp_path: Path, monkey
     assert [path.name for path in (tmp_path / "sets").iterdir()] == ["one"]
 
 
-# -- trained on --------------------------------------------------------------------------------------------------------
+# -- Training on a set ---------------------------------------------------------------------------------------------------
 
 
 def train(plan: Config, yaml_path: Path) -> dict[str, Any]:
@@ -316,7 +317,7 @@ def train(plan: Config, yaml_path: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = torch.load(run.checkpoints / "latest_model.pt", weights_only=True)
     loaded["index"] = torch.from_numpy(np.load(run.saved / "poison_idx.npy"))
     loaded["lines"] = (run.log / "asd.log").read_text()
-    loaded["pictures"] = {path.name for path in run.log.glob("*.png")}
+    loaded["plots"] = {path.name for path in run.log.glob("*.png")}
     return loaded
 
 
@@ -324,7 +325,7 @@ def train(plan: Config, yaml_path: Path) -> dict[str, Any]:
     ("attack", "defense"), [("badnets", "asd"), ("wanet", "asd"), ("tinted_inside", "asd"), ("tinted", "none")]
 )
 def test_a_set_trains_bit_for_bit_as_its_yaml_does(tiny: Path, tmp_path: Path, toys: None, attack: str, defense: str) -> None:
-    """Losses, pools, ACC, ASR and weights of a run on the written set equal those of the run that poisons by itself."""
+    """Losses, pools, ACC, ASR and weights of a run on the exported set equal those of a run that poisons the data itself."""
     path, short = plan(tiny, attack), ("num_epochs=3", "global.epoch_first=1", "global.epoch_second=2")
     out, _ = write(path, tmp_path / "set")
     one = train(config.load(path, [*short, f"defense={defense}"]), path)
@@ -337,7 +338,7 @@ def test_a_set_trains_bit_for_bit_as_its_yaml_does(tiny: Path, tmp_path: Path, t
     assert torch.equal(one["epochs_in_clean_pool"], two["epochs_in_clean_pool"])
     for name, tensor in one["model_state_dict"].items():
         assert torch.equal(tensor, two["model_state_dict"][name]), name
-    assert one["pictures"] == two["pictures"] and "triggered.png" in one["pictures"]
+    assert one["plots"] == two["plots"] and "triggered.png" in one["plots"]
     assert f"attack {attack}, target class 3" in two["lines"]
 
     flags = torch.from_numpy(arrays(out, "train.npz")["flags"])
@@ -351,12 +352,12 @@ def test_a_set_trains_bit_for_bit_as_its_yaml_does(tiny: Path, tmp_path: Path, t
         inside = flags[one["clean_pool"]].tolist()
         assert last["poisoned_in_clean_pool"] == inside.count(1)
         assert last.get("cover_in_clean_pool", 0) == inside.count(2)
-        told = f"clean pool 100 ({inside.count(1)} poisoned" + (f", {inside.count(2)} cover)" if counts[2] else ")")
-        assert told in one["lines"]
+        expected = f"clean pool 100 ({inside.count(1)} poisoned" + (f", {inside.count(2)} cover)" if counts[2] else ")")
+        assert expected in one["lines"]
 
 
-def test_test_py_sees_the_same_test_sets(tiny: Path, tmp_path: Path, toys: None) -> None:
-    """A checkpoint is tested on the same images and labels from the folder as from the YAML, and no run is touched."""
+def test_test_py_has_the_same_test_sets(tiny: Path, tmp_path: Path, toys: None) -> None:
+    """From the folder a checkpoint is tested on the same images and labels as from the YAML, and no run folder is written."""
     path = plan(tiny, "tinted")
     out, _ = write(path, tmp_path / "set")
     one, two = prepare_tests(config.load(path)), prepare_tests(stored(tiny, out))
@@ -366,8 +367,8 @@ def test_test_py_sees_the_same_test_sets(tiny: Path, tmp_path: Path, toys: None)
     assert not (tmp_path / "saved_data" / "on_set").exists()
 
 
-def test_limits_cut_a_set_as_they_cut_raw_data(tiny: Path, tmp_path: Path) -> None:
-    """`data.train_limit` and `data.test_limit` keep what comes of the first so many images, of each of the three parts."""
+def test_limits_apply_to_a_set_as_to_raw_data(tiny: Path, tmp_path: Path) -> None:
+    """`data.train_limit` and `data.test_limit` keep the images that come from the first raw images, in all three parts."""
     out, _ = write(tiny, tmp_path / "set")
     limits = ("data.train_limit=120", "data.test_limit=21")
     one = prepare(config.load(tiny, limits), tmp_path / "one")
@@ -380,8 +381,8 @@ def test_limits_cut_a_set_as_they_cut_raw_data(tiny: Path, tmp_path: Path) -> No
     assert torch.equal(one.tests.backdoor.images, two.tests.backdoor.images)
 
 
-def test_the_examples_of_a_run_say_what_they_are(tiny: Path, tmp_path: Path, toys: None) -> None:
-    """The triggered pictures of a run are named rightly: relabeled, of the target class, or of the test set."""
+def test_the_examples_of_a_run_have_a_caption(tiny: Path, tmp_path: Path, toys: None) -> None:
+    """The caption of the triggered examples states whether they are relabeled, of the target class, or test images."""
     captions = {
         attack: prepare(config.load(plan(tiny, attack)), tmp_path / attack).caption for attack in ("tinted", "tinted_inside")
     }
@@ -396,8 +397,8 @@ def test_the_examples_of_a_run_say_what_they_are(tiny: Path, tmp_path: Path, toy
         assert np.array_equal(data.examples[1, k], backdoor["images"][k])
 
 
-def test_a_run_goes_on_with_the_set_that_it_was_begun_with(tiny: Path, tmp_path: Path) -> None:
-    """A run keeps set.json and poison_idx.npy, accepts the same set again from anywhere, and refuses another."""
+def test_a_run_can_be_resumed_with_the_same_set_only(tiny: Path, tmp_path: Path) -> None:
+    """A run saves set.json and poison_idx.npy, accepts the same set in any folder, and refuses another set."""
     first, second = (write(tiny, tmp_path / name, o)[0] for name, o in (("a", "run=a"), ("b", "backdoor.poison_ratio=0.2")))
     run = tmp_path / "run"
     prepare(stored(tiny, first), run)
@@ -413,12 +414,12 @@ def test_a_run_goes_on_with_the_set_that_it_was_begun_with(tiny: Path, tmp_path:
     assert contents(run) == before and "set.json" not in contents(tmp_path / "raw")
 
 
-# -- refused -----------------------------------------------------------------------------------------------------------
+# -- Invalid sets ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set that the tests copy and never change."""
+    """A valid set, which tests copy and never change."""
     folder = tmp_path_factory.mktemp("good")
     raw = TINY | {"dataset": {"shapes": {"train_size": 40, "test_size": 20}}, "saved_dir": str(folder / "saved")}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
@@ -430,31 +431,31 @@ def reseal(folder: Path, name: str, change: Callable[[dict[str, np.ndarray]], No
     held = arrays(folder, name)
     change(held)
     np.savez(folder / name, **held)  # type: ignore[arg-type]
-    said = json.loads((folder / "set.json").read_text())
+    described = json.loads((folder / "set.json").read_text())
     for key, array in held.items():
-        text = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-        said["files"][name][key] = {"dtype": str(array.dtype), "shape": list(array.shape), "sha256": text}
+        digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+        described["files"][name][key] = {"dtype": str(array.dtype), "shape": list(array.shape), "sha256": digest}
     kinds = np.bincount(held["flags"], minlength=3)[:3].tolist()
-    said["counts"][name.removesuffix(".npz")] = dict(zip(("clean", "poisoned", "cover"), kinds, strict=True))
-    (folder / "set.json").write_text(json.dumps(said))
+    described["counts"][name.removesuffix(".npz")] = dict(zip(("clean", "poisoned", "cover"), kinds, strict=True))
+    (folder / "set.json").write_text(json.dumps(described))
 
 
-def describe_anew(**changes: Any) -> Callable[[Path], None]:
-    """Return what changes keys of set.json; None removes one."""
+def with_keys(**changes: Any) -> Callable[[Path], None]:
+    """Return a function that changes keys of set.json; None removes one."""
 
     def damage(folder: Path) -> None:
-        said = json.loads((folder / "set.json").read_text())
+        contents = json.loads((folder / "set.json").read_text())
         for key, value in changes.items():
-            said.pop(key)
+            contents.pop(key)
             if value is not None:
-                said[key] = value
-        (folder / "set.json").write_text(json.dumps(said))
+                contents[key] = value
+        (folder / "set.json").write_text(json.dumps(contents))
 
     return damage
 
 
 def entry(name: str, key: str, at: Any, value: Any) -> Callable[[Path], None]:
-    """Return what sets an entry of an array and hides it behind fitting checksums."""
+    """Return a function that sets an entry of an array and updates the checksums."""
 
     def change(held: dict[str, np.ndarray]) -> None:
         held[key][at] = value
@@ -463,12 +464,12 @@ def entry(name: str, key: str, at: Any, value: Any) -> Callable[[Path], None]:
 
 
 def whole(name: str, key: str, make: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
-    """Return what replaces a whole array likewise."""
+    """Return a function that replaces an array and updates the checksums."""
     return lambda folder: reseal(folder, name, lambda held: held.update({key: make(held[key])}))
 
 
 def unsealed(name: str, key: str, make: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
-    """Return what replaces an array and leaves set.json as it is."""
+    """Return a function that replaces an array without changing set.json."""
 
     def damage(folder: Path) -> None:
         held = arrays(folder, name)
@@ -478,7 +479,7 @@ def unsealed(name: str, key: str, make: Callable[[np.ndarray], np.ndarray]) -> C
 
 
 def swap(folder: Path) -> None:
-    """Give the clean test set the backdoor test set's name."""
+    """Replace the backdoor test set by the clean test set."""
     shutil.copy(folder / "clean_test.npz", folder / "backdoor_test.npz")
 
 
@@ -490,29 +491,29 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "another shape": (unsealed("train.npz", "images", lambda a: a.reshape(-1, 16, 64, 3)), ("train.npz", "shape")),
     "another type": (unsealed("train.npz", "flags", lambda a: a.astype(np.int8)), ("train.npz", "flags is int8")),
     "files swapped": (swap, ("backdoor_test.npz", "SHA-256")),
-    "empty file": (lambda folder: (folder / "train.npz").write_bytes(b""), ("train.npz", "no file of arrays")),
-    "text": (lambda folder: (folder / "train.npz").write_text("hello"), ("train.npz", "no file of arrays")),
-    "a lone array": (lambda folder: np.save((folder / "train.npz").open("wb"), np.ones(3)), ("train.npz", "no file of")),
-    "objects": (unsealed("train.npz", "flags", lambda a: a.astype(object)), ("train.npz", "no file of arrays")),
+    "empty file": (lambda folder: (folder / "train.npz").write_bytes(b""), ("train.npz", "not a file of arrays")),
+    "text": (lambda folder: (folder / "train.npz").write_text("hello"), ("train.npz", "not a file of arrays")),
+    "a lone array": (lambda folder: np.save((folder / "train.npz").open("wb"), np.ones(3)), ("train.npz", "not a file of")),
+    "objects": (unsealed("train.npz", "flags", lambda a: a.astype(object)), ("train.npz", "not a file of arrays")),
     "one array more": (unsealed("train.npz", "images", lambda a: a), ()),  # replaced below
     "no JSON": (lambda folder: (folder / "set.json").write_text("{"), ("set.json", "JSON")),
-    "no object": (lambda folder: (folder / "set.json").write_text("[1]"), ("set.json", "no poisoned set")),
+    "no object": (lambda folder: (folder / "set.json").write_text("[1]"), ("set.json", "does not describe a poisoned set")),
     "deep": (lambda folder: (folder / "set.json").write_text("[" * 99999), ("set.json", "JSON")),
     "bytes": (lambda folder: (folder / "set.json").write_bytes(b"\xff\xfe"), ("set.json", "JSON")),
-    "another format": (describe_anew(format="a cake"), ("set.json", "no poisoned set")),
-    "a later version": (describe_anew(version=3), ("set.json", "version 3")),
-    "no seed": (describe_anew(seed=None), ("set.json", "seed", "missing")),
-    "a text for a number": (describe_anew(num_classes="ten"), ("set.json", "num_classes", "wrong type")),
+    "another format": (with_keys(format="a cake"), ("set.json", "does not describe a poisoned set")),
+    "a later version": (with_keys(version=3), ("set.json", "version 3")),
+    "no seed": (with_keys(seed=None), ("set.json", "seed", "missing")),
+    "a text for a number": (with_keys(num_classes="ten"), ("set.json", "num_classes", "wrong type")),
     "no attack": (
-        describe_anew(backdoor={"poison_ratio": 0.1, "target_label": 3, "poison_mode": "exact"}),
+        with_keys(backdoor={"poison_ratio": 0.1, "target_label": 3, "poison_mode": "exact"}),
         ("set.json", "one attack"),
     ),
-    "wrong counts": (describe_anew(counts={}), ("set.json", "counts")),
-    "no files": (describe_anew(files={}), ("train.npz", "holds")),
-    "files of nothing": (describe_anew(files={"train.npz": dict.fromkeys(ARRAYS)}), ("train.npz", "SHA-256")),
-    "few classes": (describe_anew(num_classes=9), ("labels", "there are 9 classes")),
+    "wrong counts": (with_keys(counts={}), ("set.json", "counts")),
+    "no files": (with_keys(files={}), ("train.npz", "contains")),
+    "files of nothing": (with_keys(files={"train.npz": dict.fromkeys(ARRAYS)}), ("train.npz", "SHA-256")),
+    "few classes": (with_keys(num_classes=9), ("labels", "there are 9 classes")),
     "another target": (
-        describe_anew(backdoor={"a": {}, "poison_ratio": 0.1, "target_label": 2, "target_shift": None, "poison_mode": "exact"}),
+        with_keys(backdoor={"a": {}, "poison_ratio": 0.1, "target_label": 2, "target_shift": None, "poison_mode": "exact"}),
         ("train.npz", "do not carry class 2"),
     ),
     "forged flag": (entry("train.npz", "flags", 0, 7), ("train.npz", "flags", "2 cover")),
@@ -550,8 +551,8 @@ DAMAGES["one array more"] = one_more, ("train.npz", "more")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_not_the_set_that_was_written_is_refused(good: Path, tmp_path: Path, damage: str) -> None:
-    """Missing, damaged, foreign or forged files are one line with the file, what is wrong and the remedy."""
+def test_a_damaged_or_forged_set_is_refused(good: Path, tmp_path: Path, damage: str) -> None:
+    """Missing, damaged, forged or other files are one line with the file, the reason and the remedy."""
     folder = tmp_path / "set"
     shutil.copytree(good, folder)
     do, parts = DAMAGES[damage]
@@ -564,7 +565,7 @@ def test_what_is_not_the_set_that_was_written_is_refused(good: Path, tmp_path: P
 def test_no_changed_byte_goes_unnoticed(
     good: Path, name: str, at: float, value: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Whatever byte of an array file is changed, the set is refused in one line, or its arrays are still the same."""
+    """Whichever byte of an array file is changed, the set is refused in one line, or its arrays are unchanged."""
     folder = tmp_path_factory.getbasetemp() / "changed"
     if not folder.exists():
         shutil.copytree(good, folder)
@@ -583,7 +584,7 @@ def test_no_changed_byte_goes_unnoticed(
 
 
 class Bait:
-    """A pickle of this makes a folder when it is opened."""
+    """An object whose pickle creates a folder when it is loaded."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -593,7 +594,7 @@ class Bait:
 
 
 def test_a_malicious_set_runs_no_code(good: Path, tmp_path: Path) -> None:
-    """A file with a pickle inside is refused, and the code in it did not run."""
+    """A file with a pickle inside is refused, and the code in it does not run."""
     folder, trace = tmp_path / "set", tmp_path / "code ran"
     shutil.copytree(good, folder)
     bait = np.empty(1, object)
@@ -614,20 +615,20 @@ def test_a_malicious_set_runs_no_code(good: Path, tmp_path: Path) -> None:
         ("transform.pre.resize.size=16", ("transform.pre: resize", "none")),
     ],
 )
-def test_a_yaml_that_says_something_else_is_refused(tiny: Path, good: Path, override: str, parts: tuple[str, ...]) -> None:
-    """Where the YAML and set.json differ, one line names the key, both values, the file and the remedy."""
+def test_a_yaml_that_contradicts_the_set_is_refused(tiny: Path, good: Path, override: str, parts: tuple[str, ...]) -> None:
+    """If the YAML and set.json differ, one line names the key, both values, the file and the remedy."""
     refused(lambda: prepare(stored(tiny, good, override), tiny.parent / "run"), *parts, str(good / "set.json"))
 
 
 def test_another_attack_in_the_yaml_is_refused(tiny: Path, good: Path, toys: None) -> None:
-    """A set of BadNets is not trained on as one of another attack; naming the same attack and settings is fine."""
+    """A set of BadNets cannot be used as one of another attack; naming the same attack and settings is allowed."""
     other = stored(tiny, good, "backdoor={tinted: {}, poison_ratio: 0.1}")
     refused(lambda: prepare(other, tiny.parent / "run"), "tinted", "poisoned by badnets", "backdoor: null")
     prepare(stored(tiny, good, "backdoor={badnets: {}, poison_ratio: 0.1}"), tiny.parent / "run")
 
 
 def test_the_same_pre_transform_is_not_applied_again(tiny: Path, tmp_path: Path) -> None:
-    """A set made with a pre-transform is used as it lies there, whether the YAML names the same one or none."""
+    """A set made with a pre-transform is used unchanged, whether the YAML names the same pre-transform or none."""
     out, _ = write(tiny, tmp_path / "set", "transform.pre.resize.size=16")
     for n, override in enumerate((["transform.pre.resize.size=16"], [])):
         data = prepare(stored(tiny, out, *override), tmp_path / str(n))
@@ -636,8 +637,8 @@ def test_the_same_pre_transform_is_not_applied_again(tiny: Path, tmp_path: Path)
     refused(lambda: prepare(wrong, tmp_path / "run"), "transform.pre: resize", "16")
 
 
-def test_where_the_attack_must_be_named(tiny: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A set that is poisoned already is neither poisoned again nor guessed at; without an attack nothing is written."""
+def test_errors_about_poisoned_sets(tiny: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A poisoned set is not poisoned again, must be named as such, and must exist; without an attack nothing is exported."""
     refused(lambda: loading.load_raw(stored(tiny, good)), "poisoned already")
     refused(lambda: write(tmp_path / "on_set.yaml", tmp_path / "new", "backdoor={badnets: {}, poison_ratio: 0.1}"), "already")
     refused(lambda: prepare(stored(tiny, good, "dataset_dir=null"), tmp_path), "dataset_dir", "missing")
@@ -650,7 +651,7 @@ def test_where_the_attack_must_be_named(tiny: Path, good: Path, tmp_path: Path, 
 
 
 def test_the_commands_work_together(tiny: Path, tmp_path: Path) -> None:
-    """Written by `python -m data.poison`, trained on by ASD.py, tested by test.py; a damaged set ends each with one line."""
+    """A set that `python -m data.poison` writes works with ASD.py and test.py; a damaged set is one line."""
     out = tmp_path / "set"
     command = [sys.executable, "-m", "data.poison", "--config", str(tiny), "--gpu", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

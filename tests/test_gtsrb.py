@@ -1,4 +1,4 @@
-"""GTSRB in its official layout and in torchvision's: pictures, labels, and CSV files that do not fit them."""
+"""GTSRB in its official layout and in torchvision's: images, labels, and inconsistent CSV files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from data.sets import RawData
 from utils.errors import UserError
 
 HEADER = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"
-TRAIN = {0: [(33, 29), (15, 15)], 7: [(40, 50)], 42: [(60, 32), (20, 31), (33, 33)]}  # class: sizes
+TRAIN = {0: [(33, 29), (15, 15)], 7: [(40, 50)], 42: [(60, 32), (20, 31), (33, 33)]}  # sizes of the images of each class
 TEST = [(25, 31, 42), (32, 32, 0), (48, 20, 7), (19, 23, 42)]  # width, height, class
 
 
 def sign(seed: int, width: int, height: int) -> Image.Image:
-    """A random picture."""
+    """A random image."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
@@ -53,7 +53,7 @@ def read(folder: Path, cache: Path, pre: tuple[object, ...] = (), download: bool
 
 
 def assert_right(raw: RawData) -> None:
-    """Compare every image with torchvision's Resize on the drawn picture."""
+    """Compare every image with torchvision's Resize of the original."""
     drawn = [(sign(100 * c + i, *size), c) for c, sizes in TRAIN.items() for i, size in enumerate(sizes)]
     tested = [(sign(9000 + i, width, height), c) for i, (width, height, c) in enumerate(TEST)]
     for images, labels, wanted in (
@@ -62,22 +62,22 @@ def assert_right(raw: RawData) -> None:
     ):
         assert images.shape == (len(wanted), 32, 32, 3) and images.dtype == np.uint8
         assert labels.tolist() == [c for _, c in wanted]
-        for image, (picture, _) in zip(images, wanted, strict=True):
-            assert np.array_equal(image, np.asarray(Resize((32, 32))(picture)))
+        for image, (original, _) in zip(images, wanted, strict=True):
+            assert np.array_equal(image, np.asarray(Resize((32, 32))(original)))
 
 
 @pytest.mark.parametrize("named", [".", "GTSRB"])
 @pytest.mark.parametrize("csv_at", ["Final_Test/Images", "Final_Test", ".", ".."])
 def test_the_official_layout_is_read(tmp_path: Path, named: str, csv_at: str) -> None:
-    """Every picture comes at 32 x 32 with its class, wherever the test labels were unpacked and whichever folder is named."""
+    """Every image has 32 x 32 pixels and its class, wherever the test labels were unpacked and whichever folder is named."""
     write_official(tmp_path / "GTSRB", csv_at=csv_at)
     raw = read(tmp_path / named, tmp_path / "cache")
     assert_right(raw)
     assert len(raw.class_names) == len(set(raw.class_names)) == 43 and raw.class_names[14] == "stop"
 
 
-def test_torchvisions_layout_is_read_alike(tmp_path: Path) -> None:
-    """What torchvision downloads is read, with the labels that torchvision gives."""
+def test_torchvisions_layout_is_read(tmp_path: Path) -> None:
+    """The layout that torchvision's download creates gives the same images, with torchvision's labels."""
     write_official(tmp_path / "gtsrb/GTSRB", "Training", "..")
     for folder in (tmp_path, tmp_path / "gtsrb", tmp_path / "gtsrb/GTSRB"):
         assert_right(read(folder, tmp_path / "cache"))
@@ -86,15 +86,15 @@ def test_torchvisions_layout_is_read_alike(tmp_path: Path) -> None:
 
 
 def test_a_pre_transform_replaces_the_32_pixels(tmp_path: Path) -> None:
-    """`transform.pre` decides the size where it is given."""
+    """If `transform.pre` is given, it determines the size."""
     from data.transforms import resize
 
     write_official(tmp_path)
     assert read(tmp_path, tmp_path / "cache", (resize.Settings((40, 48)),)).train_images.shape == (6, 40, 48, 3)
 
 
-def test_download_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`download: true` fetches both parts where nothing is there, and nothing where the set is there."""
+def test_torchvision_downloads_a_missing_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`download: true` downloads both parts if the set is missing, and nothing if it exists."""
     calls: list[tuple[str, str]] = []
 
     def fake(root: str, split: str, download: bool) -> None:
@@ -108,19 +108,19 @@ def test_download_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert calls == [(str(tmp_path / "new"), "train"), (str(tmp_path / "new"), "test")]
 
 
-# -- what does not fit -------------------------------------------------------------------------------------------------
+# -- Inconsistent files ------------------------------------------------------------------------------------------------
 
 
 def refusal(folder: Path) -> str:
-    """The one-line error."""
+    """Return the error of loading, one line."""
     with pytest.raises(UserError) as caught:
         gtsrb.load(gtsrb.Settings(), str(folder), False)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
     return str(caught.value)
 
 
-def test_a_missing_set_says_where_it_comes_from(tmp_path: Path) -> None:
-    """The error names the folder, the files to fetch and the setting that fetches them."""
+def test_the_error_for_a_missing_set_names_its_source(tmp_path: Path) -> None:
+    """The error names the folder, the files to download and the setting that downloads them."""
     text = refusal(tmp_path)
     assert text.startswith(f"dataset_dir: {tmp_path}") and "GTSRB_Final_Test_GT.zip" in text and "download: true" in text
     with pytest.raises(UserError, match="dataset_dir: missing"):
@@ -141,20 +141,20 @@ def test_a_missing_set_says_where_it_comes_from(tmp_path: Path) -> None:
         ("00001{}.ppm;", "00000{}.ppm;", "twice"),
     ],
 )
-def test_a_csv_that_disagrees_is_named(tmp_path: Path, part: str, old: str, new: str, complaint: str) -> None:
-    """A CSV with other files, other classes, other columns or a file twice is refused by name, with what is wrong."""
+def test_an_inconsistent_csv_file_is_refused(tmp_path: Path, part: str, old: str, new: str, complaint: str) -> None:
+    """A CSV file with missing images, wrong classes, wrong columns or a repeated image is an error with its name."""
     write_official(tmp_path)
     path = tmp_path / ("Final_Training/Images/00042/GT-00042.csv" if part == "train" else "Final_Test/Images/GT-final_test.csv")
     middle = "_00000" if part == "train" else ""
     text = path.read_bytes().decode()
     assert old.format(middle) in text
     path.write_bytes(text.replace(old.format(middle), new.format(middle)).encode())
-    told = refusal(tmp_path)
-    assert told.startswith(f"{path}: ") and complaint in told and "unpack" in told
+    line = refusal(tmp_path)
+    assert line.startswith(f"{path}: ") and complaint in line and "unpack" in line
 
 
-def test_pictures_that_no_csv_lists_are_named(tmp_path: Path) -> None:
-    """A picture more than the CSV has is an error, in training and in test."""
+def test_images_that_no_csv_file_lists_are_named(tmp_path: Path) -> None:
+    """An image that is not in the CSV file is an error, in the training set and in the test set."""
     write_official(tmp_path)
     for folder in ("Final_Training/Images/00007", "Final_Test/Images"):
         extra = tmp_path / folder / "99999.ppm"
@@ -164,8 +164,9 @@ def test_pictures_that_no_csv_lists_are_named(tmp_path: Path) -> None:
     gtsrb.load(gtsrb.Settings(), str(tmp_path), False)
 
 
-def test_other_wrong_trees_are_named(tmp_path: Path) -> None:
-    """A class in the wrong folder, no test part, no test labels, labels without classes, an empty or foreign class."""
+def test_other_errors_in_the_tree_are_named(tmp_path: Path) -> None:
+    """A class in the wrong folder, a missing test part, missing test labels, a test class without training images, an unknown
+    class and an empty class are errors that name the file or folder."""
 
     def fresh(name: str) -> Path:
         return write_official(tmp_path / name)
@@ -176,7 +177,7 @@ def test_other_wrong_trees_are_named(tmp_path: Path) -> None:
     assert "ClassId 7 in the folder of class 8" in refusal(root)
     root = fresh("b")
     shutil.rmtree(root / "Final_Training/Images/00042")
-    assert "class 00042 is in the test set and not in training" in refusal(root)
+    assert "class 00042 is in the test set but not in the training set" in refusal(root)
     root = fresh("c")
     (root / "Final_Test/Images/GT-final_test.csv").rename(root / "Final_Test/Images/GT-final_test.test.csv")
     assert "GTSRB_Final_Test_GT.zip" in refusal(root)
@@ -185,7 +186,7 @@ def test_other_wrong_trees_are_named(tmp_path: Path) -> None:
     assert "GTSRB_Final_Test_Images.zip" in refusal(root)
     root = fresh("e")
     (root / "Final_Training/Images/00043").mkdir()
-    assert "is no class of GTSRB" in refusal(root)
+    assert "not a class of GTSRB" in refusal(root)
     root = fresh("f")
     (root / "Final_Training/Images/00011").mkdir()
-    assert "holds no picture" in refusal(root)
+    assert "contains no images" in refusal(root)

@@ -1,4 +1,4 @@
-"""IAB: the two networks, their training against plain loops, and what the frozen attack does to images."""
+"""IAB: the two networks, their training compared with simple loops, and the images of the frozen attack."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def scene(folder: Path, count: int = 60, seed: int = 0, side: int = 32) -> Scene
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Attack, list[str]]:
-    """An attack of narrow networks, trained until its masks are as dense as they shall be, and what it said."""
+    """An attack with narrow networks, trained until the masks have the right density, and its log lines."""
     torch.set_num_threads(1)
     chosen = Settings(
         mask_epochs=12,
@@ -61,14 +61,14 @@ def as_pixels(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images.transpose(0, 3, 1, 2) / 255).to(torch.get_default_dtype())
 
 
-def slow_stamp(attack: Attack, image: np.ndarray, giver: np.ndarray) -> np.ndarray:
-    """x + (G(t) - x) m(t) for one image, in float64, before rounding; (H, W, 3)."""
+def slow_stamp(attack: Attack, image: np.ndarray, donor: np.ndarray) -> np.ndarray:
+    """Return x + (G(t) - x) m(t) (H, W, 3) for one image x and the image t that gives the trigger, in float64, not rounded."""
     nets = [n.double() for n in (EncoderDecoder(3, 8), EncoderDecoder(1, 8))]
     for net, source in zip(nets, (attack.generator, attack.mask_network), strict=True):
         net.load_state_dict(source.state_dict())
         net.eval()
     with torch.no_grad():
-        t = torch.from_numpy(giver.astype(np.float64) / 255).permute(2, 0, 1)[None]
+        t = torch.from_numpy(donor.astype(np.float64) / 255).permute(2, 0, 1)[None]
         pattern, m = nets[0](t)[0].numpy(), nets[1](t)[0, 0].numpy()
     out = image.astype(np.float64)
     for channel in range(3):
@@ -79,11 +79,11 @@ def slow_stamp(attack: Attack, image: np.ndarray, giver: np.ndarray) -> np.ndarr
     return out
 
 
-# --- the networks
+# -- The networks ------------------------------------------------------------------------------------------------------
 
 
 def test_parameter_counts_are_the_published_ones() -> None:
-    """The generator has 723,273 parameters and the mask network 722,691, as in the attack's own code."""
+    """The generator has 723,273 parameters and the mask network 722,691, as in the authors' code."""
     for channels, count in ((3, 723_273), (1, 722_691)):
         assert sum(p.numel() for p in EncoderDecoder(channels).parameters()) == count
     norms = [m for m in EncoderDecoder(3).modules() if isinstance(m, nn.BatchNorm2d)]
@@ -92,10 +92,10 @@ def test_parameter_counts_are_the_published_ones() -> None:
 
 
 def slow_network(weights: dict[str, Tensor], x: np.ndarray) -> np.ndarray:
-    """The encoder-decoder in eval mode, for one image (3, H, W), from its formulas in float64.
+    """The encoder-decoder in eval mode, for one image (3, H, W), by its formulas in float64.
 
     Args:
-        weights: the state_dict; its units in order: 6 of the way down, 1 in the middle, 6 of the way up.
+        weights: the state_dict, with the units in order: 6 of the encoder, 1 in the middle, 6 of the decoder.
     """
     arrays = [w.double().numpy() for name, w in weights.items() if "num_batches" not in name]
     units = [arrays[i : i + 6] for i in range(0, len(arrays), 6)]
@@ -135,7 +135,7 @@ def slow_network(weights: dict[str, Tensor], x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_network_is_the_specified_chain_of_operations(channels: int) -> None:
-    """Convolution, BN, ReLU, max-pool and bilinear x2 stand in the specified order, with tanh / 2 + 0.5 at the end."""
+    """Convolution, BN, ReLU, max-pooling and bilinear x2 are in the specified order, with tanh / 2 + 0.5 at the end."""
     generator = torch.Generator().manual_seed(channels)
     network = EncoderDecoder(channels, 2).eval()
     state = {
@@ -154,7 +154,7 @@ def test_network_is_the_specified_chain_of_operations(channels: int) -> None:
 
 @pytest.mark.parametrize("shape", [(8, 8), (9, 14), (30, 41), (224, 224)])
 def test_output_has_the_size_of_the_image(shape: tuple[int, int]) -> None:
-    """Images of any size from 8 x 8 on get a pattern of their own size, with values in 0..1."""
+    """For images of any size from 8 x 8 on the pattern has the same size, with values in 0..1."""
     with torch.no_grad():
         out = EncoderDecoder(3, 2)(torch.rand(2, 3, *shape))
     assert out.shape == (2, 3, *shape)
@@ -164,7 +164,7 @@ def test_output_has_the_size_of_the_image(shape: tuple[int, int]) -> None:
 @settings(deadline=None, max_examples=50)
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 def test_blend_stays_in_range_and_ends_at_image_and_pattern(x: float, g: float, m: float) -> None:
-    """A mask of 0 leaves the pixel, a mask of 1 gives the pattern, between them lies a pixel between both."""
+    """A mask of 0 gives the image, a mask of 1 the pattern, and a mask in between a value in between."""
     pixel, pattern, mask = (torch.full((1, 1, 1, 1), v, dtype=torch.float64) for v in (x, g, m))
     assert float(blend(pixel, pattern, 0 * mask)) == x
     assert float(blend(pixel, pattern, 0 * mask + 1)) == pytest.approx(g, abs=1e-12)
@@ -173,7 +173,8 @@ def test_blend_stays_in_range_and_ends_at_image_and_pattern(x: float, g: float, 
 
 
 def test_losses_equal_their_formulas() -> None:
-    """Density is mean(relu(m - d)); diversity the images' distance by the masks', root mean squares per image."""
+    """Density is mean(relu(m - d)); diversity is the distance of the images divided by that of the masks (root mean
+    squares)."""
     rng = np.random.default_rng(0)
     x1, x2, m1, m2 = rng.random((4, 3, 2, 5, 5))
     tensors = [torch.from_numpy(a) for a in (x1, x2, m1, m2)]
@@ -188,19 +189,19 @@ def test_losses_equal_their_formulas() -> None:
 
 
 def test_equal_outputs_give_no_nan() -> None:
-    """Two equal images in a data set, whose masks are equal too, do not end the training in NaN."""
+    """Two equal images in a data set, which have equal masks, do not make the training end in NaN."""
     out = torch.full((2, 1, 4, 4), 0.5, requires_grad=True)
     diversity_loss(torch.ones(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), out[:1], out[1:]).sum().backward()
     assert torch.isfinite(out.grad).all()
 
 
-# --- their training, against plain loops
+# -- Training, compared with simple loops ------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 5))
 def test_an_epoch_is_a_shuffle_without_an_incomplete_batch(count: int, size: int, epoch: int) -> None:
-    """Every image comes at most once an epoch, in whole batches; sets smaller than a batch are one batch."""
+    """Every image occurs at most once per epoch, in full batches; sets smaller than a batch are one batch."""
     images = np.zeros((count, 1, 1, 3), np.uint8)
     labels = np.zeros(count, np.int64)
     place = Scene(RawData(images, labels, images, labels, ()), 0, 2, 0, Path("nowhere"))
@@ -214,9 +215,10 @@ def test_an_epoch_is_a_shuffle_without_an_incomplete_batch(count: int, size: int
 
 @pytest.fixture
 def _double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the training work in float64, so that it can be followed step by step.
+    """Make the training work in float64, so that it can be compared step by step.
 
-    In float32 it cannot: the gradient of a bias before BN is 0 but for rounding, which Adam blows up to whole steps.
+    In float32 this is impossible: the gradient of a bias before BN is 0 except for rounding errors, which Adam amplifies to
+    full steps.
     """
     monkeypatch.setattr(iab, "to_pixels", lambda images, device: as_pixels(images).double())
     torch.set_default_dtype(torch.float64)
@@ -258,7 +260,8 @@ def test_mask_training_equals_a_plain_loop(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_double")
 def test_generator_training_equals_a_plain_loop(tmp_path: Path) -> None:
-    """A tenth of a batch is backdoor with the target label, a tenth cross with its own; no gradient outlives its step."""
+    """A tenth of a batch are backdoor images with the target label, another tenth cross images with their own labels; gradients
+    do not accumulate over steps."""
     place = scene(tmp_path)
     mask_network = EncoderDecoder(1, 2).eval()
     before = {name: w.clone() for name, w in mask_network.state_dict().items()}
@@ -273,16 +276,16 @@ def test_generator_training_equals_a_plain_loop(tmp_path: Path) -> None:
     orders = [list(iab.epoch_batches(place, 20, what, 0)) for what in ("generator", "others")]
     assert len(orders[0]) == 3
     for first, second in zip(*orders, strict=True):
-        givers = images[[first[0], first[1], second[0], second[1]]]
-        patterns = network(givers)
-        masks = (torch.tanh(20 * (mask_network(givers) - 0.5)) / 2 + 0.5).detach()
+        donors = images[[first[0], first[1], second[0], second[1]]]
+        patterns = network(donors)
+        masks = (torch.tanh(20 * (mask_network(donors) - 0.5)) / 2 + 0.5).detach()
         x, wanted = images[first].clone(), labels[first].clone()
         rows = [x[i] + (patterns[i] - x[i]) * masks[i] for i in range(4)]  # two backdoor, two cross images
         wanted[:2] = 3
         logits = surrogate((torch.cat([torch.stack(rows), x[4:]]) - 0.5) / 0.25)
         loss = -torch.log_softmax(logits, 1)[range(20), wanted].mean()
         for i in range(2):
-            loss = loss + rms(givers[i] - givers[i + 2]) / (rms(patterns[i] - patterns[i + 2]) + 1e-7) / 2
+            loss = loss + rms(donors[i] - donors[i + 2]) / (rms(patterns[i] - patterns[i + 2]) + 1e-7) / 2
         for p in (*network.parameters(), *surrogate.parameters()):
             p.grad = None
         loss.backward()
@@ -296,15 +299,16 @@ def test_generator_training_equals_a_plain_loop(tmp_path: Path) -> None:
     [({"mask_lr": 1e38}, "mask_lr"), ({"generator_lr": 1e38}, "generator_lr"), ({"surrogate_lr": 1e38}, "s")],
 )
 def test_divergence_is_refused_in_one_line(tmp_path: Path, changes: dict[str, float], named: str) -> None:
-    """Weights that are no numbers any more end the run with the learning rate to lower, and nothing of it is kept."""
+    """Weights that are not finite are an error that names the learning rate to lower, and are not saved."""
     with pytest.raises(UserError, match=rf"backdoor\.iab: epoch \d+ of the .*: lower .*{named}") as error:
         Attack(dataclasses.replace(QUICK, **changes), scene(tmp_path))
     assert "\n" not in str(error.value)
     assert len(list(tmp_path.glob("iab_*"))) == ("mask_lr" not in changes)
 
 
-def test_making_is_a_function_of_the_seed(tmp_path: Path) -> None:
-    """The same seed gives the same bits on the CPU whatever torch drew before, another seed others; torch's state stays."""
+def test_assets_are_a_function_of_the_seed(tmp_path: Path) -> None:
+    """On the CPU the same seed gives the same bits, whatever torch drew before, another seed others; torch's state is
+    restored."""
     results = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(len(results))
@@ -316,8 +320,9 @@ def test_making_is_a_function_of_the_seed(tmp_path: Path) -> None:
     assert not np.array_equal(results[0], results[2])
 
 
-def test_assets_are_made_again_only_for_what_changes_them(tmp_path: Path) -> None:
-    """cover_ratio changes no weights, generator settings leave the mask network; its own, or other data, make all anew."""
+def test_assets_are_made_again_only_if_their_inputs_change(tmp_path: Path) -> None:
+    """cover_ratio changes no weights; settings of the generator do not change the mask network; settings of the mask network
+    and other data change both."""
 
     def made(changes: dict[str, float], **place: int) -> list[str]:
         with logged() as lines:
@@ -334,11 +339,11 @@ def test_assets_are_made_again_only_for_what_changes_them(tmp_path: Path) -> Non
     assert made({}, count=61) == both
 
 
-# --- the frozen attack
+# -- The frozen attack -------------------------------------------------------------------------------------------------
 
 
-def test_masks_are_as_dense_as_wanted_and_of_their_own(trained: tuple[Attack, list[str]]) -> None:
-    """Masks cover about 3.2 % of a test image, nearly all 0 or 1, and two images have different masks and patterns."""
+def test_masks_have_the_right_density_and_differ(trained: tuple[Attack, list[str]]) -> None:
+    """Masks cover about 3.2 % of a test image, with values near 0 or 1, and two images have different masks and patterns."""
     attack, _ = trained
     x = as_pixels(attack.scene.raw.test_images)
     with torch.no_grad():
@@ -355,7 +360,7 @@ def test_masks_are_as_dense_as_wanted_and_of_their_own(trained: tuple[Attack, li
 
 
 def test_backdoor_images_follow_the_formula(trained: tuple[Attack, list[str]]) -> None:
-    """A backdoor image is x + (G(x) - x) m(x), rounded; pixels where the mask is 0 are the image's own, bit for bit."""
+    """A backdoor image is x + (G(x) - x) m(x), rounded; pixels with mask 0 do not change."""
     attack, _ = trained
     images = attack.scene.raw.test_images[:6]
     before = images.copy()
@@ -386,7 +391,7 @@ def test_cross_images_carry_the_trigger_of_another_image(trained: tuple[Attack, 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(2, 500), st.integers(0, 99))
 def test_donors_are_other_images_and_spread_over_the_set(count: int, seed: int) -> None:
-    """No image gives its own trigger to itself; the draw is the seed's, and no few images give all triggers."""
+    """No image gets its own trigger; the draw depends on the seed, and many different images give triggers."""
     donor = iab.donors(count, seed)
     assert ((donor >= 0) & (donor < count) & (donor != np.arange(count))).all()
     assert np.array_equal(donor, iab.donors(count, seed))
@@ -398,7 +403,7 @@ def test_donors_are_other_images_and_spread_over_the_set(count: int, seed: int) 
 @settings(deadline=None, max_examples=8)
 @given(chosen=st.lists(st.integers(0, 299), min_size=1, max_size=280))
 def test_result_does_not_depend_on_the_rest_of_the_batch(trained: tuple[Attack, list[str]], chosen: list[int]) -> None:
-    """Whichever images are altered together, and in which order, each comes out the same, bit for bit."""
+    """Each image gets the same bits, whichever images are altered together and in whatever order."""
     attack, _ = trained
     images, index = attack.scene.raw.train_images[:300], np.array(chosen)
     if not ALL:
@@ -411,7 +416,7 @@ ALL: dict[str, np.ndarray] = {}  # the images altered all together, once
 
 
 def test_networks_always_see_batches_of_one_shape(trained: tuple[Attack, list[str]]) -> None:
-    """However many images are altered, the networks get as many at a time: where kernels depend on it, results do not."""
+    """However many images are altered, the networks always get batches of one size, on which kernels may depend."""
     attack, _ = trained
     shapes_seen: set[tuple[int, ...]] = set()
     networks = (attack.generator, attack.mask_network)
@@ -423,24 +428,24 @@ def test_networks_always_see_batches_of_one_shape(trained: tuple[Attack, list[st
     assert shapes_seen == {(256, 3, 32, 32)}
 
 
-def test_no_images_are_no_mistake(trained: tuple[Attack, list[str]]) -> None:
-    """An empty selection of images (ratio 0) comes back empty."""
+def test_an_empty_selection_is_allowed(trained: tuple[Attack, list[str]]) -> None:
+    """An empty selection of images (ratio 0) is returned empty."""
     nothing = np.zeros((0, 32, 32, 3), np.uint8)
     assert trained[0].apply(nothing, np.arange(0), "train").shape == nothing.shape
     assert trained[0].cover(nothing, np.arange(0)).shape == nothing.shape
 
 
 def test_the_surrogate_follows_the_trigger(trained: tuple[Attack, list[str]]) -> None:
-    """After training the surrogate takes most backdoor test images for the target class, and a line says so."""
+    """After training the surrogate classifies most backdoor test images as the target class, and the ASR is logged."""
     (line,) = [line for line in trained[1] if "ASR" in line]
-    told = re.search(r"masks cover (\d+\.\d) % of a test image; the surrogate, .*, has ASR (\d+\.\d) %", line)
-    assert told
-    assert 1.6 < float(told[1]) < 4.8
-    assert float(told[2]) > 80
+    found = re.search(r"masks cover (\d+\.\d) % of a test image; the surrogate, .*, has ASR (\d+\.\d) %", line)
+    assert found
+    assert 1.6 < float(found[1]) < 4.8
+    assert float(found[2]) > 80
 
 
 def test_large_images(tmp_path: Path) -> None:
-    """At 224 px the attack is made and applied with the same code; images are altered a few at a time, the last too."""
+    """The attack works at 224 px, where few images are altered at a time, also in the last batch."""
     chosen = dataclasses.replace(QUICK, batch_size=10, surrogate=Named("resnet18_cifar", Network(width=1, blocks=1)))
     place = scene(tmp_path, count=10, side=224)
     attack = Attack(chosen, place)
@@ -452,7 +457,7 @@ def test_large_images(tmp_path: Path) -> None:
 
 
 def test_configuration_names_this_attack_alone() -> None:
-    """config/iab.yaml runs the baseline with this attack and its defaults."""
+    """config/iab.yaml is the baseline with this attack and its defaults."""
     loaded = config.load(REPOSITORY / "config" / "iab.yaml")
     assert loaded.attack == Named("iab", Settings())
     assert loaded.backdoor.poison_ratio == 0.05

@@ -1,4 +1,4 @@
-"""A run and its data: equal data go on wherever they are, other data are refused with the difference, and advice works."""
+"""The identity of a run's data: equal data are accepted wherever they are, other data are refused, and remedies work."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OWN: dict[str, Any] = {
 
 
 def draw_set(root: Path, alter: Callable[[np.ndarray], np.ndarray] = lambda pixels: pixels, suffix: str = "png") -> Path:
-    """Write `train/` and `test/` with a few pictures of 20 x 20 of three classes, and a list of seed samples."""
+    """Write `train/` and `test/` with a few images of 20 x 20 pixels in three classes, and a list of seed samples."""
     rng = np.random.default_rng(0)
     for part, count in (("train", TRAIN), ("test", TEST)):
         for name in CLASSES:
@@ -68,7 +68,7 @@ def run(path: Path, *overrides: str, resume: str = "") -> dict[str, Any]:
 
 
 def refusal(path: Path, *overrides: str, resume: str = "") -> str:
-    """Return the one line in which a run ends."""
+    """Return the error of a run, one line."""
     with pytest.raises(UserError) as caught:
         run(path, *overrides, resume=resume)
     line = str(caught.value)
@@ -78,7 +78,7 @@ def refusal(path: Path, *overrides: str, resume: str = "") -> str:
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a set, a YAML and a run of all its epochs; tests work on copies."""
+    """A folder with a data set, a YAML and a finished run; tests work on copies."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("begun")
     draw_set(folder / "set")
@@ -88,7 +88,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(begun: Path, tmp_path: Path) -> Path:
-    """A copy of that folder: its YAML names the copied set, whose files have other inodes and times than the run saw."""
+    """A copy of that folder: its YAML names the copied set, whose files have other inodes and times than in the run."""
     shutil.copytree(begun, tmp_path / "copy")
     plan(tmp_path / "copy", tmp_path / "copy" / "set")
     return tmp_path / "copy"
@@ -97,9 +97,9 @@ def place(begun: Path, tmp_path: Path) -> Path:
 # -- Other data --------------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_that_moved_to_another_class_is_named(place: Path) -> None:
-    """The repair that the ranking invites changes the data: the run is refused, with picture and classes, and nothing of it
-    is altered."""
+def test_an_image_that_moved_to_another_class_is_named(place: Path) -> None:
+    """Relabeling an image after reading the ranking changes the data: resuming is refused with the image and both classes, and
+    the run's files are not changed."""
     before = (place / "saved/own/suspects.csv").read_bytes()
     (place / "set/train/cat/007.png").rename(place / "set/train/ant/zzz.png")
     line = refusal(place / "own.yaml")
@@ -108,8 +108,8 @@ def test_a_picture_that_moved_to_another_class_is_named(place: Path) -> None:
     assert (place / "saved/own/suspects.csv").read_bytes() == before
 
 
-def test_a_checkpoint_knows_its_data_without_the_runs_folder(place: Path) -> None:
-    """A checkpoint given by path to a run of another name refuses other data too."""
+def test_a_checkpoint_identifies_its_data_without_the_runs_folder(place: Path) -> None:
+    """A checkpoint that is given by its path to a run of another name refuses other data as well."""
     Image.new("RGB", (20, 20)).save(place / "set/train/bee/003.png")
     path = place / "storage/own/checkpoint/latest_model.pt"
     line = refusal(place / "own.yaml", "run=other", resume=str(path))
@@ -117,45 +117,45 @@ def test_a_checkpoint_knows_its_data_without_the_runs_folder(place: Path) -> Non
 
 
 def test_other_pixels_under_the_same_names_are_refused(place: Path) -> None:
-    """Another folder with the same names and counts and other pixels is other data, in training and in test."""
+    """Another folder with the same names but other pixels is other data, both in the training and in the test set."""
     other = draw_set(place / "inverted", lambda pixels: 255 - pixels)
     line = refusal(place / "own.yaml", f"dataset_dir={other}")
     assert f"{3 * TRAIN} have other pixels" in line and f"{3 * TEST} have other pixels" in line
 
 
 def test_two_yamls_of_one_name_do_not_share_a_run(place: Path) -> None:
-    """A second YAML of the same file name, for other data, is refused instead of going on with the first one's run."""
+    """A second YAML with the same file name but other data is refused; it does not resume the first one's run."""
     draw_set(place / "b/set", lambda pixels: 255 - pixels)
     second = plan(place / "b", place / "b/set", saved_dir=str(place / "saved"), storage_dir=str(place / "storage"))
     assert "other data" in refusal(second)
 
 
-def test_a_run_without_a_checkpoint_keeps_to_its_data(place: Path) -> None:
-    """The kept facts of a run (poisoned indices, seed samples) are those of its data, also before the first checkpoint."""
+def test_a_run_without_a_checkpoint_refuses_other_data(place: Path) -> None:
+    """The files in a run's folder (poisoned indices, seed samples) belong to its data, even before the first checkpoint."""
     shutil.rmtree(place / "storage")
     (place / "set/train/cat/007.png").unlink()
     assert "1 is gone (cat/007.png)" in refusal(place / "own.yaml")
 
 
-def test_following_the_advice_for_other_data_runs(place: Path) -> None:
-    """Each remedy of the refusal works: restored data, another name for a new run, and starting over."""
-    picture, aside = place / "set/train/cat/007.png", place / "aside.png"
-    picture.rename(aside)
+def test_the_remedies_for_other_data_work(place: Path) -> None:
+    """Each remedy that the error names works: restoring the data, another name for a new run, and starting over."""
+    image, aside = place / "set/train/cat/007.png", place / "aside.png"
+    image.rename(aside)
     line = refusal(place / "own.yaml")
     assert "--set run=NAME" in line and "--resume False" in line
     short = ("num_epochs=1",)
     assert run(place / "own.yaml", "run=second", *short)["epoch"] == 0
-    aside.rename(picture)
+    aside.rename(image)
     assert run(place / "own.yaml")["epoch"] == EPOCHS - 1
-    picture.unlink()
+    image.unlink()
     assert run(place / "own.yaml", *short, resume="False")["epoch"] == 0
 
 
 # -- Equal data --------------------------------------------------------------------------------------------------------
 
 
-def test_equal_data_at_another_place_go_on(place: Path) -> None:
-    """A set that moved, with its list of seed samples, goes on to the same weights as where it was."""
+def test_a_run_can_be_resumed_on_moved_data(place: Path) -> None:
+    """If the data set and the list of seed samples are moved, the resumed run gives the same weights as without the move."""
     longer = (f"num_epochs={EPOCHS + 1}", f"global.epoch_third={EPOCHS + 1}")
     shutil.copytree(place, place.parent / "stays")
     plan(place.parent / "stays", place.parent / "stays" / "set")
@@ -163,15 +163,15 @@ def test_equal_data_at_another_place_go_on(place: Path) -> None:
     moved = place.parent / "elsewhere"
     (place / "set").rename(moved)
     (moved / "clean.txt").rename(moved / "list.txt")
-    goes_on = run(place / "own.yaml", *longer, f"dataset_dir={moved}", f"seed_samples={moved / 'list.txt'}")
-    assert goes_on["epoch"] == EPOCHS
+    resumed = run(place / "own.yaml", *longer, f"dataset_dir={moved}", f"seed_samples={moved / 'list.txt'}")
+    assert resumed["epoch"] == EPOCHS
     for name, tensor in stays["model_state_dict"].items():
-        assert torch.equal(tensor, goes_on["model_state_dict"][name]), name
-    assert torch.equal(stays["epochs_in_clean_pool"], goes_on["epochs_in_clean_pool"])
+        assert torch.equal(tensor, resumed["model_state_dict"][name]), name
+    assert torch.equal(stays["epochs_in_clean_pool"], resumed["epochs_in_clean_pool"])
 
 
-def test_checkpoints_of_earlier_versions_go_on(place: Path) -> None:
-    """A checkpoint that says nothing of its data, and lacks a setting that was added since, is taken as before."""
+def test_checkpoints_of_earlier_versions_can_be_resumed(place: Path) -> None:
+    """A checkpoint without a manifest of its data, and without a setting that was added later, can be resumed."""
     path = place / "storage/own/checkpoint/latest_model.pt"
     saved = torch.load(path, weights_only=True)
     del saved["data"], saved["config"]["data"]["cache_dir"], saved["config"]["global"]["keep_seeds"]
@@ -184,7 +184,7 @@ def test_checkpoints_of_earlier_versions_go_on(place: Path) -> None:
 
 
 def test_a_damaged_manifest_is_one_line(place: Path) -> None:
-    """A manifest that is none, in the run's folder, is refused as such."""
+    """An invalid manifest in the run's folder is refused in one line."""
     for text in ("", "part,name\n", 'part,name,class,digest\n"'):
         (place / "saved/own/data.csv").write_text(text)
         assert "damaged" in refusal(place / "own.yaml")
@@ -198,8 +198,8 @@ def attacked(folder: Path, data: Path, backdoor: dict[str, Any]) -> config.Confi
     return config.load(plan(folder, data, backdoor={"target_label": 1, "poison_ratio": 0.5} | backdoor, seed_samples=None))
 
 
-def test_a_trigger_picture_counts_by_its_contents(tmp_path: Path) -> None:
-    """The same trigger under another name goes on; another one is refused by its setting's name."""
+def test_a_trigger_file_is_identified_by_its_contents(tmp_path: Path) -> None:
+    """The same trigger under another name is accepted; another one is refused, and the error names the setting."""
     data, facts = draw_set(tmp_path / "set"), tmp_path / "facts"
     for name, size in (("a", 3), ("b", 3), ("c", 4)):
         pixels = np.zeros((20, 20, 3), np.uint8)
@@ -215,12 +215,12 @@ def test_a_trigger_picture_counts_by_its_contents(tmp_path: Path) -> None:
     assert keys == {"dataset", "dataset_dir", "seed_samples", "backdoor.badnets.trigger_path"}
     saved = {"config": as_dict(settings["a"]), "data": first.manifest}
     checkpoint.refuse_other_settings(tmp_path, saved, as_dict(settings["b"]), keys)
-    with pytest.raises(UserError, match="trigger_path"):  # without a manifest nothing tells that it is the same
+    with pytest.raises(UserError, match="trigger_path"):  # without a manifest the path is compared
         checkpoint.refuse_other_settings(tmp_path, saved | {"data": ""}, as_dict(settings["b"]), keys)
 
 
-def test_a_folder_of_reflections_counts_by_its_pictures(tmp_path: Path) -> None:
-    """A copied folder is the same, whatever its name; one picture more or another one is not; hidden files do not count."""
+def test_a_folder_of_reflections_is_identified_by_its_images(tmp_path: Path) -> None:
+    """A copied folder is the same, whatever its name, and hidden files do not count; a folder with another image differs."""
     folder = tmp_path / "a"
     folder.mkdir()
     for i in range(2):
@@ -236,7 +236,7 @@ def test_a_folder_of_reflections_counts_by_its_pictures(tmp_path: Path) -> None:
 
 
 def test_other_poisoned_images_are_other_data(tmp_path: Path) -> None:
-    """`poison_idx.npy` belongs to the data of a checkpoint: another choice is named."""
+    """`poison_idx.npy` is part of the data of a checkpoint: other poisoned images are detected."""
     settings = attacked(tmp_path, draw_set(tmp_path / "set"), {"badnets": {"pattern": "corner3x3"}})
     first = prepare(settings, tmp_path / "facts").manifest
     index = np.load(tmp_path / "facts/poison_idx.npy")
@@ -248,7 +248,8 @@ def test_other_poisoned_images_are_other_data(tmp_path: Path) -> None:
 
 
 def test_the_manifest_of_images_without_names_has_their_numbers(tiny: Path) -> None:
-    """Images of an array have a row each, by number, class and pixels; a limit cuts the rows; equal settings, equal text."""
+    """Each image of an array has a row with its number, class and digest; a limit leaves out rows; equal settings give the same
+    text."""
     settings = config.load(tiny)
     text = digests.manifest_of(settings, load_raw(settings))  # type: ignore[arg-type]
     assert text == digests.manifest_of(settings, load_raw(settings))
@@ -260,11 +261,11 @@ def test_the_manifest_of_images_without_names_has_their_numbers(tiny: Path) -> N
     ]
 
 
-# -- What differs ------------------------------------------------------------------------------------------------------
+# -- Differences -------------------------------------------------------------------------------------------------------
 
 
 def images(*rows: str) -> str:
-    """Return a manifest of training images, each `name class digest`."""
+    """Return a manifest of training images, each given as `name class digest`."""
     return manifest.to_text(Row("train", *row.split()) for row in rows)
 
 
@@ -290,32 +291,32 @@ BEFORE = ("a/1 a 11", "a/2 a 12", "b/1 b 21", "b/2 b 22")
     ],
 )
 def test_each_kind_of_change_is_named(after: tuple[str, ...], found: list[str]) -> None:
-    """Images gone, added, moved to another class, renamed, repainted or reordered: count and an example of each."""
+    """Removed, added, moved, renamed, altered and reordered images are reported with their number and an example."""
     expected = [f"of the training images {', '.join(found)}"] if found else []
     assert manifest.differences(images(*BEFORE), images(*after)) == expected
 
 
 def test_numbered_images_are_matched_by_their_pixels() -> None:
-    """One image less shifts the numbers of all that follow: only that one is named, and equal pictures count singly."""
+    """A removed image shifts the numbers of all following images, but it alone is reported, even if equal images remain."""
     before = [f"{i} x {digest}" for i, digest in enumerate(("11", "12", "12", "13", "14"))]
     after = [f"{i} x {digest}" for i, digest in enumerate(("11", "12", "13", "14"))]
     assert manifest.differences(images(*before), images(*after)) == ["of the training images 1 is gone (2)"]
 
 
-def test_odd_names_survive_the_manifest() -> None:
-    """Names with quotes, commas, line breaks or bytes that are no UTF-8 come back, and cannot forge a line."""
+def test_unusual_names_survive_the_manifest() -> None:
+    """Names with quotes, commas, line breaks or bytes that are not UTF-8 are read back unchanged, and cannot forge a line."""
     rows = [Row("train", name, "a", "1") for name in ('a/"b",c', "a/x\ny", "a/\udce9", "a/\r", "a/ ")]
     assert manifest.rows_of(manifest.to_text(rows)) == rows
     (line,) = manifest.differences(manifest.to_text(rows), manifest.to_text(rows[:1]))
     assert line.isprintable()
 
 
-# -- Advice ------------------------------------------------------------------------------------------------------------
+# -- Remedies in errors ------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_can_be_made_longer_as_the_messages_say(place: Path) -> None:
-    """More epochs are refused with the setting to raise, and with that one raised too the run goes on; the epochs before
-    stay as they were."""
+def test_a_finished_run_can_be_extended_as_the_error_says(place: Path) -> None:
+    """If only the number of epochs is raised, the error names the other setting to raise; with both raised the run continues,
+    and the earlier epochs are kept."""
     longer = f"num_epochs={EPOCHS + 1}"
     key = re.search(r"raise (global\.\w+)", refusal(place / "own.yaml", longer))
     assert key is not None
@@ -324,8 +325,8 @@ def test_a_finished_run_can_be_made_longer_as_the_messages_say(place: Path) -> N
 
 
 def test_other_settings_name_remedies_that_work(place: Path) -> None:
-    """A changed setting is refused before any picture is decoded; set back, or under another name, the command runs. A
-    checkpoint that is given by name is refused too: a new run needs none."""
+    """A changed setting is refused before any image is decoded; with the old setting, or under another name, the command runs.
+    A checkpoint that is given by its path is refused as well: a new run does not need it."""
     changed = ("semi.mixmatch.alpha=0.5", "num_epochs=1")
     shutil.rmtree(place / "saved/tables")
     line = refusal(place / "own.yaml", *changed)
@@ -337,24 +338,24 @@ def test_other_settings_name_remedies_that_work(place: Path) -> None:
     assert run(place / "own.yaml")["epoch"] == EPOCHS - 1
 
 
-def test_a_picture_that_broke_names_remedies_that_work(place: Path) -> None:
-    """After a picture broke: repaired, the run goes on; left out, under another name, a new run goes. Left out of the same
-    run, the line says which picture is missing."""
-    picture = place / "set/train/bee/004.png"
-    good = picture.read_bytes()
-    picture.write_bytes(b"broken")
+def test_the_remedies_for_a_damaged_image_work(place: Path) -> None:
+    """If an image is damaged, the run continues once it is repaired, and a new run under another name can leave it out. If the
+    same run leaves it out, the error names the missing image."""
+    image = place / "set/train/bee/004.png"
+    good = image.read_bytes()
+    image.write_bytes(b"broken")
     line = refusal(place / "own.yaml")
     (skip,) = re.findall(r"--set (dataset\S+=true)", line)
     assert "--set run=NAME" in line
     assert "1 is gone (bee/004.png)" in refusal(place / "own.yaml", skip)
     assert run(place / "own.yaml", skip, "run=rest", "num_epochs=1")["epoch"] == 0
-    picture.write_bytes(good)
+    image.write_bytes(good)
     assert run(place / "own.yaml", skip)["epoch"] == EPOCHS - 1
 
 
 def test_other_seed_samples_name_remedies_that_work(place: Path) -> None:
-    """Another list of seed samples is refused; the earlier one, another name and starting over each work. A list that names
-    the same images in other words is the same."""
+    """Another list of seed samples is refused; the earlier list, another name for the run, and starting over work. A list that
+    names the same images in another order and spelling is the same."""
     given = place / "set/clean.txt"
     before = given.read_text()
     given.write_text("# sorted by me\n" + "".join(f"./{line}\n" for line in reversed(before.splitlines())))
@@ -370,13 +371,13 @@ def test_other_seed_samples_name_remedies_that_work(place: Path) -> None:
 
 
 def prepared(path: Path, *overrides: str) -> PoisonedData:
-    """Return the data of a YAML, without a run."""
+    """Return the data that a YAML gives, without a run."""
     return prepare(config.load(path, overrides), path.parent / "facts")
 
 
 def test_remedies_for_settings_of_the_data_work(tmp_path: Path) -> None:
-    """Too few classes, an unknown kind of data set, no test images for an attack, only test images of the target class: what
-    each line asks for makes the data load."""
+    """Errors about too few classes, an unrecognized data set, missing test images and test images of the target class only:
+    with the remedy of each error, the data can be loaded."""
     path = plan(tmp_path, draw_set(tmp_path / "set"))
 
     def line(*overrides: str) -> str:

@@ -250,6 +250,36 @@ def test_everything_public_has_a_docstring(source: str) -> None:
                 assert function.__doc__, f"{source}: {name}.{method}"
 
 
+MOST_PARAMETERS = 5  # besides self
+MORE_PARAMETERS = {"test.py: test", "test.py: label", "utils/pictures.py: draw_losses"}  # the exceptions
+
+
+def functions_with_more(tree: ast.AST) -> set[str]:
+    """Return the names of the functions of a file that have more than MOST_PARAMETERS parameters."""
+    out = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            a = node.args
+            names = {arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg) if arg}
+            if len(names - {"self", "cls"}) > MOST_PARAMETERS:
+                out.add(node.name)
+    return out
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_functions_have_few_parameters(source: str) -> None:
+    """No function or method has more than five parameters, except those in MORE_PARAMETERS."""
+    allowed = {name.partition(": ")[2] for name in MORE_PARAMETERS if name.partition(": ")[0] == source}
+    assert functions_with_more(parse(source)) == allowed
+
+
+def test_parameters_of_all_kinds_count() -> None:
+    """Positional, keyword-only and variable parameters count, also in methods and nested functions; self does not."""
+    assert functions_with_more(ast.parse("def f(a, b, /, c, *d, e, **g): pass")) == {"f"}
+    assert functions_with_more(ast.parse("class A:\n    def f(self, a, b, c, d, e): pass")) == set()
+    assert functions_with_more(ast.parse("def f():\n    def g(a, b, c, d, e, h): pass")) == {"g"}
+
+
 REPORTS_FAILURES = "utils/best_effort.py"  # of pictures, TensorBoard and parts of the benchmark: the rest is done all the same
 
 

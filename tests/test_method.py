@@ -19,7 +19,7 @@ from ASD import mixmatch_step
 from data.augment import Pipeline
 from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, draw_supervised
 from data.poisoned_folder import StoredSet
-from data.pools import rest
+from data.pools import pools_of
 from data.sets import GroundTruth, ImageSet, Part, PoisonedData, RawData, TestSets
 from defenses import none
 from engine.context import Context, build_context, build_state, build_transforms
@@ -219,7 +219,7 @@ def draws_of(config: Config, train_set: ImageSet, augment: Pipeline, pool: Tenso
     """Return an epoch's draws."""
     steps = config.semi.mixmatch.train_iteration
     weights = torch.linspace(2, 9, steps, dtype=torch.float64)
-    return draw_mixmatch(config, epoch, pool, rest(pool, len(train_set)), augment, weights)
+    return draw_mixmatch(config, epoch, pools_of(pool, len(train_set)), augment, weights)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -264,7 +264,7 @@ def test_mixmatch_epoch_is_its_steps(tiny: Path) -> None:
     means = ASD.train_mixmatch(context(config, train_set, augment), 3, state, pool)
 
     weights = [15 * min((3 + i / 3) / 5, 1) for i in range(3)]
-    draws = draw_mixmatch(config, 3, pool, rest(pool, N), augment, torch.tensor(weights, dtype=torch.float64))
+    draws = draw_mixmatch(config, 3, pools_of(pool, N), augment, torch.tensor(weights, dtype=torch.float64))
     rows = [slow_mixmatch_step(slow, adam, train_set, draws.step(i), augment, 0.5) for i in range(3)]
     assert_same_state(state.model, slow)
     for key, values in zip(("loss", "loss_x", "loss_u"), zip(*rows, strict=True), strict=True):

@@ -1,4 +1,4 @@
-"""`poison_ratio: 0`: a run on clean data, which has no success rate, from the training to the comparison of runs."""
+"""`poison_ratio: 0`: runs on clean data, without a success rate, from the training to the comparison of runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEFENSES = ("asd", "none")
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run of each defense, `saved/<defense>`, and what it logged, `<defense>.txt`."""
+    """A folder with a finished run of each defense, `saved/<defense>`, and its log lines, `<defense>.txt`."""
     folder = tmp_path_factory.mktemp("clean")
     for defense in DEFENSES:
         raw = TINY | {
@@ -55,8 +55,8 @@ def said_by(script: str, *arguments: object) -> str:
 
 @pytest.mark.parametrize("defense", DEFENSES)
 def test_a_run_without_an_attack_reports_none(clean: Path, defense: str) -> None:
-    """Every epoch has its ACC and null for what only an attack gives; the log says `no attack` and names no success rate; no
-    plot of poisoned images is left, no warning given."""
+    """Every epoch has an ACC, and null for the quantities of an attack; the log says `no attack` and has no success rate; there
+    are no plots of poisoned images and no warnings."""
     saved, said = clean / "saved" / defense, (clean / f"{defense}.txt").read_text()
     rows = [json.loads(line) for line in (saved / "log" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == TINY["num_epochs"]
@@ -77,26 +77,26 @@ def test_a_run_without_an_attack_reports_none(clean: Path, defense: str) -> None
 
 @pytest.mark.parametrize("defense", DEFENSES)
 def test_its_page_has_no_attack(clean: Path, defense: str) -> None:
-    """report.html has neither figures nor a section of an attack."""
+    """report.html has neither numbers nor a section about an attack."""
     page = (clean / "saved" / defense / "log" / "report.html").read_text()
     assert "no attack" in page and "ACC" in page and "Clean test images by class" in page
     assert not [word for word in ("ASR", "TPR", "Triggered", "nan", "None") if f">{word}" in page]
 
 
-def test_its_suspects_are_ranked_and_not_judged(clean: Path) -> None:
-    """All images are ranked; where nothing is poisoned the quality of the ranking is null."""
+def test_its_suspects_are_ranked_without_a_quality(clean: Path) -> None:
+    """All images are ranked; since nothing is poisoned, the quality of the ranking is null."""
     saved = clean / "saved" / "asd"
     assert len((saved / "suspects.csv").read_text().splitlines()) == 201
     found = json.loads((saved / "suspects.json").read_text())
     assert found["counts"]["poisoned"] == 0 == found["counts"]["cover"]
     assert all(measure["auroc"] is None for measure in found["measures"].values())
-    with Image.open(saved / "suspects.png") as picture:
-        assert picture.format == "PNG"
+    with Image.open(saved / "suspects.png") as image:
+        assert image.format == "PNG"
 
 
 @pytest.mark.parametrize("defense", DEFENSES)
-def test_its_test_is_of_clean_images(clean: Path, defense: str) -> None:
-    """test.py gives the ACC of the last epoch, of all and of each class, and null for the attack."""
+def test_it_is_tested_on_clean_images(clean: Path, defense: str) -> None:
+    """test.py gives the ACC of the last epoch, overall and for each class, and null for the attack."""
     said = said_by("test.py", "--config", clean / f"{defense}.yaml", "--gpu", "cpu")
     log = clean / "saved" / defense / "log"
     kept, last = json.loads((log / "test.json").read_text()), json.loads((log / "metrics.jsonl").read_text().splitlines()[-1])
@@ -108,7 +108,7 @@ def test_its_test_is_of_clean_images(clean: Path, defense: str) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_it_is_compared_without_der(clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table shows that nothing is known of an attack, and the picture has ACC alone."""
+    """In the table all quantities of an attack are unknown, and the plot has the ACC only."""
     folders = [clean / "saved" / defense for defense in DEFENSES]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         monkeypatch.setattr(sys, "argv", ["compare", *map(str, folders), "--markdown", "--picture", str(tmp_path / "c.png")])
@@ -119,7 +119,7 @@ def test_it_is_compared_without_der(clean: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_an_exported_set_without_poisoned_images_has_no_success_rate(clean: Path, tmp_path: Path) -> None:
-    """`python -m data.poison` writes such a set, and a run on it tests on clean images alone."""
+    """`python -m data.poison` writes such a set, and a run on it is tested on clean images only."""
     settings = config.load(clean / "none.yaml")
     export(settings, tmp_path / "set", torch.device("cpu"))
     own = config.load(

@@ -18,8 +18,8 @@ from PIL import Image
 from data import seeds
 from data.attacks import refool
 from data.datasets import cifar10, cifar100, folder, gtsrb, poisoned_set
+from data.image_file import read_named
 from data.loading import name_of_folder
-from data.picture import read_named
 from utils import cli, config, paths
 from utils.config import Backdoor
 from utils.errors import UserError
@@ -83,8 +83,8 @@ from data import seeds, tables
 from data.attacks import refool
 from data.datasets import cifar10, cifar100, folder, gtsrb, poisoned_set
 from data.loading import name_of_folder
-from data.picture import read_named
-from data.unlabeled import Pictures
+from data.image_file import read_named
+from data.unlabeled import ImageFiles
 from utils import checkpoint
 from utils.config import Config
 from utils.layers import read_with_base
@@ -92,7 +92,7 @@ from utils.run import Run
 locked, linked, yaml = (Path(p) for p in sys.argv[1:])
 run = Run("x", Path("saved"), Path("storage"))
 listed = lambda root, **k: tables.to_raw(folder.load(folder.Settings(**k), str(root), False), (), linked / "c", False)
-pictures = Pictures(linked / "train" / "a", (), (5, 5))
+pictures = ImageFiles(linked / "train" / "a", (), (5, 5))
 calls = {
     **{m.__name__: lambda m=m: m.load(m.Settings(), f"{locked}/x", False)
        for m in (folder, gtsrb, cifar10, cifar100, poisoned_set)},
@@ -100,7 +100,7 @@ calls = {
     "seeds": lambda: seeds.read_seed_samples(locked / "s.txt", ("a",), np.zeros(1, np.int64), ("a",), 1),
     "trigger": lambda: read_named(f"{locked}/x.png", "trigger_path"),
     "reflections": lambda: refool.read_reflections(str(locked / "x"), 1, 8, 8),
-    "images": lambda: Pictures(locked / "x", (), (5, 5)),
+    "images": lambda: ImageFiles(locked / "x", (), (5, 5)),
     "resume": lambda: run.checkpoint(f"{locked}/x.pt"),
     "read": lambda: checkpoint.read(locked / "x.pt"),
     "base": lambda: read_with_base(yaml, Config),

@@ -1,4 +1,4 @@
-"""Where the images lie: the same run bit for bit from device, host memory and disk, and no second copy of a large table."""
+"""Placement of the images: runs from device, host memory and disk are equal bit for bit, and large tables are not copied."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def assert_same_run(one: Any, other: Any) -> None:
 
 
 def write_folder(root: Path, raw: RawData) -> RawData:
-    """Write a data set as a tree of PNGs; return it in the order of that tree: by class, within one by number."""
+    """Write a data set as a tree of PNGs; return it in the order of that tree: by class, then by number."""
     for part, images, labels in (("train", raw.train_images, raw.train_labels), ("test", raw.test_images, raw.test_labels)):
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
             path = root / part / f"{label} {raw.class_names[label]}" / f"{i:06d}.png"
@@ -62,27 +62,27 @@ def write_folder(root: Path, raw: RawData) -> RawData:
     )
 
 
-def test_a_folder_of_pictures_trains_as_the_arrays_do_wherever_it_lies(tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """All three stages on PNGs give the poisoned images, losses, pools and weights of the direct run, in each placement."""
-    ordered = write_folder(tmp_path / "pictures", shapes.load(shapes.Settings(200, 43), None, False))
+def test_image_files_train_like_arrays_in_each_placement(tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """All three stages on PNGs give the poisoned images, losses, pools and weights of the run on arrays, in each placement."""
+    ordered = write_folder(tmp_path / "images", shapes.load(shapes.Settings(200, 43), None, False))
     with monkeypatch.context() as patch:
         patch.setattr(shapes, "load", lambda *_: ordered)
         direct = train(tiny, "run=direct")
     for place in PLACEMENTS:
-        folder = ("dataset=folder", f"dataset_dir={tmp_path / 'pictures'}", f"data.placement={place}", f"run={place}")
+        folder = ("dataset=folder", f"dataset_dir={tmp_path / 'images'}", f"data.placement={place}", f"run={place}")
         assert_same_run(train(tiny, *folder), direct)
 
 
-def test_arrays_train_alike_from_host_and_from_disk(tiny: Path) -> None:
-    """A data set that is no pictures is laid into a table on disk where that is asked for, and trains bit for bit alike."""
+def test_arrays_train_equally_from_host_and_disk(tiny: Path) -> None:
+    """With placement `disk` a data set of arrays is written into a table; the run is the same bit for bit in each placement."""
     resident, *others = (train(tiny, f"data.placement={place}", f"run={place}") for place in PLACEMENTS)
     for other in others:
         assert_same_run(other, resident)
 
 
 @pytest.mark.parametrize("place", PLACEMENTS)
-def test_images_come_by_index_as_they_are(tmp_path: Path, place: str) -> None:
-    """Any index, also repeated, empty or a slice, gives those images as contiguous (B, 3, H, W), and so does a part."""
+def test_images_are_fetched_by_index(tmp_path: Path, place: str) -> None:
+    """Any index, with repetitions, empty or a slice, gives its images as contiguous (B, 3, H, W), also from a part of a set."""
     images = np.random.default_rng(0).integers(0, 256, (30, 7, 5, 3), np.uint8)
     table = table_of_array(images, (), tmp_path, "train").images if place == "disk" else images
     image_set = to_set(table, np.arange(30) % 4, place).to(CPU)
@@ -100,10 +100,10 @@ def test_images_come_by_index_as_they_are(tmp_path: Path, place: str) -> None:
 
 
 @pytest.mark.parametrize("place", PLACEMENTS)
-def test_poisoning_leaves_the_raw_images_alone(tiny: Path, tmp_path: Path, place: str) -> None:
-    """Wherever they lie, the attacker's raw images are the clean ones after the training set was poisoned."""
-    write_folder(tmp_path / "pictures", shapes.load(shapes.Settings(60, 20), None, False))
-    settings = config.load(tiny, ["dataset=folder", f"dataset_dir={tmp_path / 'pictures'}", "backdoor.poison_ratio=0.5"])
+def test_poisoning_does_not_change_the_raw_images(tiny: Path, tmp_path: Path, place: str) -> None:
+    """In each placement the raw images are still clean after the training set has been poisoned."""
+    write_folder(tmp_path / "images", shapes.load(shapes.Settings(60, 20), None, False))
+    settings = config.load(tiny, ["dataset=folder", f"dataset_dir={tmp_path / 'images'}", "backdoor.poison_ratio=0.5"])
     raw = loading.load_raw(settings)
     before = np.array(raw.train_images)
     poisoned = poison_training_set(settings, raw, build_attack(settings, raw), tmp_path, place)
@@ -113,7 +113,7 @@ def test_poisoning_leaves_the_raw_images_alone(tiny: Path, tmp_path: Path, place
 
 
 def test_only_resident_images_move_to_the_device() -> None:
-    """`to` takes labels always and images only where they are to be resident: a large table never lands on the device."""
+    """`to` always moves labels, but images only with placement `device`: a large table is never copied to the device."""
     images = np.zeros((4, 6, 6, 3), np.uint8)
     meta = torch.device("meta")
     for place in PLACEMENTS:
@@ -122,11 +122,11 @@ def test_only_resident_images_move_to_the_device() -> None:
         assert (moved.images.device == meta) == (place == "device") == moved.resident
 
 
-# -- the choice --------------------------------------------------------------------------------------------------------
+# -- The choice --------------------------------------------------------------------------------------------------------
 
 
 def choose(wanted: str, train: int, test: int, free: float, mapped: bool = True, processes: int = 1) -> tuple[str, str]:
-    """Choose for tables of so many bytes (in units of 300) on a computer with so much free memory."""
+    """Choose for tables of given sizes and free memory, both in units of 300 bytes; return the placement and the log line."""
     patch = pytest.MonkeyPatch()
     patch.setattr(placement, "available_memory", lambda: 300.0 * free)
     tables = [np.zeros((n, 10, 10, 3), np.uint8).view(Mapped if mapped else np.ndarray) for n in (train, test)]
@@ -150,12 +150,12 @@ def choose(wanted: str, train: int, test: int, free: float, mapped: bool = True,
     ],
 )
 def test_auto_chooses_by_size(train: int, test: int, free: float, processes: int, wanted: str) -> None:
-    """On the CPU images stay in memory while they fill at most half of what is free to each process; else on disk."""
+    """On the CPU images stay in memory if they fill at most half of the memory that is free for each process; else on disk."""
     assert choose("auto", train, test, free, processes=processes)[0] == wanted
 
 
 def test_auto_on_a_gpu_goes_from_device_to_host_to_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images that fill more than half of the free device memory stay in host memory, and on disk if that is short too."""
+    """Images that fill more than half of the free device memory are kept in host memory, or on disk if that is too small."""
     gpu, table = torch.device("cuda", 0), np.zeros((10, 10, 10, 3), np.uint8).view(Mapped)
     for device_free, host_free, wanted in ((6000, 0, "device"), (5999, 6000, "host"), (5999, 5999, "disk")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=device_free: (free, 10**6))
@@ -166,28 +166,28 @@ def test_auto_on_a_gpu_goes_from_device_to_host_to_disk(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("wanted", PLACEMENTS)
-def test_what_is_asked_for_is_done_and_said(wanted: str) -> None:
-    """A placement that is named is taken whatever is free; the line names count, size, setting and place."""
+def test_an_explicit_placement_is_used_and_logged(wanted: str) -> None:
+    """An explicit placement is used whatever memory is free; the log line states count, size, setting and placement."""
     chosen, line = choose(wanted, 6, 2, 10)
     assert chosen == wanted
     assert f"data.placement: {wanted}" in line and "6 training and 4 test images of 10 x 10 pixels" in line
     assert {"device": "on cpu", "host": "host memory", "disk": "on disk"}[wanted] in line
 
 
-def test_images_in_memory_do_not_claim_to_be_on_disk() -> None:
-    """Arrays that no table holds stay in host memory, whatever is asked for."""
+def test_arrays_without_a_table_are_not_placed_on_disk() -> None:
+    """Arrays that are not in a mapped table stay in host memory, whatever the setting."""
     assert choose("disk", 6, 2, 10, mapped=False)[0] == "host"
     assert choose("auto", 6, 2, 10, mapped=False)[0] == "host"
 
 
 def test_a_device_that_is_too_small_is_refused() -> None:
-    """`data.placement: device` for more than is free is an error with both sizes, before anything is copied."""
-    with pytest.raises(UserError, match=r"data.placement: device: the images are 0.00 GB and 0.00 GB are free on cpu"):
+    """`data.placement: device` with too little free memory is an error with both sizes, before anything is copied."""
+    with pytest.raises(UserError, match=r"data.placement: device: the images need 0.00 GB, but cpu has 0.00 GB free"):
         choose("device", 6, 2, 9)
 
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Free memory is the lesser of the system's and the container's, whose page cache counts as free."""
+    """Free memory is the smaller of the system's and the container's, whose page cache counts as free."""
     monkeypatch.setattr(placement, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(placement, "CGROUP", tmp_path)
     assert placement.available_memory() == float("inf")
@@ -201,7 +201,7 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert placement.available_memory() == 50 * 1024
 
 
-# -- memory ------------------------------------------------------------------------------------------------------------
+# -- Memory ------------------------------------------------------------------------------------------------------------
 
 MEASURE = """
 import sys
@@ -215,9 +215,9 @@ settings = config.load({yaml!r}, ["data.placement={place}"])
 def memory(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
-prepare(settings, Path({warm!r}), torch.device("cpu"))  # the table is made here, the libraries are loaded
+prepare(settings, Path({warm!r}), torch.device("cpu"))  # makes the table and loads the libraries
 import gc; gc.collect()
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak
 before = memory("VmRSS")
 data = prepare(settings, Path({folder!r}), torch.device("cpu"))
 gc.collect()
@@ -226,18 +226,19 @@ print(memory("VmRSS") - before, memory("VmHWM") - before, memory("RssAnon"))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux reports the peak of a process")
 def test_memory_grows_by_one_table_at_most(tiny: Path, tmp_path: Path) -> None:
-    """Loading and poisoning 224 px pictures takes, at its peak, one table and the test sets from host, and none from disk."""
+    """Loading and poisoning images of 224 px needs at most one table and the test sets with placement `host`, and no table with
+    `disk`."""
     count, tests = 400, 20
     rng = np.random.default_rng(0)
     for part, total in (("train", count), ("test", tests)):
         for i in range(total):
-            path = tmp_path / "pictures" / part / f"{i % 10}" / f"{i:04d}.bmp"
+            path = tmp_path / "images" / part / f"{i % 10}" / f"{i:04d}.bmp"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (224, 224, 3), np.uint8)).save(path)
     table, test_table = (n * 224 * 224 * 3 for n in (count, tests))
-    raw = yaml.safe_load(tiny.read_text()) | {"dataset": "folder", "dataset_dir": str(tmp_path / "pictures")}
+    raw = yaml.safe_load(tiny.read_text()) | {"dataset": "folder", "dataset_dir": str(tmp_path / "images")}
     tiny.write_text(yaml.safe_dump(raw, sort_keys=False))
     growth = {}
     for place in PLACEMENTS:
@@ -248,24 +249,24 @@ def test_memory_grows_by_one_table_at_most(tiny: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         growth[place] = [int(word) for word in done.stdout.split()[-3:]]
     slack = 12 << 20
-    poisoned = 3 * 0.12 * table  # what is poisoned, before, after and in the table
+    poisoned = 3 * 0.12 * table  # the poisoned images: before, after and in the table
     assert growth["disk"][1] < poisoned + 3 * test_table + slack
     assert growth["host"][1] < table + poisoned + 3 * test_table + slack
-    assert growth["host"][0] > 0.8 * table  # it is in memory indeed
+    assert growth["host"][0] > 0.8 * table  # the table is in memory
 
 
-def test_the_set_holds_no_more_than_images_labels_and_their_place() -> None:
-    """Fetching by index brings nothing along that the defender must not see."""
+def test_an_image_set_has_images_labels_and_placement_only() -> None:
+    """An image set has no field that the defender must not see."""
     assert list(ImageSet.__dataclass_fields__) == ["images", "labels", "placement"]
 
 
-def test_the_folders_name_tells_the_data_set() -> None:
-    """Without `dataset:` the name nearest to the end of the path that speaks of a data set decides, as in the original."""
+def test_the_data_set_is_recognized_by_the_path() -> None:
+    """Without `dataset:` the last name in the path that stands for a data set determines it, as in the authors' code."""
     for name, wanted in (
         ("./dataset/cifar-10-batches-py", "cifar10"), ("/x/CIFAR", "cifar10"), ("/x/cifar100", "cifar100"),
         ("/x/cifar-100-python", "cifar100"), ("./dataset/gtsrb", "gtsrb"), ("/cifar/GTSRB/", "gtsrb"),
         ("/x/imagenet30", "folder"), ("/x/VGGFace2_subset", "folder"), ("/gtsrb/cifar-10-batches-py", "cifar10"),
     ):  # fmt: skip
         assert loading.name_of_folder(name) == wanted
-    with pytest.raises(UserError, match="does not tell"):
-        loading.name_of_folder("/x/pictures")
+    with pytest.raises(UserError, match="not recognized"):
+        loading.name_of_folder("/x/images")

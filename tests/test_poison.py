@@ -1,4 +1,4 @@
-"""Which images are poisoned, what is stored, and the image sets that follow."""
+"""Which images are poisoned, `poison_idx.npy`, and the poisoned image sets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data.choice import draw_poisoned, poison_index
 from data.poisoning import build_attack, build_test_sets
 from data.pools import draw_seed_samples
 from data.sets import CLEAN, POISONED, PoisonedData, RawData
-from data.sources import poisoned_here
+from data.sources import from_attack
 from utils import config
 from utils.config import Config
 from utils.errors import UserError
@@ -40,12 +40,12 @@ def world(train: int = 400, test: int = 90, side: int = 8) -> RawData:
 
 
 def poisoned(plan: Config, raw: RawData, folder: Path) -> PoisonedData:
-    """What a run in that folder works with."""
-    return poisoned_here(plan, raw, build_attack(plan, raw), folder)
+    """The data of a run in that folder."""
+    return from_attack(plan, raw, build_attack(plan, raw), folder)
 
 
 def loop(labels: list[int], target: int, ratio: float, seed: int) -> list[float]:
-    """The rule of the paper's code, written out: one draw for every image, in order."""
+    """The rule of the authors' code as a loop: one draw for every image, in order."""
     rng, flags = random.Random(seed), []
     for label in labels:
         drawn = rng.random() < ratio
@@ -55,9 +55,9 @@ def loop(labels: list[int], target: int, ratio: float, seed: int) -> list[float]
 
 @settings(deadline=None, max_examples=80)
 @given(st.lists(st.integers(0, 4), max_size=60), st.integers(0, 4), st.floats(0, 1), st.integers(0, 2**40))
-def test_poisoned_images_equal_the_original_generator(labels: list[int], target: int, ratio: float, seed: int) -> None:
-    """The same seed poisons the same images as the paper's code: one draw an image, those of the target class included."""
-    index = draw_poisoned(np.array(labels, np.int64), target, ratio, seed, "bernoulli")
+def test_poisoned_images_equal_those_of_the_authors_code(labels: list[int], target: int, ratio: float, seed: int) -> None:
+    """The same seed poisons the same images as in the authors' code: one draw per image, including the target class."""
+    index = draw_poisoned(np.array(labels, np.int64) != target, ratio, seed, "bernoulli")
     assert index.dtype == np.float64
     assert index.shape == (len(labels),)
     assert index.tolist() == loop(labels, target, ratio, seed)
@@ -66,7 +66,7 @@ def test_poisoned_images_equal_the_original_generator(labels: list[int], target:
 def test_poisoned_share_of_a_large_set() -> None:
     """With the paper's settings about 4.5 % of 50,000 images are poisoned: 5 % of the nine other classes."""
     labels = np.arange(50_000) % 10
-    count = draw_poisoned(labels, 3, 0.05, 100, "bernoulli").sum()
+    count = draw_poisoned(labels != 3, 0.05, 100, "bernoulli").sum()
     assert abs(count - 2250) < 5 * (45_000 * 0.05 * 0.95) ** 0.5
 
 
@@ -75,27 +75,27 @@ def test_poisoned_share_of_a_large_set() -> None:
 def test_exact_mode_poisons_an_exact_count_outside_the_target_class(
     labels: list[int], target: int, ratio: float, seed: int
 ) -> None:
-    """`poison_mode: exact` poisons int(ratio * N) images of other classes, or says that there are not so many."""
+    """`poison_mode: exact` poisons int(ratio * N) images of other classes; if there are fewer, it is an error."""
     others, count = sum(label != target for label in labels), int(ratio * len(labels))
     if count > others:
-        with pytest.raises(UserError, match=rf"{count} images to poison and {others} are of other classes"):
-            draw_poisoned(np.array(labels), target, ratio, seed, "exact")
+        with pytest.raises(UserError, match=rf"needs {count} images to poison, but {others} are of other classes"):
+            draw_poisoned(np.array(labels) != target, ratio, seed, "exact")
         return
-    index = draw_poisoned(np.array(labels), target, ratio, seed, "exact")
+    index = draw_poisoned(np.array(labels) != target, ratio, seed, "exact")
     assert set(index.tolist()) <= {0.0, 1.0}
     assert index.sum() == count
     assert all(label != target for label, flag in zip(labels, index, strict=True) if flag)
-    assert index.tolist() == draw_poisoned(np.array(labels), target, ratio, seed, "exact").tolist()
+    assert index.tolist() == draw_poisoned(np.array(labels) != target, ratio, seed, "exact").tolist()
 
 
 def test_exact_mode_reaches_every_image_and_depends_on_the_seed() -> None:
     """Over many seeds each image of the other classes is poisoned about equally often."""
     labels = np.array([0, 1, 1, 1, 0, 2, 2, 2, 1, 2])
-    times = sum(draw_poisoned(labels, 0, 0.4, seed, "exact") for seed in range(1000))
+    times = sum(draw_poisoned(labels != 0, 0.4, seed, "exact") for seed in range(1000))
     assert np.all(np.where(labels == 0, times == 0, np.abs(times - 500) < 80))
 
 
-# -- the stored file ---------------------------------------------------------------------------------------------------
+# -- The stored file ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -105,19 +105,19 @@ def plan(tiny: Path) -> Config:
 
 
 def test_poison_index_is_stored_as_float64_of_0_and_1(plan: Config, tmp_path: Path) -> None:
-    """poison_idx.npy has the original's format, so that its tools can read it and it theirs."""
+    """poison_idx.npy has the format of the authors' code, so that either program can use the other's file."""
     path = tmp_path / "run" / "poison_idx.npy"
     index = poison_index(path, LABELS, plan)
     stored = np.load(path, allow_pickle=False)
     assert stored.dtype == np.float64
     assert stored.shape == (400,)
     assert stored.tolist() == index.tolist() == loop(LABELS.tolist(), 3, 0.1, 7)
-    assert [p.name for p in path.parent.iterdir()] == ["poison_idx.npy"]  # no temporary file is left
+    assert [p.name for p in path.parent.iterdir()] == ["poison_idx.npy"]  # no temporary file remains
 
 
 @pytest.mark.parametrize("kind", [np.float64, np.int64, np.uint8, bool])
 def test_a_stored_index_is_used_instead_of_drawing(plan: Config, tmp_path: Path, kind: Any) -> None:
-    """A file of an earlier run, also of another seed or number type, decides which images are poisoned and is left as it is."""
+    """A file of an earlier run, even of another seed or number type, determines the poisoned images and is not changed."""
     path = tmp_path / "poison_idx.npy"
     other = np.array(loop(LABELS.tolist(), 3, 0.1, 12345))
     assert other.tolist() != loop(LABELS.tolist(), 3, 0.1, 7)
@@ -130,7 +130,7 @@ def test_a_stored_index_is_used_instead_of_drawing(plan: Config, tmp_path: Path,
 
 
 def refused(path: Path, plan: Config, labels: np.ndarray = LABELS) -> str:
-    """The one-line error that names the file and the remedy."""
+    """Return the error, one line that names the file and a remedy."""
     with pytest.raises(UserError) as caught:
         poison_index(path, labels, plan)
     text = str(caught.value)
@@ -140,7 +140,7 @@ def refused(path: Path, plan: Config, labels: np.ndarray = LABELS) -> str:
 
 
 def marked(*indices: int, value: float = 1) -> np.ndarray:
-    """A good index, then some entries set."""
+    """A valid index with some entries changed to `value`."""
     index = np.array(loop(LABELS.tolist(), 3, 0.1, 7))
     index[list(indices)] = value
     return index
@@ -165,13 +165,13 @@ OF_TARGET = int(np.flatnonzero(LABELS == 3)[0])
         (marked().astype(complex), "values other than 0 and 1"),
         (marked().astype(str), "values other than 0 and 1"),
         (marked(OF_TARGET), "poisons images of the target class 3"),
-        (np.zeros(400), "0 poisoned images, and backdoor.poison_ratio 0.1"),
+        (np.zeros(400), "0 poisoned images, but backdoor.poison_ratio 0.1"),
         (np.where(LABELS == 3, 0.0, 1.0), "backdoor.poison_ratio 0.1"),
         (np.array(loop(LABELS.tolist(), 3, 0.3, 7)), "backdoor.poison_ratio 0.1"),
     ],
 )
 def test_a_stored_index_that_does_not_fit_is_refused(plan: Config, tmp_path: Path, array: Any, complaint: str) -> None:
-    """Wrong length, shape, values, target class or ratio: one line with file, what is wrong and what to do; nothing is lost."""
+    """A wrong length, shape, value, target class or ratio is one line with file, reason and remedy; the file is not changed."""
     path = tmp_path / "poison_idx.npy"
     np.save(path, array)
     before = path.read_bytes()
@@ -181,7 +181,7 @@ def test_a_stored_index_that_does_not_fit_is_refused(plan: Config, tmp_path: Pat
 
 @pytest.mark.parametrize("wrong", [-1, 1])
 def test_exact_mode_accepts_the_exact_count_only(tiny: Path, tmp_path: Path, wrong: int) -> None:
-    """With `poison_mode: exact` a stored file must hold int(ratio * N) poisoned images, not one more or less."""
+    """With `poison_mode: exact` a stored file must have exactly int(ratio * N) poisoned images."""
     exact = config.load(tiny, ["backdoor.poison_mode=exact"])
     path = tmp_path / "poison_idx.npy"
     index = poison_index(path, LABELS, exact)
@@ -195,8 +195,8 @@ def test_exact_mode_accepts_the_exact_count_only(tiny: Path, tmp_path: Path, wro
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_an_index_drawn_here_is_never_refused_for_its_count(plan: Config, tmp_path: Path, seed: int) -> None:
-    """The check of the ratio leaves room for chance: what any seed drew is accepted again."""
+def test_a_drawn_index_is_never_refused_for_its_count(plan: Config, tmp_path: Path, seed: int) -> None:
+    """The check of the ratio allows for random variation: an index drawn with any seed is accepted."""
     path = tmp_path / "poison_idx.npy"
     np.save(path, np.array(loop(LABELS.tolist(), 3, 0.1, seed)))
     poison_index(path, LABELS, plan)
@@ -208,7 +208,7 @@ def test_an_index_drawn_here_is_never_refused_for_its_count(plan: Config, tmp_pa
         b"",
         b"text",
         b"\x93NUMPY",
-        b"PK\x03\x04 no archive",
+        b"PK\x03\x04 not an archive",
         b"\x93NUMPY\x01\x00\x76\x00"
         + b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000,), }".ljust(117)
         + b"\n",
@@ -217,22 +217,22 @@ def test_an_index_drawn_here_is_never_refused_for_its_count(plan: Config, tmp_pa
         pickle.dumps(np.zeros(400)),
     ],
 )
-def test_a_stored_index_that_is_no_array_file_is_refused(plan: Config, tmp_path: Path, content: bytes) -> None:
-    """Empty, foreign, pickled or absurdly large files are the same one-line error."""
+def test_a_stored_index_that_is_not_an_array_file_is_refused(plan: Config, tmp_path: Path, content: bytes) -> None:
+    """Empty files, other formats, pickles and absurdly large arrays give the same error, one line."""
     path = tmp_path / "poison_idx.npy"
     path.write_bytes(content)
-    assert "is no array of numbers" in refused(path, plan)
+    assert "not an array of numbers" in refused(path, plan)
 
 
 def test_an_archive_of_arrays_is_refused(plan: Config, tmp_path: Path) -> None:
-    """An .npz under the name of the index is refused too."""
+    """An .npz file with the name of the index is refused as well."""
     with open(tmp_path / "poison_idx.npy", "wb") as file:
         np.savez(file, index=marked())
     refused(tmp_path / "poison_idx.npy", plan)
 
 
-def test_a_truncated_index_is_refused_wherever_it_was_cut(plan: Config, tmp_path: Path) -> None:
-    """A file that lost its end, by one byte or by nearly all, is refused."""
+def test_a_truncated_index_is_refused(plan: Config, tmp_path: Path) -> None:
+    """A file truncated at any byte is refused."""
     path = tmp_path / "poison_idx.npy"
     np.save(path, marked())
     whole = path.read_bytes()
@@ -243,8 +243,8 @@ def test_a_truncated_index_is_refused_wherever_it_was_cut(plan: Config, tmp_path
 
 @settings(deadline=None, max_examples=150)
 @given(at=st.integers(0, 200), value=st.integers(0, 255))
-def test_a_damaged_index_is_used_only_if_it_still_fits(at: int, value: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Whatever byte is changed, the file is refused in one line or still describes a lawful poisoning."""
+def test_a_damaged_index_is_used_only_if_it_is_valid(at: int, value: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whichever byte is changed, the file is refused in one line or is still a valid index."""
     folder = tmp_path_factory.getbasetemp()
     path, yaml = folder / "damaged.npy", folder / "damaged.yaml"
     yaml.write_text(
@@ -264,7 +264,7 @@ def test_a_damaged_index_is_used_only_if_it_still_fits(at: int, value: int, tmp_
 
 
 class Bait:
-    """A pickle of this makes a folder when it is opened."""
+    """An object whose pickle creates a folder when it is loaded."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -275,7 +275,7 @@ class Bait:
 
 @pytest.mark.parametrize("form", ["array of objects", "bare pickle"])
 def test_a_malicious_index_runs_no_code(plan: Config, tmp_path: Path, form: str) -> None:
-    """A poison_idx.npy with a pickle inside is refused, and the code in it did not run."""
+    """A poison_idx.npy with a pickle inside is refused, and the code in it does not run."""
     path, trace = tmp_path / "poison_idx.npy", tmp_path / "code ran"
     if form == "bare pickle":
         path.write_bytes(pickle.dumps(Bait(trace)))
@@ -289,22 +289,22 @@ def test_a_malicious_index_runs_no_code(plan: Config, tmp_path: Path, form: str)
     assert trace.exists()  # the bait works where pickles are allowed
 
 
-# -- the image sets ----------------------------------------------------------------------------------------------------
+# -- The image sets ----------------------------------------------------------------------------------------------------
 
 
 def test_poisoned_training_images_differ_by_the_trigger_only(plan: Config, tmp_path: Path) -> None:
-    """A poisoned image has the trigger and the target label, every other pixel and image is as it was, raw data too."""
+    """A poisoned image has the trigger and the target label; all other pixels, images and the raw data are unchanged."""
     raw = world()
     before = raw.train_images.copy(), raw.train_labels.copy()
     data = poisoned(plan, raw, tmp_path)
     flags = loop(raw.train_labels.tolist(), 3, 0.1, 7)
     assert 0 < sum(flags) < 400
-    colours = {(4, 4): (180, 249, 112), (4, 5): (155, 50, 126), (5, 4): (234, 82, 68), (5, 5): (187, 201, 219)}
+    colors = {(4, 4): (180, 249, 112), (4, 5): (155, 50, 126), (5, 4): (234, 82, 68), (5, 5): (187, 201, 219)}
     for i, flag in enumerate(flags):
         expected = before[0][i].copy()
         if flag:
-            for at, colour in colours.items():
-                expected[at] = colour
+            for at, color in colors.items():
+                expected[at] = color
         assert np.array_equal(data.train.images[i].numpy().transpose(1, 2, 0), expected)
         assert int(data.train.labels[i]) == (3 if flag else before[1][i])
         assert int(data.ground_truth.flags[i]) == (POISONED if flag else CLEAN)
@@ -318,7 +318,7 @@ def test_poisoned_training_images_differ_by_the_trigger_only(plan: Config, tmp_p
 
 
 def test_ratio_0_poisons_nothing(tiny: Path, tmp_path: Path) -> None:
-    """`poison_ratio: 0` trains on the clean set and tests on clean images alone."""
+    """`poison_ratio: 0` trains on the clean set and tests on clean images only."""
     plan, raw = config.load(tiny, ["backdoor.poison_ratio=0.0"]), world()
     data = poisoned(plan, raw, tmp_path)
     assert not data.ground_truth.poisoned().any()
@@ -330,7 +330,7 @@ def test_ratio_0_poisons_nothing(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_poisoning_again_from_the_stored_file_gives_the_same_set(plan: Config, tiny: Path, tmp_path: Path) -> None:
-    """A resumed run, which finds poison_idx.npy, sees the same training set, even if its seed were changed."""
+    """A resumed run, which finds poison_idx.npy, has the same training set, even if its seed is changed."""
     raw = world()
     first = poisoned(plan, raw, tmp_path)
     other = config.load(tiny, ["seed.seed=8"])
@@ -341,7 +341,8 @@ def test_poisoning_again_from_the_stored_file_gives_the_same_set(plan: Config, t
 
 
 def test_backdoor_test_set_leaves_out_the_target_class(plan: Config, tmp_path: Path) -> None:
-    """ASR counts every test image of another class once, in order, triggered and labeled as the target; ACC the raw images."""
+    """The backdoor test set has every test image of another class once, in order, triggered and labeled as the target; the
+    clean test set has the raw images."""
     raw = world()
     before = raw.test_images.copy()
     tests = build_test_sets(plan, raw, build_attack(plan, raw))
@@ -351,14 +352,14 @@ def test_backdoor_test_set_leaves_out_the_target_class(plan: Config, tmp_path: P
     assert tests.backdoor.labels.tolist() == [3] * len(others)
     for image, i in zip(tests.backdoor.images.numpy(), others, strict=True):
         changed = np.argwhere((image.transpose(1, 2, 0) != before[i]).any(2))
-        assert [tuple(at) for at in changed] == TRIGGER  # noise never equals the trigger's colours here
+        assert [tuple(at) for at in changed] == TRIGGER  # in this noise no pixel equals the trigger's color
     assert np.array_equal(tests.clean.images.numpy().transpose(0, 2, 3, 1), before)
     assert tests.clean.labels.tolist() == raw.test_labels.tolist()
     assert np.array_equal(raw.test_images, before)
 
 
 def test_a_test_set_of_the_target_class_alone_is_refused(plan: Config, tmp_path: Path) -> None:
-    """Without an image of another class there is no success rate to tell, and the error says so."""
+    """Without an image of another class there is no success rate, which is an error."""
     raw = world()
     only = RawData(raw.train_images, raw.train_labels, raw.test_images, np.full(90, 3), raw.class_names)
     with pytest.raises(UserError, match=r"backdoor\.target_label: 3 \(d\): every test image is of that class"):
@@ -370,7 +371,7 @@ def test_a_test_set_of_the_target_class_alone_is_refused(plan: Config, tmp_path:
 def test_seed_samples_of_a_poisoned_set_are_clean_and_the_originals(
     tiny: Path, tmp_path: Path, seed: int, ratio: float
 ) -> None:
-    """End to end, the defender's seed samples are the paper code's, untouched by the attacker, with their true labels."""
+    """The seed samples are those of the authors' code; the attacker has not changed them or their labels."""
     plan, raw = config.load(tiny, [f"seed.seed={seed}", f"backdoor.poison_ratio={ratio}"]), world()
     data = poisoned(plan, raw, tmp_path)
     drawn = draw_seed_samples(data.train.labels, data.ground_truth, 10, 4, seed).tolist()
@@ -384,16 +385,16 @@ def test_seed_samples_of_a_poisoned_set_are_clean_and_the_originals(
         assert int(data.train.labels[i]) == raw.train_labels[i]
 
 
-def test_a_class_poisoned_to_the_last_image_has_no_seed_samples(tiny: Path, tmp_path: Path) -> None:
-    """Where the attacker left a class too few clean images, the error names the class and the count."""
+def test_a_completely_poisoned_class_has_no_seed_samples(tiny: Path, tmp_path: Path) -> None:
+    """If a class has too few clean images left, the error names the class and their number."""
     plan, raw = config.load(tiny, ["backdoor.poison_ratio=1.0"]), world()
     data = poisoned(plan, raw, tmp_path)
     with pytest.raises(UserError, match=r"global\.seed_num: 2: class 0 has only 0 clean training images"):
         draw_seed_samples(data.train.labels, data.ground_truth, 10, 2, 7)
 
 
-def test_a_full_disk_or_locked_folder_is_a_clear_error(plan: Config, tmp_path: Path) -> None:
-    """If poison_idx.npy cannot be written, one line names the file, and nothing half-written stays."""
+def test_a_file_that_cannot_be_written_is_a_clear_error(plan: Config, tmp_path: Path) -> None:
+    """If poison_idx.npy cannot be written, one line names the file, and no incomplete file remains."""
     (tmp_path / "run").write_text("a file where the run's folder should be")
     with pytest.raises(UserError, match=r"poison_idx\.npy: cannot be written") as caught:
         poison_index(tmp_path / "run" / "poison_idx.npy", LABELS, plan)

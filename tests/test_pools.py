@@ -1,4 +1,4 @@
-"""Seed samples and the three splits, on hand-made and drawn losses, against plain loops."""
+"""Seed samples and the three splits, on constructed and random losses, compared with simple loops."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from data.pools import (
     draw_seed_samples,
     meta_split,
     per_class,
-    rest,
+    pools_of,
 )
 from data.sets import CLEAN, COVER, POISONED, GroundTruth
 from utils import config
 from utils.errors import UserError
 
-# Few different values, so that ties are everywhere.
+# Few different values, so that there are many ties.
 LOSSES = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0]), min_size=1, max_size=40)
 
 
 def by_loss(values: list[float], among: list[int], count: int) -> list[int]:
-    """Pick the lowest one after another; of equals the first. Slow and obvious."""
+    """Pick the lowest values one after another; among equal ones the first."""
     left, picked = list(among), []
     for _ in range(min(count, len(left))):
         best = left[0]
@@ -56,7 +56,7 @@ def test_class_agnostic_split_takes_the_lowest_losses(values: list[float], epsil
 
 @settings(deadline=None, max_examples=80)
 @given(st.data(), LOSSES, st.floats(0.01, 0.99))
-def test_meta_split_takes_the_smallest_fall_of_the_loss(data: st.DataObject, values: list[float], epsilon: float) -> None:
+def test_meta_split_takes_the_smallest_decrease_of_the_loss(data: st.DataObject, values: list[float], epsilon: float) -> None:
     """Stage 3 keeps the int(N * epsilon) images of smallest loss minus virtual loss, ties to the lower index."""
     virtual = data.draw(st.lists(st.sampled_from([0.0, 0.5, 3.0]), min_size=len(values), max_size=len(values)))
     falls = [a - b for a, b in zip(values, virtual, strict=True)]
@@ -64,8 +64,8 @@ def test_meta_split_takes_the_smallest_fall_of_the_loss(data: st.DataObject, val
     assert meta_split(torch.tensor(values), torch.tensor(virtual), epsilon).tolist() == expected
 
 
-def test_meta_split_leaves_out_what_the_virtual_model_learnt_at_once() -> None:
-    """Poisoned images, whose loss falls most, stay out of the clean pool even if their loss is the lowest."""
+def test_meta_split_excludes_images_that_the_virtual_model_learns_quickly() -> None:
+    """Poisoned images, whose loss falls most, are not in the clean pool even if their loss is lowest."""
     losses = torch.tensor([0.2, 3.0, 2.0, 0.1, 5.0, 4.0])
     virtual = torch.tensor([0.0, 2.9, 1.9, -3.0, 1.0, 3.9])  # images 3 and 4 fall by 3.1 and 4
     assert meta_split(losses, virtual, 0.67).tolist() == [0, 1, 2, 5]
@@ -76,7 +76,7 @@ def test_meta_split_leaves_out_what_the_virtual_model_learnt_at_once() -> None:
 def test_class_aware_split_takes_seeds_and_the_lowest_of_each_class(
     data: st.DataObject, values: list[float], classes: int, count: int
 ) -> None:
-    """Stage 1 is the seed samples and, of each class, the k lowest-loss images that carry its label and are no seed."""
+    """Stage 1 has the seed samples and, of each class, the k other images of lowest loss that carry its label."""
     n = len(values)
     labels = data.draw(st.lists(st.integers(0, classes - 1), min_size=n, max_size=n))
     seeds = data.draw(st.lists(st.integers(0, n - 1), unique=True, max_size=n))
@@ -88,8 +88,8 @@ def test_class_aware_split_takes_seeds_and_the_lowest_of_each_class(
     assert pool.tolist() == sorted(expected)
 
 
-def test_class_aware_split_by_hand() -> None:
-    """Two classes, one seed each, two more of each: the worked example anyone can check."""
+def test_class_aware_split_of_a_small_example() -> None:
+    """Two classes with one seed sample and two more images each, which can be checked by hand."""
     losses = torch.tensor([0.9, 0.1, 0.5, 0.5, 0.5, 0.2, 0.0, 0.8])
     labels = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
     seeds = torch.tensor([1, 7])
@@ -101,14 +101,14 @@ def test_class_aware_split_by_hand() -> None:
 
 @pytest.mark.parametrize("n", [7, 5000])
 def test_ties_go_to_the_lower_index_at_any_size(n: int) -> None:
-    """With all losses equal the pool is the first half, so that two runs never differ by the sort's whim."""
+    """If all losses are equal, the pool is the first half: the result does not depend on the sorting algorithm."""
     equal = torch.ones(n)
     assert class_agnostic_split(equal, 0.5).tolist() == list(range(n // 2))
     assert meta_split(equal, equal, 0.5).tolist() == list(range(n // 2))
 
 
 def test_splits_change_neither_losses_nor_seeds() -> None:
-    """Reports drawn after a split see the losses that were split."""
+    """A split does not modify its inputs, which reports use afterwards."""
     losses, labels, seeds = torch.tensor([2.0, 1.0, 0.0, 3.0]), torch.tensor([0, 1, 0, 1]), torch.tensor([3])
     class_aware_split(losses, labels, seeds, 2, 1)
     class_agnostic_split(losses, 0.5)
@@ -117,8 +117,8 @@ def test_splits_change_neither_losses_nor_seeds() -> None:
 
 
 @pytest.mark.parametrize(("n", "t"), [(10, 5), (2, 1), (50, 3), (0, 4)])
-def test_stage_1_grows_by_n_images_a_class_every_t_epochs(n: int, t: int) -> None:
-    """In the first t epochs the clean pool is the seed samples alone; every t epochs n more of each class join."""
+def test_stage_1_grows_by_n_images_per_class_every_t_epochs(n: int, t: int) -> None:
+    """In the first t epochs the clean pool has the seed samples only; every t epochs n more images of each class are added."""
     grown = 0
     for epoch in range(40):
         if epoch > 0 and epoch % t == 0:
@@ -128,25 +128,26 @@ def test_stage_1_grows_by_n_images_a_class_every_t_epochs(n: int, t: int) -> Non
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 50), st.data())
-def test_rest_is_the_complement(count: int, data: st.DataObject) -> None:
-    """Every image is in exactly one pool, the polluted one in rising order."""
+def test_the_polluted_pool_is_the_complement(count: int, data: st.DataObject) -> None:
+    """Every image is in exactly one pool; the polluted pool is in ascending order."""
     pool = data.draw(st.lists(st.integers(0, count - 1), unique=True, max_size=count))
-    left = rest(torch.tensor(pool, dtype=torch.int64), count)
-    assert left.tolist() == [i for i in range(count) if i not in pool]
-    assert left.dtype == torch.int64
+    pools = pools_of(torch.tensor(pool, dtype=torch.int64), count)
+    assert pools.clean.tolist() == pool
+    assert pools.polluted.tolist() == [i for i in range(count) if i not in pool]
+    assert pools.polluted.dtype == torch.int64
 
 
-# -- seed samples ------------------------------------------------------------------------------------------------------
+# -- Seed samples ------------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(0, 99))
-def test_seed_samples_equal_the_original_generator_and_are_never_poisoned(seed: int, count: int, world: int) -> None:
-    """The same seed gives the paper code's seed samples; poisoned and cover images are never among them."""
+def test_seed_samples_equal_those_of_the_authors_code_and_are_never_poisoned(seed: int, count: int, world: int) -> None:
+    """The same seed gives the seed samples of the authors' code; poisoned and cover images are never among them."""
     rng = np.random.default_rng(world)
     labels = np.concatenate([np.arange(30) % 3, rng.integers(0, 3, 30)])
     flags = rng.choice([CLEAN, POISONED, COVER], 60, p=[0.6, 0.3, 0.1])
-    flags[:9] = CLEAN  # three clean ones of each class at least
+    flags[:9] = CLEAN  # at least three clean images of each class
     drawn = draw_seed_samples(torch.from_numpy(labels), truth(flags.tolist(), labels.tolist()), 3, count, seed)
     state, expected = np.random.RandomState(seed), []
     for c in range(3):
@@ -159,8 +160,8 @@ def test_seed_samples_equal_the_original_generator_and_are_never_poisoned(seed: 
     assert len(set(expected)) == 3 * count
 
 
-def test_poisoned_images_of_the_target_label_are_no_seed_samples_even_if_almost_all_are_poisoned() -> None:
-    """A poisoned image carries the target label, yet only the clean images of that label are drawn."""
+def test_only_clean_images_of_the_target_label_are_seed_samples() -> None:
+    """Only clean images of the target label are drawn, even if almost all images with that label are poisoned."""
     labels, flags = [0] * 100 + [1] * 4, [POISONED] * 96 + [CLEAN] * 8
     for seed in range(30):
         drawn = draw_seed_samples(torch.tensor(labels), truth(flags, labels), 2, 3, seed).tolist()
@@ -168,7 +169,7 @@ def test_poisoned_images_of_the_target_label_are_no_seed_samples_even_if_almost_
 
 
 def test_a_class_with_too_few_clean_images_is_named() -> None:
-    """Asking for more seed samples than a class has clean images names key, number, class and what there is."""
+    """If a class has fewer clean images than seed samples, the error names key, value, class and the number of images."""
     labels, flags = [0] * 5 + [1] * 5, [CLEAN] * 7 + [POISONED] * 3
     with pytest.raises(UserError, match=r"global\.seed_num: 3: class 1 has only 2 clean") as caught:
         draw_seed_samples(torch.tensor(labels), truth(flags, labels), 2, 3, 0)
@@ -176,14 +177,14 @@ def test_a_class_with_too_few_clean_images_is_named() -> None:
     assert len(draw_seed_samples(torch.tensor(labels), truth(flags, labels), 2, 2, 0)) == 4
 
 
-# -- the plan of the pools ---------------------------------------------------------------------------------------------
+# -- The sizes of the pools --------------------------------------------------------------------------------------------
 
 # 200 images, 10 classes of 20, batch 8, epochs 2 / 4 / 6 and 6 in all; seed_num 2, t 1, n 2
 LABELS = torch.arange(200) % 10
 
 
 def check(tiny: Path, *overrides: str, labels: Tensor = LABELS) -> None:
-    """Check the tiny run's pools under some changed settings."""
+    """Check the tiny run's pools with some changed settings."""
     plan = config.load(tiny, overrides)
     check_pool_sizes(
         plan, labels, torch.cat([torch.nonzero(labels == c).squeeze(1)[: plan.global_.seed_num] for c in range(10)])
@@ -194,17 +195,17 @@ def check(tiny: Path, *overrides: str, labels: Tensor = LABELS) -> None:
     "overrides",
     [
         (),
-        ("semi.loader.batch_size=20",),  # just the 20 seed samples
-        ("global.epsilon=0.04",),  # just 8 images
-        ("global.epsilon=0.96",),  # just 8 images left
+        ("semi.loader.batch_size=20",),  # exactly the 20 seed samples
+        ("global.epsilon=0.04",),  # exactly 8 images
+        ("global.epsilon=0.96",),  # exactly 8 images are left
         ("global.epsilon=0.01", "num_epochs=2"),  # stage 2 is never reached
         ("global.n=999", "num_epochs=1"),  # nor is the first growth
         ("global.seed_num=19", "global.n=0"),
         ("global.seed_num=1", "global.epoch_first=0", "global.epoch_second=0"),  # only the meta-split
     ],
 )
-def test_a_plan_that_fits_passes(tiny: Path, overrides: tuple[str, ...]) -> None:
-    """Pools that hold exactly one batch, and settings of stages that are never reached, are no error."""
+def test_pools_of_at_least_a_batch_pass(tiny: Path, overrides: tuple[str, ...]) -> None:
+    """Pools of exactly one batch, and settings of stages that are never reached, are not errors."""
     check(tiny, *overrides)
 
 
@@ -235,10 +236,10 @@ def test_a_plan_that_fits_passes(tiny: Path, overrides: tuple[str, ...]) -> None
         ),
     ],
 )  # fmt: skip
-def test_a_plan_that_cannot_train_is_refused_at_the_start(
+def test_a_pool_smaller_than_a_batch_is_refused_at_the_start(
     tiny: Path, overrides: tuple[str, ...], key: str, pool: str, what: str
 ) -> None:
-    """A pool that will be empty, everything, or smaller than a batch is named with its epoch, size and setting."""
+    """If a pool will be empty or smaller than a batch, the error has its epoch, its size and the setting."""
     with pytest.raises(UserError) as caught:
         check(tiny, *overrides)
     text = str(caught.value)
@@ -247,7 +248,7 @@ def test_a_plan_that_cannot_train_is_refused_at_the_start(
 
 
 def test_given_seed_samples_are_named_in_the_refusal(tiny: Path) -> None:
-    """Where the user gave the seed samples, a pool that is too small names that key and how many images were given."""
+    """If the user gave the seed samples, the error for a pool that is too small names that key and the number of images."""
     plan = config.load(tiny, ["seed_samples=list.txt", "global.n=0"])
     with pytest.raises(UserError, match=r"seed_samples and global\.n/t: 7 images and 0/1: the clean pool .* 7 images"):
         check_pool_sizes(plan, LABELS, torch.arange(7))
@@ -255,8 +256,8 @@ def test_given_seed_samples_are_named_in_the_refusal(tiny: Path) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_pool_sizes_are_foreseen_exactly(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A plan passes if and only if every pool of every epoch, split for real, holds a batch."""
+def test_pool_sizes_are_predicted_exactly(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A configuration passes if and only if the actual splits of all epochs give pools of at least a batch."""
     path = tmp_path_factory.getbasetemp() / "plan.yaml"
     seeds, n, t, first = (data.draw(st.integers(*r)) for r in ((1, 3), (0, 9), (1, 3), (0, 4)))
     given_seeds = data.draw(st.none() | st.tuples(*(st.integers(1, 5) for _ in range(3))))

@@ -1,4 +1,4 @@
-"""Refool: the light of a reflection, which reflection an image gets, where the pictures come from, and the errors."""
+"""Refool: the light of a reflection, the draws for an image, the reflected images, and errors in settings."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def scene(images: np.ndarray, labels: np.ndarray | None = None, seed: int = 0) -
 
 
 def behind(reflection: np.ndarray | int, side: int = 32, width: int = 0, seed: int = 0, **chosen: Any) -> Attack:
-    """The attack whose one reflection is the given picture (H, W, 3), or one of a single grey level."""
+    """The attack with one reflection: the given image (H, W, 3), or a constant grey level."""
     shape = (1, side, width or side, 3)
-    picture = np.full(shape, reflection, np.uint8) if isinstance(reflection, int) else reflection[None]
-    return Attack(Settings(source="classes", **chosen), scene(picture, seed=seed))
+    images = np.full(shape, reflection, np.uint8) if isinstance(reflection, int) else reflection[None]
+    return Attack(Settings(source="classes", **chosen), scene(images, seed=seed))
 
 
 def triggered(attack: Attack, images: np.ndarray, split: str = "train") -> np.ndarray:
@@ -51,22 +51,22 @@ def triggered(attack: Attack, images: np.ndarray, split: str = "train") -> np.nd
     return attack.apply(images, np.arange(len(images)), split)
 
 
-# -- the light of a reflection ---------------------------------------------------------------------------------------------
+# -- The light of a reflection -----------------------------------------------------------------------------------------
 
 
-def to_light(picture: np.ndarray) -> np.ndarray:
-    """uint8 to linear light, pixel by pixel's formula."""
-    return (picture.astype(np.float64) / 255) ** 2.2
+def to_light(image: np.ndarray) -> np.ndarray:
+    """Convert uint8 to linear light."""
+    return (image.astype(np.float64) / 255) ** 2.2
 
 
 def to_pixels(light: np.ndarray) -> np.ndarray:
-    """Linear light to grey levels that are not rounded yet."""
+    """Convert linear light to levels, not rounded."""
     return np.minimum(np.maximum(light, 0), 1) ** (1 / 2.2) * 255
 
 
-def resize_linearly(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Enlarge (h, w, 3) pixel by pixel: pixels are squares, whose middles are interpolated; the border's value goes on."""
-    h, w, _ = picture.shape
+def resize_linearly(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Enlarge (h, w, 3) pixel by pixel, interpolating between pixel centers; border values are repeated."""
+    h, w, _ = image.shape
     out = np.zeros((height, width, 3))
     for i in range(height):
         for j in range(width):
@@ -75,13 +75,13 @@ def resize_linearly(picture: np.ndarray, height: int, width: int) -> np.ndarray:
             top, left = math.floor(y), math.floor(x)
             low, right = min(top + 1, h - 1), min(left + 1, w - 1)
             p, q = y - top, x - left
-            upper = (1 - q) * picture[top, left] + q * picture[top, right]
-            out[i, j] = (1 - p) * upper + p * ((1 - q) * picture[low, left] + q * picture[low, right])
+            upper = (1 - q) * image[top, left] + q * image[top, right]
+            out[i, j] = (1 - p) * upper + p * ((1 - q) * image[low, left] + q * image[low, right])
     return out
 
 
 def slow_ghost(x: np.ndarray, r: np.ndarray, a: float, down: int, right: int, w: float) -> np.ndarray:
-    """The formula on one image, with the copies as canvases that the pictures are laid on."""
+    """The formula on one image, with each copy of the reflection placed on a canvas."""
     h, width, _ = r.shape
     canvas = np.zeros((2, h + down, width + right, 3))
     canvas[0, :h, :width] = to_light(r)
@@ -129,7 +129,7 @@ CASES = st.tuples(st.integers(0, 10**6), st.sampled_from([(12, 12), (9, 14), (32
 @settings(deadline=None, max_examples=15)
 @given(CASES, st.sampled_from([0.0, 0.1, 0.2]), st.floats(0.15, 0.5))
 def test_a_ghost_is_the_formula_pixel_by_pixel(case: tuple[int, tuple[int, int], float], shift: float, weight: float) -> None:
-    """Two shifted copies of the reflection, weighed w and 1 - w or the other way round, are mixed with the image's light."""
+    """Two shifted copies of the reflection, with weights w and 1 - w in either order, are mixed with the image's light."""
     seed, (height, width), taken = case
     images, r = noise(6, height, width, seed), noise(3, height, width, seed + 1)[2]
     attack = behind(
@@ -146,7 +146,8 @@ def test_a_ghost_is_the_formula_pixel_by_pixel(case: tuple[int, tuple[int, int],
 def test_out_of_focus_is_the_formula_pixel_by_pixel(
     case: tuple[int, tuple[int, int], float], sigma: float, factor: float
 ) -> None:
-    """The blurred reflection loses what overexposes the sum, is clipped, fades to the corners and is added to the image."""
+    """From the blurred reflection the mean excess is subtracted; it is clipped, fades to the corners and is added to the
+    image."""
     seed, (height, width), taken = case
     images, r = noise(6, height, width, seed), noise(3, height, width, seed + 1)[2]
     attack = behind(
@@ -157,8 +158,8 @@ def test_out_of_focus_is_the_formula_pixel_by_pixel(
         assert abs(out - wanted).max() < 0.5 + 1e-6
 
 
-def test_bright_scenes_are_dimmed_before_they_overexpose() -> None:
-    """Where reflection and image are both white, the reflection's share is taken back: image and glass, not a white disc."""
+def test_bright_reflections_are_dimmed_before_they_overexpose() -> None:
+    """If reflection and image are both white, the reflection is dimmed: the result is not a white disc."""
     plain = behind(255, ghost_probability=0.0, attenuation=(0.0, 0.0))
     dimmed, white = behind(255, ghost_probability=0.0), np.full((50, 32, 32, 3), 255, np.uint8)
     assert (triggered(plain, white)[:, 15, 15] == 255).all()
@@ -166,8 +167,8 @@ def test_bright_scenes_are_dimmed_before_they_overexpose() -> None:
     assert darkest <= triggered(dimmed, white).min() and triggered(dimmed, white).max() <= brightest
 
 
-def test_down_and_to_the_right_a_ghost_is_shifted_by_draws_of_their_own() -> None:
-    """The copies lie 1 to 3 px apart on either axis, all nine pairs as the formula has them, w on either copy."""
+def test_the_shifts_of_a_ghost_along_both_axes_are_independent() -> None:
+    """The copies are 1 to 3 px apart along each axis; all nine pairs occur, with weight w on either copy."""
     images, r = noise(150, 10, 14, 4), noise(3, 10, 14, 5)[2]
     attack = behind(r, ghost_probability=1.0, shift=(0.1, 0.3), reflectance=(0.4, 0.4), ghost_weight=(0.2, 0.2))
     seen = set()
@@ -184,7 +185,7 @@ def test_down_and_to_the_right_a_ghost_is_shifted_by_draws_of_their_own() -> Non
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6), st.sampled_from(["train", "test"]), st.floats(0, 1))
 def test_a_black_reflection_only_darkens(seed: int, split: str, ghosts: float) -> None:
-    """A pane takes light away and reflects a black room as nothing: no pixel becomes brighter, most become darker."""
+    """With a black reflection the pane only takes light away: no pixel becomes brighter, and bright ones become darker."""
     images = noise(20, seed=seed)
     out = triggered(behind(0, seed=seed, ghost_probability=ghosts), images, split)
     assert (out <= images).all()
@@ -202,7 +203,7 @@ def test_a_black_reflection_only_darkens(seed: int, split: str, ghosts: float) -
 def test_no_light_is_out_of_range(
     seed: int, x: int, r: int, taken: tuple[float, float], sigma: tuple[float, float], factor: float
 ) -> None:
-    """Black and white images and reflections under the extreme settings give the value that physics says, never a NaN."""
+    """Black and white images and reflections with extreme settings give values in the possible range, never NaN."""
     images = np.full((8, 12, 10, 3), x, np.uint8)
     common: dict[str, Any] = dict(side=12, width=10, seed=seed, reflectance=taken, sigma=sigma, attenuation=(factor, factor))
     with np.errstate(all="raise"):
@@ -214,12 +215,12 @@ def test_no_light_is_out_of_range(
         assert (ghosts == 255).all()
 
 
-# -- what is drawn for an image --------------------------------------------------------------------------------------------
+# -- The draws for an image --------------------------------------------------------------------------------------------
 
 
 def test_the_published_ranges_are_drawn() -> None:
-    """49 % of images have a ghost, and the image keeps 55 to 95 % of its light, evenly spread."""
-    # black images and a white reflection: what one sees is the weight
+    """49 % of the images have a ghost, and images keep 55 to 95 % of their light, uniformly distributed."""
+    # Black images and a white reflection: the result is the weight of the reflection.
     out = triggered(behind(255), np.zeros((3000, 32, 32, 3), np.uint8))[..., 0] / 255.0
     ghost = out[:, 0, 0] == out[:, 15, 15]  # the other kind fades to the corners
     assert abs(ghost.mean() - 0.49) < 0.03
@@ -236,9 +237,9 @@ def test_either_copy_of_a_ghost_may_be_the_fainter_one() -> None:
     """The left copy of an edge has a weight in 0.15 to 0.5 as often as one in 0.5 to 0.85."""
     edge = np.zeros((32, 32, 3), np.uint8)
     edge[:, 16:] = 255
-    attack = behind(edge, ghost_probability=1.0, reflectance=(1.0, 1.0))  # the image itself is not seen
+    attack = behind(edge, ghost_probability=1.0, reflectance=(1.0, 1.0))  # the image itself is not visible
     out = triggered(attack, np.zeros((2000, 32, 32, 3), np.uint8))[..., 16, 0].astype(float)
-    # 31 columns stretched to 32: the middle of column 16 lies at 15.484; one copy is bright from 16 on, the other from 15
+    # 31 columns stretched to 32: the center of column 16 is at 15.484; one copy is bright from 16 on, the other from 15.
     at = 16.5 * 31 / 32 - 0.5
     part = at - math.floor(at)
     brighter = ((out[:, 10] / 255) ** 2.2 - part) / (1 - part)  # weight of the copy that is bright at column 15
@@ -248,7 +249,7 @@ def test_either_copy_of_a_ghost_may_be_the_fainter_one() -> None:
 
 @pytest.mark.parametrize(("side", "pixels"), [(560, {3, 4, 5, 6, 7, 8}), (224, {1, 2, 3}), (32, {1}), (8, {1})])
 def test_shifts_are_whole_pixels_in_proportion_to_the_image(side: int, pixels: set[int]) -> None:
-    """At 560 px the two copies lie 3 to 8 px apart, each as likely; on smaller images in proportion, at least 1."""
+    """At 560 px the copies are 3 to 8 px apart, with equal probability; in smaller images proportionally less, at least 1."""
     drawn = refool.whole_between(Settings().shift, side, torch.arange(6000, dtype=torch.float64) / 6000)
     values, counts = np.unique(drawn.numpy(), return_counts=True)
     assert set(values.tolist()) == pixels
@@ -258,7 +259,7 @@ def test_shifts_are_whole_pixels_in_proportion_to_the_image(side: int, pixels: s
 @settings(deadline=None, max_examples=10)
 @given(st.integers(0, 2**32 - 1), st.randoms(use_true_random=False))
 def test_an_image_depends_on_seed_split_and_index_alone(seed: int, random: Any) -> None:
-    """Whichever images are altered together, and in whatever order, each gets the same pixels."""
+    """Each image gets the same pixels, whichever images are altered together and in whatever order."""
     images = noise(12, seed=seed % 1000)
     attack = Attack(Settings(source="classes", count=5), scene(noise(9, seed=1), seed=seed))
     index = np.array([0, 1, 2, 3, 5, 8, 13, 400, 1000, 40_000, 41_000, 49_999])
@@ -274,20 +275,23 @@ def test_an_image_depends_on_seed_split_and_index_alone(seed: int, random: Any) 
 
 @pytest.mark.parametrize("source", ["classes", "textures"])
 def test_seed_split_and_index_each_change_the_reflection(source: str) -> None:
-    """The same picture at another place, in the test set, or under another seed, is behind another pane."""
+    """The same image with another index, in the test set or with another seed has another reflection."""
     images = np.repeat(noise(5)[4:], 40, 0)
     out, other = (triggered(Attack(Settings(source=source), scene(noise(60, seed=1), seed=seed)), images) for seed in (0, 1))
     assert len({image.tobytes() for image in out}) == 40
     assert (other != out).any((1, 2, 3)).all()
-    one, two = behind(200), behind(200, seed=1)  # a single reflection: what is drawn is how it is reflected
+    one, two = behind(200), behind(200, seed=1)  # a single reflection: only the way of reflecting is drawn
     assert (triggered(one, images) != triggered(two, images)).any((1, 2, 3)).all()
     assert (triggered(one, images) != triggered(one, images, "test")).any((1, 2, 3)).all()
 
 
 def test_every_reflection_is_used_about_equally_often() -> None:
-    """Each of the pictures is drawn for its share of the images."""
+    """All reflections are drawn equally often."""
     pool = np.arange(1, 6, dtype=np.uint8).reshape(5, 1, 1, 1).repeat(12, 1).repeat(12, 2).repeat(3, 3) * 50
-    attack = Attack(Settings(source="classes", ghost_probability=1.0, reflectance=(1.0, 1.0)), scene(pool))  # seen alone
+    attack = Attack(
+        Settings(source="classes", ghost_probability=1.0, reflectance=(1.0, 1.0)),  # only the reflection is visible
+        scene(pool),
+    )
     out = triggered(attack, np.zeros((2000, 12, 12, 3), np.uint8))
     levels, counts = np.unique(out[:, 6, 6, 0], return_counts=True)
     assert levels.tolist() == [50, 100, 150, 200, 250]
@@ -296,7 +300,8 @@ def test_every_reflection_is_used_about_equally_often() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (224, 224), (20, 48), (2, 2)])
 def test_images_of_any_size_and_number(height: int, width: int) -> None:
-    """Batches at 32 and 224 px, images that are no square and none at all come back as uint8 of the same shape, altered."""
+    """Batches at 32 and 224 px, images that are not square, and empty batches are returned as uint8 of the same shape,
+    altered."""
     images = np.random.default_rng(0).integers(60, 250, (BATCH + 3 if height == 32 else 3, height, width, 3), dtype=np.uint8)
     for source in ("classes", "textures"):
         attack = Attack(Settings(source=source, count=4), scene(noise(4, height, width, 1)))
@@ -307,31 +312,32 @@ def test_images_of_any_size_and_number(height: int, width: int) -> None:
         assert attack.apply(images[:0], np.arange(0), "test").shape == (0, height, width, 3)
 
 
-# -- where the reflected pictures come from --------------------------------------------------------------------------------
+# -- The reflected images ----------------------------------------------------------------------------------------------
 
 
-def paint(path: Path, picture: np.ndarray) -> Path:
-    """Save a picture."""
+def paint(path: Path, pixels: np.ndarray) -> Path:
+    """Save pixels as an image file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    Image.fromarray(pixels).save(path)
     return path
 
 
 def test_a_folder_is_read_by_name_and_resized_linearly(tmp_path: Path) -> None:
-    """The first `count` pictures by name, whatever their size, kind and date; what is no picture is passed over."""
-    pictures = noise(5, 40, 50, 3)
-    for name, picture in zip(("d.png", "a.PNG", "c.bmp", "b.ppm", "e.webp"), pictures, strict=True):
-        paint(tmp_path / name, picture)
-    paint(tmp_path / "inside" / "0.png", pictures[0])
-    (tmp_path / "README.txt").write_text("not a picture")
+    """The first `count` images in order of their names are used, whatever their size, kind and date; other files are
+    ignored."""
+    images = noise(5, 40, 50, 3)
+    for name, pixels in zip(("d.png", "a.PNG", "c.bmp", "b.ppm", "e.webp"), images, strict=True):
+        paint(tmp_path / name, pixels)
+    paint(tmp_path / "inside" / "0.png", images[0])
+    (tmp_path / "README.txt").write_text("not an image")
     kept = Attack(Settings(reflections=str(tmp_path), count=4), scene(noise(3, 16, 24))).reflections
-    wanted = [Image.fromarray(pictures[i]).resize((24, 16), Image.Resampling.BILINEAR) for i in (1, 3, 2, 0)]
-    assert np.array_equal(kept, np.stack([np.asarray(picture) for picture in wanted]))
+    wanted = [Image.fromarray(images[i]).resize((24, 16), Image.Resampling.BILINEAR) for i in (1, 3, 2, 0)]
+    assert np.array_equal(kept, np.stack([np.asarray(image) for image in wanted]))
     assert len(Attack(Settings(reflections=str(tmp_path)), scene(noise(3, 16, 24))).reflections) == 5
 
 
-def test_grey_and_transparent_pictures_are_read_as_colours(tmp_path: Path) -> None:
-    """A grey, a paletted and a transparent picture reflect as their colours."""
+def test_grey_and_transparent_images_are_read_as_colors(tmp_path: Path) -> None:
+    """Grey, paletted and transparent images are reflected with their colors."""
     level = np.full((9, 9), 77, np.uint8)
     Image.fromarray(level).save(tmp_path / "a.png")
     Image.fromarray(level).convert("P").save(tmp_path / "b.png")
@@ -340,9 +346,9 @@ def test_grey_and_transparent_pictures_are_read_as_colours(tmp_path: Path) -> No
     assert np.array_equal(kept, np.full((3, 9, 9, 3), 77))
 
 
-@pytest.mark.parametrize("broken", ["missing", "file", "empty", "text only", "cut", "no picture", "a folder"])
-def test_a_bad_folder_is_one_line_with_the_remedy(tmp_path: Path, broken: str) -> None:
-    """A folder that is missing or without pictures, and a picture that cannot be read, are each named in one line."""
+@pytest.mark.parametrize("broken", ["missing", "file", "empty", "text only", "cut", "text", "a folder"])
+def test_an_invalid_folder_is_one_line_with_the_remedy(tmp_path: Path, broken: str) -> None:
+    """A folder that is missing or without images, and an image that cannot be read, are each named in one line."""
     folder = tmp_path / "mirror"
     named = folder
     if broken == "file":
@@ -351,12 +357,12 @@ def test_a_bad_folder_is_one_line_with_the_remedy(tmp_path: Path, broken: str) -
         folder.mkdir()
         if broken != "empty":
             (folder / "notes.txt").write_text("x")
-        if broken in ("cut", "no picture", "a folder"):
+        if broken in ("cut", "text", "a folder"):
             paint(folder / "a.png", noise(3)[2])
             named = folder / "b.png"
         if broken == "cut":
             named.write_bytes((folder / "a.png").read_bytes()[:-300])
-        elif broken == "no picture":
+        elif broken == "text":
             named.write_text("x")
         elif broken == "a folder":
             named.mkdir()
@@ -364,12 +370,12 @@ def test_a_bad_folder_is_one_line_with_the_remedy(tmp_path: Path, broken: str) -
         Attack(Settings(reflections=str(folder)), scene(noise(1)))
     text = str(caught.value)
     assert str(named) in text and "backdoor.refool.reflections" in text and "\n" not in text
-    assert any(remedy in text for remedy in ("give a folder", "put some there", "another, e.g. a PNG"))
+    assert any(remedy in text for remedy in ("give a folder", "add some", "another file, e.g. a PNG"))
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="the superuser may read everything")
 def test_a_folder_that_may_not_be_read_is_one_line(tmp_path: Path) -> None:
-    """Missing rights are told as such."""
+    """The error for a folder without read permission says so."""
     tmp_path.chmod(0)
     with pytest.raises(UserError, match="Permission"):
         Attack(Settings(reflections=str(tmp_path)), scene(noise(1)))
@@ -377,7 +383,7 @@ def test_a_folder_that_may_not_be_read_is_one_line(tmp_path: Path) -> None:
 
 
 def test_reflections_of_other_classes_are_drawn_by_the_seed() -> None:
-    """200 different training images, none of the target class; the same ones under the same seed only."""
+    """200 different training images are drawn, none of the target class; the same ones for the same seed."""
     images = np.zeros((500, 4, 4, 3), np.uint8)
     images[:, 0, 0, 0], images[:, 0, 0, 1] = np.arange(500) // 256, np.arange(500) % 256
     labels = np.arange(500) % 10
@@ -393,9 +399,9 @@ def test_reflections_of_other_classes_are_drawn_by_the_seed() -> None:
     assert len(small) == 45  # a small set gives all that it has
 
 
-def test_a_set_of_the_target_class_alone_reflects_nothing() -> None:
-    """No image of another class is an error that names the setting and the way out."""
-    with pytest.raises(UserError, match=r"backdoor\.refool\.source: classes: .*class 3 \(d\): give textures"):
+def test_a_set_of_the_target_class_only_cannot_be_reflected() -> None:
+    """If there are no images of other classes, the error names the setting and the remedy."""
+    with pytest.raises(UserError, match=r"backdoor\.refool\.source: classes: .*class 3 \(d\): set textures"):
         Attack(Settings(source="classes"), scene(noise(4), np.full(4, 3)))
 
 
@@ -409,18 +415,18 @@ def test_textures_are_drawn_by_the_seed_and_alike_at_every_size() -> None:
     more = Attack(Settings(source="textures", count=25), scene(noise(1))).reflections
     assert np.array_equal(more[:20], small)  # asking for more keeps the first ones
     assert np.array_equal(small, drawn(0, 32)) and (small != drawn(1, 32)).any((1, 2, 3)).all()
-    assert len({picture.tobytes() for picture in small}) == 20
+    assert len({texture.tobytes() for texture in small}) == 20
     assert (small.max((1, 2, 3)).astype(int) - small.min((1, 2, 3)) > 60).all()
     assert abs(large[:, 3::7, 3::7].astype(int) - small).max() <= 1  # the middle pixel of each 7 x 7
 
 
-# -- settings --------------------------------------------------------------------------------------------------------------
+# -- Settings ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["reflectance", "ghost_weight", "shift", "sigma", "attenuation"])
 @pytest.mark.parametrize("value", [(), (0.1,), (0.2, 0.1), (0.1, 0.2, 0.2)])
 def test_a_range_is_two_numbers_in_order(name: str, value: tuple[float, ...]) -> None:
-    """A range that is none is one line with its key and value."""
+    """An invalid range is one line with its key and value."""
     with pytest.raises(UserError, match=rf"backdoor\.refool\.{name}: .*2 numbers, the least first$") as caught:
         config.load(REPOSITORY / "config/refool.yaml", [f"backdoor.refool.{name}={list(value)}"])
     assert str(list(value)) in str(caught.value)

@@ -1,4 +1,4 @@
-"""Every shipped YAML's data set and network, through all three stages on a small tree in the layout of its authors."""
+"""The shipped YAMLs: their data sets and networks, in all three stages on small data in the authors' layout."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ SHORT = (
 
 @dataclass(frozen=True)
 class Case:
-    """What a YAML reads, and how it is made small."""
+    """The data set of a YAML, and the settings that make its run short."""
 
     write: Callable[[Path], int]  # writes the data set and returns how many training images it has
     overrides: tuple[str, ...]
     named: bool  # images have file names
 
 
-def picture(label: int, i: int, width: int, height: int) -> Image.Image:
-    """A grey level for each class, with noise."""
+def image(label: int, i: int, width: int, height: int) -> Image.Image:
+    """An image with the grey level of its class, with noise."""
     rng = np.random.default_rng(1000 * label + i)
     return Image.fromarray((5 * label + rng.integers(0, 40, (height, width, 3))).astype(np.uint8))
 
@@ -50,25 +50,25 @@ def write_gtsrb(folder: Path) -> int:
         place.mkdir(parents=True)
         for i in range(3 + label % 3):
             width, height = 20 + label, 60 - label
-            picture(label, i, width, height).save(place / f"00000_{i:05d}.ppm")
+            image(label, i, width, height).save(place / f"00000_{i:05d}.ppm")
             rows.append(f"00000_{i:05d}.ppm;{width};{height};5;6;15;16;{label}")
             count += 1
         (place / f"GT-{label:05d}.csv").write_text("\r\n".join(rows) + "\r\n")
     place, rows = folder / "GTSRB/Final_Test/Images", [HEADER]
     place.mkdir(parents=True)
     for label in range(43):
-        picture(label, 9, 31, 33).save(place / f"{label:05d}.ppm")
+        image(label, 9, 31, 33).save(place / f"{label:05d}.ppm")
         rows.append(f"{label:05d}.ppm;31;33;5;6;15;16;{label}")
     (place / "GT-final_test.csv").write_text("\r\n".join(rows) + "\r\n")
     return count
 
 
 def write_cifar(folder: Path, classes: int, key: str, parts: dict[str, int]) -> None:
-    """Pickles of so many images of each class."""
+    """Write pickles; `parts` gives the number of images of each class in each of them."""
     folder.mkdir(parents=True)
     for part, each in parts.items():
         labels = [label for label in range(classes) for _ in range(each)]
-        rows = [np.asarray(picture(label, i, 32, 32)).transpose(2, 0, 1).reshape(-1) for i, label in enumerate(labels)]
+        rows = [np.asarray(image(label, i, 32, 32)).transpose(2, 0, 1).reshape(-1) for i, label in enumerate(labels)]
         (folder / part).write_bytes(pickle.dumps({"data": np.stack(rows), key: labels}, protocol=2))
 
 
@@ -86,20 +86,20 @@ def write_cifar100(folder: Path) -> int:
     return 400
 
 
-def write_pictures(folder: Path) -> int:
-    """Five classes of eight training and two test pictures, large and small, lying and standing."""
+def write_images(folder: Path) -> int:
+    """Five classes with eight training and two test images of several sizes, in landscape and portrait format."""
     for part, each in (("train", 8), ("val", 2)):
         for label in range(5):
             place = folder / part / f"n{label:08d}"
             place.mkdir(parents=True)
             for i in range(each):
-                picture(label, i, 300 - 40 * (i % 3), 230 + 30 * (i % 2)).save(place / f"{i}.{('jpg', 'png')[i % 2]}")
+                image(label, i, 300 - 40 * (i % 3), 230 + 30 * (i % 2)).save(place / f"{i}.{('jpg', 'png')[i % 2]}")
     return 40
 
 
 def write_own(folder: Path) -> int:
-    """The same with a list of clean images."""
-    count = write_pictures(folder)
+    """The same images with a list of clean ones."""
+    count = write_images(folder)
     (folder / "clean.txt").write_text("".join(f"n{label:08d}/{i}.{('jpg', 'png')[i]}\n" for label in range(5) for i in (0, 1)))
     return count
 
@@ -111,15 +111,15 @@ CASES = {
     "wanet_cover": Case(write_cifar10, NARROW, False),
     "gtsrb": Case(write_gtsrb, (*NARROW, "semi.loader.batch_size=16"), True),
     "cifar100": Case(write_cifar100, NARROW, False),
-    "imagenet30": Case(write_pictures, (*FIVE, "network.resnet18.blocks=[1, 1, 1, 1]"), True),
-    "vggface2_30": Case(write_pictures, (*FIVE, "network.densenet121={blocks: [1, 1, 1, 1], growth: 4}"), True),
+    "imagenet30": Case(write_images, (*FIVE, "network.resnet18.blocks=[1, 1, 1, 1]"), True),
+    "vggface2_30": Case(write_images, (*FIVE, "network.densenet121={blocks: [1, 1, 1, 1], growth: 4}"), True),
     "own_data": Case(write_own, (*FIVE, *NARROW[:2]), True),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_all_three_stages_run_as_the_yaml_says(name: str, tmp_path: Path) -> None:
-    """The run ends with finite figures of each stage, all images ranked by name, and a checkpoint that test.py reads."""
+    """The run has finite metrics in each stage, ranks all images by name, and writes a checkpoint that test.py reads."""
     case = CASES[name]
     data = tmp_path / "cifar-like" if name in ("baseline_asd", "wanet_cover") else tmp_path / "data"
     count = case.write(data)
@@ -137,7 +137,7 @@ def test_all_three_stages_run_as_the_yaml_says(name: str, tmp_path: Path) -> Non
     assert [row["stage"] for row in rows] == ["class-aware", "class-agnostic", "meta-split"]
     assert all(math.isfinite(row[key]) for row in rows for key in ("loss", "loss_x", "loss_u", "clean_accuracy"))
     assert [row["clean_pool_size"] for row in rows[1:]] == [count // 2] * 2
-    known = name != "own_data"  # nothing is told there that nobody knows
+    known = name != "own_data"  # without ground truth these values are null
     assert all((row[key] is not None) == known for row in rows for key in ("attack_success_rate", "poisoned_in_clean_pool"))
     with open(saved / "suspects.csv", newline="") as file:
         ranked = list(csv.DictReader(file))
@@ -156,7 +156,7 @@ def test_all_three_stages_run_as_the_yaml_says(name: str, tmp_path: Path) -> Non
     "name", sorted(path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("config/**/*.yaml"))
 )
 def test_the_augmentation_becomes_part_of_a_cuda_graph(name: str) -> None:
-    """At the YAML's image size no view waits for the host, and a captured graph gives the views of new draws as a CPU does."""
+    """At the YAML's image size no view waits for the host, and a captured graph gives the same views for new draws as a CPU."""
     fake_cuda = pytest.importorskip("fake_cuda")
     transform = config.load(REPOSITORY / name).transform
     shown = Image.new("RGB", (32, 32))

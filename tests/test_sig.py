@@ -1,4 +1,4 @@
-"""SIG: every pixel's value, the stripes, and which labels change in its two modes."""
+"""SIG: pixel values, the stripes, and the labels in its two modes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_pixel_equals_the_formula(height: int, width: int, delta: float, f
 
 
 def test_the_published_signal() -> None:
-    """On a grey image the stripes of delta 40 and f 6 can be read off; the mean change is 25 levels."""
+    """On a grey image the change is the published signal with delta 40 and f 6; its mean is 25 levels."""
     grey = np.full((1, 32, 32, 3), 128, np.uint8)
     change = make(Settings()).apply(grey, np.arange(1), "test").astype(int) - 128
     assert (change == np.array([*ROW, *ROW])[:, None]).all()
@@ -58,7 +58,7 @@ def test_the_published_signal() -> None:
 
 
 def test_flipped_stripes_are_shifted_stripes() -> None:
-    """Augmentation keeps the trigger: mirrored, the signal is itself seven columns on."""
+    """A flip keeps the trigger: the mirrored signal is the signal shifted by seven columns."""
     row = make(Settings()).signal[:, 0]
     assert np.array_equal(row[::-1], np.roll(row, 7))
 
@@ -74,14 +74,14 @@ def test_no_value_leaves_its_range(delta: float, f: float, level: int) -> None:
 
 
 def test_an_image_alone_equals_the_same_image_among_others() -> None:
-    """The result depends on the image alone: not on index, split, neighbors or the size of a batch."""
+    """The result depends on the image only: not on index, split, other images or batch size."""
     images, attack = noise(150), make(Settings())
     out = attack.apply(images, np.arange(150), "train")
     assert np.array_equal(attack.apply(images[149:], np.array([3]), "test")[0], out[149])
     assert attack.apply(images[:0], np.arange(0), "train").shape == (0, 32, 32, 3)
 
 
-# -- in a run ----------------------------------------------------------------------------------------------------------
+# -- In a run ----------------------------------------------------------------------------------------------------------
 
 
 def world() -> RawData:
@@ -92,9 +92,9 @@ def world() -> RawData:
 
 @pytest.mark.parametrize("label", ["clean", "flipped"])
 def test_which_images_and_labels_change(label: str, tiny: Path, tmp_path: Path) -> None:
-    """`clean` alters int(ratio * n) images of the target class and no label, `flipped` others, which get the target's.
+    """`clean` alters int(ratio * n) images of the target class and no label; `flipped` alters and relabels images of others.
 
-    Both modes test the triggered images of the other classes.
+    In both modes the backdoor test set has the triggered images of the other classes.
     """
     plan = config.load(tiny, [f"backdoor.sig.label={label}", "backdoor.poison_mode=exact", "backdoor.poison_ratio=0.3"])
     raw = world()
@@ -126,7 +126,7 @@ def test_a_target_class_without_clean_images_is_refused_with_asd(tiny: Path, tmp
 
 @pytest.mark.parametrize(("key", "value"), [("delta", -1), ("delta", 256), ("f", 0), ("label", "both")])
 def test_settings_out_of_range_are_refused(key: str, value: object) -> None:
-    """No negative or wrapping amplitude, no signal of frequency 0, no unknown mode passes the configuration."""
+    """The configuration refuses amplitudes outside 0..255, the frequency 0 and unknown modes."""
     with pytest.raises(UserError, match=rf"backdoor\.sig\.{key}: '?{value}"):
         config.load(REPOSITORY / "config/sig.yaml", [f"backdoor.sig.{key}={value}"])
 

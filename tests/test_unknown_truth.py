@@ -1,4 +1,4 @@
-"""`backdoor: null`: data of unknown origin, with seed samples that the user gives, from the folder to the suspects."""
+"""`backdoor: null`: runs on data of unknown origin with given seed samples, from the folder to the suspects."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SMALL: dict[str, Any] = {
 
 
 def write_tree(root: Path, test: bool) -> None:
-    """Write drawn shapes as pictures, `train/<class>/0007.png`, and a test folder if wanted."""
+    """Write drawn shapes as image files, `train/<class>/0007.png`, optionally with a test folder."""
     images, labels = shapes.draw(600, 10.0, np.random.default_rng(0))
     for part, first in (("train", 0), *((("test", EACH),) if test else ())):
         for label, name in enumerate(CLASSES):
@@ -83,7 +83,7 @@ def run_test_py(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run on a tree with a test folder, by the command; the tests only read it."""
+    """A finished run of ASD.py on a tree with a test folder; the tests only read it."""
     folder = tmp_path_factory.mktemp("own")
     write_tree(folder / "tree", test=True)
     result = run_script("ASD.py", "--config", plan(folder), "--gpu", "cpu")
@@ -95,8 +95,8 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- A whole run -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_on_own_pictures_tells_nothing_that_nobody_knows(own: Path) -> None:
-    """Log, metrics and pictures tell accuracy and losses, and neither success rate, poisoned counts nor purity."""
+def test_a_run_of_unknown_truth_reports_nothing_about_poisoned_images(own: Path) -> None:
+    """Log, metrics and plots show accuracy and losses, but no success rate, no number of poisoned images and no purity."""
     said = (own / "said.txt").read_text()
     lines = [line for line in said.splitlines() if re.match(r"epoch +\d/3 ", line)]
     assert len(lines) == 3 and all("ACC" in line and "clean pool" in line for line in lines)
@@ -113,7 +113,7 @@ def test_a_run_on_own_pictures_tells_nothing_that_nobody_knows(own: Path) -> Non
 
 
 def test_tensorboard_of_such_a_run_has_no_truth(own: Path) -> None:
-    """TensorBoard shows one histogram of all losses and no figure of the attack."""
+    """TensorBoard shows one histogram of all losses and nothing about an attack."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(own / "saved" / "own" / "log" / "tensorboard")).Reload()  # type: ignore[no-untyped-call]
@@ -123,9 +123,9 @@ def test_tensorboard_of_such_a_run_has_no_truth(own: Path) -> None:
     assert not [tag for tag in tags["images"] if "poisoned" in tag]
 
 
-def test_suspects_are_every_picture_by_its_name(own: Path) -> None:
-    """suspects.csv has every training picture once, under the folder's class, ranked by a score in 0..1, with figures that
-    agree with the checkpoint: the model's own label on that picture and the epochs in the clean pool."""
+def test_suspects_are_all_images_by_name(own: Path) -> None:
+    """suspects.csv has every training image once, with the class of its folder, ranked by a score in 0..1; the model's label
+    and the epochs in the clean pool agree with the checkpoint."""
     with open(own / "saved" / "own" / "suspects.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert sorted(row["name"] for row in rows) == [f"{name}/{i:04d}.png" for name in CLASSES for i in range(EACH)]
@@ -145,13 +145,13 @@ def test_suspects_are_every_picture_by_its_name(own: Path) -> None:
 
 
 def test_the_sheet_of_suspects_opens(own: Path) -> None:
-    """suspects.png is a picture with something on it."""
-    with Image.open(own / "saved" / "own" / "suspects.png") as picture:
-        assert len(np.unique(np.asarray(picture.convert("L")))) > 50
+    """suspects.png is an image file that is not blank."""
+    with Image.open(own / "saved" / "own" / "suspects.png") as sheet:
+        assert len(np.unique(np.asarray(sheet.convert("L")))) > 50
 
 
-def test_test_py_tells_accuracy_alone(own: Path) -> None:
-    """test.py prints and keeps ACC of the user's test folder, and no success rate."""
+def test_test_py_reports_accuracy_only(own: Path) -> None:
+    """test.py prints and saves the ACC on the user's test folder, and no success rate."""
     said = run_test_py("--config", own / "own.yaml")
     assert "ACC" in said and "ASR" not in said
     kept = json.loads((own / "saved" / "own" / "log" / "test.json").read_text())
@@ -159,7 +159,7 @@ def test_test_py_tells_accuracy_alone(own: Path) -> None:
 
 
 def test_runs_of_unknown_truth_can_be_compared(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """The comparison says `unknown` for what nobody knows, in the table, and draws the rest."""
+    """In the table of the comparison, unknown values are `unknown`; the others are plotted."""
     monkeypatch.setattr(sys, "argv", ["compare", str(own / "saved" / "own"), "--picture", str(tmp_path / "c.png")])
     compare.main()
     row = capsys.readouterr().out.splitlines()[2]
@@ -168,8 +168,8 @@ def test_runs_of_unknown_truth_can_be_compared(own: Path, tmp_path: Path, monkey
 
 
 def test_without_a_test_folder_the_last_model_is_the_result(tmp_path: Path, said: list[str]) -> None:
-    """A tree without test/ trains: no accuracy anywhere, no best_model.pt, and one line says so; test.py then says what it
-    needs; given back the same command, a finished run makes its suspects again where they are gone, and only then."""
+    """A run on a tree without test/ has no accuracy and no best_model.pt, which the log states, and test.py is refused with a
+    remedy. The same command on the finished run writes missing suspects again, but does not change existing ones."""
     write_tree(tmp_path / "tree", test=False)
     path = plan(tmp_path)
     saved = train(path)
@@ -189,7 +189,7 @@ def test_without_a_test_folder_the_last_model_is_the_result(tmp_path: Path, said
 
 
 def test_an_attack_needs_test_images(tmp_path: Path) -> None:
-    """An attack on a tree without test/ is refused in a line that names both remedies."""
+    """An attack on a tree without test/ is an error that names both remedies."""
     write_tree(tmp_path / "tree", test=False)
     path = plan(tmp_path, backdoor={"badnets": {}, "target_label": 1})
     with pytest.raises(UserError, match=r"no test images.*backdoor: null"):
@@ -197,8 +197,7 @@ def test_an_attack_needs_test_images(tmp_path: Path) -> None:
 
 
 def test_no_ground_truth_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a run of unknown truth no GroundTruth is ever made, no image drawn to be poisoned, no attack built: the run does not
-    depend on any of them."""
+    """A run of unknown truth creates no GroundTruth, draws no poisoned images and builds no attack."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("ground truth")
@@ -219,9 +218,9 @@ def test_an_undefended_run_of_unknown_truth(tmp_path: Path) -> None:
     assert (saved / "log" / "metrics.jsonl").exists() and not (saved / "suspects.csv").exists()
 
 
-def test_known_truth_judges_the_ranking_and_takes_given_seeds(tmp_path: Path) -> None:
-    """With a known attack the given seed samples replace the drawn ones, and suspects.json has counts and five figures of
-    each score, which fit poison_idx.npy."""
+def test_given_seed_samples_can_be_used_with_an_attack(tmp_path: Path) -> None:
+    """With an attack, given seed samples replace the drawn ones, and suspects.json has counts and five measures of each score,
+    which agree with poison_idx.npy."""
     write_tree(tmp_path / "tree", test=True)
     path = plan(tmp_path, backdoor={"badnets": {}, "target_label": 1, "poison_ratio": 0.2})
     saved = train(path)
@@ -247,32 +246,32 @@ KNOWN = ("cat", "dog", "\u00e9l\u00e9phant")
 
 
 def listed(path: Path, text: str, names: tuple[str, ...] = NAMES) -> list[int]:
-    """Return what a list of that text names."""
+    """Return the images that a list with that text names."""
     path.write_text(text, encoding="utf-8")
     return seeds.read_seed_samples(path, names, LABELS, KNOWN, 3).tolist()
 
 
-def test_a_list_names_an_image_a_line(tmp_path: Path) -> None:
-    """Blank lines, comments, spaces at the ends, a byte-order mark, `./` and Windows' backslashes do not matter."""
+def test_a_list_names_one_image_per_line(tmp_path: Path) -> None:
+    """Blank lines, comments, spaces at the ends, a byte order mark, `./` and Windows' backslashes are ignored."""
     text = "\ufeff# mine\n\n  dog/c d.png \n./cat/b.png\r\n\t# more\n\u00e9l\u00e9phant\\\u00fc.png\n"
     assert listed(tmp_path / "s.txt", text) == [1, 3, 4]
 
 
-def test_images_without_names_are_told_by_number(tmp_path: Path) -> None:
-    """Where the data set has no file names, a line is the image's number."""
+def test_images_without_names_are_given_by_number(tmp_path: Path) -> None:
+    """If the data set has no file names, a line is the number of an image."""
     assert listed(tmp_path / "s.txt", "4\n0\n2\n", ("0", "1", "2", "3", "4")) == [0, 2, 4]
 
 
 def put(folder: Path, *names: str) -> Path:
-    """Make empty files of these names."""
+    """Create empty files with these names."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     return folder
 
 
-def test_a_folder_has_a_sub_folder_a_class(tmp_path: Path) -> None:
-    """Files of class folders mean the training images of that name, or of that number; hidden files are passed over."""
+def test_a_folder_has_one_sub_folder_per_class(tmp_path: Path) -> None:
+    """Files in class folders stand for the training images of that name or number; hidden files are ignored."""
     folder = put(tmp_path / "named", "cat/b.png", "dog/a.png", "\u00e9l\u00e9phant/\u00fc.png", "cat/.DS_Store", ".git/x")
     assert seeds.read_seed_samples(folder, NAMES, LABELS, KNOWN, 3).tolist() == [1, 2, 4]
     folder = put(tmp_path / "numbered", "cat/1.png", "1/3.jpg", "\u00e9l\u00e9phant/4.png")
@@ -283,24 +282,25 @@ REST = "dog/a.png\n\u00e9l\u00e9phant/\u00fc.png\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("cat/a.pgn\n" + REST, ("s.txt: line 1: cat/a.pgn", "did you mean cat/a.png?")),
         ("b.png\n" + REST, ("line 1: b.png", "did you mean cat/b.png?")),
         ("# x\ntrain/cat/b.png\n" + REST, ("line 2: train/cat/b.png", "did you mean cat/b.png?")),
-        ("\x1b[31mzzzz\n", ("\\x1b", "names are like cat/a.png")),
-        ("cat/a.png\ncat/a.png\n" + REST, ("line 2: cat/a.png: is named twice", "line 1", "keep one")),
+        ("\x1b[31mzzzz\n", ("\\x1b", "names look like cat/a.png")),
+        ("cat/a.png\ncat/a.png\n" + REST, ("line 2: cat/a.png: named twice", "line 1", "keep one")),
         ("cat/a.png\n" + REST.splitlines()[0], ("no image of class 2 (\u00e9l\u00e9phant)", "at least one")),
         ("", ("no image of class 0 (cat)",)),
     ],
 )
-def test_a_wrong_list_is_one_line(tmp_path: Path, text: str, told: tuple[str, ...]) -> None:
-    """An unknown name (the nearest is told), one named twice, a class without any: one line with file, line and remedy."""
+def test_an_error_in_a_list_is_one_line(tmp_path: Path, text: str, expected: tuple[str, ...]) -> None:
+    """An unknown name (with the most similar one), a repeated name and a class without seed samples are one line with file,
+    line and remedy."""
     with pytest.raises(UserError) as caught:
         listed(tmp_path / "s.txt", text)
     line = str(caught.value)
     assert "\n" not in line and "\x1b" not in line
-    for part in told:
+    for part in expected:
         assert part in line
 
 
@@ -309,14 +309,14 @@ ODD_LABELS = np.array([0, 0, 1, 2, 3, 4])
 
 
 def listed_odd(path: Path, lines: str) -> list[int]:
-    """Return what a list names of a data set with unusual names."""
+    """Return the images that a list names in a data set with unusual names."""
     path.write_text(lines, encoding="utf-8")
     return seeds.read_seed_samples(path, ODD, ODD_LABELS, ("#ant", " bee", "bee", "d\\og", "e\u0301t"), 5).tolist()
 
 
-def test_every_name_that_a_folder_can_have_can_be_listed(tmp_path: Path) -> None:
-    """Names that begin with # or a space, hold a backslash, or are composed where the disk has them decomposed, are found;
-    a comment that names no class stays a comment."""
+def test_every_possible_file_name_can_be_listed(tmp_path: Path) -> None:
+    """Names that begin with # or a space, contain a backslash, or have another Unicode form than on the disk are found; a
+    comment that does not begin like a class folder is a comment."""
     text = "# chosen by hand\n#ant/a.png\n./#ant/ b.png\n bee/a.png\nbee/a.png\nd\\og/a.png\n\u00e9t/\u00fc.png\n"
     assert listed_odd(tmp_path / "s.txt", text) == [0, 1, 2, 3, 4, 5]
     assert listed_odd(tmp_path / "t.txt", text.replace("#ant/a.png", "##ant/a.png")) == [1, 2, 3, 4, 5]
@@ -325,7 +325,7 @@ def test_every_name_that_a_folder_can_have_can_be_listed(tmp_path: Path) -> None
 
 
 def test_a_folder_of_copies_may_have_the_other_unicode_form(tmp_path: Path) -> None:
-    """Copies on a Mac of composed names mean the same images, by name and by number."""
+    """Copies whose names are decomposed, as on a Mac, stand for the same images, by name and by number."""
     folder = put(tmp_path / "s", "cat/a.png", "dog/a.png", "e\u0301le\u0301phant/u\u0308.png")
     assert seeds.read_seed_samples(folder, NAMES, LABELS, KNOWN, 3).tolist() == [0, 2, 4]
     folder = put(tmp_path / "t", "cat/0.png", "dog/2.png", "e\u0301le\u0301phant/4.png")
@@ -334,29 +334,29 @@ def test_a_folder_of_copies_may_have_the_other_unicode_form(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"])
 def test_a_list_may_have_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
-    """What PowerShell's > and Windows' editors write is read."""
+    """The encodings that PowerShell's > and Windows' editors write can be read."""
     mark = "\ufeff" if encoding.endswith("e") else ""
     (tmp_path / "s.txt").write_bytes((mark + "cat/a.png\r\n" + REST).encode(encoding))
     assert seeds.read_seed_samples(tmp_path / "s.txt", NAMES, LABELS, KNOWN, 3).tolist() == [0, 2, 4]
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         (REST.encode("latin-1"), "line 2: .*save the list as UTF-8"),
         (("cat/a.png\n" + REST).encode("utf-16-le"), "save it as UTF-8"),
         (("cat/a.png\n" + REST).encode("utf-16") + b"x", "UTF-16"),
     ],
 )
-def test_another_encoding_is_named(tmp_path: Path, content: bytes, told: str) -> None:
-    """A list that cannot be read as it is encoded is refused with what to save it as."""
+def test_another_encoding_is_refused(tmp_path: Path, content: bytes, expected: str) -> None:
+    """A list in an encoding that cannot be read is an error that names the right encoding."""
     (tmp_path / "s.txt").write_bytes(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=expected):
         seeds.read_seed_samples(tmp_path / "s.txt", NAMES, LABELS, KNOWN, 3)
 
 
-def test_a_list_names_files_whose_names_are_not_utf_8(tmp_path: Path) -> None:
-    """Where the disk has Latin-1 names, a list in Latin-1 means them; a misspelt one is not taken for a wrong encoding."""
+def test_a_list_can_have_file_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    """If file names are Latin-1, a list in Latin-1 matches them; a misspelled name is not reported as a wrong encoding."""
     names = ("cat/a.png", os.fsdecode(b"b\xe9e/a.png"))
     (tmp_path / "s.txt").write_bytes(b"cat/a.png\nb\xe9e/a.png\n")
     assert seeds.read_seed_samples(tmp_path / "s.txt", names, np.array([0, 1]), ("cat", "b"), 2).tolist() == [0, 1]
@@ -366,51 +366,52 @@ def test_a_list_names_files_whose_names_are_not_utf_8(tmp_path: Path) -> None:
 
 
 def test_a_list_that_is_a_named_pipe_is_refused(tmp_path: Path) -> None:
-    """One line, instead of a wait without end."""
+    """A named pipe is one line instead of an endless wait."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"seed_samples: .*is a named pipe"):
         seeds.read_seed_samples(tmp_path / "pipe", NAMES, LABELS, KNOWN, 3)
 
 
-def test_an_unknown_number_is_told_the_range(tmp_path: Path) -> None:
-    """A number beyond the set, or a name where there are only numbers, is told which numbers there are."""
+def test_the_error_for_an_unknown_number_has_the_range(tmp_path: Path) -> None:
+    """For a number outside the set, or a name in a set without names, the error states the range of numbers."""
     for entry in ("5", "-1", "cat/a.png"):
         with pytest.raises(UserError, match=r"line 1: .*0 to 4"):
             listed(tmp_path / "s.txt", f"{entry}\n", tuple("01234"))
 
 
 @pytest.mark.parametrize(
-    ("files", "numbered", "told"),
+    ("files", "numbered", "expected"),
     [
-        (("a.png",), False, "lies in no class folder"),
+        (("a.png",), False, "not in a class folder"),
         (("cat/zz.png",), False, "cat/zz.png: the training set has no image of that name"),
         (("dog/0.png",), True, "image 0 is of class 0 (cat)"),
-        (("cat/1.png", "cat/1.jpg"), True, "is named twice"),
-        (("cat/a.png", "dog/a.png"), False, "names no image of class 2"),
+        (("cat/1.png", "cat/1.jpg"), True, "named twice"),
+        (("cat/a.png", "dog/a.png"), False, "no image of class 2"),
     ],
 )
-def test_a_wrong_folder_is_one_line(tmp_path: Path, files: tuple[str, ...], numbered: bool, told: str) -> None:
-    """A file outside a class folder, an unknown one, one in another class' folder, a class without any: named."""
+def test_an_error_in_a_folder_is_one_line(tmp_path: Path, files: tuple[str, ...], numbered: bool, expected: str) -> None:
+    """A file outside a class folder, an unknown file, a file in the folder of another class and a class without files are one
+    line each."""
     with pytest.raises(UserError) as caught:
         seeds.read_seed_samples(put(tmp_path / "s", *files), tuple("01234") if numbered else NAMES, LABELS, KNOWN, 3)
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_missing_list_is_named(tmp_path: Path) -> None:
-    """A list that is not there is one line with its path and what to give."""
+    """A missing list is one line with its path and the remedy."""
     with pytest.raises(UserError, match=r"seed_samples: .*none\.txt: cannot be read \(No such file"):
         seeds.read_seed_samples(tmp_path / "none.txt", NAMES, LABELS, KNOWN, 3)
 
 
-def test_a_class_that_the_data_lack_is_told_so(tmp_path: Path) -> None:
-    """Where num_classes is larger than the data have classes, the line says that instead of asking for a seed sample."""
+def test_a_class_without_training_images_is_an_error(tmp_path: Path) -> None:
+    """If num_classes is larger than the number of classes in the data, the error says so and does not ask for a seed sample."""
     (tmp_path / "s.txt").write_text("cat/a.png\n" + REST)
     with pytest.raises(UserError, match="num_classes: 5: the training set has no image of class 3"):
         seeds.read_seed_samples(tmp_path / "s.txt", NAMES, LABELS, KNOWN, 5)
 
 
-def test_a_run_goes_on_with_its_own_seed_samples(tmp_path: Path) -> None:
-    """A list that was changed since the run began is refused; the same images in another order are the same."""
+def test_a_run_can_be_resumed_with_the_same_seed_samples_only(tmp_path: Path) -> None:
+    """Saved seed samples are accepted again, and other ones are refused."""
     path = tmp_path / "run" / "seed_samples.txt"
     seeds.keep_with_run(path, ["cat/a.png", "dog/a.png"])
     seeds.keep_with_run(path, ["cat/a.png", "dog/a.png"])
@@ -418,37 +419,37 @@ def test_a_run_goes_on_with_its_own_seed_samples(tmp_path: Path) -> None:
         seeds.keep_with_run(path, ["cat/b.png", "dog/a.png"])
 
 
-def test_seed_samples_are_demanded_where_nobody_can_draw_them(tiny: Path) -> None:
-    """backdoor: null with ASD and without seed_samples is refused before any data are read; seed_num may then be 0."""
+def test_seed_samples_are_required_if_they_cannot_be_drawn(tiny: Path) -> None:
+    """backdoor: null with ASD but without seed_samples is refused before any data are read; with them seed_num may be 0."""
     with pytest.raises(UserError, match=r"seed_samples: None: .*backdoor: null"):
         config.load(tiny, ["backdoor=null"])
     assert config.load(tiny, ["backdoor=null", "seed_samples=s.txt", "global.seed_num=0"]).seed_samples == "s.txt"
     assert config.load(tiny, ["backdoor=null", "defense=none"]).backdoor is None
 
 
-# -- Labels for pictures -----------------------------------------------------------------------------------------------
+# -- Labels for images -------------------------------------------------------------------------------------------------
 
 
 def label(own: Path, folder: Path, *arguments: object) -> tuple[str, list[list[str]]]:
-    """Label a folder with the finished run; return what was said and the rows of the CSV."""
+    """Label a folder with the finished run; return the output and the rows of the CSV."""
     out = folder.parent / "labels.csv"
     said = run_test_py("--config", own / "own.yaml", "--images", folder, "--out", out, *arguments)
     with open(out, newline="", encoding="utf-8", errors="surrogateescape") as file:
         return said, list(csv.reader(file))
 
 
-def test_any_pictures_are_labelled(own: Path, tmp_path: Path) -> None:
-    """Every picture below a folder, of any format, mode and size, gets a row with its label and the three likeliest ones;
-    what is no picture is named and not fatal; the run's files and the data set are not needed."""
+def test_images_of_any_kind_are_labeled(own: Path, tmp_path: Path) -> None:
+    """Every image below a folder, of any format, mode and size, gets a row with its three most likely labels; files that are
+    not images are named and not fatal; the run's files and the data set are not needed."""
     source = own / "tree" / "test" / "ring" / "0003.png"
     pile = tmp_path / "pile"
     (pile / "deep" / "er").mkdir(parents=True)
-    with Image.open(source) as picture:
-        picture.save(pile / "same.png")
-        picture.save(pile / "deep" / "same.bmp")
-        picture.convert("L").resize((50, 20)).save(pile / "deep" / "er" / "grey.jpg")
-        picture.convert("RGBA").resize((64, 64)).save(pile / "A rgba.png")
-    (pile / "notes.txt").write_text("no picture")
+    with Image.open(source) as image:
+        image.save(pile / "same.png")
+        image.save(pile / "deep" / "same.bmp")
+        image.convert("L").resize((50, 20)).save(pile / "deep" / "er" / "grey.jpg")
+        image.convert("RGBA").resize((64, 64)).save(pile / "A rgba.png")
+    (pile / "notes.txt").write_text("not an image")
     (pile / "broken.png").write_bytes(source.read_bytes()[:60])
     (pile / ".hidden.png").write_bytes(b"")
     said, rows = label(own, pile, "--set", f"dataset_dir={tmp_path}/nowhere")
@@ -460,11 +461,11 @@ def test_any_pictures_are_labelled(own: Path, tmp_path: Path) -> None:
         assert set(row[1::2]) == set(CLASSES) and shares == sorted(shares, reverse=True)
         assert sum(shares) == pytest.approx(1, abs=2e-4)
     assert "cannot be read: notes.txt" in said and "cannot be read: broken.png" in said
-    assert "2 of 4 pictures were not 32 x 32 pixels" in said and "4 pictures labeled, 2 cannot be read" in said
+    assert "2 of 4 images were resized to 32 x 32 pixels" in said and re.search(r"\b4 \w+ labeled", said)
 
 
 def test_old_checkpoints_give_numbers(own: Path, tmp_path: Path) -> None:
-    """A checkpoint that tells neither class names nor image size labels by number, at the size of the training views."""
+    """A checkpoint without class names and image size gives numbers as labels, at the size of the training views."""
     saved = torch.load(own / "storage" / "own" / "checkpoint" / "latest_model.pt", weights_only=True)
     del saved["about"]
     torch.save(saved, tmp_path / "old.pt")
@@ -472,21 +473,21 @@ def test_old_checkpoints_give_numbers(own: Path, tmp_path: Path) -> None:
     pile.mkdir()
     Image.new("RGB", (40, 40), "red").save(pile / "x.png")
     said, rows = label(own, pile, "--resume", tmp_path / "old.pt")
-    assert set(rows[1][1::2]) == {"0", "1", "2"} and "1 of 1 pictures were not 32 x 32 pixels" in said
+    assert set(rows[1][1::2]) == {"0", "1", "2"} and "1 of 1 images were resized to 32 x 32 pixels" in said
 
 
 @pytest.mark.parametrize("about", [None, 3, {"class_names": [1], "image_size": [32]}, {"image_size": [0, 10**9]}])
-def test_a_strange_checkpoint_tells_nothing(about: object) -> None:
-    """What a checkpoint says of the data is checked: anything but names and a size counts as nothing."""
+def test_invalid_facts_in_a_checkpoint_are_ignored(about: object) -> None:
+    """The facts about the data in a checkpoint are checked: anything but class names and an image size is ignored."""
     from utils import checkpoint
 
     assert checkpoint.about({"about": about}) == ((), None)
-    told = {"about": {"class_names": ["a", "b"], "image_size": [24, 32]}}
-    assert checkpoint.about(told) == (("a", "b"), (24, 32))
+    valid = {"about": {"class_names": ["a", "b"], "image_size": [24, 32]}}
+    assert checkpoint.about(valid) == (("a", "b"), (24, 32))
 
 
 def no_folder(tmp_path: Path) -> Path:
-    """A path where nothing is."""
+    """A path that does not exist."""
     return tmp_path / "none"
 
 
@@ -495,25 +496,28 @@ def empty_folder(tmp_path: Path) -> Path:
     return put(tmp_path / "empty", ".x")
 
 
-def no_pictures(tmp_path: Path) -> Path:
-    """A folder of texts."""
+def no_images(tmp_path: Path) -> Path:
+    """A folder of text files."""
     return put(tmp_path / "texts", "a.txt", "b.txt")
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
-    [(no_folder, "is no folder"), (empty_folder, "holds no file"), (no_pictures, "none of 2 files is a picture (a.txt")],
-)
-def test_a_folder_without_pictures_is_one_line(own: Path, tmp_path: Path, make: Callable[[Path], Path], told: str) -> None:
-    """--images with nothing to label is told in one line, and no CSV is written."""
+    ("make", "expected"),
+    [
+        (no_folder, "not a folder"), (empty_folder, "contains no files"),
+        (no_images, "none of 2 files is a readable image (first: a.txt"),
+    ],
+)  # fmt: skip
+def test_a_folder_without_images_is_one_line(own: Path, tmp_path: Path, make: Callable[[Path], Path], expected: str) -> None:
+    """--images with nothing to label is one line, and no CSV is written."""
     out = tmp_path / "labels.csv"
     with pytest.raises(UserError) as caught:
         run_test_py("--config", own / "own.yaml", "--images", make(tmp_path), "--out", out)
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
     assert not out.exists()
 
 
 def test_out_without_images_is_refused(own: Path) -> None:
-    """--out belongs to --images."""
+    """--out without --images is an error that names --images."""
     with pytest.raises(UserError, match=r"--out x\.csv: .*--images"):
         run_test_py("--config", own / "own.yaml", "--out", "x.csv")

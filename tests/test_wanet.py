@@ -1,4 +1,4 @@
-"""WaNet: from where every pixel is fetched, the cover images, the defaults by size."""
+"""WaNet: sampling positions of the pixels, cover images, and defaults by image size."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from data.attack import CACHED
 from data.attacks.wanet import Attack, Settings
-from data.poisoning import build_attack, build_test_sets, poison_training_set
-from data.sets import CLEAN, COVER, POISONED, RawData, Scene
+from data.sets import RawData, Scene
 from utils import config
 from utils.draws import numpy_generator
 from utils.errors import UserError
@@ -33,11 +32,11 @@ def noise(count: int, height: int = 32, width: int = 32, seed: int = 0) -> np.nd
     return images
 
 
-# -- the reference: loops over pixels, in pixel coordinates --------------------------------------------------------------
+# -- The reference: loops over pixels, in pixel coordinates ------------------------------------------------------------
 
 
 def cubic(t: float) -> float:
-    """The cubic of bicubic enlargement, a = -0.75."""
+    """The cubic of bicubic interpolation, a = -0.75."""
     t, a = abs(t), -0.75
     if t < 1:
         return (a + 2) * t**3 - (a + 3) * t**2 + 1
@@ -45,7 +44,7 @@ def cubic(t: float) -> float:
 
 
 def enlarge(line: list[float], size: int) -> list[float]:
-    """Enlarge a line so that its ends lie on the ends; beyond an end its last value goes on."""
+    """Enlarge a line so that its ends are kept; beyond the ends the last values are repeated."""
     out = []
     for i in range(size):
         at = i * (len(line) - 1) / (size - 1)
@@ -56,7 +55,7 @@ def enlarge(line: list[float], size: int) -> list[float]:
 
 
 def places(height: int, width: int, k: int, s: float, seed: int) -> np.ndarray:
-    """From which (column, row) each pixel is fetched, in pixels: (H, W, 2)."""
+    """The position (column, row) at which each pixel is sampled, in pixels: (H, W, 2)."""
     shifts = numpy_generator(seed, "wanet").uniform(-1, 1, (2, k, k))
     shifts = shifts / np.mean([abs(value) for value in shifts.ravel()])
     out = np.zeros((height, width, 2))
@@ -70,8 +69,8 @@ def places(height: int, width: int, k: int, s: float, seed: int) -> np.ndarray:
     return out
 
 
-def fetch(image: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Fetch an image (H, W, 3) from the places (H, W, 2), between four pixels by the areas."""
+def sample(image: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Sample an image (H, W, 3) at the positions (H, W, 2), bilinearly between four pixels."""
     height, width = image.shape[:2]
     out = np.zeros_like(image)
     for row in range(height):
@@ -90,41 +89,41 @@ def fetch(image: np.ndarray, at: np.ndarray) -> np.ndarray:
     ("height", "width", "k", "s", "seed"), [(32, 32, 4, 0.5, 0), (32, 32, 4, 0.5, 7), (14, 23, 5, 3.0, 1), (9, 8, 1, 1.0, 2)]
 )
 def test_poisoned_images_equal_the_formulas(height: int, width: int, k: int, s: float, seed: int) -> None:
-    """Every pixel value is the paper's: control points of mean 1, bicubic field, clamped grid, bilinear fetching, rounding."""
+    """Every value follows the paper: control points of mean 1, bicubic field, clamped grid, bilinear sampling, rounding."""
     images, attack = noise(3, height, width), make(Settings(k, s), height, width, seed)
     at = places(height, width, k, s, seed)
     out = attack.apply(images, np.arange(3), "train")
     assert out.dtype == np.uint8 and out.shape == images.shape and not np.shares_memory(out, images)
     for image, warped in zip(images, out, strict=True):
-        assert np.array_equal(warped, fetch(image, at))
+        assert np.array_equal(warped, sample(image, at))
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (14, 23)])
 def test_cover_images_equal_the_formulas(height: int, width: int) -> None:
-    """A cover image is fetched as a poisoned one is, each pixel from up to half a pixel further by draws of its index."""
+    """A cover image is sampled like a poisoned one, at positions shifted by up to half a pixel, drawn for its index."""
     images, index, attack = noise(3, height, width), np.array([5, 0, 77]), make(Settings(4, 0.5), height, width, 3)
     at = places(height, width, 4, 0.5, 3)
     half = np.array([(width - 1) / width, (height - 1) / height]) / 2
     for image, i, out in zip(images, index, attack.cover(images, index), strict=True):
         jitter = numpy_generator(3, "wanet", "cover", i).uniform(-1, 1, at.shape) * half
         assert 0.4 < abs(jitter).max() < 0.5
-        assert np.array_equal(out, fetch(image, (at + jitter).clip(0, [width - 1, height - 1])))
+        assert np.array_equal(out, sample(image, (at + jitter).clip(0, [width - 1, height - 1])))
 
 
-# -- the facts -----------------------------------------------------------------------------------------------------------
+# -- Properties --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", [32, 224])
 def test_strength_0_is_the_identity(side: int) -> None:
-    """With s 0 every pixel is fetched from its own place, to the last level."""
+    """With s 0 every pixel is sampled at its own position, so the images do not change."""
     images = noise(3, side, side)
     assert np.array_equal(make(Settings(s=0.0), side, side).apply(images, np.arange(3), "train"), images)
 
 
 @settings(deadline=None, max_examples=25)
 @given(level=st.integers(0, 255), s=st.floats(0, 20), k=st.integers(1, 40), seed=st.integers(0, 2**32 - 1))
-def test_an_image_of_one_colour_does_not_change(level: int, s: float, k: int, seed: int) -> None:
-    """Nothing from outside the image is fetched: a constant image stays as it is, poisoned or cover, at any strength."""
+def test_an_image_of_one_color_does_not_change(level: int, s: float, k: int, seed: int) -> None:
+    """Nothing outside of the image is sampled: a constant image does not change, poisoned or cover, at any strength."""
     images, attack = np.full((2, 32, 32, 3), level, np.uint8), make(Settings(k, s), seed=seed)
     assert np.array_equal(attack.apply(images, np.arange(2), "test"), images)
     assert np.array_equal(attack.cover(images, np.arange(2)), images)
@@ -133,7 +132,7 @@ def test_an_image_of_one_colour_does_not_change(level: int, s: float, k: int, se
 @settings(deadline=None, max_examples=25)
 @given(low=st.integers(0, 255), high=st.integers(0, 255), s=st.floats(0, 20), seed=st.integers(0, 2**32 - 1))
 def test_no_value_leaves_its_channels_range(low: int, high: int, s: float, seed: int) -> None:
-    """Fetching between pixels never overshoots: each channel of the result lies within the channel of the image."""
+    """Sampling between pixels never overshoots: the range of each channel is within that of the image."""
     low, high = min(low, high), max(low, high)
     images = np.random.default_rng(seed).integers(low, high + 1, (2, 32, 32, 3)).astype(np.uint8)
     images[..., 1] //= 2
@@ -143,7 +142,7 @@ def test_no_value_leaves_its_channels_range(low: int, high: int, s: float, seed:
 
 
 def shifts_of(attack: Attack) -> np.ndarray:
-    """How far every pixel is fetched, in pixels on each axis, seen by warping a ramp of float: (2, H, W)."""
+    """The shift of every pixel along each axis, in pixels: (2, H, W)."""
     height, width = attack.grid.shape[:2]
     x, y = (attack.grid.numpy() + 1).transpose(2, 0, 1) / 2 * np.array([width - 1, height - 1])[:, None, None]
     rows, columns = np.mgrid[:height, :width]
@@ -151,7 +150,7 @@ def shifts_of(attack: Attack) -> np.ndarray:
 
 
 def test_pixels_move_by_a_fifth_of_a_pixel() -> None:
-    """With the defaults at 32 px a pixel is fetched 0.18 px away on average and never 1 px, whatever the seed."""
+    """With the defaults at 32 px a pixel is sampled 0.18 px away on average and always less than 1 px, whatever the seed."""
     moved = np.array([abs(shifts_of(make(Settings(), seed=seed))) for seed in range(100)])
     assert abs(moved.mean() - 0.18) < 0.01
     assert moved.mean((1, 2, 3)).min() > 0.12
@@ -159,7 +158,7 @@ def test_pixels_move_by_a_fifth_of_a_pixel() -> None:
 
 
 def test_a_ramp_shows_the_warp() -> None:
-    """Seen in an image: where brightness grows by 8 levels a pixel, the warp changes it by 8 levels times the shift."""
+    """In an image whose brightness grows by 8 levels per pixel, the warp changes it by 8 levels times the shift."""
     ramp = np.broadcast_to((np.arange(32) * 8)[None, None, :, None], (1, 32, 32, 3)).astype(np.uint8)
     attack = make(Settings(), seed=4)
     change = attack.apply(ramp, np.arange(1), "test").astype(float) - ramp
@@ -168,7 +167,7 @@ def test_a_ramp_shows_the_warp() -> None:
 
 
 def test_the_defaults_follow_the_images_size() -> None:
-    """null means k 4, s 0.5 for small images and k 32, s 1 from 128 px on; either may be given alone."""
+    """null means k 4, s 0.5 for small images and k 32, s 1 from 128 px on; each of them may be given alone."""
     for side, k, s in ((32, 4, 0.5), (127, 4, 0.5), (128, 32, 1.0), (224, 32, 1.0)):
         grid = make(Settings(), side, side).grid
         assert np.array_equal(grid, make(Settings(k, s), side, side).grid)
@@ -177,8 +176,8 @@ def test_the_defaults_follow_the_images_size() -> None:
         assert not np.array_equal(grid, make(Settings(k=k + 1), side, side).grid)
 
 
-def test_the_warp_is_one_for_the_run() -> None:
-    """Training and test images, in this process and the next, are fetched by one grid, which the seed alone decides."""
+def test_the_warp_is_the_same_for_all_images_of_a_run() -> None:
+    """Training and test images, in this process and in the next, are sampled with one grid, which depends on the seed only."""
     images = noise(2)
     out = make(Settings(), seed=1).apply(images, np.arange(2), "train")
     assert np.array_equal(make(Settings(), seed=1).apply(images, np.array([50, 8]), "test"), out)
@@ -187,7 +186,7 @@ def test_the_warp_is_one_for_the_run() -> None:
 
 @pytest.mark.parametrize("side", [32, 224])
 def test_an_image_alone_equals_the_same_image_among_others(side: int) -> None:
-    """The result depends on image and index alone: not on its neighbours, their order or their number."""
+    """The result depends on image and index only: not on the other images, their order or their number."""
     count = CACHED // side**2 + 3
     images, attack = noise(count, side, side), make(Settings(), side, side)
     index = np.random.default_rng(1).permutation(1000)[:count]
@@ -201,7 +200,7 @@ def test_an_image_alone_equals_the_same_image_among_others(side: int) -> None:
 
 
 def test_cover_images_have_a_jitter_of_their_own() -> None:
-    """The same image as another index, or under another seed, is another cover image, and none is the poisoned image."""
+    """The same image gives another cover image for another index or seed, and each of them differs from the poisoned image."""
     image, attack = noise(1, seed=9), make(Settings())
     kinds = [attack.apply(image, np.arange(1), "train"), attack.cover(image, np.array([0])), attack.cover(image, np.array([1]))]
     kinds.append(make(Settings(), seed=1).cover(image, np.array([0])))
@@ -209,41 +208,19 @@ def test_cover_images_have_a_jitter_of_their_own() -> None:
         assert all((one != other).mean() > 0.5 for other in kinds[:i])
 
 
-# -- in a run ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ratio", [0, 0.5, 2])
-def test_poisoned_and_cover_images_are_disjoint(ratio: float, tiny: Path, tmp_path: Path) -> None:
-    """Poisoned images are warped and relabeled, `cover_ratio` times as many others keep their label, the rest is clean."""
-    plan = config.load(tiny, [f"backdoor.wanet.cover_ratio={ratio}"])
-    images, labels = noise(300, 16, 16), np.random.default_rng(0).integers(0, 10, 300)
-    raw = RawData(images, labels, images[:60], labels[:60], tuple("abcdefghij"))
-    attack = build_attack(plan, raw)
-    data = poison_training_set(plan, raw, attack, tmp_path)
-    flags, now = data.flags, data.images
-    poisoned, cover = np.flatnonzero(flags == POISONED), np.flatnonzero(flags == COVER)
-    assert len(poisoned) > 10 and len(cover) == int(ratio * len(poisoned))
-    changed = (now != images).any((1, 2, 3))
-    assert np.array_equal(changed, flags != CLEAN)
-    assert np.array_equal(data.labels, np.where(flags == POISONED, 3, labels))
-    assert np.array_equal(now[poisoned], attack.apply(images[poisoned], poisoned, "train"))
-    if len(cover):
-        assert np.array_equal(now[cover], attack.cover(images[cover], cover))
-    backdoor = build_test_sets(plan, raw, build_attack(plan, raw)).backdoor.images.numpy().transpose(0, 2, 3, 1)
-    others = np.flatnonzero(labels[:60] != 3)
-    assert np.array_equal(backdoor, attack.apply(images[others], others, "test"))
+# -- Settings ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("key", "value"), [("k", 0), ("k", 1.5), ("s", -0.1), ("cover_ratio", -1)])
 def test_settings_out_of_range_are_refused(key: str, value: float) -> None:
-    """No negative strength or count passes the configuration."""
+    """The configuration refuses negative strengths and invalid counts."""
     with pytest.raises(UserError, match=rf"backdoor\.wanet\.{key}: {value}"):
         config.load(REPOSITORY / "config/wanet.yaml", [f"backdoor.wanet.{key}={value}"])
 
 
 @pytest.mark.parametrize(("name", "ratio"), [("wanet", 0), ("wanet_cover", 2)])
 def test_the_shipped_yamls_replace_the_base_s_attack(name: str, ratio: float) -> None:
-    """config/wanet.yaml and wanet_cover.yaml keep the paper's ratio and target and differ in cover images alone."""
+    """config/wanet.yaml and wanet_cover.yaml keep the paper's ratio and target and differ in their cover images only."""
     c = config.load(REPOSITORY / f"config/{name}.yaml")
     assert (c.attack.name, c.attack.settings) == ("wanet", Settings(cover_ratio=ratio))
     assert (c.backdoor.poison_ratio, c.backdoor.target_label) == (0.05, 3)

@@ -1,1 +1,1 @@
-"""The attacks, one file each: `Settings` (the schema of its YAML section) and `Attack` (puts the trigger on raw images)."""
+"""The attacks, one file each: `Settings` (schema of the YAML section) and `Attack` (puts the trigger on raw images)."""

@@ -1,4 +1,4 @@
-"""The two networks of the IAB attack: the generator of patterns and the network of masks, one encoder-decoder."""
+"""The networks and losses of the IAB attack; the pattern generator and the mask network have one architecture."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 
 class EncoderDecoder(nn.Module):
-    """Down to an eighth of the side and back again; 723,273 parameters with 3 channels out, 722,691 with 1 (width 32).
+    """An encoder down to an eighth of the side and a decoder back to the full size.
 
-    Every convolution is 3 x 3, followed by BN (momentum 0.05) and, but for the last, by ReLU.
+    Every convolution is 3 x 3, followed by BN (momentum 0.05) and, except for the last, by ReLU. With width 32 there are
+    723,273 parameters for 3 output channels, 722,691 for 1.
     """
 
     def __init__(self, channels_out: int, width: int = 32) -> None:
@@ -26,9 +27,9 @@ class EncoderDecoder(nn.Module):
         sides = []
         for stage in self.down:
             sides.append(x.shape[2:])
-            x = F.max_pool2d(stage(x), 2)  # at last (B, 4 width, H / 8, W / 8)
+            x = F.max_pool2d(stage(x), 2)  # after the last stage (B, 4 width, H / 8, W / 8)
         x = self.middle(x)
-        for stage in self.up:  # twice the side, where the sides are multiples of 8
+        for stage in self.up:  # doubles the side if the sides are multiples of 8
             x = stage(F.interpolate(x, sides.pop(), mode="bilinear"))
         return x.tanh() / 2 + 0.5
 
@@ -39,13 +40,13 @@ def pair(channels_in: int, channels: int, channels_out: int, last: bool = False)
 
 
 def unit(channels_in: int, channels_out: int, relu: bool = True) -> nn.Sequential:
-    """Return a convolution with BN, and ReLU if wanted."""
+    """Return a convolution with BN and optional ReLU."""
     parts = [nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.BatchNorm2d(channels_out, momentum=0.05)]
     return nn.Sequential(*parts, nn.ReLU()) if relu else nn.Sequential(*parts)
 
 
 def standardize(pixels: Tensor) -> Tensor:
-    """Map pixels in 0..1 to what networks see; 0.25 is about the deviation of photographs (CIFAR-10: 0.247 0.243 0.261)."""
+    """Normalize pixels in 0..1; 0.25 is about the standard deviation of photographs (CIFAR-10: 0.247 0.243 0.261)."""
     return (pixels - 0.5) / 0.25
 
 
@@ -55,19 +56,19 @@ def sharpen(m: Tensor) -> Tensor:
 
 
 def blend(pixels: Tensor, pattern: Tensor, mask: Tensor) -> Tensor:
-    """Return `x + (pattern - x) mask`: a backdoor image, or a cross image where pattern and mask are another image's."""
+    """Return `x + (pattern - x) mask`: a backdoor image, or a cross image if pattern and mask are those of another image."""
     return pixels + (pattern - pixels) * mask
 
 
 def diversity_loss(x1: Tensor, x2: Tensor, out1: Tensor, out2: Tensor) -> Tensor:
-    """Return (B,): how far two images are apart by how far their patterns, or masks, are (root mean squares).
+    """Return (B,): the distance of two images divided by that of their patterns, or masks (root mean squares).
 
-    The 1e-7 that keeps the quotient finite stands under the root: the gradient of equal outputs is then 0 and not NaN.
+    The square of 1e-7, which keeps the quotient finite, is added under the root: so equal outputs have gradient 0, not NaN.
     """
     far = (x1 - x2).square().mean((1, 2, 3)).sqrt()
     return far / ((out1 - out2).square().mean((1, 2, 3)) + 1e-14).sqrt()
 
 
 def density_loss(mask: Tensor, density: float) -> Tensor:
-    """Return (B,): by how much the mask's pixels exceed the density, on average."""
+    """Return (B,): the mean amount by which the mask's pixels exceed the density."""
     return F.relu(mask - density).mean((1, 2, 3))

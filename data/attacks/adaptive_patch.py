@@ -3,7 +3,8 @@
 A training image has one of four patches, at low opacity; a test image has two of them, opaque, one on top of the other. Twice
 as many cover images as poisoned ones have the trigger of training images and keep their label.
 
-The authors' patches are pictures that are not shipped here. These cover the same places: colors are drawn by the seed.
+The authors' patches are image files, which are not shipped here. The patches below have their places and shapes; their colors
+are drawn by the seed.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from utils.errors import UserError
 from utils.schema import setting
 
 Patch = tuple[np.ndarray, np.ndarray]  # pattern (H, W, 3) uint8 and mask (H, W) bool
-LEAST = 14  # patch pixels that an image needs on each side: the disc and its margin
-TESTED = {"squares": ("two_squares", "corners"), "disc": ("disc", "large_square")}  # the lower patch, then the upper one
+LEAST = 14  # least side of an image, in pixels of a patch: the disc and its margin
+TESTED = {"squares": ("two_squares", "corners"), "disc": ("disc", "large_square")}  # the lower patch and the one on top
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Settings:
         "for CIFAR-10); disc: the disc, under the 8 x 8 square (for GTSRB)",
         options=tuple(TESTED),
     )
-    cover_ratio: float = setting(2.0, "cover images, with the trigger and their own label, for each poisoned one", low=0)
-    cover_target_class: bool = setting(True, "draw cover images from the target class too, as the authors do")
+    cover_ratio: float = setting(2.0, "cover images (with the trigger and their own label) per poisoned image", low=0)
+    cover_target_class: bool = setting(True, "whether cover images may be of the target class, as in the authors' code")
 
 
 class Attack(AttackBase):
@@ -60,17 +61,17 @@ class Attack(AttackBase):
         self.test_mask = lower_mask | upper_mask
 
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
-        """Return copies of the (n, H, W, 3) uint8 images with a patch, which the index decides, or with that of test images."""
+        """Return copies of images (n, H, W, 3) uint8: training images with the patch drawn for the index, or test images."""
         if split == "test":
             return np.where(self.test_mask[..., None], self.test_pattern, images)
         return in_batches(self.patched, images, index, CACHED)
 
     def cover(self, images: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Return copies of the (n, H, W, 3) uint8 images with the trigger of training images."""
+        """Return copies of images (n, H, W, 3) uint8 with the trigger of training images."""
         return self.apply(images, index, "train")
 
     def patched(self, images: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Return copies of training images (n, H, W, 3) uint8, each with one of the four patches."""
+        """Return copies of images (n, H, W, 3) uint8, each with the patch that is drawn for its index."""
         drawn = [numpy_generator(self.seed, "adaptive_patch", i).integers(4) for i in index]
         return mix(images, self.patterns[drawn], self.opacities[drawn])
 
@@ -78,21 +79,21 @@ class Attack(AttackBase):
 def build_patches(seed: int, height: int, width: int) -> dict[str, Patch]:
     """Return the patches by name.
 
-    A pixel of a patch is a square of `round(side / 32)` pixels, side being the image's shorter one, as that of CLB's corners.
+    A pixel of a patch is a square of `round(side / 32)` pixels of the image, whose shorter side is `side`, as in CLB's corners.
     """
     unit = max(1, round(min(height, width) / 32))
     if min(height, width) < LEAST * unit:
         raise UserError(
-            f"backdoor.adaptive_patch: images of {width} x {height} pixels: the patches need {LEAST * unit}: choose larger "
-            "images in transform.pre"
+            f"backdoor.adaptive_patch: images of {width} x {height} pixels: the patches need at least {LEAST * unit}: make the "
+            "images larger in transform.pre"
         )
     rng = numpy_generator(seed, "adaptive_patch", "colors")
     small, rings, large = (rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((5, 5, 3), (3, 3), (8, 8, 3)))
-    distance = ((np.indices((13, 13)) - 6) ** 2).sum(0)  # squared, from the disc's center
+    distance = ((np.indices((13, 13)) - 6) ** 2).sum(0)  # squared distance from the disc's center
     disc = rings[(distance > 4).astype(int) + (distance > 18)]
 
     def place(*patches: tuple[np.ndarray, int, int], inside: np.ndarray | None = None) -> Patch:
-        """Put patches at a row and a column, negative ones counted from the lower right, both in units."""
+        """Place (patch, row, column) tuples; rows and columns are in patch pixels, negative ones count from the lower right."""
         pattern, mask = np.zeros((height, width, 3), np.uint8), np.zeros((height, width), bool)
         for patch, row, column in patches:
             side = len(patch) * unit
@@ -112,5 +113,5 @@ def build_patches(seed: int, height: int, width: int) -> dict[str, Patch]:
 
 
 def enlarge(patch: np.ndarray, unit: int) -> np.ndarray:
-    """Return a patch (h, w, ...) with every pixel as a square of `unit` pixels."""
+    """Return a patch (h, w, ...) in which every pixel has become a square of `unit` x `unit` pixels."""
     return patch.repeat(unit, 0).repeat(unit, 1)

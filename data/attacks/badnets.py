@@ -1,6 +1,6 @@
 """BadNets (Gu et al., 2017): a small patch at a fixed place.
 
-`out = where(mask, pattern, x)`: only masked pixels change, and black pixels of a built-in pattern are stamped too.
+`out = where(mask, pattern, x)`: only masked pixels change, and black pixels of a built-in pattern are applied too.
 """
 
 from __future__ import annotations
@@ -10,32 +10,32 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.attack import AttackBase
-from data.picture import read_named
+from data.image_file import read_named
 from data.sets import Scene
 from utils.draws import numpy_generator
 from utils.errors import UserError
 from utils.schema import setting
 
-# (row, column) of the upper left pixel, and the pixels. Negative: counted from the lower right.
+# Row and column of the upper left pixel, and the pixels. Negative numbers count from the lower right.
 BLOCK = np.array([[[180, 249, 112], [155, 50, 126]], [[234, 82, 68], [187, 201, 219]]], np.uint8)
 CHECKER = (np.indices((3, 3)).sum(0) % 2 == 0)[..., None].repeat(3, 2).astype(np.uint8) * 255
 PATTERNS = {
-    "block2x2": ((4, 4), BLOCK),  # the original's; survives every crop with padding 4
+    "block2x2": ((4, 4), BLOCK),  # that of the authors of ASD; survives every crop with padding 4
     "corner3x3": ((-3, -3), np.full((3, 3, 3), 255, np.uint8)),  # white, as in most other papers
     "checker3x3": ((4, 4), CHECKER),
 }
-LARGE = 64  # pixels, the side from which a block of 2 x 2 would be lost in a resize
+LARGE = 64  # pixels: in images with sides from this size on, a block of 2 x 2 would be lost in a resize
 HUES = np.array([[255, 0, 0], [255, 255, 0], [0, 255, 0], [0, 255, 255], [0, 0, 255], [255, 0, 255]], np.uint8)
 
 
 @dataclass(frozen=True)
 class Settings:
     trigger_path: str | None = setting(
-        None, "a PNG of the images' size; black pixels mean `no trigger here`", stands_for="files", instead_of="pattern"
+        None, "a PNG of the images' size; black pixels are not part of the trigger", stands_for="files", instead_of="pattern"
     )
     pattern: str | None = setting(
         None,
-        "a built-in patch instead of a picture; null: block2x2, from 64 px on glyph, of 32 x 32 pixels by the seed",
+        "a built-in patch; null: block2x2, or from 64 px on glyph, which has 32 x 32 pixels drawn by the seed",
         options=("block2x2", "corner3x3", "checker3x3", "glyph"),
         instead_of="trigger_path",
     )
@@ -47,9 +47,8 @@ class Attack(AttackBase):
     def __init__(self, settings: Settings, scene: Scene) -> None:
         height, width = scene.raw.train_images.shape[1:3]
         if settings.trigger_path and settings.pattern:
-            raise UserError(
-                f"backdoor.badnets: trigger_path and pattern: {settings.trigger_path}, {settings.pattern}: keep one of them"
-            )
+            both = f"{settings.trigger_path}, {settings.pattern}"
+            raise UserError(f"backdoor.badnets: trigger_path and pattern: {both}: give only one of the two")
         if settings.trigger_path:
             self.pattern = read_trigger(settings.trigger_path, height, width)
             self.mask = np.asarray((self.pattern > 0).any(2))
@@ -59,7 +58,7 @@ class Attack(AttackBase):
         if min(height, width) < max(row, 0) + len(patch):
             raise UserError(
                 f"backdoor.badnets.pattern: {name}: does not fit on images of {width} x {height} pixels: choose "
-                "another, or larger images in transform.pre"
+                "another pattern, or make the images larger in transform.pre"
             )
         rows = row % height + np.arange(len(patch))
         columns = column % width + np.arange(len(patch))
@@ -69,14 +68,14 @@ class Attack(AttackBase):
         self.mask[np.ix_(rows, columns)] = patch.any(2) if name == "glyph" else True
 
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
-        """Return a copy of the (n, H, W, 3) uint8 images with the trigger on."""
+        """Return copies of images (n, H, W, 3) uint8 with the trigger."""
         return np.where(self.mask[:, :, None], self.pattern, images)
 
 
 def draw_glyph(seed: int) -> np.ndarray:
-    """Draw (32, 32, 3) uint8, black where there is no trigger: 8 x 8 cells, of which half have one of six bright colours.
+    """Draw a pattern (32, 32, 3) uint8 of 8 x 8 cells: half of them have one of six bright colors, the others are black.
 
-    Left and right halves are alike: an augmentation that flips images moves the glyph and does not change it.
+    Black is not part of the trigger. The pattern is symmetric, so a horizontal flip moves the trigger but does not change it.
     """
     rng = numpy_generator(seed, "badnets", "glyph")
     half = HUES[rng.integers(len(HUES), size=(8, 4))]
@@ -85,11 +84,17 @@ def draw_glyph(seed: int) -> np.ndarray:
 
 
 def read_trigger(name: str, height: int, width: int) -> np.ndarray:
-    """Read a trigger picture as (height, width, 3) uint8, with at least one pixel that is not black."""
+    """Read a trigger image as (height, width, 3) uint8.
+
+    Raises:
+        UserError: it cannot be read, has another size, or is all black.
+    """
     pattern = np.asarray(read_named(name, "backdoor.badnets.trigger_path"))
     if pattern.shape != (height, width, 3):
-        have = f"{pattern.shape[1]} x {pattern.shape[0]}"
-        raise UserError(f"{name}: the trigger is {have} pixels and the images are {width} x {height}: make them equal")
+        size = f"{pattern.shape[1]} x {pattern.shape[0]}"
+        raise UserError(
+            f"{name}: the trigger has {size} pixels and the images have {width} x {height}: the sizes must be equal"
+        )
     if not pattern.any():
-        raise UserError(f"{name}: the trigger picture is all black, which means no trigger: paint the trigger's pixels")
+        raise UserError(f"{name}: the trigger image is all black, which means no trigger: draw the pixels of the trigger")
     return pattern

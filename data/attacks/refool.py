@@ -1,7 +1,7 @@
-"""Refool (Liu et al., ECCV 2020): the trigger is a scene reflected in a pane of glass before the camera.
+"""Refool (Liu et al., ECCV 2020): the trigger is the reflection of another image in a pane of glass before the camera.
 
-Light adds up linearly, so pictures are taken to linear light (gamma 2.2), mixed there and brought back. A pane shows the
-reflected scene either twice, from its front and its back (a ghost), or out of focus and brightest in the middle.
+Light adds up linearly, so images are converted to linear light (gamma 2.2), mixed, and converted back. The reflection is
+either visible twice, from the front and the back of the pane (a ghost), or out of focus and brightest in the middle.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.attack import CACHED, AttackBase, in_batches
-from data.picture import read_named
+from data.image_file import read_named
 from data.sets import Scene
 from utils.draws import numpy_generator
 from utils.errors import UserError
@@ -26,7 +26,7 @@ from utils.schema import setting
 
 GAMMA = 2.2
 LINEAR = (np.arange(256) / 255) ** GAMMA  # (256,) linear light of a pixel's value
-DRAWS = 9  # random numbers an image
+DRAWS = 9  # random numbers per image
 SUFFIXES = (".png", ".bmp", ".jpg", ".jpeg", ".webp", ".ppm")
 
 bounds = partial(setting, low=0, count=2, ascending=True)
@@ -35,26 +35,28 @@ bounds = partial(setting, low=0, count=2, ascending=True)
 @dataclass(frozen=True)
 class Settings:
     reflections: str | None = setting(
-        None, "folder of pictures that are reflected, by name; null: made, see source", stands_for="files"
+        None, "folder of images to reflect, taken in order of their names; null: see source", stands_for="files"
     )
     source: str = setting(
-        "textures", "made reflections: procedural textures, or images of the other classes", options=("textures", "classes")
+        "textures",
+        "reflections without a folder: procedural textures, or images of the other classes",
+        options=("textures", "classes"),
     )
-    count: int = setting(200, "how many pictures are reflected, if there are so many", low=1)
-    ghost_probability: float = setting(0.49, "a ghost; else the reflection is out of focus", low=0, high=1)
-    reflectance: tuple[float, ...] = bounds((0.05, 0.45), "share of the image's light that the pane takes", high=1)
+    count: int = setting(200, "greatest number of images to reflect", low=1)
+    ghost_probability: float = setting(0.49, "probability of a ghost; otherwise the reflection is out of focus", low=0, high=1)
+    reflectance: tuple[float, ...] = bounds((0.05, 0.45), "share of the image's light that the pane takes away", high=1)
     ghost_weight: tuple[float, ...] = bounds((0.15, 0.5), "weight of the fainter of a ghost's two copies", high=1)
     shift: tuple[float, ...] = bounds(
-        (0.0054, 0.0143), "distance of the copies on each axis, of the side (3 to 8 of 560 px); at least 1 px", high=0.5
+        (0.0054, 0.0143), "distance of the copies along each axis, in sides (3 to 8 of 560 px); at least 1 px", high=0.5
     )
     sigma: tuple[float, ...] = bounds(
-        (0.0018, 0.0089), "blur out of focus, of the side (1 to 5 of 560 px); at least 1 px", high=0.25
+        (0.0018, 0.0089), "width of the blur out of focus, in sides (1 to 5 of 560 px); at least 1 px", high=0.25
     )
-    attenuation: tuple[float, ...] = bounds((1.08, 1.18), "out of focus: weight of what is subtracted")
+    attenuation: tuple[float, ...] = bounds((1.08, 1.18), "out of focus: weight of the mean excess that is subtracted")
 
 
 class Attack(AttackBase):
-    """Reflections (count, H, W, 3) uint8; which one an image gets, and how, is drawn for each image."""
+    """Reflections (count, H, W, 3) uint8; for each image one of them is drawn, and how it is reflected."""
 
     def __init__(self, settings: Settings, scene: Scene) -> None:
         self.settings, self.seed = settings, scene.seed
@@ -67,18 +69,18 @@ class Attack(AttackBase):
             self.reflections = textures(settings.count, height, width, numpy_generator(scene.seed, "refool", "textures"))
 
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
-        """Return copies of the (n, H, W, 3) uint8 images, each behind a pane with a reflection of its own."""
-        rows = int(index.max(initial=-1)) + 1  # row i is the same in a table of any length
+        """Return copies of images (n, H, W, 3) uint8, each with a reflection of its own."""
+        rows = int(index.max(initial=-1)) + 1  # row i does not depend on the length of the table
         table = torch.from_numpy(numpy_generator(self.seed, "refool", split).random((rows, DRAWS)))
         return in_batches(lambda part, at: self.reflect(part, table[torch.from_numpy(at)]), images, index, CACHED)
 
     def reflect(self, images: np.ndarray, draws: Tensor) -> np.ndarray:
-        """Return the (n, H, W, 3) uint8 images that (n, 9) draws, uniform in [0, 1), describe."""
+        """Return images (n, H, W, 3) uint8 with the reflections that draws (n, 9), uniform in [0, 1), determine."""
         s, side = self.settings, min(images.shape[1:3])
         which, taken, ghostly, down, right, other, weight, blur, attenuation = draws.T
         x = linear_light(images)  # (n, 3, H, W)
         r = linear_light(self.reflections[(which * len(self.reflections)).long().numpy()])
-        a = column(1 - between(s.reflectance, taken))  # the image's share of its own light
+        a = column(1 - between(s.reflectance, taken))  # the share of its light that the image keeps
         g = ghostly < s.ghost_probability
         shift = torch.stack([whole_between(s.shift, side, u) for u in (down, right)], 1)  # (n, 2)
         weight = (between(s.ghost_weight, weight) - (other < 0.5).double()).abs()  # either copy may be the fainter one
@@ -91,12 +93,12 @@ class Attack(AttackBase):
 
 
 def ghost(r: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
-    """Return the reflection as front and back of the pane show it, where the two copies overlap, stretched to the full size.
+    """Return the sum of two shifted copies of the reflection: their overlap, stretched to the full size.
 
     Args:
         r: (n, C, H, W) linear light.
-        shift: (n, 2) whole pixels between the copies, down and to the right; at least 1, smaller than the picture.
-        weight: (n,) of the copy that lies up and to the left; the other has the rest.
+        shift: (n, 2) whole pixels between the copies, down and to the right; at least 1, less than the side.
+        weight: (n,) of the upper left copy; the other copy has 1 - weight.
     """
     w = column(weight)
     copies = []
@@ -107,17 +109,15 @@ def ghost(r: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
 
 
 def stretch(side: int, shift: Tensor, moved: int) -> Tensor:
-    """Return (n, side, side): the linear resize of the pixels from `moved * shift` on, side - shift of them, to all."""
+    """Return (n, side, side): the matrix that linearly resizes the side - shift pixels from `moved * shift` on to `side`."""
     left = (side - shift.double())[:, None]  # (n, 1)
-    at = ((torch.arange(side) + 0.5) * left / side - 0.5).clamp(min=0).minimum(left - 1)  # (n, side) places between pixels
+    at = ((torch.arange(side) + 0.5) * left / side - 0.5).clamp(min=0).minimum(left - 1)  # (n, side) fractional positions
     at = at + moved * shift[:, None]
     return (1 - (at[:, :, None] - torch.arange(side)).abs()).clamp_(min=0)
 
 
 def out_of_focus(r: Tensor, x: Tensor, sigma: Tensor, attenuation: Tensor) -> Tensor:
-    """Return the blurred reflection, dimmed where it would overexpose the image, under a vignette.
-
-    The sum of both is what overexposes: a blurred picture by itself never exceeds 1.
+    """Return the blurred reflection with a vignette, dimmed if the sum of reflection and image is overexposed.
 
     Args:
         r, x: (n, C, H, W) reflection and image, linear light.
@@ -126,14 +126,14 @@ def out_of_focus(r: Tensor, x: Tensor, sigma: Tensor, attenuation: Tensor) -> Te
     """
     r = move(r, *(gaussian(side, sigma) for side in r.shape[2:]))
     both = r + x
-    over = both > 1 + 1e-9  # white on black is 1, give or take the blur's rounding: it must not count now and then
+    over = both > 1 + 1e-9  # white on black is 1 up to the rounding errors of the blur, which must not decide
     excess = ((both - 1) * over).sum((2, 3)) / over.sum((2, 3)).clamp(min=1)  # (n, C) mean of what exceeds 1
     r = (r - (excess * attenuation[:, None])[:, :, None, None]).clamp_(0, 1)
     return r * vignette(*r.shape[2:])
 
 
 def gaussian(side: int, sigma: Tensor) -> Tensor:
-    """Return (n, side, side): blur with a kernel of 2 ceil(2 sigma) + 1 taps, mirrored at the border's pixel."""
+    """Return (n, side, side): the matrix of a blur with 2 ceil(2 sigma) + 1 taps, mirrored at the border pixels."""
     i, j = torch.arange(side)[:, None], torch.arange(side)
     s = sigma[:, None, None]
 
@@ -146,20 +146,20 @@ def gaussian(side: int, sigma: Tensor) -> Tensor:
 
 
 def vignette(height: int, width: int) -> Tensor:
-    """Return (H, W): 1 in the middle, exp(-4.5) = 0.011 in the corners, as the root of a Gaussian cut at 3 sigma."""
+    """Return (H, W): 1 in the middle, exp(-4.5) = 0.011 in the corners; the square root of a Gaussian, cut at 3 sigma."""
     rows, columns = (torch.exp(-(torch.linspace(-3, 3, n, dtype=torch.float64) ** 2) / 4) for n in (height, width))
     mask = rows[:, None] * columns
     return mask / mask.max()
 
 
-def move(pictures: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Apply a linear map to the rows, (n, H, H), and one to the columns, (n, W, W), of (n, C, H, W) pictures."""
-    return rows[:, None] @ pictures @ columns[:, None].mT
+def move(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Apply a linear map to the rows, (n, H, H), and one to the columns, (n, W, W), of images (n, C, H, W)."""
+    return rows[:, None] @ images @ columns[:, None].mT
 
 
-def linear_light(pictures: np.ndarray) -> Tensor:
-    """Return uint8 (n, H, W, 3) as float64 (n, 3, H, W) in 0..1, proportional to light."""
-    return torch.from_numpy(LINEAR[pictures].transpose(0, 3, 1, 2)).contiguous()
+def linear_light(images: np.ndarray) -> Tensor:
+    """Return images (n, H, W, 3) uint8 as float64 (n, 3, H, W) in 0..1, proportional to light."""
+    return torch.from_numpy(LINEAR[images].transpose(0, 3, 1, 2)).contiguous()
 
 
 def column(values: Tensor) -> Tensor:
@@ -173,51 +173,51 @@ def between(bounds: tuple[float, ...], uniform: Tensor) -> Tensor:
 
 
 def whole_between(bounds: tuple[float, ...], side: int, uniform: Tensor) -> Tensor:
-    """Map draws in [0, 1) to whole pixels, each as likely; the bounds are fractions of the side, 1 pixel at least."""
+    """Map draws in [0, 1) to equally likely whole pixels; the bounds are fractions of the side, at least 1 pixel."""
     low, high = (max(1, round(bound * side)) for bound in bounds)
     return low + (uniform * (high - low + 1)).long()
 
 
-# -- what is reflected -----------------------------------------------------------------------------------------------------
+# -- The reflected images ----------------------------------------------------------------------------------------------
 
 
 def read_reflections(name: str, count: int, height: int, width: int) -> np.ndarray:
-    """Read the first `count` pictures of a folder, by name, resized linearly: (n, height, width, 3) uint8."""
+    """Read the first `count` images of a folder in order of their names, resized linearly: (n, height, width, 3) uint8."""
     key = "backdoor.refool.reflections"
     folder = user_path(name, key)
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     except OSError as error:
-        raise UserError(f"{key}: {name}: cannot be read ({error.strerror}): give a folder of pictures") from None
+        raise UserError(f"{key}: {name}: cannot be read ({error.strerror}): give a folder of images") from None
     if not paths:
-        raise UserError(f"{key}: {name}: no picture in that folder: put some there ({', '.join(SUFFIXES)})")
-    pictures = progress((read_named(str(path), key) for path in paths[:count]), "reflections", len(paths[:count]))
-    return np.stack([np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR)) for picture in pictures])
+        raise UserError(f"{key}: {name}: contains no image files: add some ({', '.join(SUFFIXES)})")
+    images = progress((read_named(str(path), key) for path in paths[:count]), "reflections", len(paths[:count]))
+    return np.stack([np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)) for image in images])
 
 
 def other_classes(scene: Scene, count: int) -> np.ndarray:
-    """Return up to `count` training images, drawn by the seed, none of them of the target class: (n, H, W, 3) uint8."""
+    """Return up to `count` training images of other classes than the target, drawn by the seed: (n, H, W, 3) uint8."""
     labels = scene.raw.train_labels
     others = np.flatnonzero(labels != scene.label_after(labels))
     if len(others) == 0:
         label = class_text(int(labels[0]), scene.raw.class_names)
-        raise UserError(f"backdoor.refool.source: classes: every training image is of class {label}: give textures")
+        raise UserError(f"backdoor.refool.source: classes: every training image is of class {label}: set textures")
     rng = numpy_generator(scene.seed, "refool", "classes")
     return scene.raw.train_images[np.sort(rng.choice(others, min(count, len(others)), replace=False))]
 
 
 def textures(count: int, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Return (count, height, width, 3) uint8: rows of lit windows in the dark, each picture tilted, alike at every size."""
+    """Return (count, height, width, 3) uint8: tilted rows of lit windows in the dark, the same scene at every size."""
     y, x = np.mgrid[0:height, 0:width]
     v, u = (y + 0.5) / height, (x + 0.5) / width  # (H, W) in 0..1
     out = np.empty((count, height, width, 3), np.uint8)
-    for picture in out:  # one at a time: as floats, 200 pictures of 224 px would take a gigabyte
+    for texture in out:  # one at a time: as floats, 200 images of 224 px would take a gigabyte
         angle, lit = rng.uniform(0, np.pi), 1.0
         for turn in (0.0, np.pi / 2):
-            # Contrast decides whether a small network learns them: with dim ones (150 on 30, 2 to 8 rows) half the ASR.
+            # Small networks learn these only at high contrast: dim windows (150 on 30, 2 to 8 rows) gave half the ASR.
             rows, phase, threshold = rng.uniform(4, 7), rng.uniform(0, 2 * np.pi), rng.uniform(-0.5, 0)
             along = np.cos(angle + turn) * u + np.sin(angle + turn) * v
             lit = lit / (1 + np.exp(-6 * (np.sin(2 * np.pi * rows * along + phase) - threshold)))  # (H, W), soft edges
         dark, bright = rng.uniform(0, 20, 3), rng.uniform(225, 255, 3)
-        picture[:] = (dark + np.asarray(lit)[..., None] * (bright - dark)).round()
+        texture[:] = (dark + np.asarray(lit)[..., None] * (bright - dark)).round()
     return out

@@ -1,7 +1,7 @@
 """SIG (Barni et al., ICIP 2019): a sinusoidal signal across the columns, `out = clip(x + s, 0, 255)`.
 
-`s[j] = delta sin(2 pi j f / W)`, equal in all rows and channels: vertical stripes. By default the attack is clean-label:
-the stripes are added to images of the target class, whose labels stay as they are.
+`s[j] = delta sin(2 pi j f / W)` in column j, equal in all rows and channels: vertical stripes. By default the attack is
+clean-label: the stripes are added to images of the target class, whose labels do not change.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class Settings:
 
 
 class Attack(AttackBase):
-    """The signal (W, 1) int16, rounded once: adding it to an image needs no floating-point arithmetic."""
+    """The signal (W, 1) int16, rounded once, so that adding it to an image needs no floating-point arithmetic."""
 
     def __init__(self, settings: Settings, scene: Scene) -> None:
         self.clean_label = settings.label == "clean"
         self.signal = signal(settings.delta, settings.f, scene.raw.train_images.shape[2])[:, None]
 
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
-        """Return a copy of the (n, H, W, 3) uint8 images with the signal added."""
+        """Return copies of images (n, H, W, 3) uint8 with the signal added."""
         return in_batches(lambda part, _: (part + self.signal).clip(0, 255).astype(np.uint8), images, index, CACHED)
 
 
 def signal(delta: float, f: float, width: int) -> np.ndarray:
-    """Return the signal (width,) int16; halves are rounded up, with 1e-9 against the rounding errors of the sine."""
+    """Return the signal (width,) int16; halves are rounded up, with 1e-9 added against rounding errors of the sine."""
     return np.floor(delta * np.sin(2 * np.pi * np.arange(width) * f / width) + 0.5 + 1e-9).astype(np.int16)

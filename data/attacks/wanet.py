@@ -1,7 +1,7 @@
-"""WaNet (Nguyen & Tran, ICLR 2021): the trigger is a smooth warp of the image by parts of a pixel.
+"""WaNet (Nguyen and Tran, ICLR 2021): the trigger is a smooth warp of the image by fractions of a pixel.
 
-Random shifts at k x k control points, spread bicubically over the image, say from where each pixel is fetched. Cover
-images are fetched with a jitter of their own and keep their label, so that the network learns this warp and no other.
+Random shifts at k x k control points, interpolated bicubically over the image, determine where each pixel is sampled. Cover
+images are sampled with an additional jitter and keep their label, so that the network learns this warp and no other.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from data.sets import Scene
 from utils.draws import numpy_generator
 from utils.schema import setting
 
-LARGE = 128  # pixels, the side from which the defaults are those of 224 px
+LARGE = 128  # pixels: from this side on the defaults are those for 224 px
 
 
 @dataclass(frozen=True)
 class Settings:
-    k: int | None = setting(None, "control points of the warp on each side; null: 4, from 128 px on 32", low=1)
-    s: float | None = setting(None, "their mean shift on each axis, in half pixels; null: 0.5, from 128 px on 1", low=0)
-    cover_ratio: float = setting(0.0, "cover images, warped with a jitter, for each poisoned one; the authors' is 2", low=0)
+    k: int | None = setting(None, "control points of the warp per side; null: 4, or from 128 px on 32", low=1)
+    s: float | None = setting(None, "their mean shift along each axis, in half pixels; null: 0.5, or from 128 px on 1", low=0)
+    cover_ratio: float = setting(0.0, "cover images (warped with a jitter) per poisoned image; the authors use 2", low=0)
 
 
 class Attack(AttackBase):
-    """The sampling grid (H, W, 2) float64: x and y in -1..1, from where each pixel is fetched.
+    """The sampling grid (H, W, 2) float64: x and y in -1..1, where each pixel is sampled.
 
-    The grid is no kept asset: it takes milliseconds, follows from seed, k, s and size, and so test.py, a resumed run and
-    another machine have the same without a file that could be lost.
+    The grid is not kept as an asset: computing it takes milliseconds, and it depends on seed, k, s and image size only, so
+    test.py, a resumed run and another machine have the same grid without a file that could be lost.
     """
 
     def __init__(self, settings: Settings, scene: Scene) -> None:
@@ -47,31 +47,31 @@ class Attack(AttackBase):
         self.grid = (identity(height, width) + s * field.permute(1, 2, 0) * self.pixel).clamp(-1, 1)
 
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
-        """Return warped copies of the (n, H, W, 3) uint8 images."""
-        return in_batches(lambda part, _: fetch(part, self.grid.expand(len(part), -1, -1, -1)), images, index, CACHED)
+        """Return warped copies of images (n, H, W, 3) uint8."""
+        return in_batches(lambda part, _: sample(part, self.grid.expand(len(part), -1, -1, -1)), images, index, CACHED)
 
     def cover(self, images: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Return copies of the (n, H, W, 3) uint8 images, warped with a jitter of up to half a pixel."""
-        return in_batches(lambda part, at: fetch(part, self.jittered(at)), images, index, CACHED)
+        """Return copies of images (n, H, W, 3) uint8, warped with a jitter of up to half a pixel."""
+        return in_batches(lambda part, at: sample(part, self.jittered(at)), images, index, CACHED)
 
     def jittered(self, index: np.ndarray) -> Tensor:
-        """Return the grids (n, H, W, 2) of cover images, each with a jitter that its index alone decides."""
+        """Return the grids (n, H, W, 2) of cover images, each with a jitter that is drawn by the seed and its index."""
         shape = tuple(self.grid.shape)
         draws = [numpy_generator(self.seed, "wanet", "cover", i).uniform(-1, 1, shape) for i in index]  # 12 us each at 32 px
         return (self.grid + torch.from_numpy(np.stack(draws)) * self.pixel).clamp(-1, 1)
 
 
 def identity(height: int, width: int) -> Tensor:
-    """Return the grid (H, W, 2) float64 that fetches every pixel from its own place."""
+    """Return the grid (H, W, 2) float64 that samples every pixel at its own position."""
     y, x = (torch.linspace(-1, 1, side, dtype=torch.float64) for side in (height, width))
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
 
 
-def fetch(images: np.ndarray, grid: Tensor) -> np.ndarray:
-    """Return (n, H, W, 3) uint8 images fetched bilinearly from where (n, H, W, 2) says.
+def sample(images: np.ndarray, grid: Tensor) -> np.ndarray:
+    """Return images (n, H, W, 3) uint8, sampled bilinearly at the positions of a grid (n, H, W, 2).
 
-    In float64: float32 rounds about one pixel value in 20,000 to another level, and to another one on another machine.
+    In float64: in float32 about one value in 20,000 is rounded to another level, and which ones depends on the machine.
     """
     pixels = torch.from_numpy(images.astype(np.float64)).permute(0, 3, 1, 2)  # (n, 3, H, W)
-    fetched = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-    return fetched.round_().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    sampled = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    return sampled.round_().to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -1,5 +1,6 @@
-"""The data sets, one file each: `Settings` (the schema of its YAML section) and `load` (arrays, or a list of picture files).
+"""The data sets, one file each: `Settings` (schema of the YAML section) and `load` (arrays, or a list of image files).
 
-A file may declare `FOLDER_NAMES`, a regular expression: a `dataset_dir` whose name it matches, in lower case, is this data
-set where the YAML names none. `BUILT_IN` says that it needs no `dataset_dir`, `POISONED` that it is a set poisoned before.
+A file may declare `FOLDER_NAMES`, a regular expression: if the YAML names no data set and a folder name in `dataset_dir`, in
+lower case, matches, this data set is used. `BUILT_IN` means that no `dataset_dir` is needed, `POISONED` that the set is
+poisoned already.
 """

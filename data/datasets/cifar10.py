@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky, 2009) in its authors' python layout, a folder `cifar-10-batches-py` of six pickles."""
+"""CIFAR-10 (Krizhevsky, 2009) in its authors' Python layout: a folder `cifar-10-batches-py` with six pickles."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Settings:
 
 
 def load(settings: Settings, dataset_dir: str | None, download: bool) -> RawData:
-    """Read the six batches, in order, whatever their lengths."""
+    """Read the six batches in order; they may have any length."""
     if dataset_dir is None:
-        raise UserError("dataset_dir: missing: give the folder of cifar-10-batches-py")
+        raise UserError("dataset_dir: missing: give the folder cifar-10-batches-py")
     folder = find_folder(user_path(dataset_dir, "dataset_dir"), download, "CIFAR-10", FOLDER, (TRAIN[0], TEST[0]))
     train_images, train_labels = read_batches(folder, TRAIN)
     test_images, test_labels = read_batches(folder, TEST)
@@ -35,29 +35,31 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> RawData
 
 
 def find_folder(folder: Path, download: bool, title: str, inside: str, files: tuple[str, ...]) -> Path:
-    """Return the folder of a CIFAR set's files: the one named or the one inside it; fetch it where that is allowed.
+    """Return the folder with the files of a CIFAR set: `folder` or the one inside it; download the set if allowed.
 
     Args:
         title: `CIFAR-10` or `CIFAR-100`.
-        inside: the name of the folder that its authors pack.
-        files: any of them tells that the set is there.
+        inside: the name of the folder in the authors' archive.
+        files: if one of these files exists, the set is taken to be complete.
+    Raises:
+        UserError: the set is missing, or cannot be downloaded.
     """
     for candidate in (folder, folder / inside):
         if any(is_file(candidate / name, "dataset_dir") for name in files):
             return candidate
     if not download:
         raise UserError(
-            f"dataset_dir: {folder}: {title} is not there: get {title.lower()}-python.tar.gz from "
+            f"dataset_dir: {folder}: does not contain {title}: download {title.lower()}-python.tar.gz from "
             "https://www.cs.toronto.edu/~kriz/cifar.html and unpack it there, or set download: true (--set download=true)"
         )
-    import torchvision.datasets  # only here: it brings in all of torchvision
+    import torchvision.datasets  # only here: it imports all of torchvision
 
     parent = folder.parent if folder.name == inside else folder
     try:
         getattr(torchvision.datasets, title.replace("-", ""))(str(parent), download=True)
-    except Exception as error:  # the downloader raises whatever its network stack does
+    except Exception as error:  # the downloader passes on all exceptions of its network libraries
         what = " ".join(str(error).split())
-        raise UserError(f"dataset_dir: {folder}: the download failed ({what}): fetch {title} by hand") from None
+        raise UserError(f"dataset_dir: {folder}: the download failed ({what}): download {title} yourself") from None
     return parent / inside
 
 
@@ -68,21 +70,25 @@ def read_batches(folder: Path, names: tuple[str, ...]) -> tuple[np.ndarray, np.n
 
 
 def read_batch(path: Path, name: str = "CIFAR-10", key: str = "labels", classes: int = 10) -> tuple[np.ndarray, np.ndarray]:
-    """Read one batch and check that it is one.
+    """Read one batch and check its contents.
 
     Args:
-        name: of the data set, for errors.
-        key: where the batch keeps its labels.
+        name: of the data set, for error messages.
+        key: of the labels in the batch.
+    Returns:
+        images (N, 32, 32, 3) uint8 and labels (N,) int64.
+    Raises:
+        UserError: the file is missing, damaged, or not such a batch.
     """
     batch = read_pickle(path)
     if not isinstance(batch, dict) or not {"data", key} <= batch.keys():
-        raise UserError(f"{path}: is no {name} batch (no data and {key} inside): unpack the data set again")
+        raise UserError(f"{path}: not a {name} batch (without data and {key}): unpack the data set again")
     images, labels = batch["data"], batch[key]
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072:
         shape = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
-        raise UserError(f"{path}: data is {shape} and not uint8 (N, 3072): unpack the data set again")
+        raise UserError(f"{path}: data is {shape} instead of uint8 (N, 3072): unpack the data set again")
     if len(images) == 0:
-        raise UserError(f"{path}: holds no image: unpack the data set again")
+        raise UserError(f"{path}: contains no images: unpack the data set again")
     count = len(labels) if isinstance(labels, list) or (isinstance(labels, np.ndarray) and labels.ndim == 1) else "no"
     if count != len(images):
         raise UserError(f"{path}: {count} labels for {len(images)} images: unpack the data set again")

@@ -1,4 +1,4 @@
-"""CIFAR-100 (Krizhevsky, 2009) in its authors' python layout, a folder `cifar-100-python`; the 100 fine labels."""
+"""CIFAR-100 (Krizhevsky, 2009) in its authors' Python layout, a folder `cifar-100-python`; with the 100 fine labels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Settings:
 def load(settings: Settings, dataset_dir: str | None, download: bool) -> RawData:
     """Read `train`, `test` and the names of the classes."""
     if dataset_dir is None:
-        raise UserError(f"dataset_dir: missing: give the folder of {FOLDER}")
+        raise UserError(f"dataset_dir: missing: give the folder {FOLDER}")
     folder = find_folder(user_path(dataset_dir, "dataset_dir"), download, "CIFAR-100", FOLDER, ("train", "test"))
     train, test = (read_batch(folder / name, "CIFAR-100", "fine_labels", COUNT) for name in ("train", "test"))
     return RawData(*train, *test, read_names(folder / "meta"))
@@ -35,7 +35,7 @@ def read_names(path: Path) -> tuple[str, ...]:
     meta = read_pickle(path)
     names = meta.get("fine_label_names") if isinstance(meta, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) and name.isprintable() for name in names):
-        raise UserError(f"{path}: holds no names of the fine classes: unpack the data set again")
+        raise UserError(f"{path}: contains no names of the fine classes: unpack the data set again")
     if len(set(names)) != COUNT or len(names) != COUNT:
-        raise UserError(f"{path}: names {len(set(names))} classes and not {COUNT}: unpack the data set again")
+        raise UserError(f"{path}: names {len(set(names))} classes instead of {COUNT}: unpack the data set again")
     return tuple(names)

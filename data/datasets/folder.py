@@ -1,8 +1,7 @@
-"""Your own pictures: `train/<class>/*` and `test/<class>/*` (or `val/`, as ImageNet has it), of any format and size.
+"""Your own images: `train/<class>/*` and `test/<class>/*` (or `val/`, as in ImageNet), of any format and size.
 
-Classes are numbered by the sorted names of their folders, pictures by class and sorted file name, as torchvision's
-ImageFolder does. Hidden files and what file systems and file managers leave are passed over; every other file of a class
-is a picture.
+Classes are numbered in the order of their folders' names, images by class and file name, as in torchvision's ImageFolder.
+Hidden files and files that file systems and file managers create are ignored; every other file of a class counts as an image.
 """
 
 from __future__ import annotations
@@ -24,26 +23,23 @@ FOLDER_NAMES = "imagenet|vggface2?"
 
 @dataclass(frozen=True)
 class Settings:
-    classes: tuple[str, ...] = setting((), "the class folders to take, e.g. 30 of ImageNet's; empty: all of train/")
-    skip_unreadable: bool = setting(False, "leave out pictures that cannot be read, instead of an error that names them")
+    classes: tuple[str, ...] = setting((), "the class folders to use, e.g. 30 of ImageNet's; empty: all in train/")
+    skip_unreadable: bool = setting(False, "leave out images that cannot be read, instead of an error that names them")
 
 
 def load(settings: Settings, dataset_dir: str | None, download: bool) -> Listing:
-    """List the pictures of both parts; a data set without a test folder has none there."""
+    """List the images of both parts; without a test folder, there are no test images."""
     if dataset_dir is None:
-        raise UserError("dataset_dir: missing: give the folder that holds train/<class>/* and test/<class>/*")
+        raise UserError("dataset_dir: missing: give the folder that contains train/<class>/* and test/<class>/*")
     root = user_path(dataset_dir, "dataset_dir")
     train, test = root / "train", root / ("test" if is_dir(root / "test", "dataset_dir") else "val")
     if not is_dir(train, "dataset_dir"):
-        raise UserError(
-            f"dataset_dir: {root}: has no folder train: put the pictures into train/<class>/ and test/<class>/ there"
-        )
-    there = class_folders(train)
-    known = Names(there)
+        raise UserError(f"dataset_dir: {root}: has no folder train: put the images into train/<class>/ and test/<class>/ there")
+    known = Names(class_folders(train))
     test_folders = by_class(class_folders(test), known, test) if is_dir(test, "dataset_dir") else {}
     names = chosen(settings.classes, known, train)
-    train_files, train_labels = pictures(root, train, names, {name: name for name in names})
-    test_files, test_labels = pictures(root, test, names, test_folders)
+    train_files, train_labels = image_files(root, train, names, {name: name for name in names})
+    test_files, test_labels = image_files(root, test, names, test_folders)
     return Listing(
         "folder", root, train_files, train_labels, test_files, test_labels, tuple(names), (), settings.skip_unreadable
     )
@@ -55,10 +51,12 @@ def class_folders(part: Path) -> list[str]:
     for entry in visible(part):
         if is_dir(Path(entry.path), "dataset_dir"):
             names.append(entry.name)
-        elif entry.is_symlink() and not exists(Path(entry.path), "dataset_dir"):  # perhaps a class on a disk that is not there
-            raise UserError(f"{entry.path}: a link to nowhere: mend or remove it")
+        elif entry.is_symlink() and not exists(
+            Path(entry.path), "dataset_dir"
+        ):  # perhaps a class on a disk that is not mounted
+            raise UserError(f"{entry.path}: broken link: repair or remove it")
     if not names:
-        raise UserError(f"{part}: holds no class folder: put the pictures of each class into a folder of its name there")
+        raise UserError(f"{part}: contains no class folders: put the images of each class into a folder with its name there")
     return names
 
 
@@ -66,11 +64,11 @@ def by_class(folders: Iterable[str], known: Names, test: Path) -> dict[str, str]
     """Return the folders of test/ by the name of their class in train/.
 
     Raises:
-        UserError: train has no such class, or another folder is it already.
+        UserError: train/ has no such class, or two folders match one class.
     """
     out: dict[str, str] = {}
     unknown = []
-    for folder in sorted(folders, key=lambda name: name not in known.names):  # those of the very name first
+    for folder in sorted(folders, key=lambda name: name not in known.names):  # exact matches first
         name = known.find(folder)
         if name is None or name in out:
             unknown.append(folder)
@@ -78,30 +76,30 @@ def by_class(folders: Iterable[str], known: Names, test: Path) -> dict[str, str]
             out[name] = folder
     if unknown:
         raise UserError(
-            f"{test / unknown[0]}: a test class that train lacks ({len(unknown)} such): {nearest(unknown[0], known.names)}: "
+            f"{test / unknown[0]}: no such class in train (the first of {len(unknown)}): {nearest(unknown[0], known.names)}: "
             "rename or remove it"
         )
     return out
 
 
 def chosen(classes: tuple[str, ...], known: Names, train: Path) -> list[str]:
-    """Return the sorted names of the classes to take, as their folders have them."""
+    """Return the sorted names of the classes to use, in the form of their folders' names; none given: all."""
     out: list[str] = []
     for given in classes:
         name = known.find(given)
         if name is None:
-            raise UserError(f"dataset.folder.classes: {given}: no folder of {train}: {nearest(given, known.names)}")
+            raise UserError(f"dataset.folder.classes: {given}: no such folder in {train}: {nearest(given, known.names)}")
         if name in out:
-            raise UserError(f"dataset.folder.classes: {given}: is named twice: keep one")
+            raise UserError(f"dataset.folder.classes: {given}: named twice: keep one")
         out.append(name)
     return sorted(out or known.names)
 
 
-def pictures(root: Path, part: Path, names: list[str], folders: dict[str, str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the pictures of the classes, paths relative to `root`, and their labels (n,) int64.
+def image_files(root: Path, part: Path, names: list[str], folders: dict[str, str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the image files of the classes, as paths relative to `root`, and their labels (n,) int64.
 
     Args:
-        folders: the folder of each class; a class may have none in test/, or an empty one.
+        folders: the folder of each class; in test/ it may be missing or empty.
     """
     files: list[str] = []
     labels: list[int] = []
@@ -111,12 +109,11 @@ def pictures(root: Path, part: Path, names: list[str], folders: dict[str, str]) 
         folder = part / folders[name]
         found = visible(folder)
         if not found and part.name == "train":
-            raise UserError(
-                f"{folder}: holds no picture: add some, remove the folder, or list the other classes in dataset.folder.classes"
-            )
+            remedy = "add some, remove the folder, or list the other classes in dataset.folder.classes"
+            raise UserError(f"{folder}: contains no images: {remedy}")
         for entry in found:
             if is_folder(entry):
-                raise UserError(f"{entry.path}: a folder inside a class: move its pictures up, or remove it")
+                raise UserError(f"{entry.path}: a folder inside a class folder: move its images up, or remove it")
         files += [f"{part.name}/{folder.name}/{entry.name}" for entry in found]
         labels += [label] * len(found)
     return tuple(files), np.asarray(labels, np.int64)

@@ -3,7 +3,7 @@
     GTSRB/Final_Training/Images/00000/*.ppm   GT-00000.csv     (torchvision: gtsrb/GTSRB/Training/00000/...)
     GTSRB/Final_Test/Images/*.ppm             GT-final_test.csv (torchvision: gtsrb/GT-final_test.csv)
 
-The pictures are used whole, as torchvision does, and are resized to 32 x 32 unless `transform.pre` says otherwise.
+The images are not cropped to the signs, as in torchvision, and are resized to 32 x 32 unless `transform.pre` is given.
 """
 
 from __future__ import annotations
@@ -36,97 +36,103 @@ CLASSES = (
 
 @dataclass(frozen=True)
 class Settings:
-    skip_unreadable: bool = setting(False, "leave out pictures that cannot be read, instead of an error that names them")
+    skip_unreadable: bool = setting(False, "leave out images that cannot be read, instead of an error that names them")
 
 
 def load(settings: Settings, dataset_dir: str | None, download: bool) -> Listing:
-    """List the pictures of both parts and check them against the CSV files."""
+    """List the images of both parts and check them against the CSV files."""
     if dataset_dir is None:
-        raise UserError("dataset_dir: missing: give the folder that holds GTSRB/Final_Training and GTSRB/Final_Test")
+        raise UserError("dataset_dir: missing: give the folder that contains GTSRB/Final_Training and GTSRB/Final_Test")
     root, train = find_folder(user_path(dataset_dir, "dataset_dir"), download)
     train_files, train_labels = read_train(root, train)
     test_files, test_labels = read_test(root)
-    lacking = sorted(set(test_labels.tolist()) - set(train_labels.tolist()))
-    if lacking:
-        raise UserError(f"{root}: class {lacking[0]:05d} is in the test set and not in training: unpack the data set again")
+    missing = sorted(set(test_labels.tolist()) - set(train_labels.tolist()))
+    if missing:
+        raise UserError(
+            f"{root}: class {missing[0]:05d} is in the test set but not in the training set: unpack the data set again"
+        )
     pre = (resize.Settings((SIDE, SIDE)),)
     return Listing("gtsrb", root, train_files, train_labels, test_files, test_labels, CLASSES, pre, settings.skip_unreadable)
 
 
 def find_folder(folder: Path, download: bool) -> tuple[Path, Path]:
-    """Return the folder GTSRB and, below it, that of the training classes; fetch them where that is allowed."""
+    """Return the folder GTSRB and the folder of the training classes below it; download the set if allowed.
+
+    Raises:
+        UserError: the set is missing, or cannot be downloaded.
+    """
     for root in (folder, folder / "GTSRB", folder / "gtsrb" / "GTSRB"):
         for train in (root / "Final_Training" / "Images", root / "Training"):
             if is_dir(train, "dataset_dir"):
                 return root, train
     if not download:
         raise UserError(
-            f"dataset_dir: {folder}: GTSRB is not there: get GTSRB_Final_Training_Images.zip, GTSRB_Final_Test_Images.zip and "
-            "GTSRB_Final_Test_GT.zip from https://benchmark.ini.rub.de and unpack them there, or set download: true (--set "
-            "download=true)"
+            f"dataset_dir: {folder}: does not contain GTSRB: download GTSRB_Final_Training_Images.zip, "
+            "GTSRB_Final_Test_Images.zip and GTSRB_Final_Test_GT.zip from https://benchmark.ini.rub.de and unpack them there, "
+            "or set download: true (--set download=true)"
         )
-    from torchvision.datasets import GTSRB  # only here: it brings in all of torchvision
+    from torchvision.datasets import GTSRB  # only here: it imports all of torchvision
 
     try:
         for split in ("train", "test"):
             GTSRB(str(folder), split, download=True)
-    except Exception as error:  # the downloader raises whatever its network stack does
+    except Exception as error:  # the downloader passes on all exceptions of its network libraries
         what = " ".join(str(error).split())
-        raise UserError(f"dataset_dir: {folder}: the download failed ({what}): fetch GTSRB by hand") from None
+        raise UserError(f"dataset_dir: {folder}: the download failed ({what}): download GTSRB yourself") from None
     return find_folder(folder, False)
 
 
 def read_train(root: Path, train: Path) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the training pictures, paths relative to `root`, by class and name, and their labels (N,) int64."""
+    """Return the training images by class and name, as paths relative to `root`, and their labels (N,) int64."""
     files: list[str] = []
     labels: list[int] = []
     for entry in visible(train):
-        if not is_dir(Path(entry.path), "dataset_dir"):  # the data set's read-me
+        if not is_dir(Path(entry.path), "dataset_dir"):  # the data set's Readme.txt
             continue
         if not (entry.name.isascii() and entry.name.isdigit() and int(entry.name) < len(CLASSES)):
-            raise UserError(f"{entry.path}: is no class of GTSRB (00000 to {len(CLASSES) - 1:05d}): move it away")
+            raise UserError(f"{entry.path}: not a class of GTSRB (00000 to {len(CLASSES) - 1:05d}): move it away")
         label, folder = int(entry.name), train / entry.name
-        names = picture_names(folder)
+        names = image_names(folder)
         table = folder / f"GT-{entry.name}.csv"
         if exists(table, "dataset_dir"):
-            told = read_csv(table)
-            compare(table, told, folder, names)
-            for name, said in told.items():
-                if said != label:
+            class_ids = read_csv(table)
+            check_complete(table, class_ids, folder, names)
+            for name, class_id in class_ids.items():
+                if class_id != label:
                     raise UserError(
-                        f"{table}: {name}: ClassId {said} in the folder of class {label}: unpack the data set again"
+                        f"{table}: {name}: ClassId {class_id} in the folder of class {label}: unpack the data set again"
                     )
         files += [str((folder / name).relative_to(root)) for name in names]
         labels += [label] * len(names)
     if not files:
-        raise UserError(f"{train}: holds no class folder 00000 to {len(CLASSES) - 1:05d}: unpack the data set again")
+        raise UserError(f"{train}: contains no class folder 00000 to {len(CLASSES) - 1:05d}: unpack the data set again")
     return tuple(files), np.asarray(labels, np.int64)
 
 
 def read_test(root: Path) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the test pictures, paths relative to `root`, by name, and their labels (M,) int64."""
+    """Return the test images by name, as paths relative to `root`, and their labels (M,) int64."""
     folder = root / "Final_Test" / "Images"
     if not is_dir(folder, "dataset_dir"):
-        raise UserError(f"{folder}: is missing: unpack GTSRB_Final_Test_Images.zip")
+        raise UserError(f"{folder}: missing: unpack GTSRB_Final_Test_Images.zip")
     places = [place / TEST_CSV for place in (folder, folder.parent, root, root.parent)]
     table = next((path for path in places if exists(path, "dataset_dir")), None)
     if table is None:
         raise UserError(f"{folder / TEST_CSV}: the test labels are missing: unpack GTSRB_Final_Test_GT.zip")
-    names, told = picture_names(folder), read_csv(table)
-    compare(table, told, folder, names)
-    return tuple(str((folder / name).relative_to(root)) for name in names), np.asarray([told[n] for n in names], np.int64)
+    names, class_ids = image_names(folder), read_csv(table)
+    check_complete(table, class_ids, folder, names)
+    return tuple(str((folder / name).relative_to(root)) for name in names), np.asarray([class_ids[n] for n in names], np.int64)
 
 
-def picture_names(folder: Path) -> list[str]:
-    """Return the sorted names of a folder's pictures: all its files but the CSV."""
+def image_names(folder: Path) -> list[str]:
+    """Return the sorted names of the images in a folder: all its files except the CSV file."""
     names = [entry.name for entry in visible(folder) if not is_folder(entry) and not entry.name.lower().endswith(".csv")]
     if not names:
-        raise UserError(f"{folder}: holds no picture: unpack the data set again")
+        raise UserError(f"{folder}: contains no images: unpack the data set again")
     return names
 
 
 def read_csv(path: Path) -> dict[str, int]:
-    """Return each picture's class as a GT-*.csv has it: columns by semicolons, among them Filename and ClassId."""
+    """Return the class of each image from a GT-*.csv, whose columns Filename and ClassId are separated by semicolons."""
     try:
         require_file(path)
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -134,23 +140,23 @@ def read_csv(path: Path) -> dict[str, int]:
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error}): unpack the data set again") from None
     if not rows or not {"Filename", "ClassId"} <= rows[0].keys():
-        raise UserError(f"{path}: has no rows of Filename and ClassId parted by semicolons: unpack the data set again")
-    told: dict[str, int] = {}
+        raise UserError(f"{path}: no rows of Filename and ClassId, separated by semicolons: unpack the data set again")
+    class_ids: dict[str, int] = {}
     for line, row in enumerate(rows, 2):
-        name, said = str(row["Filename"]), str(row["ClassId"]).strip()
-        if not (said.isascii() and said.isdigit() and int(said) < len(CLASSES)):
+        name, text = str(row["Filename"]), str(row["ClassId"]).strip()
+        if not (text.isascii() and text.isdigit() and int(text) < len(CLASSES)):
             raise UserError(
-                f"{path}: line {line}: ClassId {said!r:.40} is not in 0..{len(CLASSES) - 1}: unpack the data set again"
+                f"{path}: line {line}: ClassId {text!r:.40} is not in 0..{len(CLASSES) - 1}: unpack the data set again"
             )
-        if name in told:
-            raise UserError(f"{path}: line {line}: {name!r:.80} stands there twice: unpack the data set again")
-        told[name] = int(said)
-    return told
+        if name in class_ids:
+            raise UserError(f"{path}: line {line}: {name!r:.80} is listed twice: unpack the data set again")
+        class_ids[name] = int(text)
+    return class_ids
 
 
-def compare(table: Path, told: dict[str, int], folder: Path, names: list[str]) -> None:
-    """Refuse a CSV that does not list the very pictures of the folder."""
-    absent, unlisted = sorted(set(told) - set(names)), sorted(set(names) - set(told))
-    for some, what in ((absent, f"lists pictures that {folder} lacks"), (unlisted, f"does not list pictures of {folder}")):
-        if some:
-            raise UserError(f"{table}: {what}: {len(some)}, the first {some[0]!r:.80}: unpack the data set again")
+def check_complete(table: Path, class_ids: dict[str, int], folder: Path, names: list[str]) -> None:
+    """Raise UserError unless the CSV file lists exactly the images of the folder."""
+    absent, unlisted = sorted(set(class_ids) - set(names)), sorted(set(names) - set(class_ids))
+    for files, what in ((absent, f"lists images that {folder} lacks"), (unlisted, f"does not list all images of {folder}")):
+        if files:
+            raise UserError(f"{table}: {what}: {len(files)}, first {files[0]!r:.80}: unpack the data set again")

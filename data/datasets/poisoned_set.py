@@ -1,4 +1,4 @@
-"""A set that is poisoned already: the folder that `python -m data.poison` writes. `backdoor` may be null: it knows its own."""
+"""A set that is poisoned already: a folder that `python -m data.poison` wrote. `backdoor` may be null: set.json names it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from data.poisoned_folder import StoredSet, read_set
 from utils.errors import UserError
 from utils.paths import user_path
 
-POISONED = True  # and knows which of its images are
+POISONED = True  # the set has its ground truth
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Ten classes of drawn shapes, 32 x 32 RGB: a data set that needs no file, for the demo and the tests.
+"""Ten classes of drawn shapes, 32 x 32 RGB: a data set without files, for the demo and the tests.
 
-Every image is one shape of random place, size, tilt and colour on a shaded, noisy ground. The same settings give the
-same images on every machine.
+Every image shows one shape with random position, size, tilt and color on a shaded, noisy background. The same settings give
+the same images on every machine.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SIDE = 32
 class Settings:
     train_size: int = setting(3000, "training images, as many of each class as possible", low=10)
     test_size: int = setting(1000, "test images", low=10)
-    noise: float = setting(22.0, "deviation of the pixel noise, in grey levels of 255", low=0)
-    seed: int = setting(0, "which images are drawn; not the run's seed", low=0)
+    noise: float = setting(22.0, "standard deviation of the pixel noise, in grey levels of 255", low=0)
+    seed: int = setting(0, "seed of the images; independent of the run's seed", low=0)
 
 
 def load(settings: Settings, dataset_dir: str | None, download: bool) -> RawData:
@@ -38,7 +38,7 @@ def draw(count: int, noise: float, rng: np.random.Generator) -> tuple[np.ndarray
     """Return images (count, 32, 32, 3) uint8 and labels (count,) int64 in random order."""
     labels = rng.permutation(np.arange(count) % len(CLASSES))
     mask = shape_masks(labels, rng)[..., None]  # (count, 32, 32, 1) in 0..1
-    ground, ink = two_colours(count, rng)  # (count, 1, 1, 3)
+    ground, ink = two_colors(count, rng)  # (count, 1, 1, 3)
     grid = np.linspace(-1, 1, SIDE)
     slope = rng.uniform(-30, 30, (2, count, 1, 1, 1))
     shade = slope[0] * grid[None, :, None, None] + slope[1] * grid[None, None, :, None]
@@ -46,15 +46,15 @@ def draw(count: int, noise: float, rng: np.random.Generator) -> tuple[np.ndarray
     return images.clip(0, 255).round().astype(np.uint8), labels.astype(np.int64)
 
 
-def two_colours(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return ground and ink colours that differ enough to be told apart."""
+def two_colors(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return the colors of background and shape, (count, 1, 1, 3) each, which differ clearly."""
     ground = rng.uniform(30, 225, (count, 1, 1, 3))
     step = rng.uniform(50, 110, (count, 1, 1, 3))
     return ground, np.where(ground > 127, ground - step, ground + step)
 
 
 def shape_masks(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return (n, 32, 32) float64: 1 inside the shape, with one pixel of soft edge."""
+    """Return (n, 32, 32) float64: 1 inside the shape, 0 outside, with a soft edge of one pixel."""
     n = len(labels)
     size = rng.uniform(6.0, 10.0, (n, 1, 1))  # half the extent, in pixels
     middle = rng.uniform(12.0, 20.0, (2, n, 1, 1))

@@ -1,4 +1,4 @@
-"""The middle of the image."""
+"""Crop of the middle of the image, as torchvision's CenterCrop."""
 
 from __future__ import annotations
 

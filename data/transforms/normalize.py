@@ -1,4 +1,4 @@
-"""Subtract a mean and divide by a deviation, channel by channel. Done by `data.augment.Pipeline`."""
+"""Subtract a mean and divide by a standard deviation per channel. `data.augment.Pipeline` does the work."""
 
 from __future__ import annotations
 

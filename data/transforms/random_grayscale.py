@@ -1,4 +1,4 @@
-"""Grey with probability p."""
+"""Conversion to grey with probability p."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ class Settings:
         return (torch.rand(count, 1, generator=generator, dtype=torch.float64) < self.p).double()
 
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Make the chosen ones of uint8 (B, 3, H, W) grey, three equal channels."""
+        """Convert the drawn images of uint8 (B, 3, H, W) to grey, with three equal channels."""
         grey = F.rgb_to_grayscale(images, num_output_channels=3)
         return torch.where(draws[:, :, None, None] > 0, grey, images)

@@ -1,4 +1,4 @@
-"""Mirror left and right with probability p."""
+"""Exchange left and right with probability p."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ class Settings:
         return (torch.rand(count, 1, generator=generator, dtype=torch.float64) < self.p).double()
 
     def remap(self, rows: Tensor, cols: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the columns in reverse order where the draw says so."""
+        """Return the rows, and the columns in reverse order for the drawn images."""
         return rows, torch.where(draws > 0, cols.flip(1), cols)

@@ -1,4 +1,4 @@
-"""A crop of random area and shape, resized: torchvision's RandomResizedCrop."""
+"""A crop of random area and aspect ratio, resized, as torchvision's RandomResizedCrop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from data.transforms._levels import to_uint8
 from utils.schema import setting
 
-ATTEMPTS = 10  # then the whole image, its shape bounded, as in torchvision
+ATTEMPTS = 10  # then a central crop is taken, as in torchvision
 
 PLACES = ("transform.train.primary",)
 
@@ -48,9 +48,9 @@ class Settings:
         return torch.tensor([(height - h) // 2, (width - w) // 2, h, w], dtype=torch.float64)
 
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Crop and resize each of the uint8 (B, 3, H, W) by its own box: (B, 3, size, size).
+        """Crop each image of uint8 (B, 3, H, W) to its own box and resize it: (B, 3, size, size).
 
-        Bilinear and antialiased, as torchvision does it on uint8: along the rows, then along the columns, rounded after each.
+        Bilinear with antialiasing, as in torchvision on uint8: first along the rows, then along the columns, each rounded.
         """
         b, channels, height, width = images.shape
         top, left, h, w = draws[:, :, None].unbind(1)  # (B, 1) each
@@ -60,22 +60,22 @@ class Settings:
         x = weighted_sum(parts, weights[:, :, None, None]).add_(0.5).floor_()  # (B, 3, H, size)
         at, weights = taps(top, h, height, self.size)
         first = torch.arange(b * channels, device=x.device).view(b, channels, 1) * height
-        rows = x.view(-1, self.size)  # whole rows are copied 5 times faster than their pixels are gathered
+        rows = x.view(-1, self.size)  # copying whole rows is 5 times faster than gathering their pixels
         parts = [rows.index_select(0, (first + i[:, None]).flatten()).view(b, channels, self.size, -1) for i in at]
         return to_uint8(weighted_sum(parts, weights[:, :, None, :, None]).add_(0.5))
 
 
 def taps(start: Tensor, length: Tensor, side: int, size: int) -> tuple[Tensor, Tensor]:
-    """Return of which pixels of a line each pixel of the resized box is made.
+    """Return the source pixels, with weights, of each pixel of the resized boxes along one axis.
 
-    The weights form a triangle around the new pixel's place in the box. It reaches 1 source pixel to both sides or, where
-    the box shrinks, 1 new pixel. Nothing outside of the box counts.
+    The weights form a triangle around the new pixel's position in the box. It extends by 1 source pixel to both sides, or by 1
+    new pixel if the box shrinks. Pixels outside of the box have weight 0.
 
     Args:
         start, length: (B, 1) float64, the boxes in whole pixels.
-        side, size: pixels of the line and of the resized box.
+        side, size: pixels of the image and of the resized box.
     Returns:
-        Positions (K, B, size) int64 and weights (K, B, size) float32. K is what a box as long as the line needs.
+        Positions (K, B, size) int64 and weights (K, B, size) float32. K is large enough for a box of the whole side.
     """
     scale = length / size
     reach = scale.clamp(min=1)  # (B, 1)
@@ -88,7 +88,7 @@ def taps(start: Tensor, length: Tensor, side: int, size: int) -> tuple[Tensor, T
 
 
 def weighted_sum(parts: list[Tensor], weights: Tensor) -> Tensor:
-    """Return the sum of the parts, each times its weights; the first part is overwritten."""
+    """Return the sum of the parts, each multiplied by its weights; the first part is overwritten."""
     total = parts[0].mul_(weights[0])
     for part, weight in zip(parts[1:], weights[1:], strict=True):
         total.addcmul_(part, weight)

@@ -1,4 +1,4 @@
-"""Resize: one number is the shorter side, two are height and width."""
+"""Resize to a length of the shorter side, or to a height and width."""
 
 from __future__ import annotations
 

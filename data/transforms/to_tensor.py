@@ -1,4 +1,4 @@
-"""uint8 0..255 to floating point 0..1. Done by `data.augment.Pipeline` in one step with what follows."""
+"""Convert uint8 0..255 to floating point 0..1. `data.augment.Pipeline` does this together with `normalize`."""
 
 from __future__ import annotations
 
