@@ -353,17 +353,17 @@ def test_no_attack_and_two_attacks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         ("seed:\n  seed: 1\nnum_epochs: 3\nseed:\n  seed: 2\n", ["line 4", "seed", "given twice"]),
         ("optimizer:\n  Adam:\n    lr: 0.1\n    lr: 0.2\n", ["line 4", "lr", "given twice"]),
-        ("num_epochs: 3\nloader: {batch_size: 3\n", ["line", "no YAML"]),
-        ("num_epochs: 3\nloader: batch: 3\n", ["line 2", "no YAML"]),
-        ("num_epochs: 3\n\tloader: 3\n", ["line 2", "no YAML"]),
-        ("seed: 2020-13-45\n", ["no YAML"]),
-        ("seed: !!python/object/apply:os.getcwd []\n", ["line 1", "no YAML"]),
-        ("seed: &here {seed: *here}\n", ["no YAML"]),
-        ("? [a, b]\n: 3\n", ["line 1", "a word"]),
-        ("", ["no mapping"]),
-        ("# only a remark\n", ["no mapping"]),
-        ("- a\n- b\n", ["no mapping"]),
-        ("\x00\x01\x02", ["no YAML"]),
+        ("num_epochs: 3\nloader: {batch_size: 3\n", ["line", "invalid YAML"]),
+        ("num_epochs: 3\nloader: batch: 3\n", ["line 2", "invalid YAML"]),
+        ("num_epochs: 3\n\tloader: 3\n", ["line 2", "invalid YAML"]),
+        ("seed: 2020-13-45\n", ["invalid YAML"]),
+        ("seed: !!python/object/apply:os.getcwd []\n", ["line 1", "invalid YAML"]),
+        ("seed: &here {seed: *here}\n", ["invalid YAML"]),
+        ("? [a, b]\n: 3\n", ["line 1", "a string"]),
+        ("", ["mapping"]),
+        ("# only a remark\n", ["mapping"]),
+        ("- a\n- b\n", ["mapping"]),
+        ("\x00\x01\x02", ["invalid YAML"]),
         (b"\x89PNG\r\n\x1a\n\x00\xff\xfe", ["cannot be read as text"]),
     ],
 )
@@ -437,7 +437,7 @@ def test_nothing_of_a_value_is_dropped(tiny: Path, text: str) -> None:
 def test_a_value_in_brackets_or_quotes_is_yaml_and_whole(tiny: Path, text: str) -> None:
     """What begins as YAML and does not end so is refused; the option that the line proposes gives the text."""
     line = refusal(tiny, (f"dataset_dir={text}",))
-    option, proposed = shlex.split(line.partition("quote a text: ")[2])
+    option, proposed = shlex.split(line.partition("quote it: ")[2])
     assert option == "--set" and config.load(tiny, [proposed]).dataset_dir == text
 
 
@@ -546,7 +546,7 @@ def test_the_last_override_wins(tiny: Path) -> None:
         ("=3", ["key.path=value"]),
         ("a b=3", ["key.path=value"]),
         ("global..epsilon=3", ["key.path=value"]),
-        ("global.epsilon=[", ["no YAML", "quote"]),
+        ("global.epsilon=[", ["not valid YAML", "quote"]),
         ("num_epochs=2020-13-45", ["2020-13-45", "whole number"]),
         ("optimizer={Adam: {lr: 1, lr: 2}}", ["lr", "given twice"]),
         ("num_epocs=3", ["num_epocs", "3", "did you mean num_epochs?"]),
@@ -662,11 +662,11 @@ def test_an_error_names_the_file_that_the_key_came_from(tmp_path: Path, in_base:
     ("content", "expected"),
     [
         ("base: nowhere.yaml\n", ["base", "nowhere.yaml", "no such file"]),
-        ("base: upper.yaml\n", ["base", "circle"]),
-        ("base: twin.yaml\n", ["base", "circle"]),
+        ("base: upper.yaml\n", ["base", "circular"]),
+        ("base: twin.yaml\n", ["base", "circular"]),
         ("base: 3\n", ["base", "3", "path"]),
         ("base: [a.yaml, b.yaml]\n", ["base", "a.yaml", "path"]),
-        ("base: broken.yaml\n", ["broken.yaml", "line 1", "no YAML"]),
+        ("base: broken.yaml\n", ["broken.yaml", "line 1", "invalid YAML"]),
     ],
 )
 def test_a_base_that_cannot_be_used(tmp_path: Path, content: str, expected: list[str]) -> None:

@@ -290,7 +290,7 @@ def test_test_py_gives_the_figures_of_the_run(finished: Place, tmp_path: Path, w
     assert f"ACC {100 * row['clean_accuracy']:.2f} %" in result.stdout
     assert f"{100 * min(kept['per_class_accuracy']):.2f} %" in result.stdout
     assert f"ASR {100 * row['attack_success_rate']:.2f} %" in result.stdout
-    assert f"without the trigger {100 * kept['clean_as_target']:.2f} %" in result.stdout
+    assert f"without the trigger, {100 * kept['clean_as_target']:.2f} %" in result.stdout
     after = place.hashes()
     assert after.pop("saved_data/tiny/log/test.json")
     assert after == before
@@ -444,7 +444,7 @@ def assert_one_line(result: subprocess.CompletedProcess[str], script: str, *part
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (("--config", "nowhere.yaml"), ("nowhere.yaml", "no such configuration file")),
+        (("--config", "nowhere.yaml"), ("nowhere.yaml", "no such file")),
         (("--set", "dataset=null"), ("dataset_dir", "missing")),
         (("--set", "dataset=null", "--set", "dataset_dir=/nowhere/cifar"), ("/nowhere/cifar", "cs.toronto.edu", "download")),
         (("--gpu", "x"), ("--gpu x", "--gpu 0")),

@@ -460,7 +460,7 @@ def test_any_pictures_are_labelled(own: Path, tmp_path: Path) -> None:
         assert set(row[1::2]) == set(CLASSES) and shares == sorted(shares, reverse=True)
         assert sum(shares) == pytest.approx(1, abs=2e-4)
     assert "cannot be read: notes.txt" in said and "cannot be read: broken.png" in said
-    assert "2 of 4 pictures were not 32 x 32 pixels" in said and "4 pictures labeled, 2 cannot be read" in said
+    assert "2 of 4 pictures were not 32 x 32 pixels" in said and "4 images labeled, 2 unreadable" in said
 
 
 def test_old_checkpoints_give_numbers(own: Path, tmp_path: Path) -> None:
