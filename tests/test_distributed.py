@@ -89,7 +89,7 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(runs: Path) -> None:
     path = runs / "two.yaml"
     longer = run_script("ASD.py", "--config", path, "--gpu", "cpu", "--set", "num_epochs=3")
     assert longer.returncode == 0, longer.stderr
-    assert "going on after epoch 2/3" in longer.stdout
+    assert "resuming after epoch 2/3" in longer.stdout
     assert [r["epoch"] for r in rows(runs, "two")] == list(range(3))
 
 
@@ -227,7 +227,7 @@ def test_a_step_of_one_process_is_refused_before_several_start(
 def test_the_same_device_twice_is_refused() -> None:
     """`--gpu 0,0` would put two processes on one device."""
     assert device_numbers("0, 2") == [0, 2] and device_numbers("cpu") == []
-    with pytest.raises(UserError, match="named twice"):
+    with pytest.raises(UserError, match="--gpu 0,0: "):
         device_numbers("0,0")
 
 

@@ -326,7 +326,7 @@ def test_resume_false_moves_the_earlier_run_aside(finished: Place, tmp_path: Pat
     before = set(place.hashes().values())
     result = place.train("--resume", "False", "--set", "num_epochs=1", "--set", "semi.mixmatch.train_iteration=2")
     assert result.returncode == 0, result.stderr
-    line = next(line for line in result.stdout.splitlines() if "moved aside" in line)
+    line = next(line for line in result.stdout.splitlines() if "moved to" in line)
     folders = [Path(word) for word in re.findall(r"\S*\.earlier-\S+", line)]
     assert len(folders) == 2
     for folder in folders:
@@ -404,7 +404,7 @@ def test_killed_in_every_stage_and_resumed_equals_uninterrupted(finished: Place,
     assert hit == set(STAGES)
     result = place.train()
     assert result.returncode == 0, result.stderr
-    assert re.search(r"going on after epoch [56]/6", result.stdout)
+    assert re.search(r"resuming after epoch [56]/6", result.stdout)
     assert_same_run(finished, place)
     events = read_board(place.log / "tensorboard").Scalars("clean_accuracy")
     assert [e.step for e in events] == list(range(EPOCHS))  # each epoch once, whatever was cut off
@@ -449,7 +449,7 @@ def assert_one_line(result: subprocess.CompletedProcess[str], script: str, *part
         (("--set", "dataset=null", "--set", "dataset_dir=/nowhere/cifar"), ("/nowhere/cifar", "cs.toronto.edu", "download")),
         (("--gpu", "x"), ("--gpu x", "--gpu 0")),
         (("--resume", "other.pt"), ("other.pt", "no such checkpoint")),
-        (("--colour", "red"), ("--colour", "--help")),
+        (("--color", "red"), ("--color", "--help")),
         (("--set", "semi.loader.batch_size=150"), ("clean pool", "semi.loader.batch_size: 150", "epoch 0")),
     ],
     ids=["config", "no dataset_dir", "dataset_dir", "gpu", "resume", "option", "pool below a batch"],

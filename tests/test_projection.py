@@ -66,7 +66,7 @@ def test_the_features_are_what_the_linear_layer_sees() -> None:
     assert {id(p) for p in Features(model).parameters()} == {id(p) for p in model.parameters()}
 
 
-def test_the_picture_shows_each_group_in_its_colour(tmp_path: Path) -> None:
+def test_the_picture_shows_each_group_in_its_color(tmp_path: Path) -> None:
     """Poisoned images are red on the first panel and there alone; a group without images is left out without a warning."""
     features = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     poisoned = np.arange(50) < 10

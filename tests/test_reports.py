@@ -208,18 +208,18 @@ def picture(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-def share_of(pixels: np.ndarray, colour: str, opacity: float = 1.0) -> float:
-    """The share of pixels that are about this colour, on white."""
-    wanted = 255 - opacity * (255 - np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]))
+def share_of(pixels: np.ndarray, color: str, opacity: float = 1.0) -> float:
+    """The share of pixels that are about this color, on white."""
+    wanted = 255 - opacity * (255 - np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]))
     return float((abs(pixels - wanted).max(2) < 40).mean())
 
 
 @pytest.mark.parametrize(("count", "defense"), [(1, "asd"), (2, "asd"), (6, "asd"), (1, "none"), (4, "none")])
 def test_the_picture_of_accuracy(tmp_path: Path, count: int, defense: str) -> None:
-    """ACC and ASR are drawn for runs of any length, with one epoch too, and each in its colour."""
+    """ACC and ASR are drawn for runs of any length, with one epoch too, and each in its color."""
     plots.draw_accuracy(tmp_path / "a.png", rows(count, defense), "a title")
     pixels = picture(tmp_path / "a.png")
-    assert share_of(pixels, plots.CLEAN_COLOUR) > 1e-4 and share_of(pixels, plots.POISONED_COLOUR) > 1e-4
+    assert share_of(pixels, plots.CLEAN_COLOR) > 1e-4 and share_of(pixels, plots.POISONED_COLOR) > 1e-4
 
 
 @pytest.mark.parametrize("count", [1, 6])
@@ -230,7 +230,7 @@ def test_the_picture_of_purity(tmp_path: Path, count: int, poison_share: float) 
     for row in history:
         row["poisoned_in_clean_pool"] *= poison_share > 0
     plots.draw_purity(tmp_path / "p.png", history, poison_share, "a title")
-    assert share_of(picture(tmp_path / "p.png"), plots.POISONED_COLOUR) > 1e-4
+    assert share_of(picture(tmp_path / "p.png"), plots.POISONED_COLOR) > 1e-4
 
 
 @pytest.mark.filterwarnings("error")
@@ -242,23 +242,23 @@ def test_the_picture_of_losses(tmp_path: Path, poisoned: int, values: str) -> No
     losses = {"spread": losses, "zero": 0 * losses, "large": 0 * losses + 12345.678, "tiny": 0 * losses - 1e-20}[values]
     flags = np.zeros(50, np.uint8)
     flags[:poisoned] = 1
-    plots.draw_losses(tmp_path / "l.png", losses, flags, np.arange(20), "split loss", "a title")
+    plots.draw_losses(tmp_path / "l.png", plots.Split(losses, flags, np.arange(20)), "split loss", "a title")
     pixels = picture(tmp_path / "l.png")
     if values == "spread" and poisoned in (0, 50):
-        assert (share_of(pixels, plots.CLEAN_COLOUR, 0.65) > 0.01) == (poisoned == 0)
-        assert (share_of(pixels, plots.POISONED_COLOUR, 0.65) > 0.01) == (poisoned == 50)
+        assert (share_of(pixels, plots.CLEAN_COLOR, 0.65) > 0.01) == (poisoned == 0)
+        assert (share_of(pixels, plots.POISONED_COLOR, 0.65) > 0.01) == (poisoned == 50)
 
 
 def test_the_pictures_tell_cover_images_apart(tmp_path: Path) -> None:
-    """Histograms and purity have a third colour for cover images where the set has any, and only there."""
+    """Histograms and purity have a third color for cover images where the set has any, and only there."""
     losses = np.random.default_rng(0).random(60).astype(np.float32)
     for cover in (0, 20):
         flags = np.repeat([0, 1, 2], [20, 40 - cover, cover]).astype(np.uint8)
-        plots.draw_losses(tmp_path / "l.png", losses + 2 * flags, flags, np.arange(20), "split loss", "a title")
+        plots.draw_losses(tmp_path / "l.png", plots.Split(losses + 2 * flags, flags, np.arange(20)), "split loss", "a title")
         history = [row | ({"cover_in_clean_pool": 5} if cover else {}) for row in rows(3)]
         plots.draw_purity(tmp_path / "p.png", history, 0.05, "a title")
-        losses_show = share_of(picture(tmp_path / "l.png"), plots.COVER_COLOUR, 0.65) > 0.01
-        purity_shows = share_of(picture(tmp_path / "p.png"), plots.COVER_COLOUR) > 1e-4
+        losses_show = share_of(picture(tmp_path / "l.png"), plots.COVER_COLOR, 0.65) > 0.01
+        purity_shows = share_of(picture(tmp_path / "p.png"), plots.COVER_COLOR) > 1e-4
         assert losses_show == purity_shows == bool(cover)
 
 

@@ -121,8 +121,8 @@ def test_starting_over_moves_earlier_runs_aside(
     assert sorted(b for b in files.values() if b in contents) == sorted(contents)
     folders = {p for p in tmp_path.rglob("tiny.earlier-20240102-030405*") if p.is_dir()}
     assert len(folders) == 4
-    told = said[0]
-    assert "moved aside" in told and sum(str(folder) in told.split() for folder in folders) == 2
+    line = said[0]
+    assert "moved to" in line and sum(str(folder) in line.split() for folder in folders) == 2
     for folder in folders:
         marks = {b.split()[0] for p, b in everything(folder).items() if b in contents}
         assert len(marks) == 1, "an earlier run is kept in one piece, apart from the others"
@@ -170,9 +170,9 @@ def test_a_folder_that_cannot_be_made(tiny: Path, tmp_path: Path, which: str) ->
 HOLD = """
 import sys, time
 from pathlib import Path
-from utils.run import Run, take
+from utils.run import Run, lock_run
 saved = Path(sys.argv[1])
-lock = take(Run("tiny", saved, saved))
+lock = lock_run(Run("tiny", saved, saved))
 print("taken", flush=True)
 time.sleep(60)
 """

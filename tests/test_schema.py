@@ -46,7 +46,7 @@ class Shop:
     size: int | tuple[int, ...] = setting(3, "side, or [height, width]", low=1)
     limit: int | None = setting(None, "at most so many", low=1)
     prices: tuple[float, ...] = setting((1.0, 2.0), "prices", low=0, below=10)
-    colour: str = setting("red", "paint", options=("red", "blue"))
+    color: str = setting("red", "paint", options=("red", "blue"))
     open_: bool = setting(True, "whether it is open", key="open")
     count: int = setting(5, "customers", low=0)
     mass: float = setting(0.5, "tonnes", above=0, below=1)
@@ -70,7 +70,7 @@ def test_what_is_left_out_has_its_default() -> None:
     """A key that is left out has the declared default, and a required one is asked for by name."""
     shop = read()
     assert (shop.main, shop.spare, shop.row, shop.size, shop.limit) == (Named("saw", Saw(40)), None, (), 3, None)
-    assert (shop.prices, shop.colour, shop.open_, shop.count, shop.mass) == ((1.0, 2.0), "red", True, 5, 0.5)
+    assert (shop.prices, shop.color, shop.open_, shop.count, shop.mass) == ((1.0, 2.0), "red", True, 5, 0.5)
     line = refused(shelf=None)
     assert "shelf" in line and "hammer, saw" in line
 
@@ -86,7 +86,7 @@ def test_a_scalar_is_taken_only_in_its_type_and_range(value: Any) -> None:
         "count": kind is int and value >= 0,
         "mass": kind in (int, float) and 0 < value < 1,
         "open": kind is bool,
-        "colour": value in ("red", "blue") and kind is str,
+        "color": value in ("red", "blue") and kind is str,
         "limit": value is None or (kind is int and value >= 1),
         "size": (kind is int and value >= 1) or (kind is list and all(v >= 1 for v in value)),
         "prices": kind is list and all(0 <= v < 10 for v in value),

@@ -204,7 +204,7 @@ def test_captions_name_the_label_and_the_models() -> None:
 
 @pytest.mark.parametrize(("count", "shape"), [(1, (32, 32)), (100, (32, 32)), (13, (20, 44))])
 def test_the_sheet_shows_every_image(tmp_path: Path, count: int, shape: tuple[int, int]) -> None:
-    """suspects.png shows each image whole, in its own colours, whatever is written under it."""
+    """suspects.png shows each image whole, in its own colors, whatever is written under it."""
     images = np.zeros((count, *shape, 3), np.uint8)
     images[:, :, :, 0] = 200  # one red no caption has
     captions = ["$a_1$ \u2192 a very long name of a class that no place has", "plain"] * count

@@ -31,7 +31,7 @@ def parse_arguments(description: str, argv: Sequence[str] | None, training: bool
     """Parse the options of ASD.py (`training`) or test.py."""
     parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="YAML", help=f"settings (default {DEFAULT_CONFIG})")
-    default = "the latest one, if any; False: archive an earlier run and start over" if training else "latest_model.pt"
+    default = "the latest one, if any; False: start over, moving an earlier run aside" if training else "latest_model.pt"
     help = f"name or path of a checkpoint (default: {default})"
     parser.add_argument("--resume", default="", metavar="CHECKPOINT", help=help)
     parser.add_argument("--gpu", default="0", help="number of the CUDA device, or cpu (default 0)")

@@ -333,8 +333,8 @@ def draw(path: Path, drawn: dict[str, list[list[float]]]) -> None:
     panels, titles = figure.subplots(1, 3), ("ACC, %", "ASR, %", "poisoned in the clean pool, by chance = 1")
     for row, (axes, title) in enumerate(zip(panels, titles, strict=True), 1):
         for i, (name, values) in enumerate(drawn.items()):
-            colour, width = (f"C{i - 1}", 1.3) if i else ("black", 2.5)
-            axes.plot(values[0], values[row], "o-", ms=3, label=name, color=colour, lw=width)
+            color, width = (f"C{i - 1}", 1.3) if i else ("black", 2.5)
+            axes.plot(values[0], values[row], "o-", ms=3, label=name, color=color, lw=width)
         axes.set(title=title, xlim=(0, 3), xticks=(0.5, 1.5, 2.5), xticklabels=STAGES[:3])
         axes.set_ylim(bottom=0)
         for end in (1, 2):
