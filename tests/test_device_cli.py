@@ -34,7 +34,7 @@ def test_a_gpu_that_is_no_number_is_refused(said: list[str], text: str) -> None:
     with pytest.raises(UserError) as caught:
         choose_device(text, 0)
     line = str(caught.value)
-    assert line.startswith(f"--gpu {text}:") and "--gpu 0" in line and "--gpu cpu" in line and "\n" not in line
+    assert line.startswith(f"--gpu {text}:") and "cpu" in line and "\n" not in line
 
 
 @pytest.mark.parametrize("number", ["0", "3"])

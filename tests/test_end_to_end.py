@@ -447,7 +447,7 @@ def assert_one_line(result: subprocess.CompletedProcess[str], script: str, *part
         (("--config", "nowhere.yaml"), ("nowhere.yaml", "no such file")),
         (("--set", "dataset=null"), ("dataset_dir", "missing")),
         (("--set", "dataset=null", "--set", "dataset_dir=/nowhere/cifar"), ("/nowhere/cifar", "cs.toronto.edu", "download")),
-        (("--gpu", "x"), ("--gpu x", "--gpu 0")),
+        (("--gpu", "x"), ("--gpu x", "cpu")),
         (("--resume", "other.pt"), ("other.pt", "no such checkpoint")),
         (("--color", "red"), ("--color", "--help")),
         (("--set", "semi.loader.batch_size=150"), ("clean pool", "semi.loader.batch_size: 150", "epoch 0")),
