@@ -31,7 +31,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-HAS_LOCKS = fcntl is not None
 Write = Callable[[IO[bytes]], Any]
 
 # Earlier versions had the process number in place of boot and token.
