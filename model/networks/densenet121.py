@@ -17,7 +17,7 @@ LAST = tuple(f"features.{name}" for name in ("transition2", "denseblock3", "tran
 
 @dataclass(frozen=True)
 class Settings:
-    num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
+    num_classes: int | None = setting(None, "must equal the top-level num_classes; null: the same", low=1)
     growth: int = setting(32, "channels that each layer adds; the stem has twice as many", low=1)
     blocks: tuple[int, ...] = setting((6, 12, 24, 16), "layers of the four dense blocks", low=1)
     last_parts: tuple[str, ...] | None = setting(

@@ -16,7 +16,7 @@ LAST = tuple(f"features.{i}" for i in range(7, 19))
 
 @dataclass(frozen=True)
 class Settings:
-    num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
+    num_classes: int | None = setting(None, "must equal the top-level num_classes; null: the same", low=1)
     width: float = setting(1.0, "factor on the number of channels", above=0)
     dropout: float = setting(0.2, "share of the features set to 0 in training", low=0, below=1)
     last_parts: tuple[str, ...] | None = setting(None, "what the virtual model trains; null: features.7 to features.18")

@@ -12,7 +12,7 @@ from utils.schema import setting
 
 @dataclass(frozen=True)
 class Settings:
-    num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
+    num_classes: int | None = setting(None, "must equal the top-level num_classes; null: the same", low=1)
     blocks: tuple[int, ...] = setting((3, 4, 6, 3), "bottleneck blocks of the four stages", low=1)
     last_parts: tuple[str, ...] | None = setting(None, "what the virtual model trains; null: layer3, layer4")
 

@@ -17,7 +17,7 @@ LAST = (*(f"features.{i + j}" for i in (24, 27, 30, 34, 37, 40) for j in (0, 1))
 
 @dataclass(frozen=True)
 class Settings:
-    num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
+    num_classes: int | None = setting(None, "must equal the top-level num_classes; null: the same", low=1)
     width: int = setting(64, "channels of the first stage; the others have 2, 4, 8, 8 times as many", low=1)
     pool: int = setting(7, "side to which the last map is averaged (or spread); 1 suits 32 x 32 images", low=1)
     hidden: int = setting(4096, "units of each of the two hidden linear layers", low=1)

@@ -15,7 +15,7 @@ from utils.schema import setting
 
 @dataclass(frozen=True)
 class Settings:
-    num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
+    num_classes: int | None = setting(None, "must equal the top-level num_classes; null: the same", low=1)
     image_size: int = setting(224, "side of the images in pixels", low=1)
     patch_size: int = setting(16, "side of a patch in pixels; divides image_size, e.g. 4 for 32", low=1)
     layers: int = setting(12, "encoder layers", low=1)

@@ -14,7 +14,7 @@ from utils.schema import setting
 
 @dataclass(frozen=True)
 class Settings:
-    num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
+    num_classes: int | None = setting(None, "must equal the top-level num_classes; null: the same", low=1)
     depth: int = setting(28, "6 n + 4: convolutions, of n blocks in each of three stages", low=10)
     widen_factor: int = setting(10, "factor on the 16, 32, 64 channels of the stages", low=1)
     dropout: float = setting(0.0, "share set to 0 between a block's convolutions in training", low=0, below=1)
