@@ -376,23 +376,23 @@ def test_a_part_that_does_not_exist_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "expected"),
     [
-        (["network={wide_resnet: {depth: 27}}"], "network.wide_resnet.depth: 27: is not 6 n + 4"),
+        (["network={wide_resnet: {depth: 27}}"], "network.wide_resnet.depth: 27: must be 6 n + 4"),
         (["network={resnet34: {blocks: [3, 4, 6]}}"], "network.resnet34.blocks: [3, 4, 6]: give four numbers"),
         (["network={densenet121: {blocks: []}}"], "network.densenet121.blocks: []: give four numbers"),
-        (["network={vit_b_16: {image_size: 30}}"], "network.vit_b_16.patch_size: 16: does not divide image_size (30)"),
-        (["network={vit_b_16: {heads: 7}}"], "network.vit_b_16.heads: 7: does not divide hidden_dim (768)"),
+        (["network={vit_b_16: {image_size: 30}}"], "network.vit_b_16.patch_size: 16: must divide image_size (30)"),
+        (["network={vit_b_16: {heads: 7}}"], "network.vit_b_16.heads: 7: must divide hidden_dim (768)"),
         (["network={resnet18: {last_parts: layer4}}"], "network.resnet18.last_parts: 'layer4': give a list, e.g. [layer4]"),
         (["network={resnet50: {num_classes: 7}}"], "network.resnet50.num_classes: 7: num_classes is 10"),
         (["network=resnet18", "network.resnet18.last_parts=[x]"], "--set network.resnet18.last_parts: network.resnet18.last"),
     ],
 )
-def test_impossible_settings_are_refused(overrides: list[str], says: str) -> None:
+def test_impossible_settings_are_refused(overrides: list[str], expected: str) -> None:
     """Sizes that a network cannot have are refused with the configuration, in one line with the key and the remedy."""
     with pytest.raises(UserError) as caught:
         loads(*overrides)
-    assert says in str(caught.value)
+    assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -405,21 +405,21 @@ def test_parts_come_from_the_yaml() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "height", "width", "says"),
+    ("name", "settings", "height", "width", "expected"),
     [
-        ("densenet121", {}, 28, 28, "28 x 28 and it needs 32 x 32"),
-        ("vgg16_bn", {}, 32, 31, "32 x 31 and it needs 32 x 32"),
+        ("densenet121", {}, 28, 28, "32 x 32 pixels, the images have 28 x 28"),
+        ("vgg16_bn", {}, 32, 31, "32 x 32 pixels, the images have 32 x 31"),
         ("vit_b_16", {}, 28, 28, "image_size: 32: the images are 28 x 28"),
         ("vit_b_16", {}, 32, 40, "image_size: 32: the images are 32 x 40"),
         ("vit_b_16", {"image_size": 224, "patch_size": 16}, 32, 32, "image_size: 224: the images are 32 x 32"),
     ],
 )
-def test_images_of_a_wrong_size_are_refused(name: str, settings: dict[str, Any], height: int, width: int, says: str) -> None:
+def test_images_of_a_wrong_size_are_refused(name: str, settings: dict[str, Any], height: int, width: int, expected: str) -> None:
     """Images that a network cannot take are refused in one line with their size, the setting and a remedy, also by a copy."""
     model = copy.deepcopy(small(name, **settings))
     with pytest.raises(UserError) as caught:
         model(torch.zeros(2, 3, height, width, dtype=torch.float64))
-    assert says in str(caught.value)
+    assert expected in str(caught.value)
     assert f"network: {name}" in str(caught.value) or f"network.{name}." in str(caught.value)
     assert "\n" not in str(caught.value)
 

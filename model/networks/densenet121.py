@@ -1,4 +1,4 @@
-"""DenseNet-121 (Huang et al., CVPR 2017) as torchvision has it: ImageNet stem, made for 224 x 224 images, takes 32 x 32 up."""
+"""DenseNet-121 (Huang et al., CVPR 2017) from torchvision: ImageNet stem, for 224 x 224 images; at least 32 x 32."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model.backbone import finish, require_side
 from utils.errors import UserError
 from utils.schema import setting
 
-# As in a ResNet the last two of the four stages, here each with the transition before it.
+# As in a ResNet, the last two of the four stages, here with the transitions before them.
 LAST = tuple(f"features.{name}" for name in ("transition2", "denseblock3", "transition3", "denseblock4", "norm5"))
 
 

@@ -1,4 +1,4 @@
-"""MobileNetV2 (Sandler et al., CVPR 2018) as torchvision has it: made for 224 x 224 images, takes any."""
+"""MobileNetV2 (Sandler et al., CVPR 2018) from torchvision: for 224 x 224 images; any size works."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchvision.models.mobilenetv2 import MobileNetV2
 from model.backbone import finish
 from utils.schema import setting
 
-# The blocks at 1/16 and 1/32 of the images' side, as layer3 and layer4 of a ResNet, and the last convolution.
+# The blocks at 1/16 and 1/32 of the image size, like layer3 and layer4 of a ResNet, and the last convolution.
 LAST = tuple(f"features.{i}" for i in range(7, 19))
 
 

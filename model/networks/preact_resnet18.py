@@ -22,7 +22,7 @@ class Settings:
 def build(settings: Settings) -> nn.Module:
     """Return the backbone with fresh weights: (B, 3, H, W) to (B, 8 width).
 
-    It has the paper's normalization after the last block, which some public copies leave out (1024 weights).
+    As in the paper, BN follows the last block; some public implementations omit it (1024 weights).
     """
     width = settings.width
     backbone = PreActResNet(width, (width, 2 * width, 4 * width, 8 * width), settings.blocks)

@@ -1,4 +1,4 @@
-"""ResNet-18 (He et al., CVPR 2016) for 32 x 32 images: a 3 x 3 stem and no max-pool (as the authors have it)."""
+"""ResNet-18 (He et al., CVPR 2016) for 32 x 32 images: a 3 x 3 stem and no max-pool, as in the authors' code."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ResNetCifar(nn.Module):
             first = BasicBlock(channels[stage], channels[stage + 1], stride)
             others = [BasicBlock(channels[stage + 1], channels[stage + 1], 1) for _ in range(blocks - 1)]
             self.add_module(f"layer{stage + 1}", nn.Sequential(first, *others))
-        # After every module was made, as the authors do it: the generator then gives the weights that theirs has.
+        # After all modules are built, as in the authors' code: the same seed then gives the same initial weights.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

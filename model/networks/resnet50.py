@@ -1,4 +1,4 @@
-"""ResNet-50 (He et al., CVPR 2016) with the ImageNet stem, as torchvision has it; made for 224 x 224 images, takes any."""
+"""ResNet-50 (He et al., CVPR 2016) with the ImageNet stem, from torchvision: for 224 x 224 images; any size works."""
 
 from __future__ import annotations
 
