@@ -96,7 +96,7 @@ def test_the_work_of_the_full_network() -> None:
 def test_the_baseline_computes_what_runs_compute() -> None:
     """Its split, ties included, and its split losses, up to the views that it draws by itself, are those of the method."""
     losses = torch.randint(0, 30, (101,), generator=torch.Generator().manual_seed(2)).double()
-    data = reference.PictureSet(np.zeros((101, 32, 32, 3), np.uint8), np.zeros(101, np.int64))
+    data = reference.PilImages(np.zeros((101, 32, 32, 3), np.uint8), np.zeros(101, np.int64))
     clean, polluted = reference.split(data, losses.numpy(), 0.5)
     pool = class_agnostic_split(losses, 0.5)
     assert list(clean.indices) == pool.tolist() and list(polluted.indices) == rest(pool, 101).tolist()
@@ -174,7 +174,7 @@ def test_the_parts_of_the_first_look_run(capsys: pytest.CaptureFixture[str], mon
     first_look.inference(context, (60,))
     first_look.virtual(context)
     printed = capsys.readouterr().out
-    assert all(text in printed for text in ("TFLOP/s", "ms a step", "images a second", "120 images: "))
+    assert all(text in printed for text in ("TFLOP/s", "ms per step", "images per second", "120 images: "))
 
 
 @pytest.mark.parametrize("runtime", [Runtime("eager"), Runtime("eager", amp=True), Runtime("eager", merged=True)], ids=str)

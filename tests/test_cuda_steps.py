@@ -293,5 +293,5 @@ def test_the_first_look_goes_on_without_a_graph(
     with pretended_cuda() as device:
         assert first_look.look(CUDA, 8, 4) == ["step: graph"]
     assert any(line.startswith("warning: step: graph") and "out of luck" in line for line in said)
-    assert capsys.readouterr().out.count("ms a step") == 2
+    assert capsys.readouterr().out.count("ms per step") == 2
     assert len(device.graphs) == 1  # of the third variant

@@ -414,7 +414,9 @@ def test_parts_come_from_the_yaml() -> None:
         ("vit_b_16", {"image_size": 224, "patch_size": 16}, 32, 32, "image_size: 224: the images are 32 x 32"),
     ],
 )
-def test_images_of_a_wrong_size_are_refused(name: str, settings: dict[str, Any], height: int, width: int, expected: str) -> None:
+def test_images_of_a_wrong_size_are_refused(
+    name: str, settings: dict[str, Any], height: int, width: int, expected: str
+) -> None:
     """Images that a network cannot take are refused in one line with their size, the setting and a remedy, also by a copy."""
     model = copy.deepcopy(small(name, **settings))
     with pytest.raises(UserError) as caught:
