@@ -29,7 +29,7 @@ def test_a_failure_is_one_line(said: list[str], error: Exception) -> None:
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_a_stop_is_no_failure(said: list[str], stop: type[BaseException]) -> None:
+def test_ctrl_c_is_not_a_failure(said: list[str], stop: type[BaseException]) -> None:
     """Ctrl-C while a plot is drawn stops the run."""
 
     def interrupt() -> None:

@@ -208,7 +208,7 @@ def slow(path: Path, seconds: float, monkeypatch: pytest.MonkeyPatch) -> threadi
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_training_may_go_on_while_a_checkpoint_is_written(
+def test_training_continues_while_a_checkpoint_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: tuple[str, ...]
 ) -> None:
     """The checkpoint has the state at the moment of saving, whatever training changes meanwhile. `save` does not wait for
@@ -442,7 +442,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, world\n", b"\x80\x02}", b"PK\x03\x04" + bytes(40), bytes(range(256)) * 9])
-def test_a_file_that_is_no_checkpoint(tmp_path: Path, content: bytes) -> None:
+def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
     """An empty file, a text file and a foreign binary are refused with their names."""
     state, settings = make_state(tmp_path)
     path = tmp_path / "odd.pt"
@@ -471,7 +471,7 @@ def test_a_file_without_weights(tmp_path: Path, content: Any) -> None:
     assert "model_state_dict" in refusal(path, state, settings)
 
 
-def test_a_missing_checkpoint_lists_what_is_there(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_lists_the_others(tmp_path: Path) -> None:
     """For a wrong name, the error lists the existing checkpoints."""
     with pytest.raises(UserError, match=r"no such checkpoint.*train first"):
         checkpoint.read(tmp_path / "latest_model.pt")

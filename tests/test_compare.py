@@ -45,7 +45,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *argv: object) -> None:
     compare.main()
 
 
-def test_seeds_of_one_setting_are_put_together(
+def test_seeds_of_one_setting_are_one_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Runs that differ only in their seed are one row: mean, standard deviation, minimum and maximum of the last epoch."""
@@ -77,7 +77,7 @@ def test_other_settings_are_other_rows(
     ("found", "cell"),
     [({"cover_in_clean_pool": 0}, "1 of 40 (and 0 cover)"), ({"poisoned_in_clean_pool": None}, "unknown of 40")],
 )
-def test_the_table_tells_kinds_of_images_apart(
+def test_the_table_counts_kinds_of_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], found: dict[str, Any], cell: str
 ) -> None:
     """Cover images in the clean pool are counted separately from poisoned ones; without ground truth the table shows
@@ -119,7 +119,7 @@ def test_der_falls_with_the_accuracy_and_rises_with_the_defended_attack(
         ((0.9, None), (0.9, None), "unknown"), ((None, None), (0.9, 1.0), "unknown"),
     ],
 )  # fmt: skip
-def test_der_stands_in_the_table(
+def test_the_table_has_the_der(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     own: tuple[float | None, float | None], twin: tuple[float | None, float | None], der: str,
 ) -> None:  # fmt: skip
@@ -166,7 +166,7 @@ def test_a_twin_has_the_same_network_and_poisoned_set(
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "text", "no settings"])
-def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     """A folder that is not a finished run is refused in one line with the folder and the remedy."""
     folder = make_run(tmp_path / "run", 1, "asd", 0.5, 0.5)
     metrics = folder / "log" / "metrics.jsonl"

@@ -367,7 +367,7 @@ def test_no_attack_and_two_attacks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (b"\x89PNG\r\n\x1a\n\x00\xff\xfe", ["cannot be read as text"]),
     ],
 )
-def test_a_file_that_is_no_configuration(tmp_path: Path, content: str | bytes, expected: list[str]) -> None:
+def test_an_invalid_file_is_refused(tmp_path: Path, content: str | bytes, expected: list[str]) -> None:
     """A damaged, empty or foreign file is refused in one line with its name and, if possible, the line number."""
     path = write(tmp_path / "odd.yaml", content)
     line = refusal(path)
@@ -407,7 +407,7 @@ AS_WRITTEN = ["no", "yes", "On", "001", "2024", "010", "1_0", "0x10", "1:30", "1
 
 
 @pytest.mark.parametrize("text", AS_WRITTEN)
-def test_a_text_is_what_is_written(tmp_path: Path, tiny: Path, text: str) -> None:
+def test_a_string_is_its_source_text(tmp_path: Path, tiny: Path, text: str) -> None:
     """The value of a string setting is its source text, even if YAML would read a number, a boolean or a date."""
     folder = {"dataset": {"folder": {"classes": ["a", "b"]}}, "dataset_dir": "x"}
     tree = yaml.safe_dump({key: value for key, value in (TINY | folder).items() if key != "dataset_dir"}, sort_keys=False)

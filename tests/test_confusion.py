@@ -70,7 +70,7 @@ def test_a_name_that_looks_like_a_row_stays_as_it_is(name: str) -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("classes", [2, 10, 43, 200])
 @pytest.mark.parametrize("filled", [True, False])
-def test_the_picture_fits_any_number_of_classes(tmp_path: Path, classes: int, filled: bool) -> None:
+def test_the_plot_fits_any_number_of_classes(tmp_path: Path, classes: int, filled: bool) -> None:
     """confusion.png is drawn without warnings for few and many classes, for hostile and missing names and for an empty
     matrix; errors are visible."""
     matrix = (np.eye(classes, dtype=np.int64) * 100) * filled

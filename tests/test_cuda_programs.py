@@ -191,7 +191,7 @@ def test_a_captured_run_equals_the_eager_run(captured: Outcome, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_the_host_waits_no_oftener_for_more_batches(captured: Outcome, tmp_path: Path) -> None:
+def test_the_host_never_waits_in_a_loop(captured: Outcome, tmp_path: Path) -> None:
     """No loop over batches or steps, in any stage, reads from the device or copies pageable memory to it."""
     more = (f"semi.mixmatch.train_iteration={STEPS + 2}", "loader.batch_size=7")  # of which scoring takes 8 times as many
     longer = train(tmp_path, (*COSINE, *more))
@@ -201,7 +201,7 @@ def test_the_host_waits_no_oftener_for_more_batches(captured: Outcome, tmp_path:
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_with_a_new_graph(stopped: Outcome, captured: Outcome) -> None:
+def test_an_interrupted_run_resumes_with_a_new_graph(stopped: Outcome, captured: Outcome) -> None:
     """Ctrl-C between two replays keeps the finished epochs. Resuming gives the uninterrupted run bit for bit, also from
     moments in the memory format of an `--amp` run, which fused kernels would not accept."""
     assert stopped.code == 130 and len(stopped.rows) == 2
@@ -213,7 +213,7 @@ def test_an_interrupted_run_goes_on_with_a_new_graph(stopped: Outcome, captured:
 
 
 @pytest.mark.slow
-def test_amp_may_be_switched_on_when_a_run_goes_on(stopped: Outcome) -> None:
+def test_amp_may_be_switched_on_when_a_run_is_resumed(stopped: Outcome) -> None:
     """The run resumes in bf16, as a graph, with all images and weights in channels_last."""
     resumed = train(stopped.folder, COSINE, resume="", options=("--amp",))
     assert resumed.code == 0, resumed.printed

@@ -130,7 +130,7 @@ def test_captured_steps_equal_eager_steps(kind: str, amp: bool, tiny: Path, said
 
 
 @both
-def test_the_host_waits_no_oftener_for_more_batches(kind: str, tiny: Path) -> None:
+def test_the_host_never_waits_in_a_loop(kind: str, tiny: Path) -> None:
     """No step reads from the device or copies pageable memory to it, including the last, eager one."""
     few = run(tiny, kind, True)
     more = run(tiny, kind, True, "loader.batch_size=4", "undefended.batch_size=4")

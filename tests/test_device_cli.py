@@ -29,7 +29,7 @@ def test_the_cpu_can_be_asked_for(said: list[str], text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["gpu", "-1", "0,,1", "1.0", "", "cuda:0", "0x1", "²"])
-def test_a_gpu_that_is_no_number_is_refused(said: list[str], text: str) -> None:
+def test_an_invalid_gpu_is_refused(said: list[str], text: str) -> None:
     """A value other than numbers or `cpu` is refused in one line with the legal values."""
     with pytest.raises(UserError) as caught:
         choose_device(text, 0)
@@ -227,16 +227,14 @@ def raising(error: BaseException) -> Callable[[], None]:
         (KeyboardInterrupt(), 130, "x.py: stopped."),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(
-    error: BaseException, code: int, expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_user_error_is_one_line(error: BaseException, code: int, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A user error, a full disk, a full device and Ctrl-C end in one line and their exit code."""
     got, text = leave(raising(error), capsys)
     assert got == code and expected in text and text.strip().count("\n") == 0 and "Traceback" not in text
 
 
 @pytest.mark.parametrize("error", [ValueError("defect"), OSError(errno.EIO, "Input/output error"), AssertionError()])
-def test_a_defect_keeps_its_traceback(error: Exception) -> None:
+def test_a_bug_keeps_its_traceback(error: Exception) -> None:
     """A bug of the program is not reported as a user error."""
     with pytest.raises(type(error)):
         cli.command("x.py", raising(error))
