@@ -25,7 +25,7 @@ from tensorboard.util import tensor_util
 
 from utils import config, page, plots, runlog
 from utils.report import Report, Subject
-from utils.runlog import RunLog, epoch_line, progress, write_metrics
+from utils.runlog import RunLog, add_finish, add_losses, add_row, add_start, epoch_line, progress, write_metrics
 from utils.suspects import Evidence
 
 STAGES = ("class-aware", "class-agnostic", "meta-split")
@@ -132,12 +132,14 @@ def test_tensorboard_shows_the_run(tmp_path: Path, said: list[str]) -> None:
     flags = torch.tensor([0, 0, 2, 0, 1, 1])
     poisoned = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     log = RunLog(tmp_path, 0)
-    log.start("num_epochs: 3\n", poisoned)
+    log.to_board(add_start, "num_epochs: 3\n", poisoned)
     for e in range(3):
-        log.losses(split + e, flags, e)
-        log.record(history[e])
+        log.to_board(add_losses, split + e, flags, e)
+        log.to_board(add_row, history[e])
         log.epoch(history[: e + 1], 3)
-    log.finish({"seed.seed": 7, "optimizer.Adam.lr": 0.5, "run": "tiny", "betas": [0.9, 0.999], "limit": None}, history[-1])
+    log.to_board(
+        add_finish, {"seed.seed": 7, "optimizer.Adam.lr": 0.5, "run": "tiny", "betas": [0.9, 0.999], "limit": None}, history[-1]
+    )
     log.close()
 
     board = read_board(tmp_path / "tensorboard")
@@ -173,14 +175,14 @@ def test_tensorboard_forgets_what_a_killed_run_wrote_too_much(tmp_path: Path) ->
     history = rows(4)
     log = RunLog(tmp_path, 0)
     for e in range(3):
-        log.record(history[e])
+        log.to_board(add_row, history[e])
         log.epoch(history[: e + 1], 4)
     log.close()
     history[2]["loss"] = 99.0
     time.sleep(1.1)  # TensorBoard reads its files in the order of their names, which hold the second
     log = RunLog(tmp_path, 2)
     for e in range(2, 4):
-        log.record(history[e])
+        log.to_board(add_row, history[e])
         log.epoch(history[: e + 1], 4)
     log.close()
     values = [(s.step, s.value) for s in read_board(tmp_path / "tensorboard").Scalars("loss")]
@@ -190,11 +192,11 @@ def test_tensorboard_forgets_what_a_killed_run_wrote_too_much(tmp_path: Path) ->
 def test_a_run_without_poisoned_images_is_logged(tmp_path: Path) -> None:
     """Without poisoned images there is no histogram and no image of them, and no error."""
     log = RunLog(tmp_path, 0)
-    log.start("", np.zeros((0, 32, 32, 3), np.uint8))
-    log.losses(torch.ones(4), torch.zeros(4), 0)
-    log.record(rows(1, "none")[0])
+    log.to_board(add_start, "", np.zeros((0, 32, 32, 3), np.uint8))
+    log.to_board(add_losses, torch.ones(4), torch.zeros(4), 0)
+    log.to_board(add_row, rows(1, "none")[0])
     log.epoch(rows(1, "none"), 1)
-    log.finish({"a": 1}, rows(1, "none")[0])
+    log.to_board(add_finish, {"a": 1}, rows(1, "none")[0])
     log.close()
     board = read_board(tmp_path / "tensorboard")
     assert board.Tags()["histograms"] == ["split_loss/clean"] and board.Tags()["images"] == []
@@ -359,12 +361,12 @@ def test_a_run_continues_without_tensorboard(
         monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", BrokenDisk)
     BrokenDisk.calls = 0
     log = RunLog(tmp_path, 0)
-    log.start("num_epochs: 3\n", np.zeros((1, 8, 8, 3), np.uint8))
+    log.to_board(add_start, "num_epochs: 3\n", np.zeros((1, 8, 8, 3), np.uint8))
     for e in range(3):
-        log.losses(torch.ones(4), None, e)
-        log.record(rows(e + 1)[e])
+        log.to_board(add_losses, torch.ones(4), None, e)
+        log.to_board(add_row, rows(e + 1)[e])
         log.epoch(rows(e + 1), 3)
-    log.finish({"a": 1}, rows(3)[-1])
+    log.to_board(add_finish, {"a": 1}, rows(3)[-1])
     log.close()
     assert [line.startswith("warning: TensorBoard: ") for line in said] == [True, False, False, False]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
@@ -379,7 +381,7 @@ def test_a_failed_thread_of_tensorboard_is_one_line(
     log = RunLog(tmp_path, 0)
     log.board().file_writer.event_writer._async_writer._writer.write = lambda data: 1 / 0
     for e in range(9):
-        log.record(rows(e + 1)[e])
+        log.to_board(add_row, rows(e + 1)[e])
         log.epoch(rows(e + 1), 9)
     log.close()
     assert sum(line.startswith("warning: TensorBoard: ") for line in said) == 1 and capsys.readouterr().err == ""

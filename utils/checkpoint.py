@@ -132,13 +132,13 @@ class Writer:
             UserError: the previous checkpoint could not be written.
         """
         self.wait()
-        self.pending = self.pool.submit(self.write, path, copy_to_host(contents(state, config)), also, then)
+        saved = copy_to_host(contents(state, config))
 
-    @staticmethod
-    def write(path: Path, saved: dict[str, Any], also: Sequence[Path], then: Callable[[], object]) -> None:
-        """Write a checkpoint, then call `then`; runs in the thread."""
-        write(path, saved, also)
-        then()
+        def work() -> None:
+            write(path, saved, also)
+            then()
+
+        self.pending = self.pool.submit(work)
 
     def wait(self) -> None:
         """Wait for the current write; raise its error, once."""

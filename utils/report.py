@@ -16,7 +16,7 @@ from utils.config import Backdoor, Config, to_yaml
 from utils.files import write_text
 from utils.machine import Machine
 from utils.run import Run
-from utils.runlog import KINDS, RunLog, write_metrics
+from utils.runlog import KINDS, RunLog, add_finish, add_losses, add_row, add_start, write_metrics
 from utils.schema import as_dict
 from utils.suspects import Evidence
 
@@ -81,7 +81,7 @@ class Report:
         elif state.epoch:
             logger.info(f"resuming after epoch {state.epoch}/{c.num_epochs}")
         else:
-            self.log.start(to_yaml(c), self.subject.examples[1])
+            self.log.to_board(add_start, to_yaml(c), self.subject.examples[1])
         if state.history:
             write_metrics(self.run.log, state.history)  # a run that was killed after a checkpoint lacks its last row
         if self.subject.examples.shape[1]:
@@ -98,7 +98,7 @@ class Report:
     def split(self, epoch: int, clean_pool: Tensor, values: Tensor) -> None:
         """Record the values (N,) that the images were ranked by; plot them at the end of each stage."""
         c, stage = self.config, self.config.stage(epoch)
-        self.log.losses(values, self.flags, epoch)
+        self.log.to_board(add_losses, values, self.flags, epoch)
         if epoch + 1 == c.num_epochs or c.stage(epoch + 1) != stage:
             label = "split loss - split loss of the virtual model" if stage == "meta-split" else "split loss"
             title = f"{stage.removesuffix('-split')} split of epoch {epoch + 1}: {len(clean_pool)} images in the clean pool"
@@ -108,8 +108,11 @@ class Report:
             self.attempt(str(path), plots.draw_losses, path, split, label, title)
 
     def record(self, row: dict[str, Any]) -> None:
-        """Add an epoch to TensorBoard, before its checkpoint is written."""
-        self.log.record(row)
+        """Add an epoch to TensorBoard. To be called before its checkpoint is written.
+
+        On resuming, records after the last checkpoint are purged, but nothing would add a missing one.
+        """
+        self.log.to_board(add_row, row)
 
     def epoch(self, history: list[dict[str, Any]]) -> None:
         """Log the last row of the history; called by the thread that has just written its checkpoint."""
@@ -192,7 +195,7 @@ class Report:
             path = self.run.log / "purity.png"
             self.attempt(str(path), plots.draw_purity, path, state.history, self.poison_share, self.title)
         self.attempt(str(self.run.log / page.FILE), page.write_page, self.run.saved, self.title)
-        self.log.finish(flatten(as_dict(self.config)), row)
+        self.log.to_board(add_finish, flatten(as_dict(self.config)), row)
 
     def keep_confusion(self, matrix: Tensor, epoch: int) -> None:
         """Write `confusion.json` and its plot."""

@@ -56,30 +56,10 @@ class RunLog:
             self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start_epoch)  # type: ignore[no-untyped-call]
         return self._board
 
-    def record(self, row: dict[str, Any]) -> None:
-        """Add the scalars of an epoch to TensorBoard.
-
-        To be called before the epoch's checkpoint is written: on resuming, records after the last checkpoint are purged, but
-        nothing would add a missing one.
-        """
-        self.to_board(add_row, row)
-
     def epoch(self, history: list[dict[str, Any]], num_epochs: int) -> None:
         """Log the last row of the history in one line, and write `metrics.jsonl`."""
         logger.info(epoch_line(history[-1], num_epochs))
         write_metrics(self.folder, history)
-
-    def losses(self, losses: torch.Tensor, flags: torch.Tensor | None, epoch: int) -> None:
-        """Add a histogram of the split losses (N,) for each kind of images in flags (N,); None: one for all images."""
-        self.to_board(add_losses, losses, flags, epoch)
-
-    def start(self, settings_yaml: str, poisoned: np.ndarray) -> None:
-        """Add the settings and a grid of poisoned images, (n, H, W, 3) uint8."""
-        self.to_board(add_start, settings_yaml, poisoned)
-
-    def finish(self, hyperparameters: dict[str, Any], row: dict[str, Any]) -> None:
-        """Add the hyperparameters with the final figures."""
-        self.to_board(add_finish, hyperparameters, row)
 
     def close(self) -> None:
         """Flush everything to disk."""
