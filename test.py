@@ -1,19 +1,21 @@
-"""Test a checkpoint: accuracy (ACC), also of each class, attack success rate (ASR), robust accuracy (RA), into `log/test.json`.
+"""Test a checkpoint: accuracy (ACC), overall and per class, attack success rate (ASR) and robust accuracy (RA).
 
     python test.py --config config/baseline_asd.yaml --resume latest_model.pt --gpu 0
     python test.py --config config/baseline_asd.yaml --images DIR [--out FILE.csv]
 
-The second form labels the pictures below a folder and needs no data set.
+The first form also writes its results to `log/test.json`. The second form labels all image files below a folder; it needs no
+data set.
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports, which take seconds
+if __name__ == "__main__":  # before the slow imports
     from utils.startup import begin
 
     begin("test.py")
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -36,15 +38,26 @@ from utils.paths import is_dir, user_path
 from utils.run import LATEST, Run, locate
 
 
+class Loaded(NamedTuple):
+    """A checkpoint, its model in memory, and where it runs."""
+
+    config: Config
+    machine: Machine
+    run: Run
+    path: Path
+    saved: dict[str, Any]  # the contents of the checkpoint
+    model: nn.Module  # on the device
+
+
 def main() -> None:
-    """Load the checkpoint, then test it or label pictures with it."""
+    """Load the checkpoint, then test it or label images with it."""
     args = parse_arguments("Test a checkpoint on clean and on triggered images.", None, training=False)
     if args.resume.lower() == "false":
-        raise UserError(f"--resume {args.resume}: there is nothing to test without a checkpoint: leave it out or name one")
+        raise UserError(f"--resume {args.resume}: testing needs a checkpoint: name one, or leave the option out")
     if args.out and not args.images:
-        raise UserError(f"--out {args.out}: is for the labels of --images DIR: give that too, or leave it out")
+        raise UserError(f"--out {args.out}: needs --images DIR, whose labels it is for")
     if args.out and is_dir(user_path(args.out, "--out"), "--out"):
-        raise UserError(f"--out {args.out}: is a folder: give the name of a file, e.g. --out {Path(args.out) / 'labels.csv'}")
+        raise UserError(f"--out {args.out}: is a folder: give a file name, e.g. --out {Path(args.out) / 'labels.csv'}")
     settings = config.load(args.config, args.set)
     machine = choose_machine(args.gpu, settings.runtime.amp, alone=True)
     set_determinism(settings.seed.deterministic, settings.seed.benchmark)
@@ -55,62 +68,57 @@ def main() -> None:
     checkpoint.load_weights(model, saved, path)
     model.to(machine.device).to(memory_format=machine.memory_format)
     print(f"{path}")
+    loaded = Loaded(settings, machine, run, path, saved, model)
     if args.images:
-        out = user_path(args.out, "--out") if args.out else run.log / "labels.csv"
-        label(settings, model, *checkpoint.about(saved), user_path(args.images, "--images"), out, machine)
+        label(loaded, user_path(args.images, "--images"), user_path(args.out, "--out") if args.out else run.log / "labels.csv")
     else:
-        result = {"checkpoint": str(path), "epoch": saved.get("epoch")}
-        test(settings, model, run, result, checkpoint.about(saved)[0], machine)
+        test(loaded)
 
 
-def test(
-    settings: Config, model: nn.Module, run: Run, result: dict[str, object], class_names: tuple[str, ...], machine: Machine
-) -> None:
-    """Test the model on the sets that there are; print and keep the figures beside those of `result`.
+def test(loaded: Loaded) -> None:
+    """Test the model on the clean and the triggered test images; print the results and write them to `log/test.json`.
 
-    A model that is not perfect gives some images the attacker's label without any trigger. What the ASR is to be compared
-    with is that share of the clean versions of the triggered images: `clean_as_target`.
+    An imperfect model gives some images the attacker's label even without a trigger. The ASR is to be compared with the
+    share of such images among the clean versions of the triggered images: `clean_as_target`.
     """
+    settings, machine, run = loaded.config, loaded.machine, loaded.run
     tests = prepare_tests(settings, machine.device, new_classifier=new_classifier).to(machine.device)
     clean, backdoor = tests.clean, tests.backdoor
     if clean is None:
-        raise UserError(f"dataset_dir: {settings.dataset_dir}: no test images: add some, or label pictures with --images DIR")
-    figures, matrix = evaluate_with_confusion(build_context(settings, machine, clean), model, tests)
+        raise UserError(f"dataset_dir: {settings.dataset_dir}: no test images: add some, or label images with --images DIR")
+    figures, matrix = evaluate_with_confusion(build_context(settings, machine, clean), loaded.model, tests)
     assert matrix is not None
-    result |= figures | {"clean_total": len(clean), "backdoor_total": None if backdoor is None else len(backdoor)}
+    result: dict[str, Any] = {"checkpoint": str(loaded.path), "epoch": loaded.saved.get("epoch")} | figures
+    result |= {"clean_total": len(clean), "backdoor_total": None if backdoor is None else len(backdoor)}
     shares = {name: f"{100 * share:.2f} %" for name, share in figures.items() if share is not None}
     print(f"ACC {shares['clean_accuracy']} of {len(clean)} clean test images")
     worst = min((x, c) for c, x in enumerate(confusion.per_class_accuracy(matrix)) if x is not None)
-    print(f"ACC of the worst class, {class_text(worst[1], class_names)}: {100 * worst[0]:.2f} %")
+    print(f"ACC of the worst class, {class_text(worst[1], checkpoint.about(loaded.saved)[0])}: {100 * worst[0]:.2f} %")
     if backdoor is not None:
         print(f"ASR {shares['attack_success_rate']} of {len(backdoor)} triggered test images")
-        print(f"RA  {shares['robust_accuracy']} of them get their true label in spite of the trigger")
-        print(f"without the trigger {shares['clean_as_target']} of them get the attacker's label")
+        print(f"RA  {shares['robust_accuracy']} of the triggered images get their original label")
+        print(f"without the trigger, {shares['clean_as_target']} of these images get the attacker's label")
     write_text(run.log / "test.json", confusion.to_json(result | confusion.figures(matrix)))
     print(f"written to {run.log / 'test.json'}")
 
 
-def label(
-    settings: Config, model: nn.Module, class_names: tuple[str, ...], size: tuple[int, int] | None, folder: Path, out: Path,
-    machine: Machine,
-) -> None:  # fmt: skip
-    """Label every picture below a folder, and write a CSV.
-
-    Args:
-        size: of the training images; None: what the training transform gives.
-    """
-    train, tests = settings.transform.train, settings.transform.test
-    size = size or Pipeline(train.primary, (), 256, 256).output_size
-    pictures = ImageFiles(folder, [step.settings for step in settings.transform.pre], size)
-    plain = Pipeline(tests.primary, tests.remaining, *size)
-    batches = pictures.batches(settings.loader.batch_size)
-    views = (plain(images.to(machine.device), torch.zeros(len(images), 0, device=machine.device)) for images in batches)
-    logits = predict(model, views, machine).cpu()  # (n, C)
-    table = label_table(pictures.kept, logits, class_names)
+def label(loaded: Loaded, folder: Path, out: Path) -> None:
+    """Label every image file below a folder, and write the labels to a CSV file."""
+    transform, machine = loaded.config.transform, loaded.machine
+    class_names, size = checkpoint.about(loaded.saved)
+    # Checkpoints of earlier versions do not have the size of their training images: the train transform gives it.
+    size = size or Pipeline(transform.train.primary, (), 256, 256).output_size
+    images = ImageFiles(folder, [step.settings for step in transform.pre], size)
+    eval_transform = Pipeline(transform.test.primary, transform.test.remaining, *size)
+    no_draws = torch.zeros(loaded.config.loader.batch_size, 0, device=machine.device)
+    batches = images.batches(loaded.config.loader.batch_size)
+    views = (eval_transform(batch.to(machine.device), no_draws[: len(batch)]) for batch in batches)
+    logits = predict(loaded.model, views, machine).cpu()  # (n, C)
+    table = label_table(images.kept, logits, class_names)
     write_atomically(out, lambda file: file.write(table))
-    for line in pictures.remarks():
+    for line in images.remarks():
         print(line)
-    print(f"{len(pictures.kept)} pictures labeled, {len(pictures.unreadable)} cannot be read: written to {out}")
+    print(f"{len(images.kept)} images labeled, {len(images.unreadable)} unreadable: written to {out}")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""How fast the parts of a run are, beside the way most research scripts do them: `python -m benchmark`."""
+"""The speed of each part of a run, compared with a conventional research script: `python -m benchmark`."""

@@ -1,6 +1,6 @@
 """`python -m benchmark`."""
 
-if __name__ == "__main__":  # before the imports, which take seconds
+if __name__ == "__main__":  # before the slow imports
     from utils.startup import begin
 
     begin("benchmark")

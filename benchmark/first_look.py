@@ -1,6 +1,6 @@
-"""The first minutes on a new CUDA device: the step in its variants, inference, the virtual epoch.
+"""A quick measurement of a new CUDA device: the variants of the step, inference, a virtual epoch.
 
-Each part prints as it goes. A part that fails is one line, the next one begins, and the end names what failed.
+Results are printed immediately. A failing part costs one line, and the next part begins; the last line names what failed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from utils.best_effort import BestEffort
 from utils.config import Loader, Runtime
 from utils.machine import has_bf16
 
-IMAGES, STEPS, SIDE = 50_000, 200, 8192  # of the training set, of an epoch, of the matrices whose product is the ceiling
+IMAGES, STEPS, SIDE = 50_000, 200, 8192  # training images, steps of an epoch, side of the matrices of `product_tflops`
 
 
 def look(device: torch.device, width: int, batch: int) -> list[str]:
@@ -42,7 +42,7 @@ def look(device: torch.device, width: int, batch: int) -> list[str]:
 
 
 def variants(amp: bool) -> dict[str, Runtime]:
-    """Return the settings to compare, the one that takes longest to set up last; `amp`: in bf16."""
+    """Return the settings to compare, the slowest to set up last; `amp`: in bf16."""
     return {
         "eager": Runtime("eager", amp=amp),
         "graph": Runtime("graph", amp=amp),
@@ -51,7 +51,7 @@ def variants(amp: bool) -> dict[str, Runtime]:
 
 
 def product_tflops(device: torch.device, amp: bool) -> float:
-    """Print and return the rate of a square matrix product in TFLOP/s, the ceiling of the steps."""
+    """Print and return the rate of a square matrix product in TFLOP/s, an upper bound for the steps."""
     dtype = torch.bfloat16 if amp else torch.float32
     a, b = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
     rate = 2 * SIDE**3 / timed(lambda: torch.mm(a, b)).median / 1e12
@@ -60,7 +60,7 @@ def product_tflops(device: torch.device, amp: bool) -> float:
 
 
 def step(context: Context, ceiling: float) -> None:
-    """Print one variant's milliseconds a step, its rate beside the ceiling in TFLOP/s, its memory, and its first epoch."""
+    """Print milliseconds per step, TFLOP/s (also as a share of `ceiling`), peak memory and time of the first epoch."""
     config, device = context.config, context.machine.device
     batch = config.semi.loader.batch_size
     if device.type == "cuda":
@@ -72,20 +72,20 @@ def step(context: Context, ceiling: float) -> None:
     rate = workload.step_gflop(config.network.settings.width, batch) / took / 1000
     share = f"{rate:.3g} TFLOP/s ({100 * rate / ceiling:.0f} % of the product)"
     memory = f", peak {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB" if device.type == "cuda" else ""
-    print(f"   {1000 * took:.3f} ms a step, {share}{memory}, first epoch with its set-up {set_up:.1f} s", flush=True)
+    print(f"   {1000 * took:.3f} ms per step, {share}{memory}, first epoch including set-up {set_up:.1f} s", flush=True)
 
 
 def inference(context: Context, batches: tuple[int, ...]) -> None:
-    """Print images a second in eval mode for several values of `loader.batch_size`."""
+    """Print images per second in eval mode for several values of `loader.batch_size`."""
     for batch in batches:
         config = replace(context.config, loader=Loader(batch))
         took = timed(workload.inference(replace(context, config=config))).median
         at_once, rate = context.machine.inference_batch(batch), len(context.train_set) / took
-        print(f"   batches of {at_once:5d}: {rate:9.0f} images a second", flush=True)
+        print(f"   batches of {at_once:5d}: {rate:9.0f} images per second", flush=True)
 
 
 def virtual(context: Context) -> None:
     """Print the seconds of a virtual epoch over all images."""
     work = workload.virtual_epoch(context)
-    work()  # untimed: a step is captured in its first run
+    work()  # untimed: the first run captures the step
     print(f"   {len(context.train_set)} images: {timed(work).median:.3f} s", flush=True)

@@ -1,8 +1,8 @@
-"""The baseline: the parts of an epoch written the way most research scripts are.
+"""The baseline: the parts of an epoch, written like most research scripts.
 
-torchvision transforms on PIL images, a DataLoader with or without workers, fp32 with the channels first, five forward
-passes a step, losses read by `.item()`, the labeled loader built anew whenever it ends. The arithmetic is that of
-`ASD.mixmatch_step` (tests/test_equality.py); only the way there is the usual one.
+It uses torchvision transforms on PIL images, a DataLoader with or without workers, contiguous fp32 tensors, five forward
+passes per step, losses read by `.item()`, and a labeled loader that is rebuilt whenever it is exhausted. It computes the same
+as `ASD.mixmatch_step` (tests/test_equality.py).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ TRANSFORM = T.Compose([
 ])  # fmt: skip
 
 
-class PictureSet(Dataset[Any]):
-    """Images that become PIL pictures one by one; each item is `views` augmented tensors and the label."""
+class PilImages(Dataset[Any]):
+    """Images that are converted to PIL one by one; each item has `views` augmented tensors and the label."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, views: int = 1) -> None:
         self.images, self.labels, self.views = images, labels, views  # (N, 32, 32, 3) uint8, (N,)
@@ -46,42 +46,42 @@ class PictureSet(Dataset[Any]):
         picture = Image.fromarray(self.images[i])
         return (*(TRANSFORM(picture) for _ in range(self.views)), int(self.labels[i]))
 
-    def part(self, rows: slice, views: int = 1) -> PictureSet:
-        """Return some of the images as a set of their own, copied as such scripts do."""
-        return PictureSet(self.images[rows].copy(), self.labels[rows].copy(), views)
+    def part(self, rows: slice, views: int = 1) -> PilImages:
+        """Return some of the images as a separate data set: a copy, as such scripts make it."""
+        return PilImages(self.images[rows].copy(), self.labels[rows].copy(), views)
 
 
-def pictures(train_set: ImageSet) -> PictureSet:
-    """Return the images as numpy arrays on the host."""
+def pil_images(train_set: ImageSet) -> PilImages:
+    """Return the images of a run in host memory."""
     images = train_set.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    return PictureSet(images, train_set.labels.cpu().numpy())
+    return PilImages(images, train_set.labels.cpu().numpy())
 
 
 class Script:
     """A research script on the images of a run.
 
     Args:
-        workers: of its loaders.
+        workers: number of worker processes of its loaders.
     """
 
     def __init__(self, context: Context, workers: int) -> None:
         self.config, self.device, self.workers = context.config, context.machine.device, workers
-        self.data = pictures(context.train_set)
+        self.data = pil_images(context.train_set)
         self.model = build_classifier(self.config.network, CLASSES, self.config.seed.seed).to(self.device)
 
     def loader(self, data: Dataset[Any], batch: int, shuffle: bool = False, drop_last: bool = False) -> DataLoader[Any]:
         """Return a DataLoader with the usual options."""
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: as the original has it
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, as in the original
         pin = self.device.type == "cuda"
         return DataLoader(data, batch, shuffle=shuffle, num_workers=self.workers, pin_memory=pin, drop_last=drop_last)
 
     def feed(self) -> None:
-        """Iterate once over all images, one view each."""
+        """Iterate once over all images, with one view each."""
         for images, _ in self.loader(self.data, self.config.semi.loader.batch_size):
             images.to(self.device)
 
     def inference(self) -> np.ndarray:
-        """Return the split losses (N,), batch by batch, each batch brought to the host."""
+        """Return the split losses (N,); each batch is copied to the host."""
         alpha, beta = 0.1, 1.0
         self.model.eval()
         losses = []
@@ -97,7 +97,7 @@ class Script:
         return np.concatenate(losses)
 
     def virtual_epoch(self) -> nn.Module:
-        """Train a deep copy once over all images; only the last layers are given to the optimizer."""
+        """Train a deep copy for one epoch; the optimizer has only the last layers."""
         virtual: Any = copy.deepcopy(self.model)
         last = [*virtual.backbone.layer3.parameters(), *virtual.backbone.layer4.parameters(), *virtual.linear.parameters()]
         optimizer = torch.optim.Adam(last, lr=0.015)
@@ -114,7 +114,7 @@ class Script:
 
 
 class MixMatchScript(Script):
-    """The same script's training with a clean pool of the first images; a call trains `steps` steps."""
+    """Training of the script with the first `pool` images as clean pool; a call trains `steps` steps."""
 
     def __init__(self, context: Context, pool: int, steps: int, workers: int) -> None:
         super().__init__(context, workers)
@@ -124,8 +124,8 @@ class MixMatchScript(Script):
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.002)
         self.model.train()
 
-    def endless(self, data: PictureSet) -> Iterator[Any]:
-        """Yield batches, from a new loader whenever one ends."""
+    def endless(self, data: PilImages) -> Iterator[Any]:
+        """Yield batches; whenever the loader is exhausted, from a new one."""
         while True:
             yield from self.loader(data, self.batch, shuffle=True, drop_last=True)
 
@@ -144,11 +144,11 @@ class MixMatchScript(Script):
 def mixmatch_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...], mix: tuple[float, Tensor], lambda_u: float
 ) -> tuple[float, float, float]:
-    """One MixMatch step in five forwards.
+    """One MixMatch step with five forward passes.
 
     Args:
         batch: x (B, 3, H, W), its labels (B,), u1 and u2 (B, 3, H, W).
-        mix: lambda, and the permutation (3B,) int64.
+        mix: lambda and the permutation (3B,) int64 of mixup.
     Returns:
         loss, Lx, Lu.
     """
@@ -179,7 +179,7 @@ def mixmatch_step(
 
 
 def swap_groups(rows: Tensor, batch: int) -> list[Tensor]:
-    """Cut (3B, ...) into three blocks and swap group i of block 0 with group i of block i."""
+    """Divide (3B, ...) into three blocks, and swap group i of block 0 with group i of block i."""
     third, left = divmod(batch, 3)
     sizes = [third, third + (left == 2), third + (left > 0)]
     groups = [list(block.split(sizes)) for block in rows.split(batch)]
@@ -188,7 +188,7 @@ def swap_groups(rows: Tensor, batch: int) -> list[Tensor]:
     return [torch.cat(block) for block in groups]
 
 
-def split(data: PictureSet, losses: np.ndarray, epsilon: float) -> tuple[Subset[Any], Subset[Any]]:
+def split(data: PilImages, losses: np.ndarray, epsilon: float) -> tuple[Subset[Any], Subset[Any]]:
     """Return the clean and the polluted pool, each with its own copy of the data set."""
     order = sorted(range(len(losses)), key=lambda i: losses[i])
     size = int(len(losses) * epsilon)

@@ -1,4 +1,4 @@
-"""The rows of the benchmark: what is compared, in rounds in which the baselines and the variants take turns."""
+"""The rows of the benchmark: what is compared. Baselines and variants are measured alternately, in rounds."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from utils.config import Runtime
 from utils.machine import has_bf16
 
 AGAIN = ", again"
-Make = Callable[[], Work]  # sets the work up
+Make = Callable[[], Work]  # prepares the work
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much work a call does, and how long it is repeated."""
+    """How much work is measured, and for how long."""
 
     images: int  # of the training set
     feed: int
     inference: int
     virtual: int
-    steps: int  # MixMatch steps: as many as the baseline's labeled loader lives, this number at least, `most_steps` at most
+    steps: int  # MixMatch steps: whole passes of the baseline's labeled loader, at least this many, at most `most_steps`
     most_steps: int
     growth: tuple[int, ...]
-    least: float = 0.2  # seconds of one measurement
+    least: float = 0.2  # minimum seconds of a measurement
 
 
 CPU = Sizes(5_000, 1_024, 2_048, 640, 6, 12, (5_000, 20_000, 80_000))
@@ -45,21 +45,21 @@ QUICK = Sizes(400, 64, 64, 48, 2, 2, (200, 400, 800), least=0.01)
 
 @dataclass(frozen=True)
 class Row:
-    """What is compared: ways to do the same work, by name.
+    """A comparison of ways to do the same work, by name.
 
-    The first baseline is measured twice in a round: against itself it shows the noise.
+    The first baseline is measured twice in each round; compared with itself, it shows the noise.
     """
 
     name: str
     baselines: dict[str, Make]
     variants: dict[str, Make]
-    count: int = 1  # of what one call does: steps
+    count: int = 1  # steps in one call
 
     def measure(self, rounds: int, least: float) -> list[dict[str, Any]]:
-        """Call each way once, untimed, then let all take turns; return the table's lines.
+        """Call each way once, untimed, then measure all in turn, round by round; return the lines of the table.
 
-        `ms` is the median over the rounds. A ratio is the median of the rounds' own quotients, above 1 where the way is
-        faster than the baseline `against`.
+        `ms` is the median over the rounds. A ratio is the median of the ratios within each round; it is above 1 if the way
+        is faster than the baseline `against`.
         """
         works = {name: make() for name, make in (self.baselines | self.variants).items()}
         for work in works.values():
@@ -84,7 +84,7 @@ class Row:
 
 
 def rows(context: Context, sizes: Sizes, workers: list[int]) -> Iterator[Row]:
-    """Yield the rows one by one, so that only one holds its models."""
+    """Yield the rows one by one, so that the models of only one row are in memory."""
 
     def baselines(make: Callable[[int], Work]) -> dict[str, Make]:
         return {f"baseline, {count} workers": partial(make, count) for count in workers}
@@ -96,7 +96,7 @@ def rows(context: Context, sizes: Sizes, workers: list[int]) -> Iterator[Row]:
     batch = context.config.semi.loader.batch_size
     for pool in sorted({100, 200, 1200, sizes.images // 2}):
         if batch <= pool <= sizes.images - batch:
-            life = pool // batch  # steps until the labeled loader ends
+            life = pool // batch  # steps until the labeled loader is exhausted
             steps = life * math.ceil(sizes.steps / life) if life <= sizes.most_steps else sizes.most_steps
             ways = baselines(partial(MixMatchScript, context, pool, steps))
             chosen = step_runtimes(context.machine.device, few=pool != 100)
@@ -110,24 +110,24 @@ def rows(context: Context, sizes: Sizes, workers: list[int]) -> Iterator[Row]:
     variants = in_ways(trained, precisions(device, "graph" if device.type == "cuda" else "eager"), workload.virtual_epoch)
     yield Row(f"virtual epoch, {sizes.virtual} images", ways, variants)
 
-    n, data = sizes.images, reference.pictures(context.train_set)  # the split happens on the host
+    n, data = sizes.images, reference.pil_images(context.train_set)  # the split happens on the host
     losses = torch.rand(n, generator=torch.Generator().manual_seed(3))
     copied: dict[str, Make] = {"baseline": lambda: partial(reference.split, data, losses.numpy(), 0.5)}
     yield Row(f"split, {n} images", copied, {"tensors": lambda: lambda: pools_of(class_agnostic_split(losses, 0.5), n)})
 
 
 def in_ways(context: Context, chosen: dict[str, Runtime], make: Callable[[Context], Work]) -> dict[str, Make]:
-    """Return the same work under each of the chosen settings."""
+    """Return the same work with each of the chosen settings."""
     return {name: partial(make, in_runtime(context, runtime)) for name, runtime in chosen.items()}
 
 
 def precisions(device: torch.device, mode: str) -> dict[str, Runtime]:
-    """Return the settings of a run in fp32, and in bf16 where the device computes in it."""
+    """Return the settings of a run in fp32 and, if the device has it, in bf16."""
     return {mode: Runtime(mode)} | ({f"{mode}, bf16": Runtime(mode, amp=True)} if has_bf16(device) else {})
 
 
 def step_runtimes(device: torch.device, few: bool) -> dict[str, Runtime]:
-    """Return the settings under which a step is measured; fewer where `few` is set."""
+    """Return the settings with which a step is measured; `few`: fewer of them."""
     if device.type != "cuda":
         return precisions(device, "eager")
     if few:
@@ -137,9 +137,9 @@ def step_runtimes(device: torch.device, few: bool) -> dict[str, Runtime]:
 
 
 def growth(make: Callable[[int], Context], sizes: Sizes) -> dict[str, dict[str, Any]]:
-    """Return how the times of a step and of inference grow with the number of images N: ms for each N, and the exponent.
+    """Return how the time of a step and of inference grows with the number of images N: ms for each N, and the exponent.
 
-    A step should not depend on N (0); inference is in proportion to it (1).
+    A step should not depend on N (exponent 0); inference is proportional to it (1).
     """
     contexts = [make(n) for n in sizes.growth]
     batch = contexts[0].config.semi.loader.batch_size

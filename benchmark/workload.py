@@ -1,6 +1,6 @@
-"""What is measured: random images under the paper's settings, and this project's own way to do each part of an epoch.
+"""The work that is measured: each part of an epoch by this project's code, on random images with the paper's settings.
 
-Every function that returns work sets it up first, untimed; a call of the work does it once.
+Functions that return `Work` prepare it, untimed; each call of the work runs it once.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ Work = Callable[[], object]
 
 
 def make_context(images: int, width: int, batch: int, device: torch.device, blocks: int = 2) -> Context:
-    """Return what a run on so many random images has fixed, for a network of that width, in fp32.
+    """Return the context of a run on random images, for a network of that width, in fp32.
 
-    Inference and the virtual model use batches twice as large as MixMatch, as the paper does.
+    As in the paper, inference and the virtual model use batches twice as large as MixMatch.
     """
     crop = Named("random_crop", random_crop.Settings(SIDE, 4, "reflect"))
     flip = Named("random_horizontal_flip", random_horizontal_flip.Settings(0.5))
@@ -55,18 +55,18 @@ def make_context(images: int, width: int, batch: int, device: torch.device, bloc
 
 
 def in_runtime(context: Context, runtime: Runtime) -> Context:
-    """Return the same run with other settings of `runtime`."""
+    """Return the same run with other `runtime` settings."""
     config = replace(context.config, runtime=runtime)
     return replace(context, config=config, machine=replace(context.machine, amp=runtime.amp))
 
 
 def first(context: Context, images: int) -> Context:
-    """Return the same run on the first images only; nothing is copied."""
+    """Return the same run on the first images only, without copying."""
     return replace(context, train_set=context.train_set.part(slice(0, images)))
 
 
 def fresh_model(context: Context) -> Classifier:
-    """Return the network with its first weights, in the layout that runs have on the device."""
+    """Return the network with its initial weights, in the memory format of the device."""
     model = build_classifier(context.config.network, CLASSES, context.config.seed.seed)
     return model.to(context.machine.device).to(memory_format=context.machine.memory_format)
 
@@ -75,7 +75,7 @@ def fresh_model(context: Context) -> Classifier:
 
 
 def feed(context: Context) -> Work:
-    """Draw and make one augmented view of every image."""
+    """Draw and compute one augmented view of every image."""
     n, batch = len(context.train_set), context.config.semi.loader.batch_size
 
     def work() -> None:
@@ -87,25 +87,25 @@ def feed(context: Context) -> Work:
 
 
 def mixmatch(pool: int, steps: int, context: Context) -> Work:
-    """Train an epoch of so many MixMatch steps, its draws included; the clean pool is the first `pool` images."""
+    """Train an epoch of `steps` MixMatch steps, including its draws; the clean pool is the first `pool` images."""
     semi = context.config.semi
     semi = replace(semi, mixmatch=replace(semi.mixmatch, train_iteration=steps))
     context = replace(context, config=replace(context.config, semi=semi))
     state = build_state(context.config, context.machine, len(context.train_set))
-    state.steps = ASD.mixmatch_steps(context, state)  # for all calls: captured in the first
+    state.steps = ASD.mixmatch_steps(context, state)  # shared by all calls: the first one captures it
     epochs, clean_pool = count(), torch.arange(pool)
     return lambda: ASD.train_mixmatch(context, next(epochs), state, clean_pool)
 
 
 def inference(context: Context) -> Work:
-    """Find the split losses of all images."""
+    """Compute the split losses of all images."""
     return partial(ASD.split_losses, context, 0, "score", fresh_model(context))
 
 
 def virtual_epoch(context: Context) -> Work:
     """Train a virtual model on all images."""
     model = fresh_model(context)
-    virtual = ASD.build_virtual(context, model)  # for all calls: captured in the first
+    virtual = ASD.build_virtual(context, model)  # shared by all calls: the first one captures it
     return partial(ASD.train_virtual_model, context, 0, model, virtual)
 
 
@@ -113,13 +113,13 @@ def virtual_epoch(context: Context) -> Work:
 
 
 def timed(work: Work, least: float = 0.2) -> Measurement:
-    """Measure the work after a warm-up, for `least` seconds at least, with as many threads as runs use."""
+    """Measure the work after a warm-up, for at least `least` seconds, with torch's number of threads."""
     timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=least)
 
 
 def step_gflop(width: int, batch: int) -> float:
-    """Return the GFLOP of a MixMatch step: 2B forwards, 3B forwards with backward (a multiply-add counts two)."""
+    """Return the GFLOP of a MixMatch step on 2B forward passes and 3B with backward (a multiply-add counts as two)."""
     model = fresh_model(make_context(2, width, 2, torch.device("cpu")))
     images = torch.zeros(2, 3, SIDE, SIDE)
     with torch.no_grad(), FlopCounterMode(display=False) as forward:

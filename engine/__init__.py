@@ -1,1 +1,1 @@
-"""What every training method needs around it: a run that is opened, resumed, evaluated and saved, and plain training."""
+"""What all training methods share: opening, resuming, evaluating and saving a run, and plain supervised training."""

@@ -1,4 +1,4 @@
-"""What a model does with the test images, and what it and the splits say of each training image."""
+"""Evaluation of a model on the test images, and the evidence about each training image."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from utils.suspects import Evidence
 
 
 def evaluate(context: Context, model: nn.Module, tests: TestSets) -> dict[str, float | None]:
-    """Return the figures of `evaluate_with_confusion` alone."""
+    """Return the shares of `evaluate_with_confusion`, without the matrix."""
     return evaluate_with_confusion(context, model, tests)[0]
 
 
 def evaluate_with_confusion(
     context: Context, model: nn.Module, tests: TestSets
 ) -> tuple[dict[str, float | None], Tensor | None]:
-    """Return the shares of the test images that count, and the confusion matrix (C, C); None where the test set is missing.
+    """Evaluate a model on the clean and the triggered test images.
 
     Returns:
-        `clean_accuracy`: ACC, clean images that get their label. Of the triggered images: `attack_success_rate`, ASR, those
-        that get the label the attacker wants; `robust_accuracy`, RA, those that get the label of the image they were made
-        from; `clean_as_target`, those that get the attacker's label without the trigger, which an ASR is to be compared with.
+        shares in 0..1, None without the test set: `clean_accuracy` (ACC), clean images that get their label. Of the triggered
+        images: `attack_success_rate` (ASR), those that get the attacker's label; `robust_accuracy` (RA), those that get their
+        original label; `clean_as_target`, those that get the attacker's label even without the trigger, to compare the ASR
+        with. And the confusion matrix (C, C) of the clean images, or None.
     """
     figures = dict.fromkeys(("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target"))
     if tests.clean is None:
@@ -48,10 +49,10 @@ def evaluate_with_confusion(
 
 
 def infer(context: Context, purpose: str, model: nn.Module, images: ImageSet, draws: Tensor | None = None) -> Tensor:
-    """Return the logits (N, C) of the images in eval mode; every process does its share of them.
+    """Return the logits (N, C) of the images in eval mode; every process computes its shard.
 
     Args:
-        purpose: what the progress bar says.
+        purpose: the label of the progress bar.
         draws: (N, k) of the train transform, one view of each image; None: the eval transform.
     """
     machine, n = context.machine, len(images)
@@ -69,11 +70,11 @@ def training_features(context: Context, model: nn.Module) -> Tensor:
 
 
 def collect_evidence(context: Context, state: State) -> Evidence:
-    """Return what the finished model and the splits say of each training image: what the suspects are ranked by."""
+    """Return what the final model and the splits show about each training image, for the ranking of suspects."""
     train_set, sce = context.train_set, context.config.split.criterion.sce
     logits = infer(context, "suspects", state.model, train_set)  # (N, C)
     losses = symmetric_cross_entropy(logits, train_set.labels, sce.alpha, sce.beta)
-    carried, probabilities = train_set.labels[:, None], logits.double().softmax(1)  # of sure ones float32 gives ties
+    carried, probabilities = train_set.labels[:, None], logits.double().softmax(1)  # float32 has ties near 1
     own, rival = probabilities.gather(1, carried).squeeze(1), probabilities.scatter(1, carried, -1).amax(1)
     columns = (train_set.labels, logits.argmax(1), own, rival, losses, state.epochs_in_clean_pool)  # (N,) each
     return Evidence(*(column.cpu().numpy() for column in columns))

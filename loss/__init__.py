@@ -1,1 +1,1 @@
-"""The paper's losses. Stands on torch alone."""
+"""The paper's losses. Imports only torch."""

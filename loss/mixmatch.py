@@ -29,13 +29,13 @@ def mixup(values: Tensor, lam: Tensor, permutation: Tensor) -> Tensor:
 
 @functools.lru_cache
 def interleave_order(batch: int, blocks: int, device: torch.device) -> Tensor:
-    """Return (blocks * batch,) int64: which row comes to each place when the blocks of a batch are interleaved.
+    """Return (blocks * batch,) int64: the source row of each row when the blocks of a batch are interleaved.
 
-    `rows[order]` swaps rows between the blocks, so that BN sees labeled and unlabeled rows together; doing it again
-    swaps them back. With k blocks the offsets of a block are cut into k groups of floor(batch / k), the remainder added
-    one each to the last groups; group i of block 0 changes places with group i of block i.
+    `rows[order]` swaps rows between the blocks, so that BN sees labeled and unlabeled rows together; indexing again swaps
+    them back. With k blocks, each block is divided into k groups of floor(batch / k) rows, with the remainder distributed
+    over the last groups; group i of block 0 is swapped with group i of block i.
 
-    It is made once for each device: a captured CUDA graph cannot fetch it from the host.
+    Cached for each device, because a captured CUDA graph cannot copy it from the host.
     """
     sizes = [batch // blocks + (1 if i >= blocks - batch % blocks else 0) for i in range(blocks)]
     source = torch.arange(blocks * batch).view(blocks, batch)
@@ -53,7 +53,7 @@ def mixmatch_loss(logits: Tensor, targets: Tensor, labeled: int) -> tuple[Tensor
     Args:
         logits: (R, C).
         targets: (R, C) mixed label distributions.
-        labeled: how many rows, the first ones, are labeled.
+        labeled: number of labeled rows, which come first.
     """
     logits = full_precision(logits)
     loss_x = -(targets[:labeled] * logits[:labeled].log_softmax(1)).sum(1).mean()
@@ -62,7 +62,7 @@ def mixmatch_loss(logits: Tensor, targets: Tensor, labeled: int) -> tuple[Tensor
 
 
 def ramp_up(epoch: int, steps: int, lambda_u: float, rampup_length: float) -> Tensor:
-    """Return (steps,) float64: lambda_u of every step, linear in epoch + step / steps; length 0: full at once."""
+    """Return (steps,) float64: lambda_u of every step, linear in epoch + step / steps; constant if rampup_length is 0."""
     if rampup_length == 0:
         return torch.full((steps,), lambda_u, dtype=torch.float64)
     at = epoch + torch.arange(steps, dtype=torch.float64) / steps

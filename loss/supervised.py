@@ -1,4 +1,4 @@
-"""Losses of single images against the label that they carry: always (B,), the caller reduces (paper section 3.2)."""
+"""Losses of each image against the label it carries: always (B,), the caller reduces (paper section 3.2)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LABEL_FLOOR = 1e-4  # of the one-hot label in the reverse cross-entropy: log 0 b
 
 
 def full_precision(logits: Tensor) -> Tensor:
-    """Return bf16 or fp16 logits as float32: no loss is computed in less."""
+    """Return bf16 or fp16 logits as float32, in which all losses are computed."""
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 

@@ -1,1 +1,1 @@
-"""Networks, their optimizers, inference and the virtual model. Stands on utils; knows neither data nor losses."""
+"""Networks, their optimizers, inference and the virtual model. Imports only utils, neither data nor losses."""

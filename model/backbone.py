@@ -1,4 +1,4 @@
-"""What the networks of model/networks/ share: the parts that the virtual model trains, and the images that they take."""
+"""Helpers of the networks in model/networks/: the parts that the virtual model trains, and checks of the image size."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import Tensor, nn
 
 from utils.errors import UserError, nearest
 
-CONTAINERS = ("features", "encoder", "layers")  # torchvision's modules that only hold the parts in a row
+CONTAINERS = ("features", "encoder", "layers")  # torchvision's modules that only contain other parts
 
 
 def finish(
     network: str, backbone: Any, feature_dim: int, last_parts: tuple[str, ...] | None, usual: Sequence[str]
 ) -> nn.Module:
-    """Return the backbone with its `feature_dim` and `last_parts`, as model/classifier.py reads them.
+    """Return the backbone with the attributes `feature_dim` and `last_parts`, which model/classifier.py reads.
 
     Args:
-        network: its name in the YAML, for the error.
+        network: its name in the YAML, for error messages.
         backbone: maps (B, 3, H, W) to (B, feature_dim).
-        last_parts: the setting of that name; None means the `usual` ones.
+        last_parts: the setting of that name; None: the `usual` ones.
     Raises:
         UserError: the network has no such part.
     """
     known = list(part_names(backbone))
     for name in last_parts or ():
         if name not in known:
-            raise UserError(f"{network}.last_parts: {name!r}: the network has no such part; {nearest_in_order(name, known)}")
+            raise UserError(f"{network}.last_parts: {name!r}: no such part; {nearest_in_order(name, known)}")
     for child in backbone.modules():
         if is_narrow_projection(child):
             child.__class__ = NarrowProjection
@@ -40,9 +40,9 @@ def finish(
 
 
 class NarrowProjection(nn.Conv2d):
-    """A strided 1 x 1 convolution of a few channels: first every other pixel, then a convolution of stride 1. Same function.
+    """A strided 1 x 1 convolution with few input channels, computed as subsampling and a convolution of stride 1.
 
-    oneDNN's backward pass of the strided form writes beyond its memory for 2 to 7 input channels in channels_last on
+    In the strided form, oneDNN's backward pass writes out of bounds for 2 to 7 input channels in channels_last on
     processors without AVX-512 (torch 2.14.1; uxlfoundation/oneDNN issue 6035).
     """
 
@@ -53,7 +53,7 @@ class NarrowProjection(nn.Conv2d):
 
 
 def is_narrow_projection(module: nn.Module) -> bool:
-    """Return whether a module is a convolution that `NarrowProjection` replaces."""
+    """Return whether `NarrowProjection` replaces this module."""
     return (
         type(module) is nn.Conv2d
         and module.kernel_size == (1, 1)
@@ -64,7 +64,7 @@ def is_narrow_projection(module: nn.Module) -> bool:
 
 
 def part_names(module: nn.Module) -> Iterator[str]:
-    """Yield the names of the parts that hold weights, from the images to the features, e.g. `layer4`, `features.norm5`."""
+    """Yield the names of the parts with weights, from input to output, e.g. `layer4`, `features.norm5`."""
     for name, child in module.named_children():
         if name in CONTAINERS:
             yield from (f"{name}.{inner}" for inner in part_names(child))
@@ -73,21 +73,21 @@ def part_names(module: nn.Module) -> Iterator[str]:
 
 
 def nearest_in_order(name: str, known: Sequence[str]) -> str:
-    """Return the end of the error line: the nearest of the parts, and all of them in the network's order."""
+    """Return the end of an error line: the nearest part name, and all of them in the network's order."""
     guess = nearest(name, known).partition(" (known")[0]
     return f"{guess} (known: {', '.join(known)})" if guess.startswith("did") else f"known: {', '.join(known)}"
 
 
 def require_side(network: str, backbone: nn.Module, least: int) -> None:
-    """Refuse images of fewer than `least` pixels a side, from which the network would make empty maps."""
+    """Make the network refuse images with a side of fewer than `least` pixels, which would give empty feature maps."""
     backbone.register_forward_pre_hook(partial(refuse_small, network, least))
 
 
 def refuse_small(network: str, least: int, backbone: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Raise `UserError` where the images (B, 3, H, W) are too small."""
+    """Raise `UserError` if the images (B, 3, H, W) are too small."""
     height, width = inputs[0].shape[2:]
     if min(height, width) < least:
         raise UserError(
-            f"network: {network}: the images are {height} x {width} and it needs {least} x {least} at least: give "
-            "transform.pre a resize, or choose a network for small images"
+            f"network: {network}: needs at least {least} x {least} pixels, the images have {height} x {width}: add a resize to "
+            "transform.pre, or choose a network for small images"
         )

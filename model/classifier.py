@@ -1,4 +1,4 @@
-"""A backbone with a linear layer on top: what is trained, saved and attacked."""
+"""The classifier, a backbone with a linear layer on top, and its copy, the virtual model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Classifier(nn.Module):
 
 
 class Features(nn.Module):
-    """A classifier without its linear layer: the features that it classifies, (B, D). It shares the classifier's weights."""
+    """A classifier without its linear layer: returns features (B, D). It shares the weights of the classifier."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Features(nn.Module):
 def build_classifier(network: Named, num_classes: int, seed: int) -> Classifier:
     """Build the configured network; the same seed gives the authors' initial weights.
 
-    Torch's global generator is left as it was found.
+    The state of torch's global generator does not change.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -53,15 +53,15 @@ def build_classifier(network: Named, num_classes: int, seed: int) -> Classifier:
 
 
 def new_classifier(network: Named, num_classes: int) -> Classifier:
-    """Build a network whose weights are torch's next random numbers; attacks that train a network receive this function."""
+    """Build a network with weights from torch's global generator. Attacks that train a network receive this function."""
     return Classifier(plugins.load("model.networks", network.name).build(network.settings), num_classes)
 
 
 def virtual_copy(model: Classifier) -> tuple[Classifier, list[nn.Parameter]]:
     """Return the virtual model and the parameters that it trains (paper section 3.2.3).
 
-    It is a copy of the model, weights and BN statistics. Only the backbone's last parts and the linear layer learn; the
-    rest needs no gradient and stays in train mode, so that its BN statistics move.
+    It is a copy of the model, weights and BN statistics. Only the last parts of the backbone and the linear layer are
+    trained. The other layers need no gradient, but stay in train mode, so that their BN statistics are updated.
     """
     virtual = copy.deepcopy(model).requires_grad_(False)
     last = [virtual.backbone.get_submodule(name) for name in virtual.backbone.last_parts]  # type: ignore[union-attr]
@@ -71,7 +71,7 @@ def virtual_copy(model: Classifier) -> tuple[Classifier, list[nn.Parameter]]:
 
 @torch.no_grad()
 def copy_values(source: nn.Module, target: nn.Module) -> None:
-    """Give a copy the weights and buffers that the model has now, in place."""
-    theirs, own = ([*module.parameters(), *module.buffers()] for module in (source, target))
-    for to, value in zip(own, theirs, strict=True):
-        to.copy_(value)
+    """Copy all weights and buffers of `source` to `target`, in place."""
+    values, copies = ([*module.parameters(), *module.buffers()] for module in (source, target))
+    for copied, value in zip(copies, values, strict=True):
+        copied.copy_(value)

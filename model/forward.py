@@ -14,8 +14,8 @@ from utils.machine import Machine
 def forward(model: nn.Module, batches: Sequence[Tensor], machine: Machine) -> list[Tensor]:
     """Return the logits (B, C) of several batches (B, 3, H, W), each normalized by its own batch statistics.
 
-    A forward pass for each of them, or, where the model's normalizations are grouped (`runtime.merged`), one for all of
-    them: the same numbers up to rounding, running statistics included. Every process forwards its share of each batch.
+    One forward pass for each batch, or, if the model has grouped BN (`runtime.merged`), one for all of them, with the same
+    results up to rounding, including running statistics. Every process computes its shard of each batch.
     """
     count = len(batches[0])
     share = machine.shard(count)

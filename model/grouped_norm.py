@@ -1,8 +1,8 @@
-"""Batch normalization by groups of rows: one forward pass of several batches that equals several passes, one a batch.
+"""Batch normalization by groups of rows: one forward pass over several batches equals one pass for each batch.
 
-MixMatch guesses labels in two forward passes of B images and trains on three (`ASD.mixmatch_step`); every pass has its own
-BN statistics. With statistics by groups of B rows the two become one pass of 2B, the three one of 3B, and the numbers stay
-those of the five passes. Statistics over all 2B or 3B rows would be another method.
+MixMatch guesses labels in two forward passes of B images and trains on three (`ASD.mixmatch_step`), each with its own BN
+statistics. With statistics by groups of B rows, the two passes become one of 2B rows and the three become one of 3B rows,
+with the same results. Statistics over all 2B or 3B rows would be another method.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import Tensor, nn
 class GroupedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d that, in train mode inside `rows_per_group`, normalizes every group of rows by its own statistics."""
 
-    rows = 0  # rows of a group; 0: one group, as BatchNorm2d
+    rows = 0  # rows per group; 0: one group, as BatchNorm2d
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize (G * rows, C, H, W); the running statistics move as by G forwards, one group after the other."""
+        """Normalize (G * rows, C, H, W); update the running statistics as G forward passes would."""
         if not self.training or self.rows == 0 or x.shape[0] == self.rows:
             return super().forward(x)
         if x.shape[0] % self.rows:
-            raise ValueError(f"{x.shape[0]} rows cannot be cut into groups of {self.rows}")
+            raise ValueError(f"{x.shape[0]} rows cannot be divided into groups of {self.rows}")
         groups, pixels = x.shape[0] // self.rows, self.rows * x.shape[2] * x.shape[3]
         out, mean, variance = normalize_groups(x, self.weight, self.bias, self.eps, groups)
         with torch.no_grad():
-            self.move_running(mean, variance * (pixels / (pixels - 1)))
+            self.update_running(mean, variance * (pixels / (pixels - 1)))
         return out
 
-    def move_running(self, means: Tensor, variances: Tensor) -> None:
+    def update_running(self, means: Tensor, variances: Tensor) -> None:
         """Do G updates of the running statistics at once: r <- (1-m)^G r + sum_g m (1-m)^(G-1-g) s_g.
 
         Args:
@@ -40,7 +40,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         if self.running_mean is None or self.running_var is None:
             return
         groups = means.shape[0]
-        if self.num_batches_tracked is not None:  # None: they are counted elsewhere (`model/batch_counters.py`)
+        if self.num_batches_tracked is not None:  # None: turned off by `model/batch_counters.py`
             self.num_batches_tracked += groups
         for running, new in ((self.running_mean, means), (self.running_var, variances)):
             new = new.to(running.dtype)
@@ -57,8 +57,8 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
 def normalize_groups(x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (G * B, C, H, W) normalized by groups, and the groups' means and biased variances, (G, C), detached."""
-    cut = x.view(groups, -1, *x.shape[1:])  # (G, B, C, H, W)
-    values = cut.float() if x.dtype in (torch.bfloat16, torch.float16) else cut
+    grouped = x.view(groups, -1, *x.shape[1:])  # (G, B, C, H, W)
+    values = grouped.float() if x.dtype in (torch.bfloat16, torch.float16) else grouped
     variance, mean = torch.var_mean(values, (1, 3, 4), correction=0)  # (G, C) each
     scale = weight * (variance + eps).rsqrt()
     shift = bias - mean * scale
@@ -67,9 +67,9 @@ def normalize_groups(x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups
 
 
 def group(model: nn.Module) -> nn.Module:
-    """Make every BatchNorm2d of the model a grouped one, in place: same parameters, buffers and state_dict keys.
+    """Turn every BatchNorm2d of the model into a grouped one, in place: same parameters, buffers and state_dict keys.
 
-    The modules keep their tensors, so an optimizer that was built before goes on. Outside `rows_per_group` nothing changes.
+    The modules keep their tensors, so existing optimizers stay valid. Outside `rows_per_group` nothing changes.
     """
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
@@ -78,13 +78,13 @@ def group(model: nn.Module) -> nn.Module:
 
 
 def is_grouped(model: nn.Module) -> bool:
-    """Return whether the model's normalizations are grouped."""
+    """Return whether the model has grouped BN."""
     return any(isinstance(module, GroupedBatchNorm2d) for module in model.modules())
 
 
 @contextlib.contextmanager
 def rows_per_group(model: nn.Module, rows: int) -> Iterator[None]:
-    """Inside the block, every grouped normalization of the model takes `rows` rows as one batch; others are not touched."""
+    """Inside the block, every grouped BN layer of the model treats each `rows` rows as one batch."""
     norms = [module for module in model.modules() if isinstance(module, GroupedBatchNorm2d)]
     for norm in norms:
         norm.rows = rows

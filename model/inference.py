@@ -13,7 +13,7 @@ from utils.machine import Machine
 
 @torch.no_grad()
 def predict(model: nn.Module, batches: Iterable[Tensor], machine: Machine) -> Tensor:
-    """Return the logits (N, C) float32 of all images, in order; the model and its mode are left as they were.
+    """Return the logits (N, C) float32 of all images, in order; the mode of the model is restored.
 
     Args:
         batches: normalized images, (B, 3, H, W) float32 each.
@@ -28,7 +28,7 @@ def predict(model: nn.Module, batches: Iterable[Tensor], machine: Machine) -> Te
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode inside the block; afterwards each of its modules has the mode that it had before."""
+    """Put the model into eval mode inside the block; afterwards restore the mode of each module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

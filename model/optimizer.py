@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules by the names of the YAML."""
+"""Optimizers and learning-rate schedules by their names in the YAML."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def build_optimizer(chosen: Named, parameters: Iterable[nn.Parameter], capturabl
     """Return torch's Adam or SGD over the parameters.
 
     Args:
-        capturable: for a CUDA graph: fused kernels, step count and learning rate on the device.
+        capturable: usable in a CUDA graph: fused kernels, step counter and learning rate on the device.
     """
     kind: Any = getattr(torch.optim, chosen.name)
     weights, settings = list(parameters), dataclasses.asdict(chosen.settings)
@@ -29,7 +29,7 @@ def build_optimizer(chosen: Named, parameters: Iterable[nn.Parameter], capturabl
 
 @torch.no_grad()
 def restart(optimizer: torch.optim.Optimizer) -> None:
-    """Set an optimizer back to its first step, in place: moments and step counts of 0 are those of a new one."""
+    """Reset an optimizer in place: with all moments and step counters 0 it behaves like a new one."""
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):
@@ -39,7 +39,7 @@ def restart(optimizer: torch.optim.Optimizer) -> None:
 def build_scheduler(
     chosen: Named | None, optimizer: torch.optim.Optimizer, num_epochs: int
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
-    """Return the learning rate's schedule, stepped once an epoch, or None for a constant rate."""
+    """Return the learning rate schedule, to be stepped once an epoch; None for a constant rate."""
     if chosen is None:
         return None
     s = chosen.settings

@@ -1,6 +1,6 @@
-"""Batch normalization whose statistics are those of the whole batch, on CPU processes too (`sync_bn: true`).
+"""Batch normalization with the statistics of the whole batch over all processes (`sync_bn: true`), also on CPUs.
 
-torch.nn.SyncBatchNorm serves CUDA alone; on a CPU the two sums travel by a differentiable all-reduce.
+torch.nn.SyncBatchNorm supports CUDA only; on CPUs the sums are exchanged by a differentiable all-reduce.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 
 class SumOverProcesses(torch.autograd.Function):
-    """Sum a tensor over all processes; the gradient is the sum of theirs.
+    """Sum a tensor over all processes; the gradient is the sum of their gradients.
 
-    Torch has one too, but deprecated it in favour of a private module.
+    torch's own version is deprecated in favor of a private module.
     """
 
     @staticmethod
@@ -27,15 +27,15 @@ class SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        """Every process' value went into the sum of every process."""
+        """Return the sum of the gradients: each process's value enters the sums of all processes."""
         return SumOverProcesses.forward(ctx, gradient)
 
 
 class CpuSyncBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d that sums over the processes before it divides."""
+    """BatchNorm2d with statistics over the rows of all processes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize (B, C, H, W) by the statistics of the rows of all processes."""
+        """Normalize (B, C, H, W) by the statistics of the whole batch."""
         if not self.training:
             return super().forward(x)
         assert self.running_mean is not None
@@ -59,7 +59,7 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model with every batch normalization synchronized; its state_dict keeps its keys."""
+    """Return the model with synchronized BN; the keys of its state_dict do not change."""
     if device.type == "cuda":
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return converted

@@ -1,4 +1,4 @@
-"""The benchmark: what it measures, what its file has, and what it refuses."""
+"""The benchmark: its measurements, its JSON file, and the options it refuses."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ SMALL = Sizes(120, 10, 12, 12, 1, 1, (120, 240), least=0.001)
 def test_a_report_has_all_that_readers_look_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`--json` names the machine, every row with its ratios between the least and the greatest, and the growth with N; the
-    table is printed."""
+    """The JSON file has facts about the machine, every row with its ratios (median, minimum, maximum), and the growth with
+    N. The table is printed."""
     monkeypatch.setattr(run, "QUICK", SMALL)
     file = tmp_path / "new" / "b.json"
     run.main(["--quick", "--width", "1", "--batch", "4", "--rounds", "1", "--workers", "0", "--json", str(file)])
@@ -48,8 +48,8 @@ def test_a_report_has_all_that_readers_look_for(
 
 
 def test_ratios_are_taken_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All take turns in each round. A ratio is the median over the rounds of that round's own quotient, above 1 where the
-    variant is faster; a time is that of one of the `count` steps of a call."""
+    """All ways are measured in each round. A ratio is the median of the ratios within the rounds, above 1 if the variant is
+    faster; a time is that of one of the `count` steps of a call."""
     seconds = {"old": iter([10.0, 10.0, 20.0, 20.0, 60.0, 60.0]), "new": iter([5.0, 5.0, 20.0])}
     order: list[str] = []
 
@@ -68,14 +68,14 @@ def test_ratios_are_taken_round_by_round(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_call_is_measured_by_torch() -> None:
-    """A measurement goes on for the given time and keeps the number of threads."""
+    """A measurement takes at least the given time and does not change the number of threads."""
     calls: list[int] = []
     found = workload.timed(lambda: calls.append(torch.get_num_threads()), least=0.01)
     assert len(calls) >= 2 and {*calls} == {torch.get_num_threads()} and 0 < found.median < 0.01
 
 
 def test_growth_is_the_exponent_of_a_power_law(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes a time in proportion to N to the power 1.5 has the exponent 1.5."""
+    """A time proportional to N ** 1.5 has the exponent 1.5."""
 
     class Measured:
         def __init__(self, images: int, least: float) -> None:
@@ -94,9 +94,9 @@ def test_the_work_of_the_full_network() -> None:
 
 
 def test_the_baseline_computes_what_runs_compute() -> None:
-    """Its split, ties included, and its split losses, up to the views that it draws by itself, are those of the method."""
+    """The baseline's split, also of ties, and its split losses equal those of the method, except for its own random views."""
     losses = torch.randint(0, 30, (101,), generator=torch.Generator().manual_seed(2)).double()
-    data = reference.PictureSet(np.zeros((101, 32, 32, 3), np.uint8), np.zeros(101, np.int64))
+    data = reference.PilImages(np.zeros((101, 32, 32, 3), np.uint8), np.zeros(101, np.int64))
     clean, polluted = reference.split(data, losses.numpy(), 0.5)
     pool = class_agnostic_split(losses, 0.5)
     assert list(clean.indices) == pool.tolist() and list(polluted.indices) == pools_of(pool, 101).polluted.tolist()
@@ -113,7 +113,7 @@ def test_the_baseline_computes_what_runs_compute() -> None:
     "arguments", ["--batch 1", "--batch 101", "--width 0", "--rounds 0", "--workers -1", "--batch x", "--first-look"]
 )
 def test_bad_numbers_are_refused_in_one_line(arguments: str) -> None:
-    """Each number out of range is named with its value before anything is measured."""
+    """Each number out of range is reported with its value before anything is measured."""
     with pytest.raises(UserError) as error:
         run.main(arguments.split())
     assert "\n" not in str(error.value)
@@ -123,7 +123,7 @@ def test_bad_numbers_are_refused_in_one_line(arguments: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without CUDA")
 @pytest.mark.parametrize("arguments", ["--device cuda", "--device cuda --first-look"])
 def test_a_missing_cuda_device_is_named(arguments: str) -> None:
-    """Without CUDA both modes that need it are refused."""
+    """Without CUDA, both modes that need it are refused."""
     with pytest.raises(UserError, match="--device cuda"):
         run.main(arguments.split())
 
@@ -132,8 +132,8 @@ def test_a_missing_cuda_device_is_named(arguments: str) -> None:
 def test_the_first_look_measures_what_does_not_fail(
     error: Exception | None, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
-    """Eager, graph, graph + merged + compile, inference, virtual epoch, in this order. A part that fails in whatever way is
-    one line, and the others run."""
+    """Eager, graph, graph + merged + compile, inference, virtual epoch, in this order. A part that fails costs one line,
+    and the others run."""
     ran: list[object] = []
 
     def step(context: object, ceiling: float) -> None:
@@ -155,7 +155,7 @@ def test_the_first_look_measures_what_does_not_fail(
 
 @pytest.mark.parametrize("failed", [[], ["step: graph"]])
 def test_the_exit_code_of_a_first_look(failed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """0 where all parts ran, else the failed ones are named, which Python turns into 1."""
+    """The exit code is 0 if all parts ran; otherwise it is 1, and the failed parts are listed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(run, "machine_facts", lambda device: {})
     monkeypatch.setattr(first_look, "look", lambda *_: failed)
@@ -165,7 +165,7 @@ def test_the_exit_code_of_a_first_look(failed: list[str], monkeypatch: pytest.Mo
 
 
 def test_the_parts_of_the_first_look_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every part can be tried on a CPU; each prints its figures."""
+    """Every part runs on a CPU and prints its figures."""
     monkeypatch.setattr(first_look, "SIDE", 32)
     monkeypatch.setattr(first_look, "STEPS", 1)
     monkeypatch.setattr(workload, "step_gflop", lambda *_: 1.0)
@@ -174,12 +174,12 @@ def test_the_parts_of_the_first_look_run(capsys: pytest.CaptureFixture[str], mon
     first_look.inference(context, (60,))
     first_look.virtual(context)
     printed = capsys.readouterr().out
-    assert all(text in printed for text in ("TFLOP/s", "ms a step", "images a second", "120 images: "))
+    assert all(text in printed for text in ("TFLOP/s", "ms per step", "images per second", "120 images: "))
 
 
 @pytest.mark.parametrize("runtime", [Runtime("eager"), Runtime("eager", amp=True), Runtime("eager", merged=True)], ids=str)
 def test_a_variant_is_what_its_settings_say(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Precision and merging follow the variant's own settings alone: bf16 does not merge, merging keeps the precision."""
+    """Precision and merging depend only on the variant's own settings: bf16 does not merge, merging keeps the precision."""
     built: list[State] = []
     monkeypatch.setattr(workload, "build_state", lambda *args, build=build_state: built.append(build(*args)) or built[-1])
     context = in_runtime(make_context(40, 2, 4, CPU, blocks=1), runtime)

@@ -1,4 +1,4 @@
-"""What only shows results may fail without costing them."""
+"""Plots and TensorBoard may fail without affecting the results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from utils.best_effort import BestEffort
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), ImportError("no module"), ValueError("a\nb"), MemoryError()])
 def test_a_failure_is_one_line(said: list[str], error: Exception) -> None:
-    """Whatever fails is named with its reason in one line, and is not tried again; others go on."""
+    """Each failure is logged in one line with its name and reason and is not tried again; other functions still run."""
     best_effort, calls = BestEffort(), []
 
     def fail(number: int) -> None:
@@ -29,8 +29,8 @@ def test_a_failure_is_one_line(said: list[str], error: Exception) -> None:
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_a_stop_is_no_failure(said: list[str], stop: type[BaseException]) -> None:
-    """Ctrl-C while a picture is drawn stops the run."""
+def test_ctrl_c_is_not_a_failure(said: list[str], stop: type[BaseException]) -> None:
+    """Ctrl-C while a plot is drawn stops the run."""
 
     def interrupt() -> None:
         raise stop
@@ -41,7 +41,7 @@ def test_a_stop_is_no_failure(said: list[str], stop: type[BaseException]) -> Non
 
 
 def test_warnings_are_one_line(said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """A page of a library's warnings is one line that names what it is about."""
+    """Any number of library warnings becomes one line that names the function's purpose."""
 
     def warn() -> None:
         for number in range(7):
@@ -55,7 +55,7 @@ def test_warnings_are_one_line(said: list[str], capsys: pytest.CaptureFixture[st
 
 
 def test_threads_do_not_lose_warnings(said: list[str]) -> None:
-    """Two threads that overlap leave the warnings of everybody else as they were."""
+    """Two overlapping threads leave Python's warning filters as they were."""
     best_effort = BestEffort()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, complete, and unable to run code."""
+"""Checkpoints: complete or absent, sufficient for resuming, and unable to run code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from utils.schema import as_dict
 
 
 def make_state(path: Path, overrides: tuple[str, ...] = (), steps: int = 0) -> tuple[State, dict[str, Any]]:
-    """A run's state for the tiny configuration, trained for a few steps, and the configuration as it is saved."""
+    """Return the state of a run of the tiny configuration after a few steps, and the configuration as it is saved."""
     path = path / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY, sort_keys=False))
     c = config.load(path, overrides)
@@ -50,7 +50,7 @@ def make_state(path: Path, overrides: tuple[str, ...] = (), steps: int = 0) -> t
 
 
 def train(state: State, steps: int) -> None:
-    """A few steps on noise, with the schedule."""
+    """Train a few steps on noise, with the schedule."""
     for step in range(steps):
         images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(step))
         state.optimizer.zero_grad()
@@ -61,7 +61,7 @@ def train(state: State, steps: int) -> None:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two trees of containers and tensors are equal bit for bit, types included."""
+    """Return whether two trees of containers and tensors are equal bit for bit, including types."""
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
     if isinstance(a, dict):
@@ -72,14 +72,19 @@ def same(a: Any, b: Any) -> bool:
 
 
 def snapshot(state: State) -> list[Any]:
-    """All that a state consists of."""
+    """Return everything that a state consists of."""
     schedule = state.scheduler.state_dict() if state.scheduler else None
     parts = [state.model.state_dict(), state.optimizer.state_dict(), schedule, state.history, state.epoch, state.best_acc]
     return [*parts, state.best_epoch, state.clean_pool, state.epochs_in_clean_pool]
 
 
+def save(path: Path, state: State, settings: dict[str, Any]) -> None:
+    """Write the state of a finished epoch as a checkpoint."""
+    checkpoint.write(path, checkpoint.contents(state, settings))
+
+
 def refusal(path: Path, state: State, settings: dict[str, Any]) -> str:
-    """The one line, naming the file, in which loading ends."""
+    """Return the error, one line that names the file, with which loading fails."""
     with pytest.raises(UserError) as caught:
         checkpoint.load(path, state, settings)
     line = str(caught.value)
@@ -96,9 +101,10 @@ PLANS = [
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_loaded_state_is_the_saved_one(tmp_path: Path, plan: tuple[str, ...]) -> None:
-    """Weights, BN statistics, optimizer, schedule, history and pools come back bit for bit, and training goes on alike."""
+    """Weights, BN statistics, optimizer, schedule, history and pools are restored bit for bit, and training continues
+    identically."""
     state, settings = make_state(tmp_path, plan, steps=2)
-    checkpoint.save(tmp_path / "latest_model.pt", state, settings)
+    save(tmp_path / "latest_model.pt", state, settings)
     fresh, _ = make_state(tmp_path, plan)
     assert not same(snapshot(fresh), snapshot(state))
     checkpoint.load(tmp_path / "latest_model.pt", fresh, settings)
@@ -109,9 +115,9 @@ def test_a_loaded_state_is_the_saved_one(tmp_path: Path, plan: tuple[str, ...]) 
 
 
 def test_a_checkpoint_has_the_originals_keys(tmp_path: Path) -> None:
-    """A checkpoint can be opened by the authors' code: its names are theirs, and `epoch` is the finished one."""
+    """The authors' code can open a checkpoint: it has their keys, and `epoch` is the finished epoch."""
     state, settings = make_state(tmp_path, PLANS[0], steps=3)
-    checkpoint.save(tmp_path / "a.pt", state, settings)
+    save(tmp_path / "a.pt", state, settings)
     saved = torch.load(tmp_path / "a.pt", weights_only=True)
     assert saved["epoch"] == 2 and saved["best_acc"] == 0.8125 and saved["best_epoch"] == 2
     assert saved["result"] == state.history[-1]
@@ -130,7 +136,7 @@ def test_a_checkpoint_has_the_originals_keys(tmp_path: Path) -> None:
     ],
 )
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, error: BaseException, raised: type, remedy: str) -> None:
-    """Whatever breaks a write off, the file is the old one and nothing else is left behind."""
+    """After a failed write the old file is unchanged, and no other file remains."""
     path = tmp_path / "latest_model.pt"
     path.write_bytes(b"old" * 1000)
 
@@ -148,7 +154,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, error: BaseException
 
 
 def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
-    """While a file is being written, a reader sees the old one; missing folders are made."""
+    """While a file is being written, readers see the old one; missing folders are created."""
     path = tmp_path / "new" / "folder" / "a.bin"
     files.write_text(path, "old")
 
@@ -164,7 +170,7 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
 
 
 def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
-    """A path below a plain file is refused in one line."""
+    """A path below a regular file is refused in one line."""
     (tmp_path / "plain").write_text("x")
     with pytest.raises(UserError, match="cannot be written") as caught:
         files.write_text(tmp_path / "plain" / "a.txt", "y")
@@ -172,10 +178,10 @@ def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the disk is full in the middle of a checkpoint, the earlier one still loads."""
+    """If the disk is full in the middle of a checkpoint, the earlier one still loads."""
     state, settings = make_state(tmp_path, steps=1)
     path = tmp_path / "run" / "latest_model.pt"
-    checkpoint.save(path, state, settings)
+    save(path, state, settings)
     before = copy.deepcopy(snapshot(state))
     train(state, 1)
 
@@ -184,7 +190,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path, monkeypatch: p
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"No space left.*free some space"):
         patch.setattr(os, "fsync", full)
-        checkpoint.save(path, state, settings)
+        save(path, state, settings)
     fresh, _ = make_state(tmp_path)
     checkpoint.load(path, fresh, settings)
     assert same(snapshot(fresh), before)
@@ -195,18 +201,18 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path, monkeypatch: p
 
 
 def slow(path: Path, seconds: float, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Make writes wait until the returned event is set, at most so long."""
+    """Make writes wait until the returned event is set, or a timeout passes."""
     go_on, fsync = threading.Event(), os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: (go_on.wait(seconds), fsync(descriptor))[1])
     return go_on
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_training_may_go_on_while_a_checkpoint_is_written(
+def test_training_continues_while_a_checkpoint_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: tuple[str, ...]
 ) -> None:
-    """The checkpoint is the state at the moment of saving, whatever training changes while it is being written; `save`
-    does not wait for the disk, and both names are there before the epoch is reported."""
+    """The checkpoint has the state at the moment of saving, whatever training changes meanwhile. `save` does not wait for
+    the disk, and both names exist before the epoch is reported."""
     state, settings = make_state(tmp_path, plan, steps=2)
     before, latest, best = copy.deepcopy(snapshot(state)), tmp_path / "latest_model.pt", tmp_path / "best_model.pt"
     go_on, reported = slow(tmp_path, 30, monkeypatch), []
@@ -227,9 +233,9 @@ def test_training_may_go_on_while_a_checkpoint_is_written(
 
 
 def test_a_checkpoint_of_the_thread_has_what_a_plain_one_has(tmp_path: Path) -> None:
-    """Written in the thread or not, a checkpoint has the same keys, values and types, in the same order."""
+    """Checkpoints written by the thread and directly have the same keys, values and types, in the same order."""
     state, settings = make_state(tmp_path, PLANS[0], steps=2)
-    checkpoint.save(tmp_path / "a.pt", state, settings)
+    save(tmp_path / "a.pt", state, settings)
     with checkpoint.Writer() as writer:
         writer.save(tmp_path / "b.pt", state, settings)
     one, other = (torch.load(tmp_path / name, weights_only=True) for name in ("a.pt", "b.pt"))
@@ -239,11 +245,11 @@ def test_a_checkpoint_of_the_thread_has_what_a_plain_one_has(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("leave", ["next save", "wait", "end", "Ctrl-C"])
 def test_a_failed_write_is_raised_in_the_main_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leave: str) -> None:
-    """When the disk is full, the main thread ends in the same line as ever, at its next step or however the run ends; the
-    earlier checkpoint is whole and the epoch is not reported."""
+    """If the disk is full, the main thread gets the usual error at its next step or at the end of the run. The earlier
+    checkpoint is intact, and the epoch is not reported."""
     state, settings = make_state(tmp_path, steps=1)
     path, reported = tmp_path / "run" / "latest_model.pt", []
-    checkpoint.save(path, state, settings)
+    save(path, state, settings)
     before = copy.deepcopy(snapshot(state))
 
     def full(descriptor: int) -> None:
@@ -272,7 +278,7 @@ def test_a_failed_write_is_raised_in_the_main_thread(tmp_path: Path, monkeypatch
 
 
 def test_ctrl_c_waits_for_what_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that is stopped while its checkpoint is being written leaves it whole."""
+    """A run that is stopped while its checkpoint is being written completes it."""
     state, settings = make_state(tmp_path, steps=1)
     slow(tmp_path, 0.2, monkeypatch)
     with pytest.raises(KeyboardInterrupt), checkpoint.Writer() as writer:
@@ -306,8 +312,8 @@ with checkpoint.Writer() as writer:
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
-    """kill -9 at whatever moment leaves whole checkpoints: that of the best epoch is never older than `latest_model.pt`
-    says, and `metrics.jsonl` is never ahead of it."""
+    """After kill -9 at any moment all checkpoints are complete: the best model is never older than `latest_model.pt`
+    records, and `metrics.jsonl` is never ahead of it."""
     for delay in (0.0, 0.013, 0.031, 0.052):
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, str(tmp_path)],
@@ -341,14 +347,14 @@ def main():
     model = nn.Linear(300, 300)
     state = checkpoint.State(model, torch.optim.Adam(model.parameters()), None)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-    checkpoint.save(Path(sys.argv[1]), state, {})
+    checkpoint.write(Path(sys.argv[1]), checkpoint.contents(state, {}))
 
 command("save.py", main)
 """
 
 
 def test_a_size_limit_ends_in_one_line(tmp_path: Path) -> None:
-    """A process that may write no more ends with one line and exit code 2, and the old file is whole."""
+    """A process that exceeds its file size limit ends with one line and exit code 2, and the old file is intact."""
     path = tmp_path / "latest_model.pt"
     path.write_bytes(b"old")
     uncovered = {key: value for key, value in os.environ.items() if "COV" not in key}  # its data file would not fit either
@@ -387,7 +393,7 @@ class Evaluated:
 @pytest.mark.parametrize("zipped", [True, False, None])
 @pytest.mark.parametrize("kind", ["shell", "eval", "weights"])
 def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path, kind: str, zipped: bool | None) -> None:
-    """A checkpoint that carries code is refused in one line, and the code did not run, in each of torch's formats."""
+    """A checkpoint that contains code is refused in one line without running the code, in each of torch's formats."""
     marker, path = tmp_path / "ran", tmp_path / "evil.pt"
     code = Evaluated(f"open({str(marker)!r}, 'w').close()") if kind == "eval" else Shell(f"touch '{marker}'")
     state, settings = make_state(tmp_path, steps=1)
@@ -411,10 +417,10 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path, kind: str, zipped: 
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
-    """A checkpoint cut off at any place is refused by name, never half read."""
+    """A checkpoint truncated at any position is refused with its name."""
     state, settings = make_state(tmp_path, steps=1)
     path = tmp_path / "cut.pt"
-    checkpoint.save(path, state, settings)
+    save(path, state, settings)
     whole = path.read_bytes()
     for length in (
         0,
@@ -430,14 +436,14 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
         len(whole) - 1,
     ):
         path.write_bytes(whole[:length])
-        assert "truncated or no checkpoint" in refusal(path, state, settings)
+        assert "truncated" in refusal(path, state, settings)
     path.write_bytes(whole)
     checkpoint.load(path, state, settings)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, world\n", b"\x80\x02}", b"PK\x03\x04" + bytes(40), bytes(range(256)) * 9])
-def test_a_file_that_is_no_checkpoint(tmp_path: Path, content: bytes) -> None:
-    """An empty file, a text or a foreign binary is refused by name."""
+def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    """An empty file, a text file and a foreign binary are refused with their names."""
     state, settings = make_state(tmp_path)
     path = tmp_path / "odd.pt"
     path.write_bytes(content)
@@ -458,15 +464,15 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, content: bytes) -> None:
     ],
 )
 def test_a_file_without_weights(tmp_path: Path, content: Any) -> None:
-    """A file of torch that holds no weights is told from a checkpoint."""
+    """A torch file without weights is not accepted as a checkpoint."""
     state, settings = make_state(tmp_path)
     path = tmp_path / "odd.pt"
     torch.save(content, path)
-    assert "holds no model_state_dict" in refusal(path, state, settings)
+    assert "model_state_dict" in refusal(path, state, settings)
 
 
-def test_a_missing_checkpoint_lists_what_is_there(tmp_path: Path) -> None:
-    """A wrong name is answered with the names of the checkpoints that there are."""
+def test_a_missing_checkpoint_lists_the_others(tmp_path: Path) -> None:
+    """For a wrong name, the error lists the existing checkpoints."""
     with pytest.raises(UserError, match=r"no such checkpoint.*train first"):
         checkpoint.read(tmp_path / "latest_model.pt")
     (tmp_path / "best_model.pt").write_bytes(b"")
@@ -475,10 +481,10 @@ def test_a_missing_checkpoint_lists_what_is_there(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without permission to read it, a checkpoint is not called damaged; made readable, as the line says, it loads."""
+    """A checkpoint without read permission is not reported as damaged; after following the advice, it loads."""
     state, settings = make_state(tmp_path, steps=1)
     path = tmp_path / "a.pt"
-    checkpoint.save(path, state, settings)
+    save(path, state, settings)
     path.chmod(0)
     with monkeypatch.context() as patch:
         if os.access(path, os.R_OK):  # the superuser may read all
@@ -494,12 +500,12 @@ def test_a_checkpoint_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_damaged_checkpoint_names_the_others(tmp_path: Path) -> None:
-    """The line about a damaged checkpoint names those that are there, never itself, and one of them loads."""
+    """The error for a damaged checkpoint lists the other ones, not itself, and one of them loads."""
     state, settings = make_state(tmp_path, steps=1)
     best = tmp_path / "best_model.pt"
     best.write_bytes(b"odd")
     assert "--resume False" in refusal(best, state, settings)
-    checkpoint.save(tmp_path / "latest_model.pt", state, settings)
+    save(tmp_path / "latest_model.pt", state, settings)
     line = refusal(best, state, settings)
     advised = line.rpartition("use another one: ")[2]
     assert advised == "latest_model.pt"
@@ -518,14 +524,16 @@ def test_a_damaged_checkpoint_names_the_others(tmp_path: Path) -> None:
     ],
 )
 def test_what_wrappers_add_to_names_is_taken_off(key: str, plain: str) -> None:
-    """Names of distributed and compiled models become the network's own; a part that a network calls `module` stays."""
+    """Names in distributed and compiled models become those of the plain network; a part that the network itself calls
+    `module` keeps its name."""
     assert checkpoint.plain_name(key) == plain
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_the_authors_checkpoints_load(tmp_path: Path, prefix: str, zipped: bool) -> None:
-    """A checkpoint as the authors' code writes it, with numpy figures and a prefix, gives its weights and goes on."""
+    """A checkpoint as written by the authors' code, with numpy scalars and a prefix, gives its weights, and training
+    resumes from it."""
     state, settings = make_state(tmp_path, PLANS[0], steps=2)
     path = tmp_path / "authors.pt"
     result = {
@@ -561,7 +569,7 @@ def test_the_authors_checkpoints_load(tmp_path: Path, prefix: str, zipped: bool)
     assert same(dict(fresh.model.state_dict()), dict(state.model.state_dict()))
     fresh.history.append({"epoch": fresh.epoch})  # what a run adds to it is a checkpoint to go on from, too
     fresh.epoch += 1
-    checkpoint.save(tmp_path / "next.pt", fresh, settings)
+    save(tmp_path / "next.pt", fresh, settings)
     again, _ = make_state(tmp_path, PLANS[0])
     checkpoint.load(tmp_path / "next.pt", again, settings)
     assert again.epoch == 9 and [row["epoch"] for row in again.history] == [8]
@@ -571,7 +579,7 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     """Weights of another width, depth or number of classes are refused with the first key that does not fit."""
     state, settings = make_state(tmp_path, steps=1)
     path = tmp_path / "a.pt"
-    checkpoint.save(path, state, settings)
+    save(path, state, settings)
     saved = checkpoint.read(path)
     cases = {
         "network.resnet18_cifar.width=3": "backbone.conv1.weight is (2, 3, 3, 3), the YAML's network has (3, 3, 3, 3)",
@@ -587,7 +595,7 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
         assert expected in str(caught.value)
         assert same(dict(other.model.state_dict()), dict(before))
     deep, deep_settings = make_state(tmp_path, ("network.resnet18_cifar.blocks=2",), steps=1)
-    checkpoint.save(path, deep, deep_settings)
+    save(path, deep, deep_settings)
     with pytest.raises(UserError, match=r"another network \(has backbone\.layer1\.1"):
         checkpoint.load_weights(state.model, checkpoint.read(path), path)
 
@@ -595,10 +603,10 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["linear.bias", "backbone.bn1.running_var"])
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, bad: float, name: str) -> None:
-    """One NaN or infinity in the weights or the BN statistics is found, and named by its place."""
+    """A single NaN or infinity in the weights or the BN statistics is found, and its tensor is named."""
     state, settings = make_state(tmp_path, steps=1)
     state.model.state_dict()[name][1] = bad
-    checkpoint.save(tmp_path / "nan.pt", state, settings)
+    save(tmp_path / "nan.pt", state, settings)
     fresh, _ = make_state(tmp_path)
     assert name in refusal(tmp_path / "nan.pt", fresh, settings)
 
@@ -622,9 +630,9 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, bad: float, nam
     ],
 )
 def test_another_configuration_is_refused(tmp_path: Path, override: str, key: str, then: str, now: str) -> None:
-    """A checkpoint is not gone on with under settings that change the course: key and both values are told."""
+    """A checkpoint cannot be resumed with settings that change the results: the error has the key and both values."""
     state, settings = make_state(tmp_path, steps=1)
-    checkpoint.save(tmp_path / "a.pt", state, settings)
+    save(tmp_path / "a.pt", state, settings)
     other = make_state(tmp_path, (override,))[1]
     line = refusal(tmp_path / "a.pt", state, other)
     assert key in line and then in line and now in line and "--resume False" in line
@@ -649,9 +657,9 @@ def test_another_configuration_is_refused(tmp_path: Path, override: str, key: st
     ],
 )
 def test_settings_of_place_and_speed_may_change(tmp_path: Path, override: str) -> None:
-    """A run may be moved, made faster or made longer, and its checkpoint still loads."""
+    """A run may be moved, made faster or extended, and its checkpoint still loads."""
     state, settings = make_state(tmp_path, steps=1)
-    checkpoint.save(tmp_path / "a.pt", state, settings)
+    save(tmp_path / "a.pt", state, settings)
     fresh, other = make_state(tmp_path, (override,))
     assert other != settings
     checkpoint.load(tmp_path / "a.pt", fresh, other)
@@ -659,9 +667,9 @@ def test_settings_of_place_and_speed_may_change(tmp_path: Path, override: str) -
 
 
 def test_the_undefended_run_keeps_its_length(tmp_path: Path) -> None:
-    """Without ASD the learning rate falls at fractions of `num_epochs`, so that it may not change."""
+    """Without ASD the learning rate falls at fractions of `num_epochs`, so this setting must not change."""
     state, settings = make_state(tmp_path, ("defense=none",), steps=1)
-    checkpoint.save(tmp_path / "a.pt", state, settings)
+    save(tmp_path / "a.pt", state, settings)
     line = refusal(tmp_path / "a.pt", state, make_state(tmp_path, ("defense=none", "num_epochs=9"))[1])
     assert "num_epochs" in line and "6" in line and "9" in line
 
@@ -682,10 +690,10 @@ def test_the_undefended_run_keeps_its_length(tmp_path: Path) -> None:
     ],
 )
 def test_a_training_state_that_does_not_fit(tmp_path: Path, key: str, value: Any) -> None:
-    """Good weights with a damaged training state are refused in one line with the file's name."""
+    """Intact weights with a damaged training state are refused in one line with the name of the file."""
     state, settings = make_state(tmp_path, steps=1)
     path = tmp_path / "a.pt"
-    checkpoint.save(path, state, settings)
+    save(path, state, settings)
     saved = torch.load(path, weights_only=True)
     torch.save(saved | {key: value}, path)
     assert "does not fit" in refusal(path, state, settings)
@@ -712,10 +720,10 @@ def test_a_training_state_that_does_not_fit(tmp_path: Path, key: str, value: Any
     ids=str,
 )
 def test_a_training_state_that_does_not_fit_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
-    """A checkpoint whose weights are good and whose training state is not ends in one line, not in a later traceback."""
+    """A checkpoint with an unusable training state fails in one line on loading, not later with a traceback."""
     state, settings = make_state(tmp_path, steps=3)
     path = tmp_path / "a.pt"
-    checkpoint.save(path, state, settings)
+    save(path, state, settings)
     torch.save(torch.load(path, weights_only=True) | damage, path)
     with pytest.raises(UserError, match=r"a\.pt: its training state does not fit") as error:
         checkpoint.load(path, make_state(tmp_path)[0], settings)
@@ -725,14 +733,14 @@ def test_a_training_state_that_does_not_fit_is_refused(tmp_path: Path, damage: d
 @pytest.mark.parametrize("optimizer", ["{Adam: {}}", "{SGD: {lr: 0.1, momentum: 0.9}}"])
 @pytest.mark.parametrize("kept", [torch.channels_last, torch.contiguous_format])
 def test_moments_take_the_memory_layout_of_their_weights(tmp_path: Path, kept: torch.memory_format, optimizer: str) -> None:
-    """A run may go on in another memory format than its checkpoint has (`--amp` switched, another device): the moments keep
-    their values, lie in memory as the weights do, and training goes on."""
+    """A run may be resumed in another memory format (`--amp` switched, another device): the moments keep their values, take
+    the strides of the weights, and training continues."""
     settings = ("network={resnet18_cifar: {width: 8, blocks: 1}}", f"optimizer={optimizer}")
     state, as_saved = make_state(tmp_path, settings)
     state.model.to(memory_format=kept)
     train(state, 2)
     state.epoch = 2
-    checkpoint.save(tmp_path / "a.pt", state, as_saved)
+    save(tmp_path / "a.pt", state, as_saved)
     fresh, _ = make_state(tmp_path, settings)
     fresh.model.to(memory_format=torch.contiguous_format if kept == torch.channels_last else torch.channels_last)
     checkpoint.load(tmp_path / "a.pt", fresh, as_saved)
@@ -745,10 +753,10 @@ def test_moments_take_the_memory_layout_of_their_weights(tmp_path: Path, kept: t
 
 
 def test_an_optimizer_state_of_another_shape_is_refused(tmp_path: Path) -> None:
-    """Moments that do not have the weights' shape are found when the checkpoint is loaded."""
+    """Moments whose shape differs from that of the weights are found when the checkpoint is loaded."""
     state, settings = make_state(tmp_path, steps=3)
     path = tmp_path / "a.pt"
-    checkpoint.save(path, state, settings)
+    save(path, state, settings)
     saved = torch.load(path, weights_only=True)
     saved["optimizer_state_dict"]["state"][0]["exp_avg"] = torch.zeros(2, 2)
     torch.save(saved, path)

@@ -1,4 +1,4 @@
-"""The table and the picture that put runs side by side."""
+"""The table and the plot that compare runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from utils.errors import UserError
 
 
 def make_run(folder: Path, seed: int, defense: str, acc: float | None, asr: float | None, **changes: Any) -> Path:
-    """A run's folder with two epochs, the last with the figures given."""
+    """Make the folder of a run with two epochs; the last one has the given figures."""
     rows = [
         {
             "epoch": epoch,
@@ -45,10 +45,10 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *argv: object) -> None:
     compare.main()
 
 
-def test_seeds_of_one_setting_are_put_together(
+def test_seeds_of_one_setting_are_one_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Runs that differ in their seed alone are one row: mean, deviation, least and most of the last epoch's figures."""
+    """Runs that differ only in their seed are one row: mean, standard deviation, minimum and maximum of the last epoch."""
     folders = [make_run(tmp_path / f"a{s}", s, "asd", acc, 0.01 * s) for s, acc in ((1, 0.9), (2, 0.92), (3, 0.94))]
     folders.insert(1, make_run(tmp_path / "none", 1, "none", 0.95, 1.0))
     run_main(monkeypatch, *folders, "--markdown", "--picture", tmp_path / "c.png")
@@ -77,10 +77,11 @@ def test_other_settings_are_other_rows(
     ("found", "cell"),
     [({"cover_in_clean_pool": 0}, "1 of 40 (and 0 cover)"), ({"poisoned_in_clean_pool": None}, "unknown of 40")],
 )
-def test_the_table_tells_kinds_of_images_apart(
+def test_the_table_counts_kinds_of_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], found: dict[str, Any], cell: str
 ) -> None:
-    """Cover images of the clean pool are counted apart from poisoned ones; where nobody knows, the table says so."""
+    """Cover images in the clean pool are counted separately from poisoned ones; without ground truth the table shows
+    `unknown`."""
     folder = make_run(tmp_path / "run", 1, "asd", 0.5, 0.5)
     metrics = folder / "log" / "metrics.jsonl"
     lines = [json.dumps(json.loads(line) | found) + "\n" for line in metrics.read_text().splitlines()]
@@ -98,7 +99,7 @@ SHARE = st.integers(0, 50).map(lambda n: n / 50)
 def test_der_falls_with_the_accuracy_and_rises_with_the_defended_attack(
     acc: float, asr: float, acc0: float, asr0: float
 ) -> None:
-    """DER is half of 1 + the fall of the ASR - the fall of the ACC, where a rise is no fall; it lies in 0..1."""
+    """The DER is (1 + fall of the ASR - fall of the ACC) / 2, where a rise counts as 0; it is in 0..1."""
     found = compare.effectiveness(
         {"clean_accuracy": acc, "attack_success_rate": asr}, {"clean_accuracy": acc0, "attack_success_rate": asr0}
     )
@@ -118,11 +119,11 @@ def test_der_falls_with_the_accuracy_and_rises_with_the_defended_attack(
         ((0.9, None), (0.9, None), "unknown"), ((None, None), (0.9, 1.0), "unknown"),
     ],
 )  # fmt: skip
-def test_der_stands_in_the_table(
+def test_the_table_has_the_der(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     own: tuple[float | None, float | None], twin: tuple[float | None, float | None], der: str,
 ) -> None:  # fmt: skip
-    """The run with a defense has its DER, the other one none; the order of the runs does not matter, nor do epochs."""
+    """A run with a defense has a DER, an undefended one has none; order and number of epochs do not matter."""
     runs = [make_run(tmp_path / "a", 1, "asd", *own), make_run(tmp_path / "b", 1, "none", *twin, num_epochs=3)]
     run_main(monkeypatch, *runs, "--markdown")
     there = capsys.readouterr().out.splitlines()
@@ -132,7 +133,7 @@ def test_der_stands_in_the_table(
 
 
 def data_of(poison: str, seeds: str | None = None) -> str:
-    """A data.csv with one image, the digest of the poisoned ones and of seed samples."""
+    """Return a data.csv with one image, the digest of the poisoned ones and that of the seed samples."""
     rows = [manifest.Row("train", "0", "cat", "1f"), manifest.Row("input", "poison_idx.npy", "", poison)]
     return manifest.to_text(rows + ([manifest.Row("input", "seed_samples", "", seeds)] if seeds else []))
 
@@ -153,8 +154,8 @@ def test_a_twin_has_the_same_network_and_poisoned_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     seed: int, changes: dict[str, Any], data: str | None, der: str,
 ) -> None:  # fmt: skip
-    """DER compares runs of one seed, attack, data set and network, and of equal data where both runs keep what theirs are; the
-    seed samples of the defense are no difference."""
+    """The DER compares runs with equal seed, attack, data set and network, and equal data if both runs have recorded
+    theirs; the seed samples of the defense are ignored."""
     own = make_run(tmp_path / "a", 1, "asd", 0.9, 0.04)
     (own / manifest.FILE).write_text(data_of("aa", "cc"))
     twin = make_run(tmp_path / "b", seed, "none", 0.9, 1.0, **changes)
@@ -165,8 +166,8 @@ def test_a_twin_has_the_same_network_and_poisoned_set(
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "text", "no settings"])
-def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
-    """A folder that is no finished run is one line with the folder and the remedy."""
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    """A folder that is not a finished run is refused in one line with the folder and the remedy."""
     folder = make_run(tmp_path / "run", 1, "asd", 0.5, 0.5)
     metrics = folder / "log" / "metrics.jsonl"
     if damage == "missing":

@@ -1,4 +1,4 @@
-"""The configuration: what loads, what is refused and how, and where each value comes from."""
+"""The configuration: what loads, what is refused and how, and which file or option sets each value."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ REMOVED: Any = object()
 
 
 def changed(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """A deep copy of nested dictionaries with the dotted key set, or taken out."""
+    """Return a deep copy of nested dictionaries with the dotted key set, or removed."""
     out = copy.deepcopy(tree)
     *sections, last = key.split(".")
     at = out
@@ -150,7 +150,7 @@ def changed(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 def write(path: Path, content: dict[str, Any] | str | bytes) -> Path:
-    """Write a YAML file from a tree, a text or bytes."""
+    """Write a YAML file from a tree, a string or bytes."""
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
@@ -159,7 +159,7 @@ def write(path: Path, content: dict[str, Any] | str | bytes) -> Path:
 
 
 def refusal(path: Path, overrides: tuple[str, ...] = ()) -> str:
-    """The error that loading ends in, which must be one line."""
+    """Return the error with which loading fails; it must be one line."""
     with pytest.raises(UserError) as caught:
         config.load(path, overrides)
     line = str(caught.value)
@@ -168,14 +168,14 @@ def refusal(path: Path, overrides: tuple[str, ...] = ()) -> str:
 
 
 def leaf(tree: Any, key: str) -> Any:
-    """The attribute that a dotted key means."""
+    """Return the attribute for a dotted key."""
     for name in key.split("."):
         tree = getattr(tree, name)
     return tree
 
 
 def test_the_originals_file_loads_unchanged(tmp_path: Path) -> None:
-    """The authors' YAML runs as it is, and every number in it arrives where the method reads it."""
+    """The authors' YAML loads unchanged, and all of its values reach the settings of the method."""
     c = config.load(write(tmp_path / "original.yaml", ORIGINAL))
     expected = {
         "seed.seed": 100, "seed.deterministic": False, "seed.benchmark": True, "dataset_dir": "/some/cifar-10-batches-py",
@@ -211,7 +211,7 @@ def test_the_originals_file_loads_unchanged(tmp_path: Path) -> None:
 
 
 def test_the_repositorys_baseline_is_the_originals_file(tmp_path: Path) -> None:
-    """config/baseline_asd.yaml says what the authors' file says, but for the data path."""
+    """config/baseline_asd.yaml has the values of the authors' file, except for the data path."""
     ours = config.load(REPOSITORY / "config" / "baseline_asd.yaml")
     theirs = config.load(write(tmp_path / "baseline_asd.yaml", ORIGINAL))
     assert dataclasses.replace(ours, dataset_dir=theirs.dataset_dir) == theirs
@@ -219,12 +219,12 @@ def test_the_repositorys_baseline_is_the_originals_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(p.relative_to(REPOSITORY).as_posix() for p in REPOSITORY.glob("config/**/*.yaml")))
 def test_every_configuration_of_the_repository_loads(name: str) -> None:
-    """Every YAML that the repository ships is accepted, and its run is named by its path below config/."""
+    """Every YAML in config/ loads, and its run is named after its path in config/."""
     assert config.load(REPOSITORY / name).run == name.removeprefix("config/").removesuffix(".yaml")
 
 
 def test_a_random_defense_plan_has_its_stages_by_epoch(tiny: Path) -> None:
-    """The stage of every epoch follows from the three bounds alone."""
+    """The stage of an epoch depends only on the three bounds."""
     c = config.load(tiny, ["global.epoch_first=2", "global.epoch_second=3", "global.epoch_third=6", "num_epochs=6"])
     assert [c.stage(e) for e in range(6)] == ["class-aware"] * 2 + ["class-agnostic"] + ["meta-split"] * 3
     none = config.load(tiny, ["defense=none"])
@@ -245,8 +245,8 @@ MISTAKES: list[tuple[str, Any, list[str]]] = [
     ("num_epochs", True, ["wrong type (bool)", "whole number"]),
     ("num_epochs", None, ["wrong type (NoneType)", "whole number"]),
     ("sync_bn", "maybe", ["wrong type (str)", "true or false"]),
-    ("saved_dir", ["a"], ["wrong type (list)", "a text", "quotes"]),
-    ("saved_dir", None, ["wrong type (NoneType)", "a text"]),
+    ("saved_dir", ["a"], ["wrong type (list)", "a string", "quotes"]),
+    ("saved_dir", None, ["wrong type (NoneType)", "a string"]),
     ("seed", 100, ["section of keys"]),
     ("optimizer.Adam.betas", 0.9, ["give a list"]),
     ("optimizer.Adam.betas", [0.9], ["2 numbers"]),
@@ -262,9 +262,9 @@ MISTAKES: list[tuple[str, Any, list[str]]] = [
     ("backdoor.poison_ratio", 1.01, ["out of range", ">= 0 and <= 1"]),
     ("backdoor.poison_mode", "exakt", ["did you mean exact?"]),
     ("defense", "asdf", ["did you mean asd?"]),
-    ("optimizer.Adam.lr", "2e-3", ["as text", "write 2.0e-3"]),
-    ("backdoor.poison_ratio", "5e-2", ["as text", "write 5.0e-2"]),
-    ("semi.mixmatch.train_iteration", "1e3", ["as text", "write 1.0e+3"]),
+    ("optimizer.Adam.lr", "2e-3", ["a string", "write 2.0e-3"]),
+    ("backdoor.poison_ratio", "5e-2", ["a string", "write 5.0e-2"]),
+    ("semi.mixmatch.train_iteration", "1e3", ["a string", "write 1.0e+3"]),
     ("global.epoch_second", 1, ["epoch_first (2)"]),
     ("global.epoch_third", 3, ["epoch_second (4)"]),
     ("num_epochs", 7, ["no split", "epoch 6", "global.epoch_third"]),
@@ -295,13 +295,13 @@ MISTAKES: list[tuple[str, Any, list[str]]] = [
     ("transform.test.primary", {"gaussian_blur": {}}, ["gaussian_blur", "transform.train.primary"]),
     ("transform.pre", {"random_horizontal_flip": {}}, ["random_horizontal_flip", "transform.train.primary"]),
     ("transform.train.primary", {"to_tensor": True}, ["to_tensor", "transform.train.remaining"]),
-    ("run", "../x", ["plain name"]),
-    ("run", "a b", ["plain name"]),
-    ("run", "/etc", ["plain name"]),
-    ("run", ".", ["plain name"]),
-    ("run", "a/./b", ["plain name"]),
-    ("run", "", ["plain name"]),
-    ("run", "a\nb", ["plain name"]),
+    ("run", "../x", ["a name"]),
+    ("run", "a b", ["a name"]),
+    ("run", "/etc", ["a name"]),
+    ("run", ".", ["a name"]),
+    ("run", "a/./b", ["a name"]),
+    ("run", "", ["a name"]),
+    ("run", "a\nb", ["a name"]),
     ("num_epochs", 10**400, ["out of range"]),
     ("optimizer.Adam.lr", 10**400, ["out of range"]),
 ]  # fmt: skip
@@ -311,7 +311,7 @@ MISTAKES: list[tuple[str, Any, list[str]]] = [
 def test_a_mistake_is_one_line_with_file_key_value_and_remedy(
     tmp_path: Path, key: str, value: Any, remedies: list[str]
 ) -> None:
-    """Whatever is wrong with one setting, the line tells which file, which key, which value, and what to write."""
+    """For any invalid setting, the error has the file, the key, the value and what is expected."""
     tree = changed(TINY, key, value)
     if key == "backdoor.badnet":
         del tree["backdoor"]["badnets"]
@@ -327,13 +327,13 @@ def test_a_mistake_is_one_line_with_file_key_value_and_remedy(
 
 @pytest.mark.parametrize("key", ["network", "backdoor", "dataset"])
 def test_a_section_that_must_be_there_is_named(tmp_path: Path, key: str) -> None:
-    """A run without network, attack or data is refused by the name of what is missing."""
+    """A run without network, attack or data is refused with the missing key."""
     line = refusal(write(tmp_path / "short.yaml", changed(TINY, key, REMOVED)))
     assert key in line.split(": ")[1] and "missing" in line
 
 
 def test_no_attack_and_two_attacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exactly one attack stands under `backdoor`: none and two are refused with the names to choose from."""
+    """`backdoor` must have exactly one attack: none and two are refused with the legal names."""
     plugins = tmp_path / "attacks"
     plugins.mkdir()
     (plugins / "stripes.py").write_text(
@@ -353,22 +353,22 @@ def test_no_attack_and_two_attacks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         ("seed:\n  seed: 1\nnum_epochs: 3\nseed:\n  seed: 2\n", ["line 4", "seed", "given twice"]),
         ("optimizer:\n  Adam:\n    lr: 0.1\n    lr: 0.2\n", ["line 4", "lr", "given twice"]),
-        ("num_epochs: 3\nloader: {batch_size: 3\n", ["line", "no YAML"]),
-        ("num_epochs: 3\nloader: batch: 3\n", ["line 2", "no YAML"]),
-        ("num_epochs: 3\n\tloader: 3\n", ["line 2", "no YAML"]),
-        ("seed: 2020-13-45\n", ["no YAML"]),
-        ("seed: !!python/object/apply:os.getcwd []\n", ["line 1", "no YAML"]),
-        ("seed: &here {seed: *here}\n", ["no YAML"]),
-        ("? [a, b]\n: 3\n", ["line 1", "a word"]),
-        ("", ["no mapping"]),
-        ("# only a remark\n", ["no mapping"]),
-        ("- a\n- b\n", ["no mapping"]),
-        ("\x00\x01\x02", ["no YAML"]),
+        ("num_epochs: 3\nloader: {batch_size: 3\n", ["line", "invalid YAML"]),
+        ("num_epochs: 3\nloader: batch: 3\n", ["line 2", "invalid YAML"]),
+        ("num_epochs: 3\n\tloader: 3\n", ["line 2", "invalid YAML"]),
+        ("seed: 2020-13-45\n", ["invalid YAML"]),
+        ("seed: !!python/object/apply:os.getcwd []\n", ["line 1", "invalid YAML"]),
+        ("seed: &here {seed: *here}\n", ["invalid YAML"]),
+        ("? [a, b]\n: 3\n", ["line 1", "a string"]),
+        ("", ["mapping"]),
+        ("# only a remark\n", ["mapping"]),
+        ("- a\n- b\n", ["mapping"]),
+        ("\x00\x01\x02", ["invalid YAML"]),
         (b"\x89PNG\r\n\x1a\n\x00\xff\xfe", ["cannot be read as text"]),
     ],
 )
-def test_a_file_that_is_no_configuration(tmp_path: Path, content: str | bytes, expected: list[str]) -> None:
-    """A damaged, empty or foreign file is refused in one line with its name and, where there is one, the line's number."""
+def test_an_invalid_file_is_refused(tmp_path: Path, content: str | bytes, expected: list[str]) -> None:
+    """A damaged, empty or foreign file is refused in one line with its name and, if possible, the line number."""
     path = write(tmp_path / "odd.yaml", content)
     line = refusal(path)
     assert line.startswith(f"{path}:")
@@ -377,14 +377,14 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, content: str | bytes, e
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
-    """A path that is no file is refused with the path and the option to mend."""
+    """A path that is not a file is refused with the path and the option."""
     for path in (tmp_path / "absent.yaml", tmp_path):
         line = refusal(path)
         assert str(path) in line and "--config" in line
 
 
 def test_yaml_merge_keys_work(tmp_path: Path) -> None:
-    """YAML's own `<<` is understood, so a file may share a section with an anchor."""
+    """YAML's `<<` works, so sections can be shared by an anchor."""
     text = yaml.safe_dump(TINY, sort_keys=False)
     text += "meta:\n  optimizer:\n    Adam: &a {lr: 0.25}\nundefended:\n  optimizer: {Adam: {<<: *a, eps: 0.5}}\n"
     c = config.load(write(tmp_path / "anchors.yaml", text))
@@ -392,7 +392,7 @@ def test_yaml_merge_keys_work(tmp_path: Path) -> None:
 
 
 def test_merge_keys_may_be_overridden_and_chained(tmp_path: Path) -> None:
-    """What `<<` brings may be given anew, and what it brought there may be merged again: that is no key given twice."""
+    """Keys merged by `<<` may be overridden and merged again; they are not duplicates."""
     text = yaml.safe_dump(TINY, sort_keys=False)
     text += "undefended: {optimizer: {Adam: &slow {lr: 0.001, weight_decay: 0.0005}}}\n"
     text += "meta: {optimizer: {Adam: &fast {<<: *slow, lr: 0.01}}}\noptimizer: {Adam: {<<: [*fast, *slow]}}\n"
@@ -407,8 +407,8 @@ AS_WRITTEN = ["no", "yes", "On", "001", "2024", "010", "1_0", "0x10", "1:30", "1
 
 
 @pytest.mark.parametrize("text", AS_WRITTEN)
-def test_a_text_is_what_is_written(tmp_path: Path, tiny: Path, text: str) -> None:
-    """Where a setting is a text, what YAML takes for a number, a switch or a date is the text that stands there."""
+def test_a_string_is_its_source_text(tmp_path: Path, tiny: Path, text: str) -> None:
+    """The value of a string setting is its source text, even if YAML would read a number, a boolean or a date."""
     folder = {"dataset": {"folder": {"classes": ["a", "b"]}}, "dataset_dir": "x"}
     tree = yaml.safe_dump({key: value for key, value in (TINY | folder).items() if key != "dataset_dir"}, sort_keys=False)
     path = write(tmp_path / "texts.yaml", f"{tree}dataset_dir: {text}\nsaved_dir: {text}\n")
@@ -426,7 +426,7 @@ WHOLE = ["set #1", "#1", " bee", "bee ", "@pics", "&data", "&a b", "*a", "!x y",
 
 @pytest.mark.parametrize("text", WHOLE)
 def test_nothing_of_a_value_is_dropped(tiny: Path, text: str) -> None:
-    """On the command line a text is taken whole, also where YAML sees a comment, an anchor, a tag or a mistake in it."""
+    """A string on the command line is taken completely, even if YAML finds a comment, an anchor, a tag or an error in it."""
     c = config.load(tiny, [f"dataset_dir={text}"])
     assert c.dataset_dir == text
     again = config.load(write(tiny.with_name("again.yaml"), config.to_yaml(c)))
@@ -435,16 +435,16 @@ def test_nothing_of_a_value_is_dropped(tiny: Path, text: str) -> None:
 
 @pytest.mark.parametrize("text", ["[set] #1", '"a" b', "{a} # b", "[b\udce9", "'a", '["a\\'])
 def test_a_value_in_brackets_or_quotes_is_yaml_and_whole(tiny: Path, text: str) -> None:
-    """What begins as YAML and does not end so is refused; the option that the line proposes gives the text."""
+    """A value that begins like YAML but is invalid is refused; the option that the error suggests gives the string."""
     line = refusal(tiny, (f"dataset_dir={text}",))
-    option, proposed = shlex.split(line.partition("quote a text: ")[2])
+    option, proposed = shlex.split(line.partition("quote it: ")[2])
     assert option == "--set" and config.load(tiny, [proposed]).dataset_dir == text
 
 
 @pytest.mark.parametrize("value", ["010", "1_0", "0x10", "0b11", "1:30", "+010"])
 @pytest.mark.parametrize("key", ["seed.seed", "optimizer.Adam.lr", "data.train_limit"])
 def test_numbers_are_plain_decimals(tiny: Path, key: str, value: str) -> None:
-    """A number in a notation of YAML that most people read as another number is refused, in a file as on the command line."""
+    """Numbers in notations that most people misread are refused, in files and on the command line."""
     sections = "".join(f"{'  ' * depth}{name}:\n" for depth, name in enumerate(key.split(".")[:-1]))
     text = f"base: {tiny.name}\n{sections}{'  ' * key.count('.')}{key.rpartition('.')[2]}: {value}\n"
     for line in (refusal(tiny, (f"{key}={value}",)), refusal(write(tiny.with_name("upper.yaml"), text))):
@@ -467,21 +467,21 @@ def test_numbers_are_plain_decimals(tiny: Path, key: str, value: str) -> None:
     ],
 )
 def test_plain_numbers_and_null_are_read(tiny: Path, key: str, value: str, attribute: str, expected: Any) -> None:
-    """Decimal numbers in every usual form are numbers, and null is none, also for a text."""
+    """All usual decimal notations are numbers; null is None, also for a string setting."""
     assert leaf(config.load(tiny, [f"{key}={value}"]), attribute) == expected
 
 
 @pytest.mark.parametrize("key", ["backdoor", "data.train_limit", "lr_scheduler"])
 @pytest.mark.parametrize("value", ["none", "None", "no"])
 def test_null_is_named_where_none_is_meant(tiny: Path, key: str, value: str) -> None:
-    """Who writes none or no for a setting that may be null is told the word."""
+    """For `none` or `no` in an optional setting, the error suggests null."""
     line = refusal(tiny, (f"{key}={value}",))
     assert f"{key}: " in line and value in line and "null" in line
     config.load(tiny, [f"{key}=null", "seed_samples=x"])
 
 
 def test_the_runs_copy_of_a_yaml_leads_to_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run's copy of a YAML has lost its base; the line names the run's resolved settings, and those load."""
+    """The copy of a YAML in a run's folder has no base there; the error names the run's config.yaml, which loads."""
     write(tmp_path / "base.yaml", TINY)
     upper = write(tmp_path / "upper.yaml", "base: base.yaml\nnum_epochs: 2\n")
     c, run = config.load(upper), tmp_path / "saved" / "upper"
@@ -512,7 +512,7 @@ def test_the_runs_copy_of_a_yaml_leads_to_its_settings(tmp_path: Path, monkeypat
     ],
 )
 def test_set_overrides_one_setting(tiny: Path, override: str, key: str, value: Any) -> None:
-    """`--set key.path=value` changes that setting and leaves all others as the YAML has them."""
+    """`--set key.path=value` changes this setting and no other."""
     plain, c = config.load(tiny), config.load(tiny, [override])
     assert leaf(c, key) == value
     assert leaf(plain, key) != value
@@ -522,7 +522,7 @@ def test_set_overrides_one_setting(tiny: Path, override: str, key: str, value: A
 
 @pytest.mark.parametrize(("given", "other"), [("pattern=corner3x3", "trigger_path"), ("trigger_path=a.png", "pattern")])
 def test_of_two_keys_that_exclude_each_other_the_upper_one_counts(tmp_path: Path, given: str, other: str) -> None:
-    """A pattern laid over a base with a trigger_path takes its place, and the other way round; the rest stays."""
+    """A pattern replaces the trigger_path of the base, and vice versa; other keys stay."""
     below = {"trigger_path": "b.png"} if other == "trigger_path" else {"pattern": "checker3x3"}
     backdoor = {"backdoor": {"poison_ratio": 0.25, "badnets": below}}
     base = write(tmp_path / "base.yaml", yaml.safe_dump({**TINY, **backdoor}, sort_keys=False))
@@ -535,7 +535,7 @@ def test_of_two_keys_that_exclude_each_other_the_upper_one_counts(tmp_path: Path
 
 
 def test_the_last_override_wins(tiny: Path) -> None:
-    """Of two `--set` of one key the later one counts."""
+    """Of two `--set` options for one key, the later one wins."""
     assert config.load(tiny, ["num_epochs=3", "num_epochs=5"]).num_epochs == 5
 
 
@@ -546,7 +546,7 @@ def test_the_last_override_wins(tiny: Path) -> None:
         ("=3", ["key.path=value"]),
         ("a b=3", ["key.path=value"]),
         ("global..epsilon=3", ["key.path=value"]),
-        ("global.epsilon=[", ["no YAML", "quote"]),
+        ("global.epsilon=[", ["not valid YAML", "quote"]),
         ("num_epochs=2020-13-45", ["2020-13-45", "whole number"]),
         ("optimizer={Adam: {lr: 1, lr: 2}}", ["lr", "given twice"]),
         ("num_epocs=3", ["num_epocs", "3", "did you mean num_epochs?"]),
@@ -558,7 +558,7 @@ def test_the_last_override_wins(tiny: Path) -> None:
     ],
 )
 def test_a_wrong_override_names_itself(tiny: Path, override: str, expected: list[str]) -> None:
-    """A mistake on the command line is told as one of `--set`, not as one of the file."""
+    """An error on the command line names the `--set` option, not the file."""
     line = refusal(tiny, (override,))
     assert line.startswith(f"--set {override.partition('=')[0]}")
     for part in expected:
@@ -582,7 +582,7 @@ PLAIN = {
 def test_the_uppermost_file_that_gives_a_key_wins(
     tmp_path_factory: pytest.TempPathFactory, layers: list[dict[str, Any]]
 ) -> None:
-    """In a chain of bases each key has the value of the uppermost file that gives it, else the lowest one's."""
+    """In a chain of bases each key has the value of the uppermost file that sets it."""
     folder = tmp_path_factory.mktemp("chain")
     path = write(folder / "0.yaml", TINY)
     for number, layer in enumerate(layers, 1):
@@ -599,7 +599,7 @@ def test_the_uppermost_file_that_gives_a_key_wins(
 
 
 def test_choices_of_a_base_are_replaced_or_merged(tmp_path: Path) -> None:
-    """Another name replaces the base's choice with all its settings; the same name keeps what is not given anew."""
+    """Another name replaces the base's choice with its settings; the same name keeps the settings that are not overridden."""
     base = changed(TINY, "optimizer", {"SGD": {"lr": 0.3, "momentum": 0.7}})
     base = changed(base, "lr_scheduler", {"multi_step": {"milestones": [2], "gamma": 0.3}})
     write(tmp_path / "base.yaml", base)
@@ -615,7 +615,7 @@ def test_choices_of_a_base_are_replaced_or_merged(tmp_path: Path) -> None:
 
 
 def test_another_attack_replaces_the_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that names another attack than its base keeps the ratio and the target and drops the base's attack."""
+    """A file with another attack than its base keeps ratio and target, and drops the base's attack."""
     plugins = tmp_path / "attacks"
     plugins.mkdir()
     (plugins / "dots.py").write_text(
@@ -629,7 +629,7 @@ def test_another_attack_replaces_the_bases(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_order_of_transforms_is_the_upper_files(tmp_path: Path) -> None:
-    """Transforms run in the order of the upper file, and those that it leaves out do not run."""
+    """The transforms are exactly those of the upper file, in its order."""
     write(tmp_path / "base.yaml", TINY)  # crop, then flip
     upper = "base: base.yaml\ntransform:\n  train:\n    primary:\n"
     for order in (["random_horizontal_flip", "random_crop"], ["random_grayscale", "random_crop"], ["random_crop"]):
@@ -643,7 +643,7 @@ def test_the_order_of_transforms_is_the_upper_files(tmp_path: Path) -> None:
     ("key", "value"), [("global.epsilon", 2), ("global.epsilo", 2), ("optimizer.Adam.lr", 0), ("transform.pre.random_crop", {})]
 )
 def test_an_error_names_the_file_that_the_key_came_from(tmp_path: Path, in_base: bool, key: str, value: Any) -> None:
-    """Of a base and the file above it the line names the one to open, also where both give the section."""
+    """The error names the file that sets the key, also if a file and its base both have the section."""
     wrong, right = changed({}, key, value), changed({}, f"{key.rpartition('.')[0]}", {})
     if key.startswith("optimizer"):
         right = {"optimizer": {"Adam": {"eps": 0.5}}}
@@ -662,15 +662,15 @@ def test_an_error_names_the_file_that_the_key_came_from(tmp_path: Path, in_base:
     ("content", "expected"),
     [
         ("base: nowhere.yaml\n", ["base", "nowhere.yaml", "no such file"]),
-        ("base: upper.yaml\n", ["base", "circle"]),
-        ("base: twin.yaml\n", ["base", "circle"]),
+        ("base: upper.yaml\n", ["base", "circular"]),
+        ("base: twin.yaml\n", ["base", "circular"]),
         ("base: 3\n", ["base", "3", "path"]),
         ("base: [a.yaml, b.yaml]\n", ["base", "a.yaml", "path"]),
-        ("base: broken.yaml\n", ["broken.yaml", "line 1", "no YAML"]),
+        ("base: broken.yaml\n", ["broken.yaml", "line 1", "invalid YAML"]),
     ],
 )
 def test_a_base_that_cannot_be_used(tmp_path: Path, content: str, expected: list[str]) -> None:
-    """A base that is missing, no text, broken, or leads back to the file itself is refused in one line."""
+    """A base that is missing, not text, invalid or circular is refused in one line."""
     write(tmp_path / "twin.yaml", "base: upper.yaml\n")
     write(tmp_path / "broken.yaml", "a: b: c\n")
     line = refusal(write(tmp_path / "upper.yaml", content))
@@ -679,7 +679,7 @@ def test_a_base_that_cannot_be_used(tmp_path: Path, content: str, expected: list
 
 
 def test_a_base_is_found_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base's path is relative to the file that names it, from whatever folder the command is given."""
+    """The path of a base is relative to the file that names it, whatever the working directory."""
     (tmp_path / "deep" / "deeper").mkdir(parents=True)
     write(tmp_path / "deep" / "base.yaml", TINY)
     path = write(tmp_path / "deep" / "deeper" / "upper.yaml", "base: ../base.yaml\nnum_epochs: 2\n")
@@ -699,7 +699,7 @@ def test_a_base_is_found_beside_the_file(tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_a_run_is_named_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, name: str) -> None:
-    """A YAML below config/ names its run by its path there, any other one by its file name, absolute or relative."""
+    """A YAML in config/ names its run by its path there, any other one by its file name."""
     path = tmp_path / place
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, TINY)
@@ -710,7 +710,7 @@ def test_a_run_is_named_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("overrides", [(), ("lr_scheduler={multi_step: {milestones: [0.5, 3]}}", "dataset=cifar10", "run=a/b")])
 def test_the_resolved_yaml_gives_the_same_configuration(tmp_path: Path, overrides: tuple[str, ...]) -> None:
-    """The config.yaml that a run keeps can be given as --config: it means the very same run."""
+    """The config.yaml of a run can be passed as --config: it gives the same settings."""
     for number, path in enumerate([write(tmp_path / "tiny.yaml", TINY), *sorted(REPOSITORY.glob("config/**/*.yaml"))]):
         c = config.load(path, overrides)
         again = config.load(write(tmp_path / f"resolved{number}.yaml", config.to_yaml(c)))
@@ -718,7 +718,7 @@ def test_the_resolved_yaml_gives_the_same_configuration(tmp_path: Path, override
 
 
 def test_nothing_changes_a_loaded_configuration(tiny: Path) -> None:
-    """A loaded configuration is frozen at every level: what was checked is what runs."""
+    """A loaded configuration is frozen at every level."""
     c = config.load(tiny, ["lr_scheduler=cosine_annealing"])
     parts = [c, c.seed, c.global_, c.semi.mixmatch, c.optimizer, c.optimizer.settings, c.attack.settings, c.network.settings]
     for part in [*parts, c.lr_scheduler, c.transform.train.primary[0].settings, c.dataset]:

@@ -19,7 +19,7 @@ PAIRS = st.lists(st.tuples(st.integers(0, CLASSES - 1), st.integers(0, CLASSES -
 
 
 def matrix_of(pairs: list[tuple[int, int]]) -> torch.Tensor:
-    """The matrix of (true, predicted) pairs."""
+    """Return the matrix of (true, predicted) pairs."""
     table = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
     return confusion.confusion_matrix(table[:, 0], table[:, 1], CLASSES)
 
@@ -27,8 +27,8 @@ def matrix_of(pairs: list[tuple[int, int]]) -> torch.Tensor:
 @settings(deadline=None, max_examples=60)
 @given(PAIRS)
 def test_the_matrix_counts_each_image_once(pairs: list[tuple[int, int]]) -> None:
-    """Row is the true class, column the predicted one; the accuracy of a class is its share on the diagonal, or null where the
-    class has no image, and the mean over the images is ACC."""
+    """Rows are true classes, columns predicted ones. The accuracy of a class is its share on the diagonal, null without
+    images; the mean over the images is the ACC."""
     counts = [[0] * CLASSES for _ in range(CLASSES)]
     for true, predicted in pairs:
         counts[true][predicted] += 1
@@ -43,7 +43,7 @@ def test_the_matrix_counts_each_image_once(pairs: list[tuple[int, int]]) -> None
 
 
 def test_a_class_that_is_never_predicted() -> None:
-    """Its column is zero and its accuracy 0, not null."""
+    """The column of such a class is zero and its accuracy 0, not null."""
     matrix = matrix_of([(0, 1), (1, 1), (0, 1)])
     assert matrix[:, 0].tolist() == [0] * CLASSES
     assert confusion.per_class_accuracy(matrix) == [0.0, 1.0, None, None]
@@ -52,7 +52,7 @@ def test_a_class_that_is_never_predicted() -> None:
 @settings(deadline=None, max_examples=60)
 @given(PAIRS, st.lists(st.text(max_size=12), max_size=CLASSES))
 def test_the_json_has_a_row_of_the_matrix_a_line(pairs: list[tuple[int, int]], names: list[str]) -> None:
-    """Any values are read as they were written, hostile names included; a row of the matrix is one line."""
+    """All values, also hostile names, are read back unchanged; each row of the matrix is one line."""
     matrix = matrix_of(pairs)
     values = {"class_names": names, "epoch": 3, **confusion.figures(matrix)}
     text = confusion.to_json(values)
@@ -63,16 +63,16 @@ def test_the_json_has_a_row_of_the_matrix_a_line(pairs: list[tuple[int, int]], n
 
 @pytest.mark.parametrize("name", ["[\n 1,\n 2]", "[1,2]", '"[\\n1]'])
 def test_a_name_that_looks_like_a_row_stays_as_it_is(name: str) -> None:
-    """The layout of the JSON changes no text in it."""
+    """The line layout of the JSON file does not change any string in it."""
     assert json.loads(confusion.to_json({"class_names": [name]})) == {"class_names": [name]}
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("classes", [2, 10, 43, 200])
 @pytest.mark.parametrize("filled", [True, False])
-def test_the_picture_fits_any_number_of_classes(tmp_path: Path, classes: int, filled: bool) -> None:
-    """confusion.png is drawn without a warning for few and many classes, for hostile and for missing names, and for a matrix
-    that is empty; a mistake can be seen."""
+def test_the_plot_fits_any_number_of_classes(tmp_path: Path, classes: int, filled: bool) -> None:
+    """confusion.png is drawn without warnings for few and many classes, for hostile and missing names and for an empty
+    matrix; errors are visible."""
     matrix = (np.eye(classes, dtype=np.int64) * 100) * filled
     names = ["$x_1$", "<b>\udce9" + "a very long name" * 9][: classes - 1]
     plots.draw_confusion(tmp_path / "c.png", matrix, names, "run $x: clean test images")

@@ -1,4 +1,4 @@
-"""The programs on the simulated CUDA device (`fake_cuda.py`), by their command lines: what works on the CPU works there."""
+"""The programs on the simulated CUDA device (`fake_cuda.py`), started by their command lines."""
 
 from __future__ import annotations
 
@@ -43,10 +43,8 @@ COSINE = ("lr_scheduler={cosine_annealing: {}}",)
 
 
 def program(script: str, *arguments: object) -> tuple[int, str]:
-    """Run a script (`ASD.py`) or a module (`data.poison`) in this process; return its exit code and what it printed.
-
-    The pictures of a run are left out: they cost most of its time, and no device.
-    """
+    """Run a script (`ASD.py`) or a module (`data.poison`) in this process; return its exit code and its output. Plots are
+    skipped, because they take most of the time and no device."""
     printed = io.StringIO()
     drawing = [name for name in vars(plots) if name.startswith("draw")]
     with contextlib.ExitStack() as stack:
@@ -67,7 +65,7 @@ def program(script: str, *arguments: object) -> tuple[int, str]:
 
 
 def write_yaml(folder: Path, **changes: Any) -> Path:
-    """Write the small configuration with some sections changed; its run lies in the same folder."""
+    """Write the small configuration with some sections changed; its run is in the same folder."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = SMALL | {"saved_dir": str(folder / "saved"), "storage_dir": str(folder / "storage")} | changes
     path = folder / "tiny.yaml"
@@ -77,7 +75,7 @@ def write_yaml(folder: Path, **changes: Any) -> Path:
 
 @dataclass
 class Outcome:
-    """A run of ASD.py that has ended."""
+    """A completed run of ASD.py."""
 
     folder: Path
     code: int
@@ -90,13 +88,13 @@ class Outcome:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl but for the times."""
+        """Return the rows of metrics.jsonl without the times."""
         lines = (self.folder / "saved/tiny/log/metrics.jsonl").read_text().splitlines()
         return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """Weights, BN statistics and moments of the last checkpoint."""
+        """Return weights, BN statistics and moments of the last checkpoint."""
         saved = torch.load(self.checkpoint, map_location="cpu", weights_only=False)
         moments = [t for state in saved["optimizer_state_dict"]["state"].values() for t in state.values()]
         return [*saved["model_state_dict"].values(), *moments]
@@ -107,7 +105,7 @@ class Outcome:
 
 
 def refuse(graph: Graph, *_: object, **__: object) -> None:
-    """For `Graph.capture_begin`."""
+    """Replace `Graph.capture_begin` by a failure."""
     raise RuntimeError("CUDA error: this device captures no graphs")
 
 
@@ -127,7 +125,7 @@ def train(folder: Path, settings: tuple[str, ...] = (), resume: str = "False", o
 
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """A whole run of three stages whose MixMatch steps are replays of one graph, with Adam and a cosine schedule."""
+    """A complete run of three stages, with Adam and a cosine schedule, whose MixMatch steps are replays of one graph."""
     torch.set_num_threads(1)
     return train(tmp_path_factory.mktemp("captured"), COSINE)
 
@@ -149,20 +147,20 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 @pytest.fixture
 def stopped(interrupted: Outcome, tmp_path: Path) -> Outcome:
-    """A copy of the interrupted run, for a test to go on from."""
+    """A copy of the interrupted run, to be resumed by a test."""
     folder = tmp_path / "run"
     shutil.copytree(interrupted.folder, folder)
     return Outcome(folder, interrupted.code, interrupted.printed, interrupted.device)
 
 
 def in_the_other_layout(t: torch.Tensor) -> torch.Tensor:
-    """Return the same values with the channels last in memory if they are not, else contiguous."""
+    """Return the same values in the other memory format: channels_last or contiguous."""
     last = t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
     return t.contiguous() if last else t.contiguous(memory_format=torch.channels_last)
 
 
 def turn_layouts(checkpoint: Path) -> int:
-    """Store a checkpoint's moments in the other memory layout; return how many that changes."""
+    """Store the moments of a checkpoint in the other memory format; return how many of them change."""
     saved = torch.load(checkpoint, map_location="cpu", weights_only=False)
     turned = 0
     for moments in saved["optimizer_state_dict"]["state"].values():
@@ -179,8 +177,8 @@ def turn_layouts(checkpoint: Path) -> int:
 
 @pytest.mark.slow
 def test_a_captured_run_equals_the_eager_run(captured: Outcome, tmp_path: Path) -> None:
-    """All MixMatch steps of all stages are replays of one graph, the virtual model's of another, and every figure and weight
-    is that of eager steps, bit for bit, also while a schedule changes the learning rate between the replays."""
+    """The MixMatch steps of all stages are replays of one graph, those of the virtual model of another. All figures and
+    weights equal those of eager steps bit for bit, also with a schedule that changes the learning rate between replays."""
     with mock.patch.object(Graph, "capture_begin", refuse):
         eager = train(tmp_path, COSINE)
     assert captured.code == eager.code == 0, captured.printed + eager.printed
@@ -193,8 +191,8 @@ def test_a_captured_run_equals_the_eager_run(captured: Outcome, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_the_host_waits_no_oftener_for_more_batches(captured: Outcome, tmp_path: Path) -> None:
-    """No loop over batches or steps, of any stage, reads from the device or sends pageable memory to it."""
+def test_the_host_never_waits_in_a_loop(captured: Outcome, tmp_path: Path) -> None:
+    """No loop over batches or steps, in any stage, reads from the device or copies pageable memory to it."""
     more = (f"semi.mixmatch.train_iteration={STEPS + 2}", "loader.batch_size=7")  # of which scoring takes 8 times as many
     longer = train(tmp_path, (*COSINE, *more))
     assert longer.code == 0 and captured.device.reads and captured.device.uploads
@@ -203,9 +201,9 @@ def test_the_host_waits_no_oftener_for_more_batches(captured: Outcome, tmp_path:
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_with_a_new_graph(stopped: Outcome, captured: Outcome) -> None:
-    """Ctrl-C between two replays keeps the finished epochs. Going on gives the uninterrupted run, bit for bit, also from
-    moments as a run with `--amp` leaves them, which fused kernels would not take in that memory layout."""
+def test_an_interrupted_run_resumes_with_a_new_graph(stopped: Outcome, captured: Outcome) -> None:
+    """Ctrl-C between two replays keeps the finished epochs. Resuming gives the uninterrupted run bit for bit, also from
+    moments in the memory format of an `--amp` run, which fused kernels would not accept."""
     assert stopped.code == 130 and len(stopped.rows) == 2
     assert turn_layouts(stopped.checkpoint) > 0
     resumed = train(stopped.folder, COSINE, resume="")
@@ -215,8 +213,8 @@ def test_an_interrupted_run_goes_on_with_a_new_graph(stopped: Outcome, captured:
 
 
 @pytest.mark.slow
-def test_amp_may_be_switched_on_when_a_run_goes_on(stopped: Outcome) -> None:
-    """The run goes on in bf16, as a graph, and all images and weights have the channels last."""
+def test_amp_may_be_switched_on_when_a_run_is_resumed(stopped: Outcome) -> None:
+    """The run resumes in bf16, as a graph, with all images and weights in channels_last."""
     resumed = train(stopped.folder, COSINE, resume="", options=("--amp",))
     assert resumed.code == 0, resumed.printed
     assert len(resumed.rows) == 3 and resumed.device.graphs and "eagerly" not in resumed.printed
@@ -227,7 +225,7 @@ def test_amp_may_be_switched_on_when_a_run_goes_on(stopped: Outcome) -> None:
 
 
 def test_a_checkpoint_is_tested_as_it_was_trained(captured: Outcome) -> None:
-    """`test.py --gpu 0` finds the ACC and ASR of the run's last epoch."""
+    """`test.py --gpu 0` gives the ACC and ASR of the last epoch of the run."""
     with pretended_cuda():
         code, printed = program("test.py", "--config", captured.folder / "tiny.yaml", "--gpu", 0, "--set", *COSINE)
     assert code == 0, printed
@@ -237,7 +235,7 @@ def test_a_checkpoint_is_tested_as_it_was_trained(captured: Outcome) -> None:
 
 
 def test_pictures_get_the_labels_that_the_cpu_gives(captured: Outcome, tmp_path: Path) -> None:
-    """`test.py --images` works with batches that come from the host."""
+    """`test.py --images` works with batches from host memory."""
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
     for i in range(5):
@@ -263,7 +261,7 @@ ATTACKS: dict[str, dict[str, Any]] = {  # those that train networks
 @pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_poisoned_set_is_made(attack: str, tmp_path: Path) -> None:
-    """`python -m data.poison --gpu 0` trains what an attack needs on the device, and writes the set."""
+    """`python -m data.poison --gpu 0` trains the attack's networks on the device, and writes the set."""
     backdoor = {"poison_ratio": 0.3, "poison_mode": "exact", "target_label": 3, attack: ATTACKS[attack]}
     path = write_yaml(tmp_path / "run", backdoor=backdoor)
     with pretended_cuda() as device:

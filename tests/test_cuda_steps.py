@@ -48,14 +48,14 @@ def mixmatch_stepper(mode: str, amp: bool = False, blocks: int = 1, steps: int =
 
 
 def quiet(numbers: Iterable[int]) -> Iterable[int]:
-    """Show no progress."""
+    """Show no progress bar."""
     return numbers
 
 
 @pytest.mark.parametrize("amp", [False, True])
 def test_a_step_never_waits_for_the_host(amp: bool) -> None:
-    """A MixMatch step of ResNet-18 reads nothing from the device and sends nothing to it. It starts 900 operators at most
-    (with bf16 1,120), and in bf16 every convolution gets its images and weights with the channels last."""
+    """A MixMatch step of ResNet-18 reads nothing from the device and copies nothing to it. It starts at most 900 operators
+    (1,120 with bf16), and in bf16 all images and weights of convolutions are in channels_last."""
     with pretended_cuda() as device:
         stepper, draws = mixmatch_stepper("eager", amp, blocks=2, steps=1)
         stepper.run(draws, quiet)
@@ -75,7 +75,7 @@ class Row(NamedTuple):
 
 
 def small_training(optimizer: Named, capture: bool) -> tuple[Stepper, Row, torch.optim.Optimizer]:
-    """A stepper and tables that take a few milliseconds: convolution, BN, and an optimizer as runs with a graph have it."""
+    """Return a stepper and tables that take milliseconds: convolution, BN, and the optimizer of a run with a graph."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 2)).to(CUDA)
     updates = build_optimizer(optimizer, model.parameters(), capturable=True)
@@ -92,14 +92,14 @@ def small_training(optimizer: Named, capture: bool) -> tuple[Stepper, Row, torch
 
 
 def small_stepper() -> tuple[Stepper, Row]:
-    """The same with Adam and a graph."""
+    """Return the same with Adam and a graph."""
     return small_training(ADAM, capture=True)[:2]
 
 
 @pytest.mark.parametrize("optimizer", [ADAM, Named("SGD", SGD(momentum=0.9))], ids=["Adam", "SGD"])
 def test_a_schedule_reaches_the_captured_step(optimizer: Named) -> None:
-    """The learning rate that a schedule sets between two epochs is that of the replays: weights, moments and losses are those
-    of eager steps, bit for bit."""
+    """Replays use the learning rate that a schedule sets between epochs: weights, moments and losses equal those of eager
+    steps bit for bit."""
     results = []
     for capture in (True, False):
         with pretended_cuda() as device:
@@ -121,7 +121,7 @@ mixmatch_graph = partial(mixmatch_stepper, "auto")
 
 
 def trial(make: Callable[[], tuple[Stepper, Any]], change: Change) -> tuple[list[str], int]:
-    """Run steps whose graph is changed once it is captured; return the lines of the trial, and how often it is replayed."""
+    """Run steps whose graph is modified after its capture; return the log lines of the trial, and the number of replays."""
     end = Graph.capture_end
 
     def capture_end(graph: Graph) -> None:
@@ -135,7 +135,7 @@ def trial(make: Callable[[], tuple[Stepper, Any]], change: Change) -> tuple[list
 
 
 def without(chosen: Callable[[Operation], bool]) -> Change:
-    """Leave operators out; there must be some."""
+    """Remove operators, of which there must be some."""
 
     def change(operations: list[Operation]) -> list[Operation]:
         kept = [operation for operation in operations if not chosen(operation)]
@@ -150,14 +150,14 @@ def is_optimizer(operation: Operation) -> bool:
 
 
 def is_addition(operation: Operation, shape: tuple[int, ...]) -> bool:
-    """Whether an operator adds to a whole number of that shape."""
+    """Return whether an operator adds to an integer tensor of that shape."""
     if operation.name != "aten::add_.Tensor":
         return False
     return operation.args[0].shape == shape and operation.args[0].dtype == torch.int64
 
 
 def rounded(operations: list[Operation]) -> list[Operation]:
-    """Let every product be off by a rounding to bf16, as if another kernel had made it."""
+    """Round every product to bf16, as if another kernel had computed it."""
 
     def run(func: Callable[..., object], *args: object, **kwargs: object) -> object:
         out = func(*args, **kwargs)
@@ -176,7 +176,7 @@ def rounded(operations: list[Operation]) -> list[Operation]:
     ("make", "change"), [(small_stepper, list), pytest.param(mixmatch_graph, rounded, marks=pytest.mark.slow)]
 )
 def test_the_trial_accepts_a_whole_graph(make: Callable[[], tuple[Stepper, Any]], change: Change) -> None:
-    """A graph that does all of the step is used, also if its kernels round in another way."""
+    """A graph that does the complete step is used, even if its kernels round differently."""
     assert trial(make, change) == ([], TRIAL + 3)
 
 
@@ -192,7 +192,7 @@ DEFECTS: dict[str, tuple[str, Change]] = {
 
 @pytest.mark.parametrize("name", DEFECTS)
 def test_the_trial_refuses_a_graph_that_lacks_a_part(name: str) -> None:
-    """One line names the tensors that show it, and the steps run eagerly."""
+    """One line names the tensors that differ, and the steps run eagerly."""
     kind, change = DEFECTS[name]  # of tensors
     lines, replays = trial(small_stepper, change)
     assert len(lines) == 1 and "\n" not in lines[0] and kind in lines[0]
@@ -201,13 +201,14 @@ def test_the_trial_refuses_a_graph_that_lacks_a_part(name: str) -> None:
 
 @pytest.mark.slow
 def test_the_trial_of_mixmatch_refuses_a_graph_without_the_optimizer() -> None:
-    """The BN statistics and step counts of a whole network, far larger than its weights, hide nothing."""
+    """The large BN statistics and step counters of a whole network do not hide unchanged weights."""
     lines, replays = trial(mixmatch_graph, without(is_optimizer))
     assert len(lines) == 1 and "weights" in lines[0] and replays == TRIAL
 
 
 def failing(step: Callable[[Any], Tensor]) -> tuple[list[str], list[object], list[float]]:
-    """Run three rows of a step that cannot be captured; return the lines, the streams of the last three steps, and the sum."""
+    """Run three rows of a step that cannot be captured; return the log lines, the streams of the last three steps, and the
+    sum."""
     streams: list[object] = []
 
     def watched(row: Any) -> Tensor:
@@ -221,8 +222,8 @@ def failing(step: Callable[[Any], Tensor]) -> tuple[list[str], list[object], lis
 
 
 def test_the_cause_of_a_failed_capture_is_shown() -> None:
-    """A step that cannot be captured runs eagerly, on the default stream. The line gives the first cause, not the error that
-    follows from it."""
+    """A step that cannot be captured runs eagerly on the default stream. The line has the original cause, not the error
+    that follows from it."""
     with pretended_cuda():
         (line,), streams, sums = failing(lambda row: row.x.view(1) + row.x.item())
     assert streams == [Stream.default] * 3 and sums == [2 * (0 + 1 + 2)]
@@ -230,7 +231,7 @@ def test_the_cause_of_a_failed_capture_is_shown() -> None:
 
 
 def test_the_place_of_a_failed_capture_is_shown() -> None:
-    """The line names the innermost line of the project that led to the error."""
+    """The line names the innermost line of the project in the traceback."""
 
     def step(row: Row) -> Tensor:
         device = running_device()
@@ -246,7 +247,7 @@ def test_the_place_of_a_failed_capture_is_shown() -> None:
 
 
 def test_a_mistake_in_a_step_is_raised_as_it_is() -> None:
-    """What has nothing to do with the capture is not taken for it, and leaves the default stream current."""
+    """An error that is unrelated to the capture is raised unchanged, and the default stream stays current."""
 
     def step(row: Row) -> Tensor:
         device = running_device()
@@ -272,7 +273,7 @@ def test_replays_are_eager_steps() -> None:
 def test_the_first_look_goes_on_without_a_graph(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], said: list[str]
 ) -> None:
-    """Where the capture of one variant fails, it is named, and the others are measured."""
+    """If the capture of one variant fails, it is reported, and the others are measured."""
     begin, tries = Graph.capture_begin, count()
 
     def capture_begin(graph: Graph, *args: object, **kwargs: object) -> None:
@@ -293,5 +294,5 @@ def test_the_first_look_goes_on_without_a_graph(
     with pretended_cuda() as device:
         assert first_look.look(CUDA, 8, 4) == ["step: graph"]
     assert any(line.startswith("warning: step: graph") and "out of luck" in line for line in said)
-    assert capsys.readouterr().out.count("ms a step") == 2
+    assert capsys.readouterr().out.count("ms per step") == 2
     assert len(device.graphs) == 1  # of the third variant

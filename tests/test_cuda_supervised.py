@@ -1,4 +1,4 @@
-"""Training on given labels, of the virtual model and undefended, on a simulated CUDA device: one graph, replayed."""
+"""Supervised training, of the virtual model and undefended, on a simulated CUDA device: one graph, replayed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Outcome:
 
 @contextlib.contextmanager
 def device_that(captures: bool) -> Iterator[Device]:
-    """Simulate a device on which captures succeed, or fail, so that the same steps run eagerly."""
+    """Simulate a device on which captures succeed or fail; in the latter case the same steps run eagerly."""
 
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("no capture")
@@ -58,12 +58,12 @@ def make_context(tiny: Path, *overrides: str, resident: bool = True, amp: bool =
 
 
 def kept(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return copies of a model's tensors on the CPU."""
+    """Return copies of the tensors of a model on the CPU."""
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 def train_virtual(context: Context, after_epoch: Callable[[], object]) -> tuple[list[dict[str, Tensor]], list[float]]:
-    """Train the virtual model of two epochs, between which the model changes, in the same place."""
+    """Train the virtual model in two epochs, between which the model changes, reusing its tensors."""
     model = build_state(context.config, context.machine, N).model
     assert isinstance(model, Classifier)
     virtual, out = ASD.build_virtual(context, model), []
@@ -100,7 +100,7 @@ both = pytest.mark.parametrize("kind", KINDS)
 
 
 def run(tiny: Path, kind: str, captures: bool, *overrides: str, amp: bool = False) -> Outcome:
-    """Train two epochs on a device; check that the second one captures nothing more."""
+    """Train two epochs on a device; check that the second one captures nothing."""
     graphs = []
     with device_that(captures) as device:
         context = make_context(tiny, *SETTINGS[kind], *overrides, amp=amp)
@@ -112,8 +112,8 @@ def run(tiny: Path, kind: str, captures: bool, *overrides: str, amp: bool = Fals
 @both
 @pytest.mark.parametrize("amp", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_captured_steps_equal_eager_steps(kind: str, amp: bool, tiny: Path, said: list[str]) -> None:
-    """One graph, captured in the first epoch, does all full batches of both; weights, BN statistics and counters and the
-    losses are those of eager steps, bit for bit."""
+    """One graph, captured in the first epoch, runs all full batches of both. Weights, BN statistics, counters and losses
+    equal those of eager steps bit for bit."""
     graph = run(tiny, kind, True, amp=amp)
     assert said == []
     eager = run(tiny, kind, False, amp=amp)
@@ -130,8 +130,8 @@ def test_captured_steps_equal_eager_steps(kind: str, amp: bool, tiny: Path, said
 
 
 @both
-def test_the_host_waits_no_oftener_for_more_batches(kind: str, tiny: Path) -> None:
-    """No step reads from the device or sends pageable memory to it, the last, eager one included."""
+def test_the_host_never_waits_in_a_loop(kind: str, tiny: Path) -> None:
+    """No step reads from the device or copies pageable memory to it, including the last, eager one."""
     few = run(tiny, kind, True)
     more = run(tiny, kind, True, "loader.batch_size=4", "undefended.batch_size=4")
     assert few.device.reads and few.device.uploads
@@ -141,8 +141,7 @@ def test_the_host_waits_no_oftener_for_more_batches(kind: str, tiny: Path) -> No
 
 @pytest.mark.parametrize("name", ["mixmatch", "virtual model"])
 def test_a_captured_step_counts_no_batches(name: str, tiny: Path) -> None:
-    """The counters of batch normalization are no part of a captured step: it has no addition to a whole number but its own
-    row counter."""
+    """BN's batch counters are not part of a captured step: its only integer addition is that of the row counter."""
     with device_that(True) as device:
         context = make_context(tiny, "semi.loader.batch_size=4", "semi.mixmatch.train_iteration=2")
         if name == "mixmatch":
@@ -157,7 +156,7 @@ def test_a_captured_step_counts_no_batches(name: str, tiny: Path) -> None:
 
 
 def test_graphs_that_are_insisted_on_need_images_on_the_device(tiny: Path) -> None:
-    """`runtime.mode: graph` is refused in one line where images stay with the host, for every kind of training."""
+    """`runtime.mode: graph` is refused in one line if the images are in host memory, for every kind of training."""
     with device_that(True):
         context = make_context(tiny, "runtime.mode=graph", resident=False)
         model = build_state(context.config, context.machine, N).model

@@ -1,4 +1,4 @@
-"""The demo's two YAMLs belong together, and the results that are shown for them are theirs and as good as they say."""
+"""The demo's two YAML files belong together, and the stored results are theirs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def shipped(defense: str) -> Config:
 
 
 def rows(folder: Path, defense: str) -> list[dict[str, Any]]:
-    """Return the epochs of a run whose `metrics.jsonl` is kept."""
+    """Return the epochs of a stored `metrics.jsonl`."""
     return [json.loads(line) for line in (folder / f"{defense}.jsonl").read_text().splitlines()]
 
 
@@ -44,7 +44,7 @@ def learning_rates(c: Config) -> list[float]:
 
 
 def test_both_runs_meet_the_same_attack_with_the_same_network() -> None:
-    """What is compared differs in the defense alone."""
+    """The two compared runs differ only in the defense."""
     own, twin = shipped("asd"), shipped("none")
     assert (own.defense.name, twin.defense.name) == ("asd", "none")
     for key in ("dataset", "transform", "backdoor", "network", "seed"):
@@ -52,7 +52,7 @@ def test_both_runs_meet_the_same_attack_with_the_same_network() -> None:
 
 
 def test_stage_1_never_takes_a_whole_class() -> None:
-    """Stage 1 takes the easy images of a class; a share as large as the class would take the poisoned ones too."""
+    """Stage 1 takes the easy images of a class; a pool as large as the class would include the poisoned ones."""
     c = shipped("asd")
     g = c.global_
     of_a_class = c.dataset.settings.train_size / c.num_classes
@@ -61,14 +61,14 @@ def test_stage_1_never_takes_a_whole_class() -> None:
 
 
 def test_five_seeds_are_kept() -> None:
-    """One lucky run shows nothing; there are as many of each kind of processor."""
+    """There are five seeds for each kind of processor: a single run could be luck."""
     for kind in ("avx2", "avx512"):
         assert sum(folder.parent.name == kind for folder in SEEDS) >= 5
 
 
 @pytest.mark.parametrize("folder", SEEDS, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
 def test_the_kept_runs_are_of_the_shipped_settings(folder: Path) -> None:
-    """A change of the demo's length, stages or learning rates asks for new results."""
+    """If the demo's length, stages or learning rates change, its stored results must be replaced."""
     for defense in YAML:
         c, kept = shipped(defense), rows(folder, defense)
         assert [row["stage"] for row in kept] == [c.stage(epoch) for epoch in range(c.num_epochs)]
@@ -77,7 +77,7 @@ def test_the_kept_runs_are_of_the_shipped_settings(folder: Path) -> None:
 
 @pytest.mark.parametrize("folder", SEEDS, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
 def test_the_demo_shows_attack_and_defense_with_every_seed(folder: Path) -> None:
-    """The trigger works without defense; with ASD it does not, at nearly the same accuracy, and the suspects are poisoned."""
+    """The attack works without a defense; with ASD it fails at nearly the same accuracy, and the suspects are poisoned."""
     none, asd = rows(folder, "none")[-1], rows(folder, "asd")[-1]
     quality = json.loads((folder / "suspects.json").read_text())
     assert none["attack_success_rate"] >= 0.95

@@ -1,4 +1,4 @@
-"""Several processes on the CPU (gloo) do what one process does."""
+"""Several processes on the CPU (gloo) compute the same as one process."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def environment() -> dict[str, str]:
-    """One thread for each process, and no CUDA."""
+    """Return an environment with one thread for each process, and no CUDA."""
     return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
 
 
 def write_config(folder: Path, name: str, **changes: Any) -> Path:
-    """The tiny configuration with batches that two processes share, in `folder`."""
+    """Write the tiny configuration, with batches that two processes can share, into `folder`."""
     folder.mkdir(exist_ok=True)
     raw = TINY | {"saved_dir": str(folder / "saved_data"), "storage_dir": str(folder / "storage"), "num_epochs": 2} | changes
     path = folder / f"{name}.yaml"
@@ -39,13 +39,13 @@ def write_config(folder: Path, name: str, **changes: Any) -> Path:
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The run's metrics."""
+    """Return the metrics of the run."""
     text = (folder / "saved_data" / name / "log" / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 
 
 def checkpoint(folder: Path, name: str) -> dict[str, Any]:
-    """The run's last checkpoint."""
+    """Return the last checkpoint of the run."""
     path = folder / "storage" / name / "checkpoint" / "latest_model.pt"
     loaded: dict[str, Any] = torch.load(path, weights_only=True)
     return loaded
@@ -53,7 +53,7 @@ def checkpoint(folder: Path, name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run (with synchronized BN) by one process and by two."""
+    """The same run (with synchronized BN) on one process and on two."""
     folder = tmp_path_factory.mktemp("runs")
     one = write_config(folder, "one", sync_bn=True)
     two = write_config(folder, "two", sync_bn=True)
@@ -68,13 +68,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_several_processes_run_without_warnings(runs: Path) -> None:
-    """No process warns of a function that torch is going to remove."""
+    """No process logs a deprecation warning."""
     lines = (runs / "stderr.txt").read_text().splitlines()
     assert [line for line in lines if "deprecat" in line.lower() or "FutureWarning" in line] == []
 
 
 def test_two_processes_split_as_one_does(runs: Path) -> None:
-    """The first split by losses (of epoch 1) is that of one process; the first steps' losses are equal within rounding."""
+    """The first split by losses (epoch 1) equals that of one process; the losses of the first steps are equal up to
+    rounding."""
     one, two = rows(runs, "one"), rows(runs, "two")
     for key in ("loss", "loss_x", "loss_u", "lambda_u"):
         assert two[0][key] == pytest.approx(one[0][key], rel=1e-3, abs=1e-5), key
@@ -85,11 +86,11 @@ def test_two_processes_split_as_one_does(runs: Path) -> None:
 
 
 def test_a_checkpoint_of_two_processes_resumes_on_one(runs: Path) -> None:
-    """A checkpoint does not know how many processes wrote it."""
+    """A checkpoint does not depend on the number of processes."""
     path = runs / "two.yaml"
     longer = run_script("ASD.py", "--config", path, "--gpu", "cpu", "--set", "num_epochs=3")
     assert longer.returncode == 0, longer.stderr
-    assert "going on after epoch 2/3" in longer.stdout
+    assert "resuming after epoch 2/3" in longer.stdout
     assert [r["epoch"] for r in rows(runs, "two")] == list(range(3))
 
 
@@ -118,7 +119,8 @@ machine.leave()
 
 
 def test_gradients_and_statistics_are_those_of_one_process(tmp_path: Path) -> None:
-    """7 rows on 2 processes with synchronized BN: outputs, gradients and running statistics of one process, on all ranks."""
+    """7 rows on 2 processes with synchronized BN give the outputs, gradients and running statistics of one process, on all
+    ranks."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [*TORCHRUN, str(script), str(tmp_path)]
@@ -139,7 +141,7 @@ def test_gradients_and_statistics_are_those_of_one_process(tmp_path: Path) -> No
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
+    """Return the child processes of a process."""
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text() if Path(f"/proc/{pid}").exists() else ""
     return [int(p) for p in text.split()]
 
@@ -174,7 +176,7 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
 
 
 def rank_of(pid: int) -> str:
-    """The RANK in a process' environment."""
+    """Return the RANK in the environment of a process."""
     pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return next(p.partition(b"=")[2].decode() for p in pairs if p.startswith(b"RANK="))
 
@@ -182,17 +184,17 @@ def rank_of(pid: int) -> str:
 @pytest.mark.parametrize("count", [1, 2, 7, 64, 100])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_shares_cover_every_row_once(count: int, size: int) -> None:
-    """The processes' shares are disjoint, in order, complete, and differ by one row at the most."""
+    """The shards of the processes are disjoint, in order, complete, and differ by at most one row."""
     parts = [list(range(count))[Machine(torch.device("cpu"), rank=r, world_size=size).shard(count)] for r in range(size)]
     assert [row for part in parts for row in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tiny: Path) -> None:
-    """A batch size is that of all processes together and must be a multiple of their number."""
+    """A batch size is the total over all processes and must be a multiple of their number."""
     settings = load(tiny)
     check_processes(settings, 2)
-    with pytest.raises(UserError, match=r"semi\.loader\.batch_size: 9: 2 processes"):
+    with pytest.raises(UserError, match=r"semi\.loader\.batch_size: 9: .*multiple of 2"):
         check_processes(load(tiny, ["semi.loader.batch_size=9"]), 2)
 
 
@@ -208,7 +210,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(tiny: Path) -> None:
 def test_a_step_of_one_process_is_refused_before_several_start(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, key: str, settings: list[str], sync_bn: str
 ) -> None:
-    """A captured, compiled or merged step is for one process: with several one line names the key, and none is started."""
+    """A captured, compiled or merged step supports one process: with several, one line names the key, and none is started."""
     config = load(tiny, [*settings, f"sync_bn={sync_bn}"])
     check_processes(config, 1)
     started: list[Any] = []
@@ -227,12 +229,12 @@ def test_a_step_of_one_process_is_refused_before_several_start(
 def test_the_same_device_twice_is_refused() -> None:
     """`--gpu 0,0` would put two processes on one device."""
     assert device_numbers("0, 2") == [0, 2] and device_numbers("cpu") == []
-    with pytest.raises(UserError, match="named twice"):
+    with pytest.raises(UserError, match="--gpu 0,0: "):
         device_numbers("0,0")
 
 
 def test_a_graph_is_for_one_cuda_device() -> None:
-    """`auto` and `graph` mean a captured step on one CUDA device; on a CPU, and with several processes, there is none."""
+    """`auto` and `graph` mean a captured step on a single CUDA device; never on a CPU or with several processes."""
     one, several, cpu = (
         Machine(torch.device("cuda", 0)),
         Machine(torch.device("cuda", 0), world_size=2),

@@ -1,4 +1,4 @@
-"""ASD.py and test.py as processes, as a user starts, kills, stops and resumes them."""
+"""ASD.py and test.py as processes that a user starts, kills, stops and resumes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHANGES = {
 
 
 class Place:
-    """A folder with a YAML, whose run lies in it too."""
+    """A folder with a YAML and its run."""
 
     def __init__(self, folder: Path, **changes: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,12 +53,12 @@ class Place:
         return run_script("test.py", "--config", self.yaml, "--gpu", "cpu", *arguments)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the rows of metrics.jsonl; none where it is not there yet."""
+        """Return the rows of metrics.jsonl; none if it does not exist yet."""
         path = self.log / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def checkpoint(self, name: str = "latest_model.pt") -> dict[str, Any]:
-        """Return a checkpoint's dictionary."""
+        """Return the contents of a checkpoint."""
         loaded: dict[str, Any] = torch.load(self.checkpoints / name, weights_only=True)
         return loaded
 
@@ -73,7 +73,7 @@ class Place:
         return Place(folder)
 
     def interrupt(self, number: signal.Signals, ready: Callable[[], bool], delay: float) -> tuple[int, str, str]:
-        """Start ASD.py, send it a signal some seconds after `ready`, return its exit code and what it said."""
+        """Start ASD.py, send it a signal some seconds after `ready`; return its exit code and output."""
         command = [sys.executable, str(REPOSITORY / "ASD.py"), "--config", str(self.yaml), "--gpu", "cpu"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
         process = subprocess.Popen(
@@ -98,7 +98,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """The run that nothing interrupted; the tests only read it."""
+    """A run that was not interrupted; the tests only read it."""
     place = Place(tmp_path_factory.mktemp("finished"))
     result = place.train()
     assert result.returncode == 0, result.stderr
@@ -115,7 +115,7 @@ def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def assert_equal(one: Any, other: Any, at: str = "") -> None:
-    """Compare nested checkpoints bit for bit, but for seconds and the folders' names."""
+    """Compare nested checkpoints bit for bit, except for seconds and folder names."""
     assert type(one) is type(other), at
     if isinstance(one, dict):
         assert list(one) == list(other), at
@@ -134,7 +134,7 @@ def assert_equal(one: Any, other: Any, at: str = "") -> None:
 
 
 def assert_same_run(one: Place, other: Place) -> None:
-    """Compare all that two runs left: weights, optimizer, schedule, best figures, pools, metrics."""
+    """Compare the results of two runs: weights, optimizer, schedule, best figures, pools, metrics."""
     for name in ("latest_model.pt", "best_model.pt"):
         assert_equal(one.checkpoint(name), other.checkpoint(name), name)
     assert without_time(one.rows()) == without_time(other.rows())
@@ -145,7 +145,7 @@ def assert_same_run(one: Place, other: Place) -> None:
 
 
 def test_metrics_have_a_row_an_epoch(finished: Place) -> None:
-    """metrics.jsonl has one object an epoch with the promised keys, pools, stages and schedules that follow from the YAML."""
+    """metrics.jsonl has one object per epoch, with the documented keys, and the pools, stages and schedules of the YAML."""
     rows = finished.rows()
     assert [row["epoch"] for row in rows] == list(range(EPOCHS))
     assert [row["stage"] for row in rows] == STAGES
@@ -169,7 +169,7 @@ def test_metrics_have_a_row_an_epoch(finished: Place) -> None:
 
 
 def test_screen_has_a_line_an_epoch(finished: Place) -> None:
-    """The screen shows one plain line an epoch with stage, ACC, ASR, pools, losses and seconds; asd.log keeps it."""
+    """Standard output has one line per epoch with stage, ACC, ASR, pools, losses and seconds; asd.log has it too."""
     said = (finished.folder / "said.txt").read_text()
     lines = [line for line in said.splitlines() if re.match(r"epoch +\d+/6 ", line)]
     kept = (finished.log / "asd.log").read_text()
@@ -183,7 +183,7 @@ def test_screen_has_a_line_an_epoch(finished: Place) -> None:
 
 
 def test_run_keeps_its_yaml_poison_and_pictures(finished: Place) -> None:
-    """The run's folder has the YAML as given, its resolved form, poison_idx.npy and the pictures, which all open."""
+    """The run's folder has the given YAML, its resolved form, poison_idx.npy and the plots, which can be opened."""
     assert (finished.saved / "tiny.yaml").read_bytes() == finished.yaml.read_bytes()
     resolved = yaml.safe_load((finished.saved / "config.yaml").read_text())
     assert resolved["semi"]["mixmatch"]["train_iteration"] == STEPS
@@ -201,7 +201,8 @@ def test_run_keeps_its_yaml_poison_and_pictures(finished: Place) -> None:
 
 
 def test_the_run_keeps_its_confusion_matrix_and_its_page(finished: Place) -> None:
-    """confusion.json holds the last epoch's matrix, whose diagonal is ACC; report.html embeds every plot of the run."""
+    """confusion.json has the matrix of the last epoch, whose diagonal gives the ACC; report.html embeds every plot of the
+    run."""
     row, kept = finished.rows()[-1], json.loads((finished.log / "confusion.json").read_text())
     matrix = np.array(kept["confusion"])
     assert (kept["epoch"], matrix.shape, matrix.sum(), len(kept["class_names"])) == (EPOCHS - 1, (10, 10), TEST, 10)
@@ -223,7 +224,7 @@ def read_board(folder: Path) -> Any:
 
 
 def test_tensorboard_shows_the_metrics(finished: Place) -> None:
-    """TensorBoard has every number of metrics.jsonl, loss histograms by ground truth, poisoned images, hyper-parameters."""
+    """TensorBoard has every number of metrics.jsonl, loss histograms by ground truth, poisoned images, hyperparameters."""
     board = read_board(finished.log / "tensorboard")
     rows = finished.rows()
     for key, value in rows[0].items():
@@ -243,7 +244,7 @@ def test_tensorboard_shows_the_metrics(finished: Place) -> None:
 
 
 def test_checkpoints_and_the_best_model(finished: Place) -> None:
-    """latest_model.pt is the last epoch, best_model.pt the first one of the highest clean accuracy, both with their row."""
+    """latest_model.pt is the last epoch, best_model.pt the first one with the highest clean accuracy, both with their rows."""
     rows = finished.rows()
     accuracies = [row["clean_accuracy"] for row in rows]
     best = accuracies.index(max(accuracies))
@@ -261,8 +262,8 @@ def test_checkpoints_and_the_best_model(finished: Place) -> None:
 
 @pytest.mark.parametrize("which", ["latest", "best", "authors"])
 def test_test_py_gives_the_figures_of_the_run(finished: Place, tmp_path: Path, which: str) -> None:
-    """test.py prints and stores the figures of the checkpoint's own epoch, counts included, and changes nothing else; a
-    checkpoint as the authors publish it, with `module.` prefixes and few keys, does too."""
+    """test.py prints and writes the figures of the checkpoint's epoch, including counts, and changes no other file; also
+    for a checkpoint like the authors', with `module.` prefixes and few keys."""
     place = finished.copy(tmp_path / "copy")
     row = finished.checkpoint("best_model.pt" if which == "best" else "latest_model.pt")["result"]
     arguments = {"latest": (), "best": ("--resume", "best_model.pt"), "authors": ("--resume", tmp_path / "theirs.pt")}
@@ -290,14 +291,14 @@ def test_test_py_gives_the_figures_of_the_run(finished: Place, tmp_path: Path, w
     assert f"ACC {100 * row['clean_accuracy']:.2f} %" in result.stdout
     assert f"{100 * min(kept['per_class_accuracy']):.2f} %" in result.stdout
     assert f"ASR {100 * row['attack_success_rate']:.2f} %" in result.stdout
-    assert f"without the trigger {100 * kept['clean_as_target']:.2f} %" in result.stdout
+    assert f"without the trigger, {100 * kept['clean_as_target']:.2f} %" in result.stdout
     after = place.hashes()
     assert after.pop("saved_data/tiny/log/test.json")
     assert after == before
 
 
 def test_without_a_trigger_the_success_rate_is_that_of_clean_images(finished: Place, tmp_path: Path) -> None:
-    """Where the trigger changes nothing (a picture blended in with weight 0), ASR is just `clean_as_target`."""
+    """If the trigger changes nothing (an image blended in with weight 0), the ASR equals `clean_as_target`."""
     place = finished.copy(tmp_path / "copy")
     result = place.test("--set", "backdoor={target_label: 3, blend: {alpha: 0.0}}")
     assert result.returncode == 0, result.stderr
@@ -308,8 +309,8 @@ def test_without_a_trigger_the_success_rate_is_that_of_clean_images(finished: Pl
 
 
 def test_a_finished_run_has_nothing_to_do(finished: Place, tmp_path: Path) -> None:
-    """Started again, a finished run says so and keeps its checkpoints; a row of metrics.jsonl that a kill between checkpoint
-    and log had swallowed is back."""
+    """A finished run that is started again logs that and keeps its checkpoints; a row of metrics.jsonl that a kill after
+    the checkpoint prevented is restored."""
     place = finished.copy(tmp_path / "copy")
     metrics = place.log / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
@@ -321,12 +322,12 @@ def test_a_finished_run_has_nothing_to_do(finished: Place, tmp_path: Path) -> No
 
 
 def test_resume_false_moves_the_earlier_run_aside(finished: Place, tmp_path: Path) -> None:
-    """--resume False starts from epoch 1 and says where the earlier run's files are now, every one of them unchanged."""
+    """--resume False starts with epoch 1, and logs where the files of the earlier run are now; all of them are unchanged."""
     place = finished.copy(tmp_path / "copy")
     before = set(place.hashes().values())
     result = place.train("--resume", "False", "--set", "num_epochs=1", "--set", "semi.mixmatch.train_iteration=2")
     assert result.returncode == 0, result.stderr
-    line = next(line for line in result.stdout.splitlines() if "moved aside" in line)
+    line = next(line for line in result.stdout.splitlines() if "moved to" in line)
     folders = [Path(word) for word in re.findall(r"\S*\.earlier-\S+", line)]
     assert len(folders) == 2
     for folder in folders:
@@ -337,12 +338,12 @@ def test_resume_false_moves_the_earlier_run_aside(finished: Place, tmp_path: Pat
 
 
 def lock_digest(place: Place) -> set[str]:
-    """Return the digest of the lock file, which holds the process number and no fact of the run."""
+    """Return the digest of the lock file, which holds only the process number."""
     return {hashlib.sha256((place.saved / ".lock").read_bytes()).hexdigest()}
 
 
 def test_undefended_twin(tiny: Path, tmp_path: Path) -> None:
-    """`defense: none` trains without pools on the same poisoned images, with SGD's rate falling at 50 % and 75 %."""
+    """`defense: none` trains without pools on the same poisoned images, with SGD's learning rate falling at 50 % and 75 %."""
     result = run_script("ASD.py", "--config", tiny, "--gpu", "cpu", "--set", "defense=none", "--set", "num_epochs=4")
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (tmp_path / "saved_data/tiny/log/metrics.jsonl").read_text().splitlines()]
@@ -360,7 +361,7 @@ def test_undefended_twin(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_needs_neither_pictures_nor_tensorboard(tiny: Path, tmp_path: Path) -> None:
-    """Where matplotlib and TensorBoard cannot be imported each costs one line, and the run ends with all of its results."""
+    """If matplotlib and TensorBoard cannot be imported, each costs one line, and the run completes with all results."""
     blocked = tmp_path / "modules"
     blocked.mkdir()
     for name in ("matplotlib", "tensorboard"):
@@ -385,8 +386,8 @@ def test_a_run_needs_neither_pictures_nor_tensorboard(tiny: Path, tmp_path: Path
 
 
 def test_killed_in_every_stage_and_resumed_equals_uninterrupted(finished: Place, tmp_path: Path) -> None:
-    """kill -9 before the first checkpoint and in each of the three stages, then the same command again: weights, optimizer
-    and schedule, best model, pools and metrics end bit for bit as without a kill."""
+    """After kill -9 before the first checkpoint and in each of the three stages, the same command resumes: weights,
+    optimizer, schedule, best model, pools and metrics equal those of an uninterrupted run bit for bit."""
     place, took = Place(tmp_path / "killed"), [row["seconds"] for row in finished.rows()]
     moments: list[tuple[int, Callable[[], bool]]] = [
         (0, lambda: (place.saved / "poison_idx.npy").exists()),
@@ -404,7 +405,7 @@ def test_killed_in_every_stage_and_resumed_equals_uninterrupted(finished: Place,
     assert hit == set(STAGES)
     result = place.train()
     assert result.returncode == 0, result.stderr
-    assert re.search(r"going on after epoch [56]/6", result.stdout)
+    assert re.search(r"resuming after epoch [56]/6", result.stdout)
     assert_same_run(finished, place)
     events = read_board(place.log / "tensorboard").Scalars("clean_accuracy")
     assert [e.step for e in events] == list(range(EPOCHS))  # each epoch once, whatever was cut off
@@ -414,7 +415,8 @@ def test_killed_in_every_stage_and_resumed_equals_uninterrupted(finished: Place,
 def test_a_stopped_run_ends_cleanly_and_can_be_resumed(
     finished: Place, tmp_path: Path, number: signal.Signals, expected: int
 ) -> None:
-    """Ctrl-C and a scheduler's SIGTERM end in a line how to go on, without a traceback; going on ends as if it never was."""
+    """Ctrl-C and SIGTERM end the run with one line on how to resume, without a traceback; the resumed run equals an
+    uninterrupted one."""
     place = Place(tmp_path / "stopped")
     delay = 0.3 * finished.rows()[4]["seconds"]
     code, out, error = place.interrupt(number, lambda: len(place.rows()) >= 4, delay)
@@ -444,18 +446,18 @@ def assert_one_line(result: subprocess.CompletedProcess[str], script: str, *part
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (("--config", "nowhere.yaml"), ("nowhere.yaml", "no such configuration file")),
+        (("--config", "nowhere.yaml"), ("nowhere.yaml", "no such file")),
         (("--set", "dataset=null"), ("dataset_dir", "missing")),
         (("--set", "dataset=null", "--set", "dataset_dir=/nowhere/cifar"), ("/nowhere/cifar", "cs.toronto.edu", "download")),
-        (("--gpu", "x"), ("--gpu x", "--gpu 0")),
+        (("--gpu", "x"), ("--gpu x", "cpu")),
         (("--resume", "other.pt"), ("other.pt", "no such checkpoint")),
-        (("--colour", "red"), ("--colour", "--help")),
+        (("--color", "red"), ("--color", "--help")),
         (("--set", "semi.loader.batch_size=150"), ("clean pool", "semi.loader.batch_size: 150", "epoch 0")),
     ],
     ids=["config", "no dataset_dir", "dataset_dir", "gpu", "resume", "option", "pool below a batch"],
 )
 def test_mistakes_are_one_line(tiny: Path, arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
-    """A mistake on the command line or in the YAML ends before training: one line, exit code 2, no traceback."""
+    """An error on the command line or in the YAML ends the program before training: one line, exit code 2, no traceback."""
     assert_one_line(run_script("ASD.py", "--config", tiny, "--gpu", "cpu", *arguments), "ASD.py", *parts)
 
 
@@ -465,7 +467,7 @@ def test_mistakes_are_one_line(tiny: Path, arguments: tuple[str, ...], parts: tu
     ids=["asd", "none"],
 )
 def test_divergence_is_one_line_and_keeps_no_nonsense(tiny: Path, tmp_path: Path, overrides: tuple[str, ...], key: str) -> None:
-    """A run that diverges says which learning rate to lower, and no checkpoint with NaN in it is left."""
+    """A run that diverges names the learning rate to lower, and leaves no checkpoint with NaN."""
     options = [word for text in overrides for word in ("--set", text)]
     result = run_script("ASD.py", "--config", tiny, "--gpu", "cpu", *options)
     assert_one_line(result, "ASD.py", "not finite", "lower the learning rate", key)
@@ -475,8 +477,8 @@ def test_divergence_is_one_line_and_keeps_no_nonsense(tiny: Path, tmp_path: Path
 
 
 def test_wrong_checkpoints_are_one_line(finished: Place, tmp_path: Path) -> None:
-    """A checkpoint that is missing, no checkpoint, of another network or of another configuration is refused by name, and
-    the run's files stay as they are."""
+    """A checkpoint that is missing, invalid, of another network or of another configuration is refused by name, and the
+    run's files do not change."""
     place = finished.copy(tmp_path / "copy")
     (tmp_path / "noise.pt").write_bytes(bytes(range(256)) * 9)
     before = place.hashes()

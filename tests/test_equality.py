@@ -1,4 +1,4 @@
-"""Every way to run a MixMatch step gives the numbers of the plain loop, in float64; on a CUDA device too where there is one."""
+"""Every way to run a MixMatch step gives the numbers of the plain loop, in float64; on a CUDA device too if there is one."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def distance(a: nn.Module, b: nn.Module) -> float:
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("way", [merged, baseline])
 def test_a_step_is_the_same_in_every_way(way: Callable[..., Tensor], device: torch.device) -> None:
-    """Merged forward passes, and the baseline that the benchmark compares with, give the losses, weights and BN statistics
-    of the method's step."""
+    """Merged forward passes, and the baseline of the benchmark, give the losses, weights and BN statistics of the method's
+    step."""
     context, draws = small_run(device)
     plain, other = double_model(context), double_model(context)
     losses = plain_loop(context, plain, draws)
@@ -137,7 +137,7 @@ def test_a_captured_step_is_the_eager_step() -> None:
 
 @real_cuda
 def test_views_are_the_same_on_a_device() -> None:
-    """All 9 x 9 x 2 crops and flips are those of torchvision on PIL images, up to a rounding (CUDA divides by multiplying)."""
+    """All 9 x 9 x 2 crops and flips equal those of torchvision on PIL images, up to rounding (CUDA divides by multiplying)."""
     context = make_context(162, 2, BATCH, CUDA)
     rows = [(top, left, mirrored) for top in range(9) for left in range(9) for mirrored in (0, 1)]
     made = context.train_transform(context.train_set.images, torch.tensor(rows, dtype=torch.float64, device=CUDA)).cpu()
@@ -152,7 +152,7 @@ def test_views_are_the_same_on_a_device() -> None:
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_the_forward_passes_of_a_step_are_traceable(grouped: bool, amp: bool) -> None:
-    """The network traces without a break, so that a graph can hold it compiled (`runtime.compile`); same numbers."""
+    """The network traces without graph breaks, as `runtime.compile` needs, and gives the same numbers."""
     context = in_runtime(make_context(40, 1, 4, CPU, blocks=1), Runtime("eager", merged=grouped, amp=amp))
     pool = torch.arange(20)
     draw = draw_mixmatch(context.config, 0, pools_of(pool, 40), context.train_transform, torch.ones(1024)).step(0)
@@ -167,7 +167,7 @@ def test_the_forward_passes_of_a_step_are_traceable(grouped: bool, amp: bool) ->
 
 
 def test_a_compiled_run_calls_the_compiled_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`runtime.compile` hands the network to the compiler and trains with what it gives back."""
+    """`runtime.compile` passes the network to the compiler and trains the compiled one."""
     called: list[int] = []
 
     class Compiled(nn.Module):

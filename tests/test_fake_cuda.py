@@ -1,4 +1,4 @@
-"""The simulated CUDA device itself (`fake_cuda.py`): it refuses and counts what a real one refuses or waits for."""
+"""The simulated CUDA device itself (`fake_cuda.py`): it refuses and counts what a real device refuses or waits for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def test_the_device_is_there_for_the_block_only() -> None:
-    """Inside the block torch finds one CUDA device; afterwards everything is as it was."""
+    """Inside the block torch finds one CUDA device; afterwards everything is as before."""
     before = torch.cuda.is_available(), torch.cuda.CUDAGraph, torch.Generator
     with pretended_cuda():
         assert torch.cuda.is_available() and torch.cuda.device_count() == 1
@@ -36,7 +36,7 @@ def test_training_gives_the_numbers_of_the_cpu() -> None:
 
 
 def test_tensors_of_two_devices_do_not_mix() -> None:
-    """As on CUDA: only single numbers may come from the host."""
+    """As on CUDA, only scalars may come from the host."""
     with pretended_cuda():
         x = torch.ones(3).to(CUDA)
         with pytest.raises(RuntimeError, match="same device"):
@@ -60,7 +60,7 @@ WAITS: dict[str, Callable[[Tensor], object]] = {
 
 @pytest.mark.parametrize("name", WAITS)
 def test_what_makes_the_host_wait_is_counted_and_cannot_be_captured(name: str) -> None:
-    """Reads and uploads are counted one by one; in a capture they are an error, and the capture is lost."""
+    """Reads and uploads are counted one by one; during a capture they are errors, and the capture is lost."""
     with pretended_cuda() as device:
         x = torch.ones(3, device=CUDA)
         WAITS[name](x)
@@ -72,7 +72,8 @@ def test_what_makes_the_host_wait_is_counted_and_cannot_be_captured(name: str) -
 
 
 def test_a_graph_replays_the_recorded_work() -> None:
-    """A capture computes nothing. Replays read the tensors' values of their time, and Python's numbers of the capture."""
+    """A capture computes nothing. Replays read the current values of tensors, but Python numbers from the time of the
+    capture."""
     with pretended_cuda() as device:
         x, total, rate = torch.ones(3, device=CUDA), torch.zeros(3, device=CUDA), 1.0
         graph = torch.cuda.CUDAGraph()
@@ -88,7 +89,7 @@ def test_a_graph_replays_the_recorded_work() -> None:
 
 
 def test_a_number_of_the_host_would_be_frozen() -> None:
-    """A tensor of one number in host memory may be added, but not in a capture, where it would become a constant."""
+    """A host tensor with one number may be added, but not during a capture, where it would become a constant."""
     with pretended_cuda():
         x, rate = torch.ones(3, device=CUDA), torch.tensor(2.0)
         assert (x * rate).tolist() == [2, 2, 2]
@@ -98,7 +99,7 @@ def test_a_number_of_the_host_would_be_frozen() -> None:
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
 def test_fused_optimizers_want_one_memory_layout(kind: type[torch.optim.Optimizer]) -> None:
-    """Moments in another memory layout than their weights are refused, as CUDA's fused kernels do."""
+    """Moments in another memory format than their weights are refused, as by CUDA's fused kernels."""
     with pretended_cuda():
         weight = nn.Parameter(torch.ones(8, 8, 3, 3, device=CUDA))
         optimizer = kind([weight], fused=True, lr=0.1, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))  # type: ignore[call-arg]

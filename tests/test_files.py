@@ -1,4 +1,4 @@
-"""Outputs: where they go, that they are whole or absent, and that nobody removes what another process is writing."""
+"""Output files: they go to the right place and are complete or absent, and no process removes the file of another."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from utils.files import new_folder, remove_leftovers, write_atomically, write_te
 
 
 def failing(number: int) -> Callable[..., Any]:
-    """A function that fails with an error of the system, whatever it is given."""
+    """Return a function that fails with a system error for any arguments."""
 
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(number, os.strerror(number))
@@ -35,7 +35,7 @@ def failing(number: int) -> Callable[..., Any]:
 
 
 def started(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """A process that runs the code in the repository and has printed a line."""
+    """Return a process that runs the code in the repository and has printed a line."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
@@ -48,7 +48,7 @@ def started(code: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Kill a process as `kill -9` does and wait until it is gone."""
+    """Kill a process as `kill -9` does, and wait for its end."""
     process.kill()
     process.wait(10)
     assert process.stdout is not None
@@ -59,7 +59,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def test_a_named_pipe_is_written_into(tmp_path: Path) -> None:
-    """The reader of a named pipe gets the output, and the pipe stays a pipe."""
+    """The reader of a named pipe gets the output, and the pipe remains a pipe."""
     pipe, got = tmp_path / "pipe", []
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()), daemon=True)
@@ -71,7 +71,7 @@ def test_a_named_pipe_is_written_into(tmp_path: Path) -> None:
 
 
 def test_a_device_is_written_into(tmp_path: Path) -> None:
-    """A device that is named as the output is still a device afterwards."""
+    """A device that is given as the output file remains a device."""
     device = tmp_path / "null"
     try:
         os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
@@ -85,7 +85,7 @@ def test_a_device_is_written_into(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_link_is_followed(tmp_path: Path, there: bool) -> None:
-    """Output to a link goes into its target, which is replaced as a whole or made; the link stays."""
+    """Output to a link goes to its target, which is replaced or created; the link remains."""
     target, link = tmp_path / "far" / "labels.csv", tmp_path / "link"
     target.parent.mkdir()
     if there:
@@ -98,7 +98,7 @@ def test_a_link_is_followed(tmp_path: Path, there: bool) -> None:
 
 
 def test_output_to_the_own_standard_output_stays_in_order(tmp_path: Path) -> None:
-    """`--out /dev/stdout > file` puts the output between what the program prints before and after it."""
+    """`--out /dev/stdout > file` puts the output between the lines that the program prints before and after it."""
     code = """
 import sys
 from pathlib import Path
@@ -119,7 +119,7 @@ print("after")
 
 
 def test_a_picture_goes_where_every_output_goes(tmp_path: Path) -> None:
-    """The picture of `utils.compare --picture` follows links, has no need of a suffix, and a folder is refused in a line."""
+    """The plot of `utils.compare --picture` follows links and needs no suffix; a folder is refused in one line."""
     history = [{"epoch": 0, "stage": "undefended", "defense": "none", "clean_accuracy": 0.5, "attack_success_rate": 0.1}]
     (tmp_path / "link").symlink_to("figure")
     plots.draw_comparison(tmp_path / "link", [[history]])
@@ -130,16 +130,16 @@ def test_a_picture_goes_where_every_output_goes(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_refused_and_a_name_in_it_works(tmp_path: Path) -> None:
-    """An existing folder as the output is refused in one line; following its advice gives the file."""
+    """An existing folder as output is refused in one line; following its advice gives the file."""
     with pytest.raises(UserError) as caught:
         write_text(tmp_path, "labels")
-    assert str(caught.value).startswith(f"{tmp_path}: is a folder: ") and "name of a file" in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path}: is a folder: ")
     write_text(tmp_path / "labels.csv", "labels")
     assert (tmp_path / "labels.csv").read_text() == "labels"
 
 
 def test_py_refuses_a_folder_before_it_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`test.py --images D --out FOLDER` ends at once with the name that would work."""
+    """`test.py --images D --out FOLDER` ends at once with a file name that would work."""
     spec = importlib.util.spec_from_file_location("script_test", REPOSITORY / "test.py")
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
@@ -158,7 +158,7 @@ def test_py_refuses_a_folder_before_it_labels(tmp_path: Path, monkeypatch: pytes
 def test_what_cannot_be_written_can_be_once_the_advice_is_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
 ) -> None:
-    """The line names the file, the cause and the remedy; with the cause gone the same call works."""
+    """The error names file, cause and remedy; after the remedy the same call succeeds."""
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
         patch.setattr(os, "open", failing(number))
         write_text(tmp_path / "a.txt", "a")
@@ -172,7 +172,7 @@ def test_what_cannot_be_written_can_be_once_the_advice_is_followed(
 
 @pytest.mark.parametrize("links", [True, False])
 def test_two_names_of_the_same_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
-    """Both names have the contents, the further one first; a later write to one leaves the other as it is."""
+    """Both names have the contents, the additional one first; a later write to one does not change the other."""
     if not links:
         monkeypatch.setattr(os, "link", failing(errno.EPERM))
     latest, best = tmp_path / "latest", tmp_path / "best"
@@ -194,7 +194,7 @@ def test_two_names_of_the_same_contents(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_further_name_that_cannot_be_written_is_the_one_that_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the second name fails, the error names it and the first one is the old file."""
+    """If the second name fails, the error names it, and the first one is the old file."""
     (tmp_path / "latest").write_text("old")
     (tmp_path / "best").mkdir()
     with pytest.raises(UserError, match="best: is a folder"):
@@ -226,7 +226,7 @@ else:
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_living_writer_is_left_alone_and_a_killed_one_cleaned_up(tmp_path: Path, kind: str) -> None:
-    """What another process is writing stays; once it is killed, the next write of that name removes what it left."""
+    """The temporary file of an active process stays; after a kill, the next write of that name removes it."""
     out = tmp_path / "set"
 
     def write_once_more() -> None:
@@ -253,7 +253,7 @@ def test_a_living_writer_is_left_alone_and_a_killed_one_cleaned_up(tmp_path: Pat
 
 
 def leftover(folder: Path, origin: str, age: float) -> Path:
-    """A part that a writer of that origin left so many seconds ago."""
+    """Make a temporary file of a writer of that boot, with that age in seconds."""
     part = folder / f".a.txt.{origin}.part"
     part.write_bytes(b"half")
     os.utime(part, (time.time() - age, time.time() - age))
@@ -261,8 +261,8 @@ def leftover(folder: Path, origin: str, age: float) -> Path:
 
 
 def test_parts_of_other_computers_are_judged_by_their_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a shared disk the lock of another computer may not be seen: its part stays for a day after it last grew, and so
-    does every part where nothing can be locked; what this computer left is removed at once."""
+    """On a shared disk the locks of other computers may be invisible: their temporary files stay for a day after the last
+    change, and so does every one on disks without locks. Leftovers of this computer are removed at once."""
     other, here = "0123456789ab-0123456789ab", f"{files.boot()}-0123456789ab"
     if files.boot() == files.UNKNOWN:
         pytest.skip("this system does not name its boots")
@@ -283,7 +283,7 @@ def test_parts_of_other_computers_are_judged_by_their_age(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, None])
 def test_a_disk_that_cannot_lock_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None) -> None:
-    """Where locks fail, or the system has none, files and folders are written all the same."""
+    """If locks fail or do not exist, files and folders can still be written."""
     if number is None:
         monkeypatch.setattr(files, "fcntl", None)
     else:
@@ -295,7 +295,7 @@ def test_a_disk_that_cannot_lock_is_written_to(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_part_that_was_taken_before_it_was_locked_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the making of a part and its lock another process may remove it: the writer notices and makes another."""
+    """If another process removes a temporary file before it is locked, the writer makes a new one."""
     try_lock, taken = files.try_lock, []
 
     def late(descriptor: int) -> bool:
@@ -311,7 +311,8 @@ def test_a_part_that_was_taken_before_it_was_locked_is_made_anew(tmp_path: Path,
 
 
 def test_two_writers_of_one_file(tmp_path: Path) -> None:
-    """Two that write the same name at the same time both succeed, with equal process numbers too, and one of them stays."""
+    """Two processes that write the same name simultaneously both succeed, even with equal process numbers; one of the files
+    remains."""
     path, meet, failed = tmp_path / "a.txt", threading.Barrier(2), []
 
     def write(file: IO[bytes]) -> None:
@@ -334,7 +335,8 @@ def test_two_writers_of_one_file(tmp_path: Path) -> None:
 
 
 def test_two_runs_make_the_same_asset(tmp_path: Path) -> None:
-    """Two runs that train the same asset at the same time both get it; what a killed run left is gone; one file stays."""
+    """Two runs that train the same asset simultaneously both get it; leftovers of a killed run are removed; one file
+    remains."""
     raw = RawData(
         np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1, np.int64), np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1), ("a",)
     )

@@ -1,4 +1,4 @@
-"""Batch normalization in groups: one pass for several forward passes."""
+"""Grouped BN: one forward pass instead of several."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_grouped_normalization_is_one_pass_for_several(groups: int, momentum: fl
 
 
 def test_grouped_normalization_outside_its_block_is_the_plain_one() -> None:
-    """Inference and the virtual model see an ordinary network: the same keys, no groups, in eval mode none either."""
+    """Inference and the virtual model use plain BN: the same keys, no groups, also in eval mode."""
     plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     ours = group(copy.deepcopy(plain))
     assert list(ours.state_dict()) == list(plain.state_dict())

@@ -1,4 +1,4 @@
-"""The house: which folder may import which, which file may name a plug-in, and that everything public says what it is."""
+"""The layers: which folder may import which, which file may name a plug-in, and that everything public has a docstring."""
 
 from __future__ import annotations
 
@@ -60,14 +60,9 @@ def module_name(source: str) -> str:
 
 
 def imported(tree: ast.AST, choices: bool = True) -> set[str]:
-    """Return every module that a file imports, also inside functions and by a text.
-
-    `from a import b` counts as a.b if that is a file. By a text: what a function that imports is called with, the name of a
-    package inside a folder wherever it stands, and the kind of that package's plug-ins.
-
-    Args:
-        choices: whether a kind counts that `Choices` declares a YAML may choose from.
-    """
+    """Return every module that a file imports, also inside functions and through strings. `from a import b` counts as a.b
+    if that is a file. Strings that count: arguments of importing functions, names of packages inside a folder, and kinds of
+    plug-ins; with `choices`, also the kinds that `Choices` declares."""
     out = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -88,7 +83,7 @@ def imported(tree: ast.AST, choices: bool = True) -> set[str]:
 
 
 def literals(tree: ast.AST) -> Iterator[str]:
-    """Yield the texts of a file, those of f-strings piece by piece; docstrings are none."""
+    """Yield the strings of a file, those of f-strings piece by piece, without docstrings."""
     idle = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in idle:
@@ -96,7 +91,7 @@ def literals(tree: ast.AST) -> Iterator[str]:
 
 
 def strays(tree: ast.Module, folder: str) -> set[str]:
-    """Return what a file of a folder imports and must not. What runs as a command stands above all folders, as ASD.py does."""
+    """Return the forbidden imports of a file in a folder. Modules that run as commands may import everything, as ASD.py may."""
     commands = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"]
     rest = [node for node in tree.body if node not in commands]
     out = set()
@@ -109,7 +104,7 @@ def strays(tree: ast.Module, folder: str) -> set[str]:
 
 
 def named_plugins(tree: ast.AST) -> set[str]:
-    """Return the plug-ins that a file names in a text or imports."""
+    """Return the plug-ins that a file names in a string or imports."""
     out = {name.rpartition(".")[2] for name in imported(tree) if name.rpartition(".")[0] in KINDS.values()}
     for text in literals(tree):
         for name in PLUGINS:
@@ -126,7 +121,7 @@ def is_own(name: str) -> bool:
 
 
 def load(source: str) -> ModuleType:
-    """Import a source file; test.py by its path, for its name is also one of the standard library's."""
+    """Import a source file; test.py by its path, because the standard library has a module of that name."""
     if source != "test.py":
         return importlib.import_module(module_name(source))
     spec = importlib.util.spec_from_file_location("repository_test", REPOSITORY / source)
@@ -138,7 +133,7 @@ def load(source: str) -> ModuleType:
 
 
 def test_every_source_file_is_seen() -> None:
-    """The rules below hold for the whole project: both scripts and the folders, and no other code at the top."""
+    """The rules below cover the whole project: both scripts and all folders; there is no other code at the top."""
     assert {module_name(s).partition(".")[0] for s in SOURCES} == set(MAY_IMPORT)
     assert {p.name for p in REPOSITORY.glob("*.py")} == set(SCRIPTS)
     assert len(SOURCES) > 20
@@ -146,7 +141,8 @@ def test_every_source_file_is_seen() -> None:
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_folders_import_only_what_lies_below_them(source: str) -> None:
-    """utils stands on nothing of the project, data, model and loss never on one another, only the scripts on all of it."""
+    """utils imports nothing of the project; data, model and loss do not import one another; only the scripts import
+    everything."""
     assert strays(parse(source), module_name(source).partition(".")[0]) == set()
 
 
@@ -176,7 +172,7 @@ def test_folders_import_only_what_lies_below_them(source: str) -> None:
     ],
 )
 def test_an_import_by_text_is_an_import(folder: str, line: str, caught: bool) -> None:
-    """The rule above sees an import through the name of a package or of a kind of plug-ins, however it is written."""
+    """The rule above also finds imports through the name of a package or of a kind of plug-ins, in any form."""
     assert bool(strays(ast.parse(line), folder)) == caught
 
 
@@ -185,7 +181,7 @@ CORE = [s for s in SOURCES if module_name(s).rpartition(".")[0] not in KINDS.val
 
 @pytest.mark.parametrize("source", CORE)
 def test_only_its_own_file_names_a_plugin(source: str) -> None:
-    """What the core must know of a plug-in its file declares; the name of the plug-in is nowhere else."""
+    """A plug-in's file declares what the core must know about it; no other file has its name."""
     assert named_plugins(parse(source)) == ({"asd"} if source == "utils/config.py" else set())  # the default of `defense`
 
 
@@ -203,12 +199,12 @@ def test_only_its_own_file_names_a_plugin(source: str) -> None:
     ],
 )
 def test_a_plugins_name_is_found(line: str, found: set[str]) -> None:
-    """The rule above sees a name in a comparison, a table, an example in a message and an import; prose is free."""
+    """The rule above finds a name in a comparison, a table, an example in a message and an import, but not in comments."""
     assert named_plugins(ast.parse(line)) == found
 
 
 def test_no_circular_imports() -> None:
-    """Every file can be read with the files below it alone: the imports form no circle."""
+    """Every file can be imported with only the files below it: there are no circular imports."""
     below = {module_name(s): {n for n in imported(parse(s), choices=False) if is_own(n)} for s in SOURCES}
     while below:
         free = {name for name, needs in below.items() if not needs & (below.keys() - {name})}
@@ -217,7 +213,7 @@ def test_no_circular_imports() -> None:
 
 
 def own_methods(kind: type) -> list[tuple[str, object]]:
-    """Return the public methods of a class that no base from outside the project describes already."""
+    """Return the public methods of a class that are not described by a base class outside the project."""
     inherited = {name for base in kind.__mro__[1:] for name in vars(base)}
     return [
         (name, item)
@@ -226,8 +222,8 @@ def own_methods(kind: type) -> list[tuple[str, object]]:
     ]
 
 
-def tells_its_keys(kind: type) -> bool:
-    """Return whether a class is a table of settings in which every key has its line of help or is itself a table."""
+def is_settings_table(kind: type) -> bool:
+    """Return whether a class is a settings table in which every key has help or is itself a table."""
     if not dataclasses.is_dataclass(kind):
         return False
     fields = dataclasses.fields(kind)
@@ -236,7 +232,7 @@ def tells_its_keys(kind: type) -> bool:
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_everything_public_has_a_docstring(source: str) -> None:
-    """Every module, public function, class and method says what it is; a settings table may say it key by key."""
+    """Every module, public function, class and method has a docstring; a settings table may describe its keys instead."""
     module = load(source)
     assert inspect.getdoc(module), source
     for name, item in vars(module).items():
@@ -245,13 +241,13 @@ def test_everything_public_has_a_docstring(source: str) -> None:
         if inspect.isfunction(item):
             assert item.__doc__, f"{source}: {name}"
         elif inspect.isclass(item):
-            assert tells_its_keys(item) or (item.__doc__ and not item.__doc__.startswith(f"{name}(")), f"{source}: {name}"
+            assert is_settings_table(item) or (item.__doc__ and not item.__doc__.startswith(f"{name}(")), f"{source}: {name}"
             for method, function in own_methods(item):
                 assert function.__doc__, f"{source}: {name}.{method}"
 
 
 MOST_PARAMETERS = 5  # besides self
-MORE_PARAMETERS = {"test.py: test", "test.py: label", "utils/pictures.py: draw_losses"}  # the exceptions
+MORE_PARAMETERS: set[str] = set()  # the exceptions
 
 
 def functions_with_more(tree: ast.AST) -> set[str]:
@@ -285,7 +281,7 @@ REPORTS_FAILURES = "utils/best_effort.py"  # of pictures, TensorBoard and parts 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_no_bare_except(source: str) -> None:
-    """A handler of every exception raises again, but where the failure of a part is itself what is reported."""
+    """A handler of all exceptions raises again, except where the failure of a part is itself the report."""
     for node in ast.walk(parse(source)):
         if not isinstance(node, ast.ExceptHandler):
             continue
@@ -297,7 +293,7 @@ def test_no_bare_except(source: str) -> None:
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_nothing_is_run_from_text(source: str) -> None:
-    """No source calls exec, eval or pickle's own loaders, and torch.load is always told to load weights only."""
+    """No source file calls exec, eval or pickle's loaders, and torch.load is always called with `weights_only`."""
     for node in ast.walk(parse(source)):
         if not isinstance(node, ast.Call):
             continue
@@ -311,5 +307,5 @@ def test_nothing_is_run_from_text(source: str) -> None:
 
 
 def test_files_lie_where_the_tests_expect_them() -> None:
-    """The repository that is tested is the one that is imported."""
+    """The tested repository is the imported one."""
     assert Path(str(importlib.import_module("ASD").__file__)).resolve() == REPOSITORY / "ASD.py"

@@ -1,4 +1,4 @@
-"""Where log lines go: to standard output for a command, to `asd.log` for a run, nowhere else."""
+"""Log lines go to standard output for a command, to `asd.log` for a run, and nowhere else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OURS, FOREIGN = logging.getLogger("data.tables"), logging.getLogger("somebody.el
 
 @pytest.fixture(autouse=True)
 def _nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests themselves may have been started by a launcher, and other tests in the process leave logs open."""
+    """The tests may have been started by a launcher, and other tests in this process may leave logs open."""
     for logger in map(logging.getLogger, logs.PACKAGES):
         for handler in list(logger.handlers):
             logs.detach(handler)
@@ -37,7 +37,7 @@ def command(main: Callable[[], object]) -> None:
 
 
 def speak() -> None:
-    """Log a line of each level, of this project and of a library."""
+    """Log a line of each level, from this project and from a library."""
     for logger in (OURS, FOREIGN):
         logger.debug(f"{logger.name}: debug")
         logger.info(f"{logger.name}: 100 %s")
@@ -48,7 +48,7 @@ def speak() -> None:
 def test_ranks_above_0_show_warnings_alone(
     rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first process prints bare messages from INFO on, the others only warnings; libraries' lines are not among them."""
+    """Rank 0 prints plain messages from INFO on, the others only warnings; lines of libraries are not printed."""
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     for name, value in meeting.items():
         monkeypatch.setenv(name, value)
@@ -58,8 +58,8 @@ def test_ranks_above_0_show_warnings_alone(
 
 
 def test_several_commands_and_runs_print_nothing_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In one process, after other commands and runs, and with a root logger that a library has set up, each line is printed
-    once and kept once, in the log of the run that is open."""
+    """In one process, after other commands and runs, and with a root logger configured by a library, each line is printed
+    once and recorded once, in the log of the open run."""
 
     def run() -> None:
         for name in ("a", "b"):
@@ -84,7 +84,7 @@ def test_several_commands_and_runs_print_nothing_twice(tmp_path: Path, capsys: p
 
 
 def test_a_library_user_has_pythons_usual_logging(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a command nothing is printed at INFO, and what the user sets up receives the lines, after commands too."""
+    """Without a command nothing is printed at INFO, and handlers of the user receive the lines, also after commands."""
     command(speak)
     capsys.readouterr()
     caplog.clear()
@@ -95,8 +95,8 @@ def test_a_library_user_has_pythons_usual_logging(caplog: pytest.LogCaptureFixtu
     assert caplog.messages[-1] == "heard"
 
 
-def test_every_module_that_logs_is_heard() -> None:
-    """The top-level loggers are those of all folders whose modules log, and of scripts."""
+def test_every_module_that_logs_is_covered() -> None:
+    """The top-level loggers cover all folders whose modules log, and scripts."""
     texts = {source: (REPOSITORY / source).read_text(encoding="utf-8") for source in SOURCES}
     folders = {source.partition("/")[0] for source, text in texts.items() if "logging.getLogger(__name__)" in text}
     assert folders and {folder for folder in folders if not folder.endswith(".py")} <= set(logs.PACKAGES)

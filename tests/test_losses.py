@@ -1,4 +1,4 @@
-"""The losses and MixMatch's pure functions against their formulas, written out with Python floats."""
+"""The losses and MixMatch's functions against their formulas, written out with Python floats."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def double(values: object) -> Tensor:
 
 
 def test_losses_of_a_worked_example() -> None:
-    """Two equal logits of two classes cost log 2 as CE and half of log 10000 as RCE, whatever the label."""
+    """Two equal logits of two classes have the CE log 2 and the RCE log(10000) / 2, for any label."""
     logits, labels = torch.zeros(2, 2), torch.tensor([0, 1])
     assert cross_entropy(logits, labels).tolist() == pytest.approx([math.log(2)] * 2)
     assert reverse_cross_entropy(logits, labels).tolist() == pytest.approx([0.5 * math.log(1e4)] * 2)
@@ -104,7 +104,7 @@ def test_losses_of_a_worked_example() -> None:
 @FEW
 @given(logits_and_labels(), st.floats(0, 3), st.floats(0, 3))
 def test_supervised_losses_follow_the_formulas(sample: tuple[list[list[float]], list[int]], alpha: float, beta: float) -> None:
-    """CE, RCE and SCE give each image the loss of the paper's formula, floors included, one value an image."""
+    """CE, RCE and SCE give each image the loss of the paper's formula, including floors."""
     rows, labels = sample
     z, y = double(rows), torch.tensor(labels)
     ce = [slow_ce(row, label) for row, label in zip(rows, labels, strict=True)]
@@ -116,7 +116,7 @@ def test_supervised_losses_follow_the_formulas(sample: tuple[list[list[float]], 
 
 
 def test_floor_of_a_hopeless_prediction() -> None:
-    """A class of probability 0 still counts 1e-7 in the RCE, so a perfect prediction costs a little and not nothing."""
+    """A class of probability 0 counts as 1e-7 in the RCE, so a perfect prediction has a small positive loss."""
     logits, label = double([[200.0, 0.0, 0.0]]), torch.tensor([0])
     assert reverse_cross_entropy(logits, label).item() == pytest.approx(-2e-7 * math.log(1e-4), rel=1e-9)
 
@@ -148,7 +148,7 @@ TARGETS = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0, 0, 0, 1], [0.25] * 4, [0.5, 0.
     ids=["CE", "RCE", "SCE", "Lx", "Lu"],
 )
 def test_gradients_are_those_of_the_formula(scalar: Callable[[Tensor], Tensor]) -> None:
-    """Every loss that is trained on hands back the gradient that small changes of the logits show."""
+    """The gradients of all training losses equal finite differences."""
     logits = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
     (gradient,) = torch.autograd.grad(scalar(logits), logits)
     slow = finite_differences(lambda z: scalar(z).detach(), logits.detach())
@@ -158,7 +158,7 @@ def test_gradients_are_those_of_the_formula(scalar: Callable[[Tensor], Tensor]) 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_computed_in_float32(kind: torch.dtype) -> None:
-    """bf16 and fp16 logits lose nothing more: the losses are float32 and equal those of the same numbers in float64."""
+    """With bf16 and fp16 logits the losses are float32 and equal those of the same numbers in float64."""
     logits = (8 * torch.randn(5, 4, generator=torch.Generator().manual_seed(0))).to(kind)
     rows, labels = logits.double().tolist(), [0, 1, 2, 3, 0]
     y = torch.tensor(labels)
@@ -238,7 +238,7 @@ def test_mixup_mixes_each_row_with_its_partner(count: int, lam: float, rng: rand
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 5))
 def test_interleave_swaps_the_groups_and_is_its_own_inverse(batch: int, blocks: int) -> None:
-    """Any batch is interleaved as the lists say, batches smaller than the blocks included; a second time restores it."""
+    """Any batch is interleaved as the lists say, also batches smaller than the number of blocks; a second time restores it."""
     rows = list(range(blocks * batch))
     once = interleave(torch.tensor(rows), batch)
     assert once.tolist() == slow_interleave(rows, batch)
@@ -254,7 +254,7 @@ def test_interleave_of_the_papers_batch() -> None:
 
 
 def test_interleave_moves_whole_images_and_lets_gradients_through() -> None:
-    """Images of any shape move as a whole, and the gradient of a row goes back to the row it came from."""
+    """Images of any shape are moved as a whole, and the gradient of a row reaches its source row."""
     images = torch.randn(9, 2, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
     order = slow_interleave(list(range(9)), 3)
     mixed = interleave(images, 3)
@@ -269,7 +269,7 @@ def test_interleave_moves_whole_images_and_lets_gradients_through() -> None:
 @FEW
 @given(st.integers(0, 200), st.integers(1, 12), st.floats(0, 100), st.sampled_from([0.0, 1.0, 2.5, 40.0, 120.0]))
 def test_lambda_u_grows_linearly_with_the_step(epoch: int, steps: int, lambda_u: float, length: float) -> None:
-    """Step i of an epoch weighs the unlabeled loss with lambda_u * clip((epoch + i / steps) / length, 0, 1)."""
+    """In step i of an epoch the weight of the unlabeled loss is lambda_u * clip((epoch + i / steps) / length, 0, 1)."""
     slow = []
     for i in range(steps):
         at = epoch + i / steps

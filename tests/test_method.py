@@ -1,4 +1,4 @@
-"""ASD.py's parts, in process: MixMatch steps, virtual model, scoring, split and accuracy against plain loops."""
+"""ASD.py's parts, in process: MixMatch steps, virtual model, split losses, split and accuracy against plain loops."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 class DoublePipeline(Pipeline):
-    """The same augmentation, handed on as float64, so that a step can be compared tightly."""
+    """The same augmentation in float64, for comparisons with tight tolerances."""
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         return super().__call__(images, draws).double()
@@ -53,7 +53,7 @@ def settings(tiny: Path, *overrides: str) -> Config:
 
 
 def context(config: Config, train_set: ImageSet, augment: Pipeline | None = None) -> Context:
-    """Return what is fixed for a run, on the CPU in fp32; the augmentation is the configured one unless given."""
+    """Return the context of a run, on the CPU in fp32; the augmentation is the configured one unless given."""
     fixed = build_context(config, FP32, train_set)
     return fixed if augment is None else dataclasses.replace(fixed, train_transform=augment)
 
@@ -125,7 +125,7 @@ def swap_groups(rows: list[Any], batch: int) -> list[Any]:
 def slow_mixmatch_step(
     model: nn.Module, adam: SlowAdam, train_set: ImageSet, draw: MixMatchDraws, augment: Pipeline, temperature: float
 ) -> tuple[float, float, float]:
-    """One MixMatch step, row by row, as the method is described: three views, two guesses, three forwards, one update."""
+    """Run one MixMatch step row by row, as in the paper: three views, two guesses, three forward passes, one update."""
     batch = len(draw.labeled)
 
     def view(image: Tensor, draws: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ def slow_scores(model: nn.Module, train_set: ImageSet, draws: Tensor, augment: P
 def slow_virtual_model(
     config: Config, epoch: int, model: nn.Module, train_set: ImageSet, augment: Pipeline
 ) -> tuple[nn.Module, list[str]]:
-    """Train a whole copy, every layer with a gradient, Adam on layer3, layer4 and linear; also say which names that is."""
+    """Train a full copy with gradients in all layers and Adam on layer3, layer4 and linear; also return the trained names."""
     virtual = copy.deepcopy(model)
     names = [n for n, _ in virtual.named_parameters() if n.split(".")[1] in ("layer3", "layer4") or n.startswith("linear.")]
     optimizer = torch.optim.Adam([dict(virtual.named_parameters())[n] for n in names], lr=0.015)
@@ -225,8 +225,8 @@ def draws_of(config: Config, train_set: ImageSet, augment: Pipeline, pool: Tenso
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("batch", [6, 7, 8])
 def test_mixmatch_steps_are_those_of_the_paper(tiny: Path, batch: int, merged: bool) -> None:
-    """Two MixMatch steps give the losses, weights and BN statistics of the method written out row by row, for batches that
-    three groups divide evenly and for those that they do not, and with the forwards merged (`runtime.merged`)."""
+    """Two MixMatch steps give the losses, weights and BN statistics of the method written out row by row, for batches
+    divisible by three and others, and with merged forward passes (`runtime.merged`)."""
     config = settings(tiny, f"semi.loader.batch_size={batch}", "optimizer.Adam.eps=0.001", "semi.mixmatch.temperature=0.4")
     augment, train_set = double_pipeline(config), make_set()
     draws = draws_of(config, train_set, augment, torch.arange(0, N, 2))
@@ -247,14 +247,14 @@ def test_mixmatch_steps_are_those_of_the_paper(tiny: Path, batch: int, merged: b
 
 
 def make_state(config: Config, train_set: ImageSet) -> State:
-    """Return a run's state with used BN statistics."""
+    """Return the state of a run with BN statistics that are not the initial ones."""
     state = build_state(config, FP32, len(train_set))
     state.model.load_state_dict(make_model(config).state_dict())
     return state
 
 
 def test_mixmatch_epoch_is_its_steps(tiny: Path) -> None:
-    """An epoch is `train_iteration` steps with one Adam; it reports the means over them, lambda_u ramping up on the way."""
+    """An epoch is `train_iteration` steps with one Adam; it returns their means, while lambda_u ramps up."""
     config = settings(tiny, "optimizer.Adam.eps=0.001", "semi.criterion.mixmatch.rampup_length=5")
     augment, train_set, pool = double_pipeline(config), make_set(), torch.arange(10, 30)
     state = make_state(config, train_set)
@@ -293,8 +293,8 @@ def test_labels_of_the_polluted_pool_are_ignored(tiny: Path) -> None:
 
 @pytest.mark.parametrize("passes", [1, 2])
 def test_virtual_model_is_a_plain_training_of_its_last_layers(tiny: Path, passes: int) -> None:
-    """The virtual model equals a copy trained by a plain loop over all images with the labels that they carry, the last,
-    smaller batch included; freezing the first layers changes no bit; the model itself stays as it was."""
+    """The virtual model equals a copy trained by a plain loop over all images with the labels they carry, including the
+    last, smaller batch. Freezing the first layers does not change a bit, and the model itself does not change."""
     config = settings(tiny, f"meta.epoch={passes}")
     train_set = make_set()
     augment, _ = build_transforms(config, train_set)
@@ -315,8 +315,8 @@ def test_virtual_model_is_a_plain_training_of_its_last_layers(tiny: Path, passes
 
 @pytest.mark.parametrize("optimizer", ["{Adam: {lr: 0.015}}", "{SGD: {lr: 0.05, momentum: 0.9, nesterov: true}}"])
 def test_a_virtual_model_leaves_nothing_to_the_next(tiny: Path, optimizer: str) -> None:
-    """A virtual model made over that of an earlier epoch and another model, in the same tensors, equals a new one bit for
-    bit: weights, BN statistics and counters, whatever moments its optimizer had."""
+    """A virtual model that reuses the tensors of an earlier epoch and another model equals a new one bit for bit: weights,
+    BN statistics and counters, whatever moments its optimizer had."""
     config, train_set = settings(tiny, "meta.epoch=2", f"meta.optimizer={optimizer}"), make_set()
     fixed, model, other = context(config, train_set), make_model(config), make_model(config, seed=2)
     virtual = ASD.build_virtual(fixed, other)
@@ -331,8 +331,8 @@ def test_a_virtual_model_leaves_nothing_to_the_next(tiny: Path, optimizer: str) 
 
 
 def test_undefended_epoch_is_a_plain_training(tiny: Path) -> None:
-    """`defense: none` trains all layers by plain SGD with momentum and weight decay on every image once, and reports the
-    mean loss of the images."""
+    """`defense: none` trains all layers by plain SGD with momentum and weight decay, once on every image, and returns the
+    mean loss."""
     config = settings(tiny, "defense=none", "undefended.batch_size=16")
     train_set, augment = make_set(), double_pipeline(config)
     state = make_state(config, train_set)
@@ -363,8 +363,8 @@ def test_undefended_epoch_is_a_plain_training(tiny: Path) -> None:
 
 
 def test_split_losses_are_those_of_single_images(tiny: Path) -> None:
-    """Each image's split loss is the symmetric cross-entropy of its own augmented view in eval mode; scoring changes neither
-    the model nor its mode."""
+    """Each image's split loss is the symmetric cross-entropy of its own augmented view in eval mode; neither the model nor
+    its mode changes."""
     config = settings(tiny)
     train_set = make_set()
     augment, _ = build_transforms(config, train_set)
@@ -381,7 +381,7 @@ def test_split_losses_are_those_of_single_images(tiny: Path) -> None:
 
 
 def test_the_size_of_scoring_batches_changes_no_decision(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Larger batches in scoring and testing, as on CUDA, give the split losses up to rounding, and the same shares exactly."""
+    """Larger inference batches, as on CUDA, give the same split losses up to rounding, and exactly the same shares."""
     config, images = settings(tiny), make_set()
     fixed, model = context(config, images), make_model(config)
     tests = TestSets(images, ImageSet(images.images, images.labels.roll(1)), torch.arange(N))
@@ -408,7 +408,7 @@ def test_the_size_of_scoring_batches_changes_no_decision(tiny: Path, monkeypatch
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_losses_that_are_not_finite_are_refused(tiny: Path, value: float) -> None:
-    """A network that has diverged gives one line that names the epoch and the learning rate, not an arbitrary pool."""
+    """If the network has diverged, one line names the epoch and the learning rate; no arbitrary pool is made."""
     config = settings(tiny)
     train_set = make_set()
     model = make_model(config)
@@ -444,8 +444,7 @@ def lowest_share(values: list[float], share: float) -> list[int]:
 def test_stage_of_the_split_follows_the_epoch(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, first: int, second: int, third: int, keep_seeds: bool
 ) -> None:
-    """In every epoch of every plan the clean pool is that of the stage the epoch belongs to, and a virtual model is trained
-    in the third stage only."""
+    """In every epoch of every plan the clean pool is that of the epoch's stage, and only stage 3 trains a virtual model."""
     plan = [f"global.epoch_first={first}", f"global.epoch_second={second}", f"global.epoch_third={third}"]
     config = settings(tiny, *plan, f"num_epochs={third}", f"global.keep_seeds={str(keep_seeds).lower()}")
     train_set, model = make_set(), make_model(config)
@@ -482,7 +481,7 @@ def test_stage_of_the_split_follows_the_epoch(
 
 
 def test_meta_split_by_hand(tiny: Path) -> None:
-    """The third stage keeps the half whose split loss a real virtual model lowers least, and drops the virtual model."""
+    """Stage 3 keeps the half whose split loss a real virtual model lowers least, and discards the virtual model."""
     config = settings(tiny)
     train_set, model = make_set(), make_model(config)
     augment, _ = build_transforms(config, train_set)
@@ -502,7 +501,7 @@ def test_meta_split_by_hand(tiny: Path) -> None:
 
 @pytest.mark.parametrize("batch", [1, 16, 64])
 def test_accuracy_is_a_count(tiny: Path, batch: int) -> None:
-    """Accuracy is the number of images that get their label over the number of images, also where the last batch is small."""
+    """Accuracy is the number of images that get their label divided by the number of images, also with a smaller last batch."""
     config = settings(tiny, f"loader.batch_size={batch}")
     test_set = make_set(43, seed=5)
     fixed = context(config, test_set)
@@ -562,7 +561,7 @@ def test_accuracy_is_a_count(tiny: Path, batch: int) -> None:
     ],
 )
 def test_ground_truth_cannot_reach_splits_and_training(function: Any) -> None:
-    """Nothing that splits or trains can be handed the ground truth: no argument may hold it, at any depth."""
+    """No function that splits or trains has an argument that could hold the ground truth, at any depth."""
     hints = typing.get_type_hints(function)
     reachable, queue = set(), [hints[name] for name in inspect.signature(function).parameters if name != "self"]
     assert Any not in queue

@@ -1,4 +1,4 @@
-"""The network, the virtual model's copy of it, the optimizers and schedules: against independent constructions."""
+"""The network, the virtual copy, the optimizers and schedules against independent constructions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def network(width: int = 2, blocks: int = 2, classes: int = 10, seed: int = 0) -
 
 
 def used(model: Classifier) -> Classifier:
-    """Give the network the BN weights and statistics of one that has been trained."""
+    """Give the network BN weights and statistics like those of a trained one."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -138,7 +138,7 @@ def test_initial_weights_are_the_authors(width: int, blocks: int, classes: int, 
 
 
 def test_building_leaves_the_global_generator_alone() -> None:
-    """Numbers drawn after a network was built are those drawn without it, and its weights do not depend on them."""
+    """Building a network does not affect torch's global generator, and the weights do not depend on its state."""
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -166,8 +166,8 @@ def test_forward_is_the_network_of_the_paper(width: int, blocks: int, classes: i
 
 @pytest.mark.parametrize("training", [True, False])
 def test_predict_is_in_eval_mode_and_changes_nothing(training: bool) -> None:
-    """Logits of unequal batches come in order, each image on its own. Afterwards every module has the mode that it had, also
-    where modes differ, and BN statistics are as before."""
+    """Logits of batches of different sizes come in order, each image by itself. Afterwards every module is in its earlier
+    mode, even if modes differ, and BN statistics are unchanged."""
     model = used(network(blocks=1))
     model.train(training)
     model.backbone.bn1.train(not training)
@@ -189,7 +189,7 @@ def test_predict_is_in_eval_mode_and_changes_nothing(training: bool) -> None:
 
 
 def test_modes_are_restored_after_an_error() -> None:
-    """Where a batch cannot be read, the model does not stay in eval mode."""
+    """If a batch cannot be read, the model does not stay in eval mode."""
 
     def batches() -> Iterator[Tensor]:
         yield torch.zeros(2, 3, 32, 32)
@@ -202,8 +202,8 @@ def test_modes_are_restored_after_an_error() -> None:
 
 
 def test_virtual_model_learns_in_its_last_layers_only() -> None:
-    """Only layer3, layer4 and the linear layer of the virtual model learn, its BN statistics move everywhere, and the model
-    that it was copied from stays as it was."""
+    """Only layer3, layer4 and the linear layer of the virtual model are trained, its BN statistics move everywhere, and the
+    original model does not change."""
     model = network()
     before = copy.deepcopy(model.state_dict())
     virtual, trained = virtual_copy(model)

@@ -70,12 +70,12 @@ normalized = pytest.mark.parametrize("name", sorted(SMALL.keys() - {"vit_b_16"})
 
 
 def chosen(name: str, **changes: Any) -> Named:
-    """Return a small network's name and settings, as a YAML gives them."""
+    """Return name and settings of a small network, as given by a YAML."""
     return Named(name, plugins.settings("model.networks", name)(**SMALL[name] | changes))
 
 
 def small(name: str, seed: int = 0, classes: int = 5, **changes: Any) -> Classifier:
-    """Return the small classifier in float64, with the BN weights and statistics of one that has been trained."""
+    """Return the small classifier in float64, with BN weights and statistics like those of a trained one."""
     model = build_classifier(chosen(name, **changes), classes, seed).double()
     generator = torch.Generator().manual_seed(seed)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -101,7 +101,7 @@ def some_images(count: int, side: int = 32, seed: int = 0) -> Tensor:
 
 
 def test_every_network_is_tested() -> None:
-    """A network that is added has its place in these tests."""
+    """Every network in the folder is covered by these tests."""
     assert sorted(SMALL) == plugins.names("model.networks")
     assert set(SMALL) == {name for name, *_ in PUBLISHED}
 
@@ -136,8 +136,8 @@ def test_images_become_features_and_logits(name: str) -> None:
 
 @every_network
 def test_initial_weights_repeat_under_the_seed(name: str) -> None:
-    """The same seed gives the same weights whatever was drawn before, another seed others, and torch's own generator goes on
-    as if no network had been built."""
+    """The same seed gives the same weights regardless of earlier draws, another seed gives others, and torch's global
+    generator is not affected."""
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -171,8 +171,8 @@ HEADS = {"densenet121": "classifier", "mobilenet_v2": "classifier.1", "vit_b_16"
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "densenet121", "mobilenet_v2", "vit_b_16"])
 def test_torchvisions_networks_are_torchvisions(name: str) -> None:
-    """With the backbone's weights under their own names and the linear layer's under the head's, torchvision's network gives
-    the same logits; nothing is missing and nothing is left over."""
+    """With the backbone's weights under their own names and the linear layer's under those of the head, torchvision's
+    network gives the same logits; no key is missing or left over."""
     model = small(name).eval()
     head = HEADS.get(name, "fc")
     renamed = {
@@ -376,23 +376,23 @@ def test_a_part_that_does_not_exist_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "expected"),
     [
-        (["network={wide_resnet: {depth: 27}}"], "network.wide_resnet.depth: 27: is not 6 n + 4"),
+        (["network={wide_resnet: {depth: 27}}"], "network.wide_resnet.depth: 27: must be 6 n + 4"),
         (["network={resnet34: {blocks: [3, 4, 6]}}"], "network.resnet34.blocks: [3, 4, 6]: give four numbers"),
         (["network={densenet121: {blocks: []}}"], "network.densenet121.blocks: []: give four numbers"),
-        (["network={vit_b_16: {image_size: 30}}"], "network.vit_b_16.patch_size: 16: does not divide image_size (30)"),
-        (["network={vit_b_16: {heads: 7}}"], "network.vit_b_16.heads: 7: does not divide hidden_dim (768)"),
+        (["network={vit_b_16: {image_size: 30}}"], "network.vit_b_16.patch_size: 16: must divide image_size (30)"),
+        (["network={vit_b_16: {heads: 7}}"], "network.vit_b_16.heads: 7: must divide hidden_dim (768)"),
         (["network={resnet18: {last_parts: layer4}}"], "network.resnet18.last_parts: 'layer4': give a list, e.g. [layer4]"),
         (["network={resnet50: {num_classes: 7}}"], "network.resnet50.num_classes: 7: num_classes is 10"),
         (["network=resnet18", "network.resnet18.last_parts=[x]"], "--set network.resnet18.last_parts: network.resnet18.last"),
     ],
 )
-def test_impossible_settings_are_refused(overrides: list[str], says: str) -> None:
+def test_impossible_settings_are_refused(overrides: list[str], expected: str) -> None:
     """Sizes that a network cannot have are refused with the configuration, in one line with the key and the remedy."""
     with pytest.raises(UserError) as caught:
         loads(*overrides)
-    assert says in str(caught.value)
+    assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -405,21 +405,23 @@ def test_parts_come_from_the_yaml() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "height", "width", "says"),
+    ("name", "settings", "height", "width", "expected"),
     [
-        ("densenet121", {}, 28, 28, "28 x 28 and it needs 32 x 32"),
-        ("vgg16_bn", {}, 32, 31, "32 x 31 and it needs 32 x 32"),
+        ("densenet121", {}, 28, 28, "32 x 32 pixels, the images have 28 x 28"),
+        ("vgg16_bn", {}, 32, 31, "32 x 32 pixels, the images have 32 x 31"),
         ("vit_b_16", {}, 28, 28, "image_size: 32: the images are 28 x 28"),
         ("vit_b_16", {}, 32, 40, "image_size: 32: the images are 32 x 40"),
         ("vit_b_16", {"image_size": 224, "patch_size": 16}, 32, 32, "image_size: 224: the images are 32 x 32"),
     ],
 )
-def test_images_of_a_wrong_size_are_refused(name: str, settings: dict[str, Any], height: int, width: int, says: str) -> None:
+def test_images_of_a_wrong_size_are_refused(
+    name: str, settings: dict[str, Any], height: int, width: int, expected: str
+) -> None:
     """Images that a network cannot take are refused in one line with their size, the setting and a remedy, also by a copy."""
     model = copy.deepcopy(small(name, **settings))
     with pytest.raises(UserError) as caught:
         model(torch.zeros(2, 3, height, width, dtype=torch.float64))
-    assert says in str(caught.value)
+    assert expected in str(caught.value)
     assert f"network: {name}" in str(caught.value) or f"network.{name}." in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -483,8 +485,8 @@ def test_bf16_with_channels_last_is_the_same_network(name: str, merged: bool) ->
 
 @pytest.mark.parametrize("name", ["vgg16_bn", "mobilenet_v2", "vit_b_16", "wide_resnet"])
 def test_dropout_follows_the_global_seed(name: str) -> None:
-    """In training the units that are dropped are a function of torch's seed, so that a resumed epoch drops the same; with
-    dropout 0 nothing is drawn."""
+    """In training the dropped units depend only on torch's seed, so a resumed epoch drops the same; with dropout 0 nothing
+    is drawn."""
     model = small(name, dropout=0.4).train()
     model.backbone.requires_grad_(False)
 
@@ -502,8 +504,8 @@ def test_dropout_follows_the_global_seed(name: str) -> None:
 @normalized
 @pytest.mark.parametrize("grouped", [False, True])
 def test_batches_are_counted_at_the_end(name: str, grouped: bool) -> None:
-    """With the counters of batch normalization left out of the forward passes, statistics and counters end up the same, bit
-    for bit; they stay as they were where the passes are broken off."""
+    """With BN's batch counters updated only at the end, statistics and counters are the same bit for bit; after an error
+    the counters are unchanged."""
     model = small(name, **({"dropout": 0.0} if name == "mobilenet_v2" else {})).train()
     plain, counters = copy.deepcopy(model), [key for key in model.state_dict() if key.endswith("num_batches_tracked")]
     if grouped:
@@ -529,7 +531,7 @@ def test_batches_are_counted_at_the_end(name: str, grouped: bool) -> None:
 
 
 def test_a_mean_over_all_batches_counts_them_itself() -> None:
-    """Without momentum the running statistics are means over all batches, for which the counter is read in every pass."""
+    """Without momentum, running statistics are means over all batches, and every pass reads the counter."""
     images = [torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     norm = nn.BatchNorm2d(2, momentum=None)
     with count_at_end(norm, 3):
@@ -551,7 +553,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_a_single_image_left_over_is_trained_on(name: str) -> None:
-    """33 images in batches of 32: a network whose last map is 1 x 1 cannot normalize one image alone."""
+    """33 images in batches of 32: BN after a 1 x 1 map could not normalize a single remaining image."""
     model = build_classifier(Named(name, plugins.settings("model.networks", name)(**SMALL[name])), 10, 0)
     train_set = ImageSet(torch.randint(0, 256, (33, 3, 32, 32), dtype=torch.uint8), torch.arange(33) % 10)
     to_tensor = Named("to_tensor", plugins.settings("data.transforms", "to_tensor")())

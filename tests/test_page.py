@@ -1,4 +1,4 @@
-"""`report.html`: what it shows, that it needs nothing else, and that no text of a run can become markup."""
+"""`report.html`: its contents, that it is self-contained, and that no text of a run can become markup."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Reader(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note a tag; all but these three have an end."""
+        """Record a tag; all but these three have an end tag."""
         self.tags.append((tag, dict(attrs)))
         if tag not in ("meta", "img"):
             self.open.append(tag)
@@ -44,7 +44,7 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        """Note a text."""
+        """Record a text."""
         self.texts.append(data)
 
 
@@ -58,7 +58,7 @@ def row(epoch: int, **changes: Any) -> dict[str, Any]:
 
 
 def make_run(folder: Path, rows: list[dict[str, Any]], names: list[str], plots: tuple[str, ...] = ()) -> Path:
-    """A run's folder with the files that the page is made of."""
+    """Make a run's folder with the files that the page is generated from."""
     (folder / "log").mkdir(parents=True)
     (folder / "log" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (folder / "config.yaml").write_text(f"dataset: folder\nrun: {names[0]!r}\n" if names else "run: x\n", errors="replace")
@@ -73,7 +73,7 @@ def make_run(folder: Path, rows: list[dict[str, Any]], names: list[str], plots: 
 
 
 def write_suspects(folder: Path, names: list[str]) -> None:
-    """A suspects.csv whose names, labels and model labels are these."""
+    """Write a suspects.csv with these names, labels and predicted labels."""
     with open(folder / "suspects.csv", "w", newline="", errors="surrogateescape") as file:
         rows = csv.writer(file)
         rows.writerow(["rank", "name", "label", "model_label", "confidence", "split_loss", "epochs_in_clean_pool", "score"])
@@ -93,7 +93,8 @@ PLOTS = ("log/accuracy.png", "log/purity.png", "log/split_class-aware.png", "log
 
 
 def test_the_page_has_all_parts_of_a_run(tmp_path: Path) -> None:
-    """Figures of the last epoch in %, every plot byte for byte, every epoch, classes, suspects and settings are there."""
+    """The page has the figures of the last epoch in %, every plot byte for byte, every epoch, classes, suspects and
+    settings."""
     folder = make_run(tmp_path / "run", [row(0, clean_accuracy=0.123456), row(1)], ["cat", "dog", "frog"], PLOTS)
     write_suspects(folder, ["cat/1.png"])
     reader = read_page(folder)
@@ -107,7 +108,7 @@ def test_the_page_has_all_parts_of_a_run(tmp_path: Path) -> None:
 
 
 def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
-    """There is no script, no link and no address in the page, and its policy allows embedded images and its own style alone."""
+    """The page has no script, link or address, and its policy allows only embedded images and its own style."""
     folder = make_run(tmp_path / "run", [row(0)], HOSTILE, PLOTS)
     write_suspects(folder, HOSTILE)
     reader = read_page(folder, HOSTILE[1])
@@ -125,7 +126,7 @@ def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_every_text_of_a_run_is_escaped(tmp_path: Path, name: str) -> None:
-    """A class, file, run or attack of any name is shown as text, in every place where the page has it."""
+    """Class, file, run and attack names are shown as text, wherever the page has them."""
     names = [name, "dog"]
     folder = make_run(tmp_path / "run", [row(0, stage=name)], names)
     (folder / "config.yaml").write_text(f"run: {name}\n", encoding="utf-8", errors="replace")
@@ -140,7 +141,7 @@ def test_every_text_of_a_run_is_escaped(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("defense", ["asd", "none"])
 def test_what_is_unknown_is_left_out(tmp_path: Path, defense: str) -> None:
-    """Without test images, truth, plots, suspects and confusion matrix the page has fewer sections, none of them empty."""
+    """Without test images, ground truth, plots, suspects and confusion matrix the page has fewer sections, but no empty one."""
     unknown = dict.fromkeys(
         ("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target", "poisoned_in_clean_pool", "split_tpr",
          "split_fpr", *(("clean_pool_size", "polluted_pool_size") if defense == "none" else ()))
@@ -154,14 +155,14 @@ def test_what_is_unknown_is_left_out(tmp_path: Path, defense: str) -> None:
 
 
 def test_rows_of_an_earlier_version_are_shown(tmp_path: Path) -> None:
-    """A run that was begun before a key of metrics.jsonl existed has empty cells for it."""
+    """For a run that is older than a key of metrics.jsonl, its cells are empty."""
     old = {key: value for key, value in row(0).items() if not key.startswith("split_")}
     reader = read_page(make_run(tmp_path / "run", [old, row(1)], []))
     assert "split tpr" in reader.texts and "0.25" in reader.texts
 
 
 def test_a_matrix_with_an_empty_class(tmp_path: Path) -> None:
-    """A class without test images has no accuracy, and a class that nothing is taken for another has no rival."""
+    """A class without test images has no accuracy, and a class that is never mistaken for another has no rival."""
     folder = make_run(tmp_path / "run", [row(0)], ["cat", "dog"])
     matrix = torch.tensor([[0, 0], [0, 5]])
     text = confusion.to_json({"epoch": 0, "class_names": [], **confusion.figures(matrix)})

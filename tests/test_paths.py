@@ -1,4 +1,4 @@
-"""Paths that a user names: whatever is there, or cannot be looked at, is one line; and names as a person sees them."""
+"""Paths given by users: any problem is reported in one line. Also names of classes and images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NOBODY = "~nobody-of-this-name/x"
 
 
 def test_a_tilde_is_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`~` is the user's home; an unknown user's is refused, unless a file or folder has that very name."""
+    """`~` is the user's home folder; that of an unknown user is refused, unless a file or folder has that very name."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert paths.user_path("~/a", "k") == tmp_path / "a" and paths.user_path("a/~b", "k") == Path("a/~b")
@@ -44,7 +44,7 @@ def test_a_tilde_is_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_an_unknown_home_folder_is_one_line_wherever_a_path_is_named(tiny: Path) -> None:
-    """Every setting and option that names a path says which one it is."""
+    """For every setting and option with a path, the error names it."""
     settings = config.load(tiny, [])
     empty = SimpleNamespace(train=SimpleNamespace(labels=()), names=None, class_names=())
     calls = {
@@ -69,7 +69,7 @@ def test_an_unknown_home_folder_is_one_line_wherever_a_path_is_named(tiny: Path)
 
 @pytest.mark.parametrize("command", [["-m", "data.poison", "--out", NOBODY], ["ASD.py", "--set", f"data.cache_dir={NOBODY}"]])
 def test_an_unknown_home_folder_ends_a_program_in_one_line(command: list[str]) -> None:
-    """Exit code 2, and no traceback."""
+    """The exit code is 2, and there is no traceback."""
     common = ["--config", "config/demo.yaml", "--gpu", "cpu"]
     done = subprocess.run([sys.executable, *command, *common], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and NOBODY in done.stderr and done.stderr.count("\n") == 1
@@ -121,7 +121,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[object]]:
-    """What each reader says of a path below a folder that it may not enter; root needs setpriv to be kept out of one."""
+    """Return the error of each reader for a path in an inaccessible folder; root needs setpriv for that."""
     base = tmp_path_factory.mktemp("locked")
     closed, linked = base / "closed", base / "linked"
     closed.mkdir()
@@ -150,7 +150,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[object]]:
 
 
 def test_a_path_without_access_is_one_line_with_its_setting(locked: dict[str, list[object]]) -> None:
-    """Wherever a user can name a path, one below a folder of somebody else is told with setting, path and reason."""
+    """For a path in an inaccessible folder, the error has the setting, the path and the reason, wherever users give paths."""
     keys = {
         "data.datasets.folder": "dataset_dir", "data.datasets.gtsrb": "dataset_dir", "data.datasets.cifar10": "dataset_dir",
         "data.datasets.cifar100": "dataset_dir", "data.datasets.poisoned_set": "set.json", "name": "dataset_dir",
@@ -165,15 +165,15 @@ def test_a_path_without_access_is_one_line_with_its_setting(locked: dict[str, li
 
 
 def test_a_picture_that_links_to_a_path_without_access_is_unreadable(locked: dict[str, list[object]]) -> None:
-    """It is named like any picture that cannot be read, can be left out, and does not keep others from being labeled."""
+    """Such an image is reported like any unreadable one, can be skipped, and does not prevent labeling the others."""
     kind, text = locked["link"]
     assert kind == "UserError" and "a/1.png" in str(text) and "Permission denied" in str(text)
     assert locked["skipped"] == ["", ["a/0.png"]]
     assert locked["label"] == ["", [1, [["1.png", "Permission denied"]]]]
 
 
-def test_looking_tells_kinds_apart(tmp_path: Path) -> None:
-    """What is not there, even by a name that no file can have, is absent; what cannot be followed is a UserError."""
+def test_look_distinguishes_kinds(tmp_path: Path) -> None:
+    """A missing path is absent, even if its name is impossible; a path that cannot be examined is a UserError."""
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert paths.is_file(tmp_path / "file", "k") and not paths.is_dir(tmp_path / "file", "k")
@@ -186,8 +186,8 @@ def test_looking_tells_kinds_apart(tmp_path: Path) -> None:
 
 
 def test_an_error_of_a_file_has_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever the system says of a file that no other check met is one line with its name and exit code 2; an OSError
-    without a file is a defect and keeps its traceback."""
+    """Any OSError with a file name becomes one line with that name and exit code 2; one without a file name is a bug and
+    keeps its traceback."""
     with pytest.raises(SystemExit) as caught:
         cli.command("x.py", lambda: (tmp_path / "none").read_text())  # type: ignore[arg-type, return-value]
     said = capsys.readouterr().err
@@ -204,7 +204,7 @@ def test_an_error_of_a_file_has_no_traceback(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_name_is_found_by_its_letters() -> None:
-    """Exactly, or in the other Unicode form where only one name has it."""
+    """Names match exactly, or in the other Unicode form if only one name has it."""
     names = Names(["b\u00e9e", "e\u0301t", "x\u00e9", "xe\u0301"])
     assert names.find("be\u0301e") == "b\u00e9e" and names.find("\u00e9t") == "e\u0301t" and names.find("bee") is None
     assert names.find("x\u00e9") == "x\u00e9" and names.find("xe\u0301") == "xe\u0301"
@@ -222,12 +222,12 @@ def test_a_name_is_found_by_its_letters() -> None:
     ],
 )
 def test_a_class_is_shown_with_its_name(names: tuple[str, ...], text: str) -> None:
-    """Number and name; a name that is a number says what it is; nothing in a name can forge a line."""
+    """A class is shown by number and name; numeric names are marked, and no name can break the line."""
     assert class_text(2, names) == text
 
 
 def test_the_report_names_the_target_class(tiny: Path, tmp_path: Path) -> None:
-    """The first line of the log and the title of the pictures have the target's name beside its number."""
+    """The first line of the log and the titles of the plots have the name and the number of the target class."""
     settings = config.load(tiny, [])
     (tmp_path / "run" / "log").mkdir(parents=True)
     run, backdoor = Run("r", tmp_path / "run", tmp_path), Backdoor(Named("badnets", None), target_label=2)

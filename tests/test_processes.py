@@ -1,4 +1,4 @@
-"""Which process of a run this one is, as its environment says."""
+"""The rank of a process, from its environment variables."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_a_complete_launch_makes_one_of_several(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: Place, left: list[str]
 ) -> None:
-    """A process joins others only where all variables are there that it needs to find them; leftovers are named."""
+    """A process joins others only if all required variables are set; leftovers are reported."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert find_place() == expected and leftovers() == left
@@ -48,8 +48,8 @@ def test_only_a_complete_launch_makes_one_of_several(
 @pytest.mark.parametrize(
     ("name", "value"), [("WORLD_SIZE", "two"), ("RANK", "-1"), ("RANK", "2"), ("LOCAL_RANK", "0.5"), ("WORLD_SIZE", "0")]
 )
-def test_a_launch_that_makes_no_sense_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """A wrong number in a complete launch is refused with its variable and value; telling who fails does not fail."""
+def test_an_invalid_launch_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    """An invalid number in a complete launch is refused with its variable and value; reporting the rank does not fail."""
     for key, text in (MEETING | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", name: value}).items():
         monkeypatch.setenv(key, text)
     with pytest.raises(UserError) as caught:
@@ -60,7 +60,7 @@ def test_a_launch_that_makes_no_sense_is_one_line(monkeypatch: pytest.MonkeyPatc
 
 
 def test_leftovers_are_ignored_in_one_line(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
-    """A run with a WORLD_SIZE that some cluster left is one process and says so; test.py never looks at it."""
+    """A run with a leftover WORLD_SIZE is a single process and logs that; test.py ignores the variable."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert machine.choose_machine("cpu", False).world_size == 1
     assert len(said) == 1 and said[0].startswith("warning: WORLD_SIZE=4: ")
@@ -70,8 +70,8 @@ def test_leftovers_are_ignored_in_one_line(monkeypatch: pytest.MonkeyPatch, said
     assert len(said) == 1
 
 
-def test_processes_that_do_not_meet_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An address where nobody is ends in one line that names it, not in a traceback of the library."""
+def test_processes_that_cannot_connect_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address where no process listens is reported in one line, not by a traceback of the library."""
     for name, value in (MEETING | {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "none"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as caught:

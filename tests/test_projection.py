@@ -42,7 +42,7 @@ def test_the_components_are_those_of_power_iteration(shape: tuple[int, int]) -> 
 
 
 def test_two_clouds_stay_apart() -> None:
-    """The first axis separates two clouds, wherever they are, and holds nearly all of the variance."""
+    """The first axis separates two clusters, wherever they are, and has nearly all of the variance."""
     cloud = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     plane, shares = principal_components(torch.cat([cloud, cloud + 50]) + 1e4)
     assert (plane[:40, 0] > 0).all() != (plane[40:, 0] > 0).all() and shares[0] > 0.95
@@ -50,7 +50,7 @@ def test_two_clouds_stay_apart() -> None:
 
 @pytest.mark.parametrize("features", [torch.ones(5, 3), torch.arange(4.0)[:, None], torch.zeros(1, 8)])
 def test_degenerate_features_have_a_plane(features: torch.Tensor, tmp_path: Path) -> None:
-    """Features that are all equal, of one dimension, or of one image give finite coordinates and a picture."""
+    """Features that are all equal, of one dimension, or of one image give finite coordinates and a plot."""
     plane, shares = principal_components(features)
     assert plane.shape == (len(features), 2) and shares.shape == (2,)
     assert torch.isfinite(plane).all() and torch.isfinite(shares).all()
@@ -59,15 +59,15 @@ def test_degenerate_features_have_a_plane(features: torch.Tensor, tmp_path: Path
 
 
 def test_the_features_are_what_the_linear_layer_sees() -> None:
-    """`Features` gives a classifier's penultimate layer, and is made of its very weights."""
+    """`Features` returns the input of the linear layer and shares the classifier's weights."""
     model = build_classifier(Named("resnet18_cifar", Settings(width=2, blocks=1)), 3, 0).eval()
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(model.linear(Features(model)(images)), model(images))
     assert {id(p) for p in Features(model).parameters()} == {id(p) for p in model.parameters()}
 
 
-def test_the_picture_shows_each_group_in_its_colour(tmp_path: Path) -> None:
-    """Poisoned images are red on the first panel and there alone; a group without images is left out without a warning."""
+def test_the_picture_shows_each_group_in_its_color(tmp_path: Path) -> None:
+    """Poisoned images are red, and only on the first panel; a group without images is skipped without a warning."""
     features = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     poisoned = np.arange(50) < 10
     truth = {"clean": ~poisoned, "poisoned": poisoned, "cover": np.zeros(50, bool)}

@@ -1,4 +1,4 @@
-"""The documentation says what is so: the list of settings, commands, links."""
+"""The documentation matches the code: list of settings, commands, links, examples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAGES = [*GUIDES, *(path.relative_to(REPOSITORY) for path in REPOSITORY.glob("re
 
 
 def test_the_list_of_settings_is_the_generated_one() -> None:
-    """docs/configuration.md is what `python -m utils.config` prints, and lists each key once."""
+    """docs/configuration.md is the output of `python -m utils.config`, and lists each key once."""
     assert (REPOSITORY / "docs" / "configuration.md").read_text() == documentation()
     keys = [key for key, *_ in describe(Config)]
     assert len(keys) == len(set(keys))
@@ -46,7 +46,7 @@ SAMPLES = {
 
 @pytest.mark.parametrize(("key", "default"), [(key, default) for key, _, default, _ in describe(Config)])
 def test_every_listed_key_is_accepted(key: str, default: str) -> None:
-    """A YAML may give any key of the list, with the default that the list names."""
+    """Every listed key may be set to the listed default in a YAML."""
     overrides = SAMPLES.get(key, [f"{key}={default}"])
     section, remaining, inner = key.partition(".remaining.")
     if remaining:  # these steps are given together
@@ -61,7 +61,7 @@ PLACES = ("transform.pre", "transform.train.primary", "transform.train.remaining
 @pytest.mark.parametrize("name", plugins.names("data.transforms"))
 @pytest.mark.parametrize("place", [*PLACES, "transform.test.remaining"])
 def test_transforms_are_listed_only_where_they_are_accepted(place: str, name: str) -> None:
-    """Each transform is refused in every section that its file does not declare, and accepted in those that it does."""
+    """Each transform is accepted in exactly the sections that its file declares."""
     first = "to_tensor: true, " if place.endswith(".remaining") and name != "to_tensor" else ""
     steps = f"{{{first}{name}: {{}}}}"
     override = [f"{place}={steps}"]
@@ -73,7 +73,7 @@ def test_transforms_are_listed_only_where_they_are_accepted(place: str, name: st
 
 
 def anchors(text: str) -> set[str]:
-    """Return the anchors that GitHub gives to the headings of a page."""
+    """Return GitHub's anchors for the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -105,13 +105,13 @@ def test_every_named_function_is_in_the_linked_file(page: Path) -> None:
 
 @pytest.fixture(scope="module")
 def options() -> str:
-    """The options of both scripts."""
+    """Return the options of both scripts."""
     return run_script("ASD.py", "--help").stdout + run_script("test.py", "--help").stdout
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=str)
 def test_every_command_exists(page: Path, options: str) -> None:
-    """Scripts, modules, configurations, options and make targets of the commands are there."""
+    """Scripts, modules, configurations, options and make targets in the commands exist."""
     for block in re.findall(r"```sh\n(.*?)```", (REPOSITORY / page).read_text(), re.S):
         for line in block.splitlines():
             words = line.partition("#")[0].split()
@@ -130,7 +130,7 @@ def test_every_command_exists(page: Path, options: str) -> None:
 
 @pytest.mark.parametrize("page", GUIDES, ids=str)
 def test_every_yaml_example_loads(page: Path, tmp_path: Path) -> None:
-    """The examples of all pages are configurations that load, beside the shipped ones."""
+    """The examples of all pages are valid configurations, when placed next to the shipped ones."""
     for i, example in enumerate(re.findall(r"```yaml\n(.*?)```", (REPOSITORY / page).read_text(), re.S)):
         assert example.startswith("base: ")
         path = tmp_path / f"example{i}.yaml"
@@ -150,7 +150,7 @@ def test_the_trigger_of_the_readmes_example_can_be_made(tmp_path: Path) -> None:
 
 
 def test_the_example_of_a_new_attack_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The attack that docs/attacks.md writes out makes a column white and leaves the given images alone."""
+    """The attack in docs/attacks.md makes a column white and does not modify the given images."""
     (tmp_path / "stripe.py").write_text(
         re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/attacks.md").read_text(), re.S)[0]
     )
@@ -162,8 +162,8 @@ def test_the_example_of_a_new_attack_works(tmp_path: Path, monkeypatch: pytest.M
     assert (altered[:, :, 5] == 255).all() and altered.sum() == 2 * 8 * 3 * 255 and not images.any()
 
 
-def test_nothing_of_the_repository_speaks_of_a_machine() -> None:
-    """No file of the project holds the path of somebody's home folder."""
+def test_no_file_has_a_path_of_a_machine() -> None:
+    """No file of the project contains the path of a home folder."""
     listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True).stdout.split()
     if not listed:
         pytest.skip("no git checkout")

@@ -1,4 +1,4 @@
-"""What a run leaves for people to see: lines, metrics.jsonl, TensorBoard, pictures."""
+"""The reports of a run: log lines, metrics.jsonl, TensorBoard, plots."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tensorboard.util import tensor_util
 
 from utils import config, page, plots, runlog
 from utils.report import Report, Subject
-from utils.runlog import RunLog, epoch_line, progress, write_metrics
+from utils.runlog import RunLog, add_finish, add_losses, add_row, add_start, epoch_line, progress, write_metrics
 from utils.suspects import Evidence
 
 STAGES = ("class-aware", "class-agnostic", "meta-split")
 
 
 def rows(count: int, defense: str = "asd") -> list[dict[str, Any]]:
-    """The history of a run of so many epochs."""
+    """Return the history of a run of so many epochs."""
     out = []
     for e in range(count):
         asd = defense == "asd"
@@ -58,7 +58,7 @@ def rows(count: int, defense: str = "asd") -> list[dict[str, Any]]:
 
 
 def test_metrics_are_the_history(tmp_path: Path) -> None:
-    """metrics.jsonl is one JSON object an epoch, equal to the history to the last digit."""
+    """metrics.jsonl is one JSON object per epoch, exactly equal to the history."""
     history = rows(3)
     history[1]["loss"] = 1 / 3
     write_metrics(tmp_path, history)
@@ -67,7 +67,7 @@ def test_metrics_are_the_history(tmp_path: Path) -> None:
 
 
 def test_metrics_are_rewritten_whole(tmp_path: Path) -> None:
-    """What a killed run had written beyond its last checkpoint is gone, and so is a half line."""
+    """Rows that a killed run has written after its last checkpoint are removed, and so is an incomplete line."""
     write_metrics(tmp_path, rows(5))
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 5, "cle')
@@ -78,7 +78,7 @@ def test_metrics_are_rewritten_whole(tmp_path: Path) -> None:
 
 
 def test_the_line_of_an_epoch_of_asd() -> None:
-    """The line tells stage, both figures, the pools with their poisoned images, the losses and the seconds."""
+    """The line has the stage, both figures, the pools with their poisoned images, the losses and the seconds."""
     line = epoch_line(rows(3)[2], 120)
     for part in ("epoch   3/120", "class-agnostic", "ACC  91.41 %", "ASR   5.18 %", "clean pool 102 (2 poisoned)"):
         assert part in line
@@ -87,8 +87,8 @@ def test_the_line_of_an_epoch_of_asd() -> None:
     assert "\n" not in line and "None" not in line
 
 
-def test_the_line_of_an_epoch_tells_cover_images_apart() -> None:
-    """Cover images in the clean pool stand beside the poisoned ones where the set has any, also where the pool has none."""
+def test_the_line_of_an_epoch_counts_cover_images() -> None:
+    """The line has the cover images in the clean pool if the set has any, even if the pool has none."""
     row = rows(3)[2]
     assert "clean pool 102 (2 poisoned, 7 cover)" in epoch_line(row | {"cover_in_clean_pool": 7}, 120)
     assert "clean pool 102 (2 poisoned, 0 cover)" in epoch_line(row | {"cover_in_clean_pool": 0}, 120)
@@ -98,7 +98,7 @@ def test_the_line_of_an_epoch_tells_cover_images_apart() -> None:
 
 
 def test_the_line_of_an_epoch_without_defense() -> None:
-    """Without ASD there are no pools in the line, and nothing reads None."""
+    """Without ASD the line has no pools, and no None."""
     line = epoch_line(rows(1, "none")[0], 12)
     for part in ("epoch   1/12", "undefended", "ACC  93.41 %", "ASR   1.18 %", "loss 1.2500", "12.5 s"):
         assert part in line
@@ -107,37 +107,39 @@ def test_the_line_of_an_epoch_without_defense() -> None:
 
 @pytest.mark.parametrize(("share", "text"), [(0.0, "  0.00 %"), (1.0, "100.00 %"), (0.93414, " 93.41 %")])
 def test_percent_has_one_width(share: float, text: str) -> None:
-    """Figures stand under one another, whatever their size."""
+    """Percentages of any size are aligned."""
     assert runlog.percent(share) == text
 
 
 @pytest.mark.parametrize("total", [0, 1, 7])
 def test_a_bar_passes_every_item_on(total: int) -> None:
-    """A bar around a loop changes neither the items nor their order."""
+    """A progress bar changes neither the items nor their order."""
     assert list(progress(range(total), "test", total)) == list(range(total))
     assert list(progress(iter("abc"), "test", 3)) == ["a", "b", "c"]
 
 
 def read_board(folder: Path) -> EventAccumulator:
-    """TensorBoard's own view of a folder."""
+    """Return TensorBoard's own reader of a folder."""
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0, "images": 0, "tensors": 0})
     board.Reload()
     return board
 
 
 def test_tensorboard_shows_the_run(tmp_path: Path, said: list[str]) -> None:
-    """TensorBoard has each number of each epoch, a histogram of each kind, the poisoned images and the hyper-parameters."""
+    """TensorBoard has each number of each epoch, a histogram of each kind, the poisoned images and the hyperparameters."""
     history = rows(3)
     split = torch.tensor([0.0, 1, 2, 3, 10, 11])
     flags = torch.tensor([0, 0, 2, 0, 1, 1])
     poisoned = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     log = RunLog(tmp_path, 0)
-    log.start("num_epochs: 3\n", poisoned)
+    log.to_board(add_start, "num_epochs: 3\n", poisoned)
     for e in range(3):
-        log.losses(split + e, flags, e)
-        log.record(history[e])
+        log.to_board(add_losses, split + e, flags, e)
+        log.to_board(add_row, history[e])
         log.epoch(history[: e + 1], 3)
-    log.finish({"seed.seed": 7, "optimizer.Adam.lr": 0.5, "run": "tiny", "betas": [0.9, 0.999], "limit": None}, history[-1])
+    log.to_board(
+        add_finish, {"seed.seed": 7, "optimizer.Adam.lr": 0.5, "run": "tiny", "betas": [0.9, 0.999], "limit": None}, history[-1]
+    )
     log.close()
 
     board = read_board(tmp_path / "tensorboard")
@@ -169,18 +171,18 @@ def test_tensorboard_shows_the_run(tmp_path: Path, said: list[str]) -> None:
 
 
 def test_tensorboard_forgets_what_a_killed_run_wrote_too_much(tmp_path: Path) -> None:
-    """After going on from an earlier checkpoint each epoch stands in TensorBoard once, with the later value."""
+    """After resuming from an earlier checkpoint, TensorBoard has each epoch once, with the later value."""
     history = rows(4)
     log = RunLog(tmp_path, 0)
     for e in range(3):
-        log.record(history[e])
+        log.to_board(add_row, history[e])
         log.epoch(history[: e + 1], 4)
     log.close()
     history[2]["loss"] = 99.0
     time.sleep(1.1)  # TensorBoard reads its files in the order of their names, which hold the second
     log = RunLog(tmp_path, 2)
     for e in range(2, 4):
-        log.record(history[e])
+        log.to_board(add_row, history[e])
         log.epoch(history[: e + 1], 4)
     log.close()
     values = [(s.step, s.value) for s in read_board(tmp_path / "tensorboard").Scalars("loss")]
@@ -188,13 +190,13 @@ def test_tensorboard_forgets_what_a_killed_run_wrote_too_much(tmp_path: Path) ->
 
 
 def test_a_run_without_poisoned_images_is_logged(tmp_path: Path) -> None:
-    """Where nothing is poisoned there is no histogram and no image of it, and no error."""
+    """Without poisoned images there is no histogram and no image of them, and no error."""
     log = RunLog(tmp_path, 0)
-    log.start("", np.zeros((0, 32, 32, 3), np.uint8))
-    log.losses(torch.ones(4), torch.zeros(4), 0)
-    log.record(rows(1, "none")[0])
+    log.to_board(add_start, "", np.zeros((0, 32, 32, 3), np.uint8))
+    log.to_board(add_losses, torch.ones(4), torch.zeros(4), 0)
+    log.to_board(add_row, rows(1, "none")[0])
     log.epoch(rows(1, "none"), 1)
-    log.finish({"a": 1}, rows(1, "none")[0])
+    log.to_board(add_finish, {"a": 1}, rows(1, "none")[0])
     log.close()
     board = read_board(tmp_path / "tensorboard")
     assert board.Tags()["histograms"] == ["split_loss/clean"] and board.Tags()["images"] == []
@@ -202,69 +204,69 @@ def test_a_run_without_poisoned_images_is_logged(tmp_path: Path) -> None:
 
 
 def picture(path: Path) -> np.ndarray:
-    """The pixels of a PNG of a size that fits a screen and a README."""
+    """Return the pixels of a PNG, whose size fits a screen and a README."""
     with Image.open(path) as image:
         assert image.format == "PNG" and 200 <= image.width <= 2000 and 200 <= image.height <= 1500
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-def share_of(pixels: np.ndarray, colour: str, opacity: float = 1.0) -> float:
-    """The share of pixels that are about this colour, on white."""
-    wanted = 255 - opacity * (255 - np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]))
+def share_of(pixels: np.ndarray, color: str, opacity: float = 1.0) -> float:
+    """Return the share of pixels with about this color, on white."""
+    wanted = 255 - opacity * (255 - np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]))
     return float((abs(pixels - wanted).max(2) < 40).mean())
 
 
 @pytest.mark.parametrize(("count", "defense"), [(1, "asd"), (2, "asd"), (6, "asd"), (1, "none"), (4, "none")])
-def test_the_picture_of_accuracy(tmp_path: Path, count: int, defense: str) -> None:
-    """ACC and ASR are drawn for runs of any length, with one epoch too, and each in its colour."""
+def test_the_plot_of_accuracy(tmp_path: Path, count: int, defense: str) -> None:
+    """ACC and ASR are drawn for runs of any length, also of one epoch, each in its color."""
     plots.draw_accuracy(tmp_path / "a.png", rows(count, defense), "a title")
     pixels = picture(tmp_path / "a.png")
-    assert share_of(pixels, plots.CLEAN_COLOUR) > 1e-4 and share_of(pixels, plots.POISONED_COLOUR) > 1e-4
+    assert share_of(pixels, plots.CLEAN_COLOR) > 1e-4 and share_of(pixels, plots.POISONED_COLOR) > 1e-4
 
 
 @pytest.mark.parametrize("count", [1, 6])
 @pytest.mark.parametrize("poison_share", [0.0, 0.05])
-def test_the_picture_of_purity(tmp_path: Path, count: int, poison_share: float) -> None:
-    """The share of poisoned images in the clean pool is drawn, also where there are none."""
+def test_the_plot_of_purity(tmp_path: Path, count: int, poison_share: float) -> None:
+    """The share of poisoned images in the clean pool is drawn, also if it is 0."""
     history = rows(count)
     for row in history:
         row["poisoned_in_clean_pool"] *= poison_share > 0
     plots.draw_purity(tmp_path / "p.png", history, poison_share, "a title")
-    assert share_of(picture(tmp_path / "p.png"), plots.POISONED_COLOUR) > 1e-4
+    assert share_of(picture(tmp_path / "p.png"), plots.POISONED_COLOR) > 1e-4
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("poisoned", [0, 5, 50])
 @pytest.mark.parametrize("values", ["spread", "zero", "large", "tiny"])
-def test_the_picture_of_losses(tmp_path: Path, poisoned: int, values: str) -> None:
-    """Loss histograms are drawn, without a warning, for no or only poisoned images and for losses that are all alike."""
+def test_the_plot_of_losses(tmp_path: Path, poisoned: int, values: str) -> None:
+    """Loss histograms are drawn without warnings, also if no or all images are poisoned, or all losses are equal."""
     losses = np.random.default_rng(0).random(50).astype(np.float32)
     losses = {"spread": losses, "zero": 0 * losses, "large": 0 * losses + 12345.678, "tiny": 0 * losses - 1e-20}[values]
     flags = np.zeros(50, np.uint8)
     flags[:poisoned] = 1
-    plots.draw_losses(tmp_path / "l.png", losses, flags, np.arange(20), "split loss", "a title")
+    plots.draw_losses(tmp_path / "l.png", plots.Split(losses, flags, np.arange(20)), "split loss", "a title")
     pixels = picture(tmp_path / "l.png")
     if values == "spread" and poisoned in (0, 50):
-        assert (share_of(pixels, plots.CLEAN_COLOUR, 0.65) > 0.01) == (poisoned == 0)
-        assert (share_of(pixels, plots.POISONED_COLOUR, 0.65) > 0.01) == (poisoned == 50)
+        assert (share_of(pixels, plots.CLEAN_COLOR, 0.65) > 0.01) == (poisoned == 0)
+        assert (share_of(pixels, plots.POISONED_COLOR, 0.65) > 0.01) == (poisoned == 50)
 
 
-def test_the_pictures_tell_cover_images_apart(tmp_path: Path) -> None:
-    """Histograms and purity have a third colour for cover images where the set has any, and only there."""
+def test_the_plots_distinguish_cover_images(tmp_path: Path) -> None:
+    """Histograms and purity have a third color for cover images if, and only if, the set has any."""
     losses = np.random.default_rng(0).random(60).astype(np.float32)
     for cover in (0, 20):
         flags = np.repeat([0, 1, 2], [20, 40 - cover, cover]).astype(np.uint8)
-        plots.draw_losses(tmp_path / "l.png", losses + 2 * flags, flags, np.arange(20), "split loss", "a title")
+        plots.draw_losses(tmp_path / "l.png", plots.Split(losses + 2 * flags, flags, np.arange(20)), "split loss", "a title")
         history = [row | ({"cover_in_clean_pool": 5} if cover else {}) for row in rows(3)]
         plots.draw_purity(tmp_path / "p.png", history, 0.05, "a title")
-        losses_show = share_of(picture(tmp_path / "l.png"), plots.COVER_COLOUR, 0.65) > 0.01
-        purity_shows = share_of(picture(tmp_path / "p.png"), plots.COVER_COLOUR) > 1e-4
+        losses_show = share_of(picture(tmp_path / "l.png"), plots.COVER_COLOR, 0.65) > 0.01
+        purity_shows = share_of(picture(tmp_path / "p.png"), plots.COVER_COLOR) > 1e-4
         assert losses_show == purity_shows == bool(cover)
 
 
 @pytest.mark.parametrize("count", [1, 3, 16])
 @pytest.mark.parametrize("side", [32, 64])
-def test_the_picture_of_triggered_images(tmp_path: Path, count: int, side: int) -> None:
+def test_the_plot_of_triggered_images(tmp_path: Path, count: int, side: int) -> None:
     """The contact sheet shows up to eight images before and after; a trigger changes the sheet."""
     before = np.random.default_rng(0).integers(0, 200, (count, side, side, 3), dtype=np.uint8)
     after = before.copy()
@@ -279,7 +281,7 @@ def test_the_picture_of_triggered_images(tmp_path: Path, count: int, side: int) 
 
 
 def test_a_faint_trigger_can_be_seen(tmp_path: Path) -> None:
-    """A change of 4 grey levels, which no eye sees, stands out tenfold in the third row of the sheet."""
+    """An invisible change of 4 levels is amplified tenfold in the third row of the contact sheet."""
     before = np.full((2, 32, 32, 3), 100, np.uint8)
     plots.draw_triggered(tmp_path / "t.png", np.stack([before, before + np.uint8(4)]), "a title")
     plots.draw_triggered(tmp_path / "same.png", np.stack([before, before]), "a title")
@@ -299,8 +301,8 @@ assert "matplotlib.pyplot" not in sys.modules
 """
 
 
-def test_pictures_are_the_same_for_every_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a user's matplotlibrc nor a notebook's MPLBACKEND changes a picture, and there is no pile of open figures."""
+def test_plots_are_the_same_for_every_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's matplotlibrc and a notebook's MPLBACKEND do not change the plots, and no figures stay open."""
     own = tmp_path / "matplotlibrc"
     own.write_text(OWN_RC)
     odd = {"MATPLOTLIBRC": str(own), "MPLBACKEND": "inline", "PYTHONPATH": str(REPOSITORY)}  # of a package that is not here
@@ -318,22 +320,22 @@ def test_pictures_are_the_same_for_every_user(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.b", b"\x89PNG"), ("a", b"\x89PNG")])
-def test_the_ending_of_a_picture_is_its_format(tmp_path: Path, name: str, start: bytes) -> None:
-    """`--picture FILE.pdf` is a PDF; what has no ending that says a format is a PNG."""
+def test_the_suffix_of_a_plot_is_its_format(tmp_path: Path, name: str, start: bytes) -> None:
+    """`--picture FILE.pdf` is a PDF; without a known suffix the file is a PNG."""
     plots.draw_comparison(tmp_path / name, [[rows(2)], [rows(3, "none")]])
     assert (tmp_path / name).read_bytes().startswith(start)
 
 
 @pytest.mark.parametrize("name", ["$", "$x\\foo$", "b\udce9e", "a_1^2", "%&#{"])
-def test_a_name_in_a_picture_is_drawn_as_it_is(tmp_path: Path, name: str) -> None:
-    """No name is read as a formula or ends in an error; two names give two pictures."""
+def test_a_name_in_a_plot_is_drawn_literally(tmp_path: Path, name: str) -> None:
+    """Names are not read as formulas and cause no errors; different names give different plots."""
     plots.draw_accuracy(tmp_path / "a.png", rows(2), f"class {name}")
     plots.draw_accuracy(tmp_path / "b.png", rows(2), "class ")
     assert (picture(tmp_path / "a.png") != picture(tmp_path / "b.png")).any()
 
 
 class BrokenDisk:
-    """Stands for TensorBoard's writer on a full disk."""
+    """Replaces TensorBoard's writer on a full disk."""
 
     calls = 0
 
@@ -349,35 +351,37 @@ class BrokenDisk:
 
 
 @pytest.mark.parametrize("kind", ["missing", "full"])
-def test_a_run_goes_on_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], kind: str) -> None:
-    """Where TensorBoard cannot be imported or written one line says so, once; the run's own files are complete."""
+def test_a_run_continues_without_tensorboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], kind: str
+) -> None:
+    """If TensorBoard cannot be imported or written, that is logged once; the run's own files are complete."""
     if kind == "missing":
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     else:
         monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", BrokenDisk)
     BrokenDisk.calls = 0
     log = RunLog(tmp_path, 0)
-    log.start("num_epochs: 3\n", np.zeros((1, 8, 8, 3), np.uint8))
+    log.to_board(add_start, "num_epochs: 3\n", np.zeros((1, 8, 8, 3), np.uint8))
     for e in range(3):
-        log.losses(torch.ones(4), None, e)
-        log.record(rows(e + 1)[e])
+        log.to_board(add_losses, torch.ones(4), None, e)
+        log.to_board(add_row, rows(e + 1)[e])
         log.epoch(rows(e + 1), 3)
-    log.finish({"a": 1}, rows(3)[-1])
+    log.to_board(add_finish, {"a": 1}, rows(3)[-1])
     log.close()
     assert [line.startswith("warning: TensorBoard: ") for line in said] == [True, False, False, False]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     assert BrokenDisk.calls == (kind == "full")
 
 
-def test_a_writer_of_tensorboard_that_dies_is_one_line(
+def test_a_failed_thread_of_tensorboard_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], said: list[str]
 ) -> None:
-    """TensorBoard writes in a thread of its own: when that dies nobody waits for it, and no traceback is printed."""
+    """If TensorBoard's thread fails, the run does not wait for it, and no traceback is printed."""
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     log = RunLog(tmp_path, 0)
     log.board().file_writer.event_writer._async_writer._writer.write = lambda data: 1 / 0
     for e in range(9):
-        log.record(rows(e + 1)[e])
+        log.to_board(add_row, rows(e + 1)[e])
         log.epoch(rows(e + 1), 9)
     log.close()
     assert sum(line.startswith("warning: TensorBoard: ") for line in said) == 1 and capsys.readouterr().err == ""
@@ -385,7 +389,7 @@ def test_a_writer_of_tensorboard_that_dies_is_one_line(
 
 
 def test_a_name_that_is_no_text_is_kept_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """asd.log holds the escape of what is no UTF-8."""
+    """asd.log has escapes for bytes that are not UTF-8."""
     monkeypatch.setattr(logging.getLogger("data"), "propagate", False)  # what pytest captures must be text
     log = RunLog(tmp_path, 0)
     logging.getLogger("data").info("b\udce9e")
@@ -397,8 +401,8 @@ def test_a_name_that_is_no_text_is_kept_in_the_log(tmp_path: Path, monkeypatch: 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(0, 2), min_size=12, max_size=12), st.permutations(range(12)))
 def test_the_rates_of_a_split_are_those_of_a_count(size: int, flags: list[int], order: list[int]) -> None:
-    """TPR is the share of the poisoned images outside the clean pool, FPR that of the clean ones; cover images are in neither,
-    and a kind that is absent has no rate."""
+    """TPR is the share of the poisoned images outside the clean pool, FPR that of the clean ones; cover images count in
+    neither, and a missing kind has no rate."""
     report, pool = Report.__new__(Report), order[:size]
     report.flags = torch.tensor(flags, dtype=torch.uint8)
     found = report.truth_of_pool(torch.tensor(sorted(pool), dtype=torch.int64))
@@ -411,7 +415,7 @@ def test_the_rates_of_a_split_are_those_of_a_count(size: int, flags: list[int], 
 
 @pytest.mark.parametrize("flags", [None, torch.tensor([0, 1, 2], dtype=torch.uint8)])
 def test_the_rates_of_a_split_are_null_where_nobody_knows_them(flags: torch.Tensor | None) -> None:
-    """Without ground truth, and in a run without a split, every key is there and null."""
+    """Without ground truth, and in a run without a split, every key exists and is null."""
     report = Report.__new__(Report)
     report.flags = flags
     found = report.truth_of_pool(None if flags is not None else torch.tensor([0]))
@@ -419,7 +423,7 @@ def test_the_rates_of_a_split_are_null_where_nobody_knows_them(flags: torch.Tens
 
 
 def test_suspects_are_written_before_their_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ranking is on disk when its picture is drawn, and stays when that fails."""
+    """The ranking is written before its contact sheet is drawn, and remains if that fails."""
     e = Evidence(*(np.array(column) for column in ([0, 1], [1, 1], [0.1, 0.9], [0.9, 0.1], [1.0, 0.1], [0, 2])))
     run = SimpleNamespace(log=tmp_path, saved=tmp_path, name="run")
     subject = Subject(None, (), None, None, np.zeros((2, 0)), "")
@@ -439,7 +443,7 @@ def test_suspects_are_written_before_their_picture(tmp_path: Path, monkeypatch: 
 
 
 def test_a_page_that_fails_costs_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
-    """Where report.html cannot be made one line says so, and the run ends with all else, its confusion matrix included."""
+    """If report.html cannot be written, one line is logged, and the run completes with all other results."""
     (tmp_path / "log").mkdir()
     run = SimpleNamespace(log=tmp_path / "log", saved=tmp_path, name="run")
     subject = Subject(None, ("a", "b"), None, torch.zeros(4, dtype=torch.uint8), np.zeros((2, 0)), "")

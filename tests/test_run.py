@@ -1,4 +1,4 @@
-"""A run's folders: made, locked, moved aside, never deleted."""
+"""The folders of a run: created, locked, moved aside, never deleted."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from utils.run import Run, locate, open_run
 
 
 def load(tiny: Path, *overrides: str) -> Config:
-    """The tiny configuration with overrides."""
+    """Return the tiny configuration with overrides."""
     return config.load(tiny, overrides)
 
 
 def enter(tiny: Path, *overrides: str, fresh: bool = False) -> tuple[Run, list[str]]:
-    """Open a run and let go of it again; return it with what was said."""
+    """Open and close a run; return it with the lines it has logged."""
     settings = load(tiny, *overrides)
     run = locate(settings, tiny)
     with logged() as said, open_run(run, settings, fresh):
@@ -39,7 +39,7 @@ def enter(tiny: Path, *overrides: str, fresh: bool = False) -> tuple[Run, list[s
 
 
 def fill(run: Run, mark: str) -> list[bytes]:
-    """Leave what a run leaves, every file with contents of its own; return those contents."""
+    """Write the files that a run leaves, each with its own contents; return those contents."""
     places = [
         run.saved / "poison_idx.npy",
         run.log / "metrics.jsonl",
@@ -57,12 +57,12 @@ def fill(run: Run, mark: str) -> list[bytes]:
 
 
 def everything(folder: Path) -> dict[Path, bytes]:
-    """Every file below a folder."""
+    """Return the contents of every file below a folder."""
     return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_a_run_has_its_folders_and_its_settings(tiny: Path, tmp_path: Path) -> None:
-    """A run keeps the YAML word for word and the resolved settings, in the folders that the YAML names."""
+    """A run has an exact copy of the YAML and the resolved settings, in the folders that the YAML gives."""
     run, said = enter(tiny, "num_epochs=3")
     assert run.saved == tmp_path / "saved_data" / "tiny" and run.log == run.saved / "log" and run.log.is_dir()
     assert run.checkpoints == tmp_path / "storage" / "tiny" / "checkpoint" and run.checkpoints.is_dir()
@@ -74,13 +74,13 @@ def test_a_run_has_its_folders_and_its_settings(tiny: Path, tmp_path: Path) -> N
 
 
 def test_looking_a_run_up_makes_nothing(tiny: Path, tmp_path: Path) -> None:
-    """Where a run lies can be asked without leaving a trace: testing a checkpoint changes no run."""
+    """Locating a run creates nothing: testing a checkpoint does not change the run."""
     locate(load(tiny))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.yaml"]
 
 
 def test_the_kept_yaml_can_be_given_again(tiny: Path) -> None:
-    """The run's own copy of the YAML and its config.yaml may be given as --config without being damaged."""
+    """The run's copy of the YAML and its config.yaml can be passed as --config without being damaged."""
     run, _ = enter(tiny)
     before = everything(run.saved)
     for name in ("tiny.yaml", "config.yaml"):
@@ -92,8 +92,8 @@ def test_the_kept_yaml_can_be_given_again(tiny: Path) -> None:
         assert yaml.safe_load(after[Path("config.yaml")]) == yaml.safe_load(before[Path("config.yaml")])
 
 
-def test_going_on_changes_nothing_of_a_run(tiny: Path) -> None:
-    """Opening a run without `--resume False` leaves all that is there."""
+def test_opening_a_run_changes_nothing(tiny: Path) -> None:
+    """Opening a run without `--resume False` changes none of its files."""
     run, _ = enter(tiny)
     fill(run, "first")
     before = everything(run.saved), everything(run.checkpoints)
@@ -106,7 +106,7 @@ def test_going_on_changes_nothing_of_a_run(tiny: Path) -> None:
 def test_starting_over_moves_earlier_runs_aside(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_folder: bool
 ) -> None:
-    """`--resume False`, twice in the same second too, keeps every file of every earlier run, and says where."""
+    """`--resume False`, even twice in the same second, keeps every file of every earlier run, and logs where."""
     monkeypatch.setattr(run_module.time, "strftime", lambda form: "earlier-20240102-030405")
     overrides = [f"saved_dir={tmp_path}/both", f"storage_dir={tmp_path}/both"] if one_folder else []
     contents: list[bytes] = []
@@ -121,21 +121,21 @@ def test_starting_over_moves_earlier_runs_aside(
     assert sorted(b for b in files.values() if b in contents) == sorted(contents)
     folders = {p for p in tmp_path.rglob("tiny.earlier-20240102-030405*") if p.is_dir()}
     assert len(folders) == 4
-    told = said[0]
-    assert "moved aside" in told and sum(str(folder) in told.split() for folder in folders) == 2
+    line = said[0]
+    assert "moved to" in line and sum(str(folder) in line.split() for folder in folders) == 2
     for folder in folders:
         marks = {b.split()[0] for p, b in everything(folder).items() if b in contents}
         assert len(marks) == 1, "an earlier run is kept in one piece, apart from the others"
 
 
 def test_starting_over_the_first_time_says_nothing(tiny: Path, tmp_path: Path) -> None:
-    """Where there is no earlier run there is nothing to move."""
+    """Without an earlier run nothing is moved or logged."""
     _, said = enter(tiny, fresh=True)
     assert said == [] and not list(tmp_path.rglob("*earlier*"))
 
 
 def test_starting_over_forgets_the_poisoned_images_of_a_run_that_never_trained(tiny: Path) -> None:
-    """A run that ended before its first epoch leaves poison_idx.npy alone: `--resume False` moves that aside too."""
+    """`--resume False` also moves poison_idx.npy of a run that ended before its first epoch."""
     for name in ("poison_idx.npy", "set.json"):
         run, _ = enter(tiny)
         (run.saved / name).write_bytes(b"old " + name.encode())
@@ -145,7 +145,7 @@ def test_starting_over_forgets_the_poisoned_images_of_a_run_that_never_trained(t
 
 
 def test_a_run_does_not_touch_the_runs_below_it(tiny: Path, tmp_path: Path) -> None:
-    """Starting run `a` over leaves run `a/b` as it is, and the other way round."""
+    """Starting run `a` over does not change run `a/b`, and vice versa."""
     for first, second in (("a", "a/b"), ("c/d", "c")):
         outer, _ = enter(tiny, f"run={first}")
         inner, _ = enter(tiny, f"run={second}")
@@ -160,7 +160,7 @@ def test_a_run_does_not_touch_the_runs_below_it(tiny: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("which", ["saved_dir", "storage_dir"])
 def test_a_folder_that_cannot_be_made(tiny: Path, tmp_path: Path, which: str) -> None:
-    """A plain file where a run's folder should be is told in one line with the path and the setting."""
+    """If a regular file is in the way of a run's folder, one line has the path and the setting."""
     (tmp_path / "plain").write_text("x")
     with pytest.raises(UserError) as caught:
         enter(tiny, f"{which}={tmp_path}/plain")
@@ -170,16 +170,16 @@ def test_a_folder_that_cannot_be_made(tiny: Path, tmp_path: Path, which: str) ->
 HOLD = """
 import sys, time
 from pathlib import Path
-from utils.run import Run, take
+from utils.run import Run, lock_run
 saved = Path(sys.argv[1])
-lock = take(Run("tiny", saved, saved))
+lock = lock_run(Run("tiny", saved, saved))
 print("taken", flush=True)
 time.sleep(60)
 """
 
 
 def test_a_run_is_written_by_one_process(tiny: Path) -> None:
-    """A second process is refused in one line that names the first; after a kill -9 the run is free at once."""
+    """A second process is refused in one line that names the first; after kill -9 the run is unlocked at once."""
     run, _ = enter(tiny)
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(run.saved)],
@@ -216,7 +216,7 @@ def test_a_run_is_written_by_one_process(tiny: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_disk_that_cannot_lock_does_not_stop_a_run(tiny: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Where locks fail for another reason than that somebody holds one, the run begins after one line that says why."""
+    """If locks are not supported, the run starts after one line with the reason."""
     with monkeypatch.context() as patch:
 
         def fail(*_: object) -> None:
@@ -231,8 +231,8 @@ def test_a_disk_that_cannot_lock_does_not_stop_a_run(tiny: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES])
-def test_a_lock_that_somebody_holds_is_said_as_such(tiny: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Both codes by which systems say that a lock is taken mean that somebody writes; another name works, as advised."""
+def test_a_held_lock_is_reported(tiny: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Both error codes for a held lock are reported as a second writer; another run name works, as advised."""
     flock = files.fcntl.flock
 
     def fail(*_: object) -> None:
@@ -246,8 +246,8 @@ def test_a_lock_that_somebody_holds_is_said_as_such(tiny: Path, monkeypatch: pyt
 
 
 def test_a_checkpoint_is_named_or_given_by_path(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--resume NAME` means the run's own file if it is there, else one of that name here; a path means the file that it
-    leads to, `./NAME` too."""
+    """`--resume NAME` means the run's own checkpoint if it exists, otherwise a file in the working directory; a path,
+    including `./NAME`, means that file."""
     run, _ = enter(tiny)
     monkeypatch.chdir(tmp_path)
     for file in (tmp_path / "latest_model.pt", tmp_path / "other" / "x.pt"):
@@ -268,7 +268,7 @@ def test_a_checkpoint_is_named_or_given_by_path(tiny: Path, tmp_path: Path, monk
 
 @pytest.mark.parametrize("name", ["nope.pt", "a/b/nope.pt", "/nowhere/nope.pt", "./nope.pt", "false"])
 def test_a_missing_checkpoint_is_answered_with_those_of_the_run(tiny: Path, name: str) -> None:
-    """Whatever the missing name looks like, the line shows it as given; the names that it lists work."""
+    """The error shows the missing name as given, and the names that it lists work."""
     run, _ = enter(tiny)
     with pytest.raises(UserError, match=r"no such checkpoint") as caught:
         run.checkpoint(name)
@@ -296,7 +296,7 @@ def train(tiny: Path, *overrides: str, resume: str = "") -> Run:
 
 @pytest.fixture(scope="module")
 def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of six epochs, its best one the second; the tests work on copies."""
+    """A finished run of six epochs with its best epoch second; the tests use copies."""
     folder = tmp_path_factory.mktemp("six")
     path = write_yaml(folder)
     run = train(path, "num_epochs=2")
@@ -317,7 +317,7 @@ def finished(six: Path, tmp_path: Path) -> Path:
 
 
 def write_yaml(folder: Path) -> Path:
-    """The tiny configuration with its folders below this one."""
+    """Write the tiny configuration with its folders in this one."""
     path = folder / "tiny.yaml"
     raw = TINY | {"saved_dir": f"{folder}/saved_data", "storage_dir": f"{folder}/storage"}
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
@@ -325,13 +325,13 @@ def write_yaml(folder: Path) -> Path:
 
 
 def rows(folder: Path) -> list[int]:
-    """The epochs of a run's metrics.jsonl."""
+    """Return the epochs in a run's metrics.jsonl."""
     return [json.loads(line)["epoch"] for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_going_back_keeps_what_was_there(finished: Path, tmp_path: Path, said: list[str]) -> None:
-    """`--resume best_model.pt` over a run that has later epochs first copies all of the run and says where to; then the
-    run goes on from there, to the very epochs that were trained before."""
+    """`--resume best_model.pt` on a run with later epochs first copies the run and logs where to; training then resumes and
+    reproduces the same epochs."""
     run = locate(load(finished))
     before, weights = everything(run.saved), everything(run.checkpoints)
     train(finished, "num_epochs=4", resume="best_model.pt")
@@ -363,7 +363,7 @@ def test_going_back_keeps_what_was_there(finished: Path, tmp_path: Path, said: l
 
 
 def test_nothing_to_do_changes_nothing(finished: Path, tmp_path: Path, said: list[str]) -> None:
-    """An earlier checkpoint that has all epochs of the command already leaves the whole run as it is."""
+    """An earlier checkpoint that already has all requested epochs leaves the run unchanged."""
     run = locate(load(finished))
     before = everything(tmp_path)
     train(finished, "num_epochs=2", resume="best_model.pt")
@@ -374,7 +374,7 @@ def test_nothing_to_do_changes_nothing(finished: Path, tmp_path: Path, said: lis
 
 
 def test_a_refused_command_leaves_the_settings_of_the_run(finished: Path, tmp_path: Path) -> None:
-    """Settings that the checkpoint refuses are not written into the run's config.yaml."""
+    """Settings that the checkpoint refuses are not written into config.yaml."""
     run = locate(load(finished))
     before = everything(run.saved), everything(run.checkpoints)
     with pytest.raises(UserError, match=r"global\.epsilon"):
@@ -386,7 +386,7 @@ def test_a_refused_command_leaves_the_settings_of_the_run(finished: Path, tmp_pa
 
 
 def test_going_back_where_the_latest_checkpoint_is_damaged(finished: Path, tmp_path: Path) -> None:
-    """What the line about a damaged latest_model.pt advises, another checkpoint, works; the damaged one is kept."""
+    """The error for a damaged latest_model.pt suggests another checkpoint, which works; the damaged one is kept."""
     run = locate(load(finished))
     (run.checkpoints / "latest_model.pt").write_bytes(b"half")
     with pytest.raises(UserError, match=r"use another one: best_model\.pt"):
@@ -398,7 +398,7 @@ def test_going_back_where_the_latest_checkpoint_is_damaged(finished: Path, tmp_p
 
 
 def test_a_best_model_of_a_later_epoch_does_not_stay(finished: Path, tmp_path: Path) -> None:
-    """A run that goes back behind its best epoch has no best_model.pt of an epoch that it has yet to train."""
+    """A run that goes back behind its best epoch has no best_model.pt of an epoch that it has not trained yet."""
     run = locate(load(finished))
     shutil.copy(run.checkpoints / "best_model.pt", tmp_path / "early.pt")
     shutil.copy(run.checkpoints / "latest_model.pt", run.checkpoints / "best_model.pt")
@@ -410,7 +410,7 @@ def test_a_best_model_of_a_later_epoch_does_not_stay(finished: Path, tmp_path: P
 def test_a_copy_that_does_not_fit_on_the_disk_leaves_the_run(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the disk is full while the run is copied, one line says so, and nothing of the run has changed."""
+    """If the disk becomes full while the run is copied, one line reports it, and the run is unchanged."""
     run = locate(load(finished))
     before = everything(run.saved / "log"), everything(run.checkpoints)
 

@@ -1,4 +1,4 @@
-"""From YAML values to frozen dataclasses, and back to the table of keys."""
+"""From YAML values to frozen dataclasses, and the table of all keys."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Shop:
     size: int | tuple[int, ...] = setting(3, "side, or [height, width]", low=1)
     limit: int | None = setting(None, "at most so many", low=1)
     prices: tuple[float, ...] = setting((1.0, 2.0), "prices", low=0, below=10)
-    colour: str = setting("red", "paint", options=("red", "blue"))
+    color: str = setting("red", "paint", options=("red", "blue"))
     open_: bool = setting(True, "whether it is open", key="open")
     count: int = setting(5, "customers", low=0)
     mass: float = setting(0.5, "tonnes", above=0, below=1)
@@ -59,7 +59,7 @@ def read(**raw: Any) -> Shop:
 
 
 def refused(**raw: Any) -> str:
-    """The one line in which reading ends."""
+    """Return the error, one line, with which reading fails."""
     with pytest.raises(UserError) as caught:
         read(**raw)
     assert "\n" not in str(caught.value) and str(caught.value).startswith("shop.yaml: ")
@@ -67,10 +67,10 @@ def refused(**raw: Any) -> str:
 
 
 def test_what_is_left_out_has_its_default() -> None:
-    """A key that is left out has the declared default, and a required one is asked for by name."""
+    """A missing key has the declared default; a missing required key is an error that names it."""
     shop = read()
     assert (shop.main, shop.spare, shop.row, shop.size, shop.limit) == (Named("saw", Saw(40)), None, (), 3, None)
-    assert (shop.prices, shop.colour, shop.open_, shop.count, shop.mass) == ((1.0, 2.0), "red", True, 5, 0.5)
+    assert (shop.prices, shop.color, shop.open_, shop.count, shop.mass) == ((1.0, 2.0), "red", True, 5, 0.5)
     line = refused(shelf=None)
     assert "shelf" in line and "hammer, saw" in line
 
@@ -80,13 +80,13 @@ def test_what_is_left_out_has_its_default() -> None:
 )
 @settings(deadline=None, max_examples=150)
 def test_a_scalar_is_taken_only_in_its_type_and_range(value: Any) -> None:
-    """Whole numbers, numbers, texts and switches are never turned into one another, and bounds are kept exactly."""
+    """Integers, floats, strings and booleans are never converted into one another, and bounds are exact."""
     kind = type(value)
     legal = {
         "count": kind is int and value >= 0,
         "mass": kind in (int, float) and 0 < value < 1,
         "open": kind is bool,
-        "colour": value in ("red", "blue") and kind is str,
+        "color": value in ("red", "blue") and kind is str,
         "limit": value is None or (kind is int and value >= 1),
         "size": (kind is int and value >= 1) or (kind is list and all(v >= 1 for v in value)),
         "prices": kind is list and all(0 <= v < 10 for v in value),
@@ -100,14 +100,14 @@ def test_a_scalar_is_taken_only_in_its_type_and_range(value: Any) -> None:
 
 
 def test_numbers_become_the_declared_type() -> None:
-    """A whole number where a number is declared arrives as one, so that 1 and 1.0 are the same setting."""
+    """An integer where a float is declared becomes one, so 1 and 1.0 are the same setting."""
     shop = read(shelf={"saw": None, "height": 3}, prices=[1, 2])
     assert type(shop.shelf.height) is float and [type(p) for p in shop.prices] == [float, float]
 
 
 @pytest.mark.parametrize(("value", "bad"), [(0, True), (1, True), (5e-324, False), (0.9999999, False), (math.nan, True)])
 def test_exclusive_bounds(value: float, bad: bool) -> None:
-    """An open bound is itself refused, and the nearest number inside is not."""
+    """An exclusive bound is refused, and the nearest number inside is accepted."""
     if bad:
         assert "> 0 and < 1" in refused(mass=value)
     else:
@@ -115,13 +115,13 @@ def test_exclusive_bounds(value: float, bad: bool) -> None:
 
 
 def test_inclusive_bounds() -> None:
-    """A closed bound is itself allowed, and a little more is not."""
+    """An inclusive bound is accepted, and a slightly larger number is not."""
     assert read(shelf={"saw": None, "height": 3}).shelf.height == 3
     assert ">= 0 and <= 3" in refused(shelf={"saw": None, "height": 3.0000001})
 
 
 def test_a_wrong_number_of_a_list_is_named_by_its_place() -> None:
-    """In a list the line names which element is wrong."""
+    """The error for a list names the invalid element."""
     line = refused(prices=[1, 2, -3])
     assert "prices[2]" in line and "-3" in line
     assert "prices[1]" in refused(prices=[1, "2e-3"]) and "2.0e-3" in refused(prices=[1, "2e-3"])
@@ -137,7 +137,7 @@ def test_union_of_a_number_and_a_list() -> None:
 
 @pytest.mark.parametrize("raw", ["hammer", {"hammer": None}, {"hammer": {}}, {"hammer": {"weight": 1.5}}])
 def test_a_choice_by_name(raw: Any) -> None:
-    """A choice may be a bare name, a name with nothing, or a name with its settings."""
+    """A choice may be a bare name, a name with null, or a name with its settings."""
     assert read(main=raw).main == read(spare=raw).spare == Named("hammer", Hammer(1.5))
 
 
@@ -155,14 +155,14 @@ def test_a_choice_by_name(raw: Any) -> None:
     ],
 )
 def test_a_choice_that_is_none(raw: Any, expected: list[str]) -> None:
-    """Anything but exactly one known name with its own settings is refused with the names to choose from."""
+    """Anything but exactly one known name with its own settings is refused with the legal names."""
     line = refused(main=raw)
     for part in expected:
         assert part in line
 
 
 def test_several_keep_their_order_and_may_be_switched() -> None:
-    """Several names keep the order of the file; `true` switches one on with its defaults, `false` and null off."""
+    """Several names keep the order of the file; `true` means the defaults, `false` and null leave one out."""
     row = read(row={"saw": True, "hammer": {"weight": 2}}).row
     assert row == (Named("saw", Saw(40)), Named("hammer", Hammer(2.0)))
     assert read(row={"hammer": {"weight": 2}, "saw": False}).row == (Named("hammer", Hammer(2.0)),)
@@ -171,7 +171,7 @@ def test_several_keep_their_order_and_may_be_switched() -> None:
 
 
 def test_an_inline_choice_stands_among_its_sections_keys() -> None:
-    """The one key of a section that is no setting of its own is the choice, wherever it stands."""
+    """The only key of a section that is not one of its settings is the choice, in any position."""
     for raw in ({"hammer": {"weight": 2}, "height": 1}, {"height": 1, "hammer": {"weight": 2}}):
         assert read(shelf=raw).shelf == Shelf(Named("hammer", Hammer(2.0)), 1.0)
     line = refused(shelf={"saw": {}, "heigth": 1})
@@ -206,7 +206,7 @@ def test_written_and_read_again_is_the_same(raw: dict[str, Any]) -> None:
 
 
 def keys_of(tree: dict[str, Any], path: str = "") -> list[str]:
-    """Every dotted key of a resolved configuration that holds a value."""
+    """Return every dotted key of a resolved configuration that has a value."""
     out = []
     for key, value in tree.items():
         out += keys_of(value, f"{path}{key}.") if isinstance(value, dict) and value else [path + key]
@@ -214,7 +214,7 @@ def keys_of(tree: dict[str, Any], path: str = "") -> list[str]:
 
 
 def test_the_table_lists_every_key() -> None:
-    """Every key that a resolved configuration holds, and every setting of every plug-in, has a row with a meaning."""
+    """Every key of a resolved configuration, and every setting of every plug-in, has a row with a meaning."""
     rows = {key: (kind, default, text) for key, kind, default, text in schema.describe(config.Config)}
     assert all(kind and text for kind, default, text in rows.values()), [k for k, r in rows.items() if not (r[0] and r[2])]
     last_parts = {key.rpartition(".")[2] for key in rows}
@@ -241,7 +241,7 @@ def test_the_table_lists_every_key() -> None:
 
 
 def test_a_resolved_tiny_file_shows_every_choice() -> None:
-    """The written form has the YAML's names: `global`, and the attack under `backdoor` beside its other keys."""
+    """The written form has the names of the YAML: `global`, and the attack among the keys of `backdoor`."""
     shop = as_dict(read(shelf={"hammer": None}, row={"saw": True}))
     assert shop["shelf"] == {"hammer": {"weight": 1.5}, "height": 2.0}
     assert shop["row"] == {"saw": {"teeth": 40}} and "open" in shop and "open_" not in shop
@@ -256,7 +256,7 @@ def test_a_resolved_tiny_file_shows_every_choice() -> None:
 )
 @settings(deadline=None, max_examples=80)
 def test_the_proposed_number_is_the_one_that_was_meant(sign: str, digits: str, exponent: str, power: int) -> None:
-    """What the line tells to write instead of `2e-3` is a number to YAML, and the one that was meant."""
+    """The suggested form of `2e-3` is read by YAML as the intended number."""
     text = f"{sign}{digits}e{exponent}{power}"
     proposed = yaml.safe_load(schema.with_point(text))
     assert isinstance(proposed, float) and proposed == float(text)

@@ -1,4 +1,4 @@
-"""The first second of a command, and how it ends when it is asked to."""
+"""The start of a command, and how signals end it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SIGNALS = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (si
 
 
 def hear() -> None:
-    """Hear Ctrl-C as a command in a terminal does: the tests may run where it is ignored."""
+    """Enable Ctrl-C as for a command in a terminal: the tests may run where it is ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def start(*command: object, folder: Path | None = None, ignore: bool = False, **environment: str) -> subprocess.Popen[str]:
-    """Start Python; `folder` has modules that stand before all others."""
+    """Start Python; modules in `folder` take precedence over all others."""
     paths = os.pathsep.join(map(str, (*([folder] if folder else []), REPOSITORY)))
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
@@ -47,7 +47,7 @@ def signalled(process: subprocess.Popen[str], *numbers: signal.Signals) -> tuple
 def test_a_command_is_stopped_while_it_is_imported(
     tmp_path: Path, command: list[str], number: signal.Signals, code: int
 ) -> None:
-    """In the seconds of the imports Ctrl-C and SIGTERM end each command in one line, also within a library's own import."""
+    """During the slow imports, Ctrl-C and SIGTERM end each command in one line, also within a library's own import."""
     library = "import time\nprint('ready', flush=True)\ntry:\n    time.sleep(60)\nexcept BaseException: raise ImportError\n"
     for name in ("numpy.py", "torch.py"):
         (tmp_path / name).write_text(library)
@@ -77,13 +77,13 @@ command("x.py", main, kept="All is kept.")
 
 @SIGNALS
 def test_a_command_is_stopped_at_work(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    """At work both signals are one line that says what is kept, after the command has tidied up."""
+    """At work, both signals end the command with one line on what is saved, after its cleanup."""
     got, error = signalled(start("-c", WORK, tmp_path / "x", "0"), number)
     assert (got, error) == (code, "\nx.py: stopped. All is kept.\n") and (tmp_path / "x").read_text() == "tidied"
 
 
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
-    """A command that does not come to an end after the first signal ends at the second, without a traceback."""
+    """A command that does not end after the first signal ends at the second, without a traceback."""
     process = start("-c", WORK, tmp_path / "x", "60")
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
@@ -91,14 +91,14 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
-    """What was started with Ctrl-C ignored, as shells start a job in the background, is not stopped by it."""
+    """A command started with Ctrl-C ignored, like a background job of a shell, is not stopped by it."""
     script = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + WORK
     code, error = signalled(start("-c", script, tmp_path / "x", "0"), signal.SIGINT, signal.SIGTERM)
     assert (code, error) == (143, "\nx.py: stopped. All is kept.\n")
 
 
 def test_a_signal_while_another_process_is_waited_for(tmp_path: Path) -> None:
-    """A process that waits to let the first one tell a common mistake ends without a word when it is stopped."""
+    """A process that lets rank 0 report a common error ends silently when it is stopped."""
     script = (
         "from utils.cli import command\nfrom utils.errors import UserError\n"
         "def main():\n    print('ready', flush=True)\n    raise UserError('a: b: c')\ncommand('x.py', main)\n"
@@ -109,7 +109,7 @@ def test_a_signal_while_another_process_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_system_without_locks_is_refused(tmp_path: Path) -> None:
-    """Where Python has no fcntl (Windows) one line says what is needed, before anything else is imported."""
+    """Without fcntl (Windows), one line names the supported systems before anything else is imported."""
     (tmp_path / "fcntl.py").write_text("raise ModuleNotFoundError('fcntl')\n")
     (tmp_path / "torch.py").write_text("raise SystemExit('imported')\n")
     blocker = tmp_path / "sitecustomize.py"
@@ -142,7 +142,7 @@ command("x.py", main)
     ],
 )
 def test_any_name_can_be_printed(tmp_path: Path, encoding: str, expected: bytes) -> None:
-    """Whatever letters the terminal has, a name is printed, with escapes where it must be."""
+    """A name is printed on any terminal, with escapes if necessary."""
     odd = {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", PRINT, tmp_path / "x"], env=os.environ | odd, capture_output=True)
     assert (done.returncode, done.stdout) == (0, expected)
@@ -150,7 +150,7 @@ def test_any_name_can_be_printed(tmp_path: Path, encoding: str, expected: bytes)
 
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
 def test_closed_streams_are_no_error(tmp_path: Path, closed: str) -> None:
-    """A command whose streams are closed runs, and what libraries print does not end up in its files."""
+    """A command with closed streams runs, and the output of libraries does not get into its files."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     command = f'"$0" -c "$1" "$2" {closed}'
     done = subprocess.run(["sh", "-c", command, sys.executable, PRINT, str(tmp_path / "x")], env=environment, timeout=60)
@@ -158,7 +158,7 @@ def test_closed_streams_are_no_error(tmp_path: Path, closed: str) -> None:
 
 
 def test_output_that_cannot_be_written_is_one_line() -> None:
-    """A full disk below the standard output is told as such at the end too."""
+    """If standard output goes to a full disk, that is reported, even at the end."""
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-c", "from utils.cli import command\ncommand('x.py', lambda: print('done'))"],
@@ -186,7 +186,7 @@ command("x.py", main, kept="All is kept.")
 
 
 def test_a_run_on_several_devices_is_stopped_whole(tmp_path: Path) -> None:
-    """SIGTERM to `--gpu 0,1` stops the processes that it has started; the first one says so, and the code is 143."""
+    """SIGTERM to `--gpu 0,1` stops all processes; rank 0 reports it, and the exit code is 143."""
     (tmp_path / "x.py").write_text(DEVICES)
     process = start(tmp_path / "x.py")
     assert process.stdout is not None and process.stdout.readline() == "ready\n"

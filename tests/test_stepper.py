@@ -1,4 +1,4 @@
-"""The loop over the draws: the same steps as a plain loop, whatever runs them."""
+"""The loop over the draws gives the results of a plain loop, eagerly and as a graph."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Rows(NamedTuple):
 
 
 def test_a_stepper_is_a_plain_loop() -> None:
-    """Every row is used once, in order, and the sum of what the steps return is given back; again in the next epoch."""
+    """Every row is used once, in order, and the sum of the results is returned; also in the next epoch."""
     seen: list[tuple[list[float], float]] = []
 
     def step(row: Rows) -> Tensor:
@@ -41,7 +41,7 @@ def test_a_stepper_is_a_plain_loop() -> None:
 
 
 def test_what_a_warm_up_changed_is_put_back_in_place() -> None:
-    """Tensors get their old values where they lie; moments that the warm-up gave birth to start at zero."""
+    """Tensors get their old values in place; moments created by the warm-up start at zero."""
     old, born = torch.tensor([1.0, 2.0]), torch.tensor([5.0])
     before = {id(old): old.clone()}
     place = old.data_ptr()
@@ -51,7 +51,7 @@ def test_what_a_warm_up_changed_is_put_back_in_place() -> None:
 
 
 class Fake:
-    """A graph that replays the step right, twice, or not at all; it is captured without being run."""
+    """A graph whose replay runs the step correctly, twice, or never; capturing it runs nothing."""
 
     def __init__(self, work: Callable[[], object], how: str) -> None:
         self.work, self.how = work, how
@@ -62,7 +62,7 @@ class Fake:
 
 
 def trained(how: str, monkeypatch: pytest.MonkeyPatch, insist: bool = False) -> tuple[list[Tensor], list[str], Stepper]:
-    """Train a little model for two epochs of four steps, captured by a fake; return weights and moments, and what was said."""
+    """Train a small model for two epochs of four steps, captured by a fake; return weights, moments and log lines."""
     monkeypatch.setattr("utils.stepper.warm_up", lambda work: [work() for _ in range(3)])
 
     def capture(work: Callable[[], object]) -> Fake:
@@ -94,8 +94,8 @@ def trained(how: str, monkeypatch: pytest.MonkeyPatch, insist: bool = False) -> 
 
 @pytest.mark.parametrize("how", ["right", "twice", "nothing", "refuses"])
 def test_a_graph_is_used_only_if_its_trial_is_right(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A capture that fails, or replays something else, costs one line and no number: the eager steps go on as if nothing
-    had been tried; a right one is used, and leaves no trace of warm-up and trial either."""
+    """If a capture fails or its replays differ, one line is logged, and the eager steps give the same numbers as without a
+    trial. A correct graph is used, and warm-up and trial leave no trace either."""
     plain, silence, _ = trained("eager", monkeypatch)
     tensors, said, stepper = trained(how, monkeypatch)
     assert (stepper.graph is not None) == (how == "right")
@@ -107,14 +107,14 @@ def test_a_graph_is_used_only_if_its_trial_is_right(how: str, monkeypatch: pytes
 
 @pytest.mark.parametrize("how", ["twice", "nothing", "refuses"])
 def test_mode_graph_ends_where_the_graph_is_not_right(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who asks for a graph is told in one line that there is none, and how to go on."""
+    """With `runtime.mode: graph` a graph that cannot be used is a one-line error with the remedy."""
     with pytest.raises(UserError, match=r"runtime\.mode: graph: .*set runtime\.mode=eager") as caught:
         trained(how, monkeypatch, insist=True)
     assert "\n" not in str(caught.value)
 
 
-def test_a_full_memory_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A capture for which the memory is too small is no reason to go on eagerly: the settings are too large."""
+def test_out_of_memory_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a capture runs out of memory, the run does not continue eagerly: the settings are too large."""
 
     def capture(work: Callable[[], object]) -> None:
         raise torch.OutOfMemoryError("full")
@@ -132,7 +132,7 @@ def moved(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def test_all_that_a_step_changes_is_compared() -> None:
-    """Weights, BN statistics and counters, and the optimizer's moments and steps: each kind is one of its own."""
+    """Weights, BN statistics and counters, and the optimizer's moments and steps are separate kinds."""
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
     optimizer = torch.optim.Adam(model.parameters())
     moved(model, optimizer)
@@ -151,7 +151,7 @@ OTHERS = (SUMS, "weights", "running_mean", "exp_avg", "exp_avg_sq")
     [*((k, w) for k in COUNTERS + OTHERS for w in ("unchanged", "elsewhere")), *((k, "not a number") for k in OTHERS)],
 )
 def test_each_kind_of_tensors_is_compared_by_itself(kind: str, wrong: str) -> None:
-    """An outcome in which one kind of tensors stayed, went elsewhere or is no number is refused, however large the others."""
+    """An outcome in which one kind of tensors is unchanged, different or NaN is refused, however large the others are."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
     optimizer = torch.optim.Adam(model.parameters())
@@ -171,7 +171,8 @@ def test_each_kind_of_tensors_is_compared_by_itself(kind: str, wrong: str) -> No
 
 
 def test_what_two_eager_trials_are_apart_is_allowed() -> None:
-    """Where the device scatters, a graph may be twice as far from an eager trial as another one, but never all the way."""
+    """On a nondeterministic device, a graph may differ from an eager trial twice as much as another eager trial, up to a
+    limit."""
     before, expected = torch.zeros(2), torch.tensor([1.0, 0.0])
     sums = {SUMS: [torch.ones(1)]}
     for value, scatter, accepted in [(0.6, 0.0, False), (0.6, 0.4, True), (1.0, 0.9, False)]:

@@ -1,4 +1,4 @@
-"""The study: what is kept of a run, the page and the picture made of that, and the commands of all runs."""
+"""The study: the stored files of a run, the generated page and plot, and the commands of all runs."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ def load_tester() -> ModuleType:
 
 
 def keep(trained: Path, run: str, out: Path) -> Path:
-    """Keep one of the runs in a study's folder; return its card."""
+    """Store one of the runs in the folder of a study; return its card."""
     return collect.collect(run, trained / "saved" / run, trained / "storage" / run / "checkpoint/latest_model.pt", FACTS, out)
 
 
 def fit_their_files(folder: Path) -> int:
-    """Assert that every card of a study fits the files beside it; return how many there are."""
+    """Assert that every card of a study matches its files; return the number of cards."""
     cards = sorted(folder.glob("*/*.json"))
     for path in cards:
         card, kept = json.loads(path.read_text()), path.with_suffix("")
@@ -97,8 +97,8 @@ def fit_their_files(folder: Path) -> int:
 
 
 def test_every_kept_card_fits_its_files(trained: Path, tmp_path: Path) -> None:
-    """Hash, figures, seed and defense of a card are those of the weights, of test.json, metrics.jsonl and config.yaml: of all
-    that are committed, and of two that are kept now. Weights that were changed later are found."""
+    """Hash, figures, seed and defense of a card match the weights, test.json, metrics.jsonl and config.yaml, for all
+    committed runs and two new ones. Weights that were changed later are detected."""
     fit_their_files(STUDY)
     for run in RUNS:
         keep(trained, run, tmp_path)
@@ -111,8 +111,8 @@ def test_every_kept_card_fits_its_files(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("run", "attack", "steps"), [*zip(RUNS, ("badnets", "badnets", "none"), (18, 12, 18), strict=True)])
 def test_kept_weights_give_the_figures_of_the_card(trained: Path, tmp_path: Path, run: str, attack: str, steps: int) -> None:
-    """test.py with the kept config.yaml and the kept weights counts what it counted after the training. The card has the
-    optimizer's steps; nothing that is kept names a folder of the machine that trained."""
+    """test.py with the stored config.yaml and weights gives the same counts as after training. The card has the number of
+    optimizer steps; no stored file has a path of the training machine."""
     card = json.loads(keep(trained, run, tmp_path).read_text())
     assert (card["attack"], card["dataset"], card["steps"]) == (attack, "shapes", steps)
     assert {key: card[key] for key in FACTS} == FACTS and card["config"] == f"config/{run.replace('/', '_')}.yaml"
@@ -126,7 +126,7 @@ def test_kept_weights_give_the_figures_of_the_card(trained: Path, tmp_path: Path
 
 
 def damage(folder: Path, kind: str) -> None:
-    """Make a finished run one that must not be kept."""
+    """Damage a finished run so that it must not be stored."""
     source, log = folder / "saved/badnets/asd", folder / "saved/badnets/asd/log"
     rows = (log / "metrics.jsonl").read_text().splitlines(keepends=True)
     if kind == "unfinished":
@@ -149,7 +149,7 @@ KINDS = ("unfinished", "of another run", "tested earlier", "ranked earlier", "co
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_finished_is_refused(trained: Path, tmp_path: Path, kind: str) -> None:
-    """A run that is not finished, not tested or not of one piece is one line, and nothing of it is kept."""
+    """A run that is unfinished, untested or inconsistent is refused in one line, and nothing of it is stored."""
     shutil.copytree(trained, tmp_path / "copy")
     damage(tmp_path / "copy", kind)
     with pytest.raises(UserError, match=str(tmp_path / "copy")) as error:
@@ -158,7 +158,7 @@ def test_what_is_not_finished_is_refused(trained: Path, tmp_path: Path, kind: st
 
 
 def test_the_commit_must_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name of a branch is no commit: it means something else tomorrow."""
+    """The name of a branch is not accepted as a commit, because it may change."""
     monkeypatch.setattr(sys, "argv", ["collect", "--saved=a", "--storage=b", "--run=badnets/asd", "--commit=main"])
     with pytest.raises(UserError, match="--commit main"):
         collect.main()
@@ -183,7 +183,7 @@ def test_a_committed_model_gives_the_figures_of_its_card(tmp_path: Path) -> None
 
 
 def make_study(folder: Path) -> Path:
-    """A study without runs: its words and the list of planned runs."""
+    """Make a study without runs: its template and the list of planned runs."""
     folder.mkdir(exist_ok=True)
     for name in WORDS:
         shutil.copy(STUDY / name, folder)
@@ -191,7 +191,7 @@ def make_study(folder: Path) -> Path:
 
 
 def make_run(folder: Path, name: str, acc: float, asr: float = 0.03, seed: int = 100) -> None:
-    """A kept run without weights, as long as the study's, that ends with five equal rows; shares in 0..1."""
+    """Make a stored run without weights, as long as the study's, that ends with five equal rows; shares in 0..1."""
     asd = not name.endswith("undefended")
     kept = folder / name
     kept.mkdir(parents=True)
@@ -215,13 +215,13 @@ def make_run(folder: Path, name: str, acc: float, asr: float = 0.03, seed: int =
 
 
 def described(path: Path) -> str:
-    """Return what a picture says of itself."""
+    """Return the Description of a PNG."""
     with Image.open(path) as picture:
         return str(picture.info["Description"])
 
 
 def test_page_picture_and_status_are_the_generated_ones(tmp_path: Path) -> None:
-    """What `python -m results.study.report` would write now is what is committed; the picture shows the files' figures."""
+    """The committed files are what `python -m results.study.report` would write now; the plot shows the stored figures."""
     runs = report.Runs(STUDY)
     assert (STUDY / "README.md").read_text() == report.page(STUDY, runs), "run python -m results.study.report"
     readme = (REPOSITORY / "README.md").read_text()
@@ -231,8 +231,8 @@ def test_page_picture_and_status_are_the_generated_ones(tmp_path: Path) -> None:
 
 
 def test_real_runs_make_a_page(trained: Path, tmp_path: Path) -> None:
-    """What collect.py keeps is what report.py reads: figures of runs with a defense, without, and without any attack, whose
-    ranking cannot be judged."""
+    """report.py reads what collect.py writes: runs with a defense, without one, and without an attack, whose ranking cannot
+    be judged."""
     folder = make_study(tmp_path / "study")
     cards = {run: json.loads(keep(trained, run, folder).read_text()) for run in RUNS}
     runs = report.Runs(folder)
@@ -245,7 +245,8 @@ def test_real_runs_make_a_page(trained: Path, tmp_path: Path) -> None:
 
 
 def test_meta_splits_that_differ_in_their_seed_are_one_row(tmp_path: Path) -> None:
-    """The table of `what_decides.py`'s rows has a row for each setting with the values of its draws, by the base's ACC."""
+    """The table of `what_decides.py` has one row for each setting with the values of its draws, ordered by the ACC of the
+    base model."""
     row = {
         "name": "narrow", "attack": "wanet", "seed": 1, "poisoned_in_pool": 7, "by_chance": 50, "meta": {"lr": 0.015},
         "base": {"clean_accuracy": 0.8}, "network": {"resnet18_cifar": {"width": 16, "last_parts": None}},
@@ -259,7 +260,8 @@ def test_meta_splits_that_differ_in_their_seed_are_one_row(tmp_path: Path) -> No
 
 
 def test_without_runs_every_planned_one_is_not_run(tmp_path: Path) -> None:
-    """The page of a study without runs lists all planned runs as not run, the status claims none, the picture has one curve."""
+    """The page of a study without runs lists all planned runs as not run, the status claims none, and the plot has one
+    curve."""
     folder = make_study(tmp_path / "study")
     runs = report.Runs(folder)
     page = report.page(folder, runs)
@@ -270,8 +272,8 @@ def test_without_runs_every_planned_one_is_not_run(tmp_path: Path) -> None:
 
 
 def test_figures_of_the_files_stand_on_the_page(tmp_path: Path) -> None:
-    """Each table has the files' figures: last epoch, stages with the range of the pool, mean of the last five, seeds,
-    suspects, cost; a run that was not planned is shown as well."""
+    """The tables have the stored figures: last epoch, stages with the range of the pool, mean of the last five, seeds,
+    suspects, cost; unplanned runs are shown too."""
     folder = make_study(tmp_path / "study")
     make_run(folder, "badnets/undefended", 0.88, 0.9999)
     for name, acc, seed in (("asd", 0.85, 100), ("asd-101", 0.86, 101), ("asd-7", 0.84, 7)):
@@ -309,7 +311,7 @@ def test_figures_of_the_files_stand_on_the_page(tmp_path: Path) -> None:
     ],
 )
 def test_targets(tmp_path: Path, attack: str, twin: tuple[float, float], own: tuple[float, float], expected: str) -> None:
-    """A target is met up to its bound and not beyond; each attack has its own."""
+    """A target is met up to and including its bound; each attack has its own targets."""
     folder = make_study(tmp_path / "study")
     make_run(folder, f"{attack}/undefended", *twin)
     make_run(folder, f"{attack}/asd", *own)
@@ -320,7 +322,7 @@ def test_targets(tmp_path: Path, attack: str, twin: tuple[float, float], own: tu
 
 
 def test_the_last_five_epochs_count_too(tmp_path: Path) -> None:
-    """A run whose last epoch alone keeps a bound misses the target; without the undefended run nothing is judged."""
+    """A run that satisfies a bound only in its last epoch misses the target; without the undefended run there is no verdict."""
     folder = make_study(tmp_path / "study")
     make_run(folder, "blend/asd", 0.85)
     assert report.verdict(report.Runs(folder)["blend/asd"], report.Runs(folder)) == "undefended not run"
@@ -336,7 +338,7 @@ def test_the_last_five_epochs_count_too(tmp_path: Path) -> None:
 
 
 def test_the_picture_puts_stages_side_by_side(tmp_path: Path) -> None:
-    """Whatever the number of epochs, each stage is one unit wide, and chance is 1; another figure makes another picture."""
+    """Each stage is one unit wide for any number of epochs, and chance is 1; different figures give different plots."""
     folder = make_study(tmp_path / "study")
     make_run(folder, "badnets/asd", 0.85)
     drawn = report.curves(folder, report.Runs(folder))
@@ -353,7 +355,7 @@ def test_the_picture_puts_stages_side_by_side(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["no markers", f"{report.END} {report.BEGIN} {report.BEGIN}"])
 def test_a_readme_without_a_place_is_refused(text: str) -> None:
-    """Where the README has no single place for the status, nothing is written over."""
+    """If the README does not have exactly one place for the status, it is not overwritten."""
     with pytest.raises(UserError, match=r"README\.md"):
         report.insert(text, "status")
     assert report.insert(f"a\n{report.BEGIN}\nold\n{report.END}\nb", "new") == f"a\n{report.BEGIN}\nnew\n{report.END}\nb"
@@ -363,7 +365,7 @@ def test_a_readme_without_a_place_is_refused(text: str) -> None:
 
 
 def planned_commands(tmp_path: Path, *runs: str) -> list[list[str]]:
-    """Return the commands of run.sh, with a stand-in for Python that writes down what it is given."""
+    """Return the commands of run.sh, run with a fake Python that records its arguments."""
     python, written = tmp_path / "python", tmp_path / "commands"
     python.write_text(f"#!/bin/sh\nfor word; do printf '%s\\n' \"$word\"; done >> '{written}'\necho >> '{written}'\n")
     python.chmod(0o755)
@@ -374,8 +376,8 @@ def planned_commands(tmp_path: Path, *runs: str) -> list[list[str]]:
 
 
 def test_run_sh_makes_every_run_with_settings_that_load(tmp_path: Path) -> None:
-    """Each planned run is trained, tested and kept under its name; its settings are legal, and those of the attack are the
-    same for a run and its twin."""
+    """Each planned run is trained, tested and stored under its name with valid settings; a run and its twin have the same
+    attack."""
     commands = [command for command in planned_commands(tmp_path) if command[0] == "ASD.py"]
     kept = {path.relative_to(STUDY).with_suffix("").as_posix() for path in STUDY.glob("*/*.json")}
     attacks: dict[str, list[Any]] = {}
@@ -391,7 +393,7 @@ def test_run_sh_makes_every_run_with_settings_that_load(tmp_path: Path) -> None:
 
 
 def test_run_sh_makes_the_named_runs_alone(tmp_path: Path) -> None:
-    """With names, those runs alone are trained, tested with the same settings, and kept with the commit they began with."""
+    """With names, only those runs are trained, tested with the same settings, and stored with the commit they started with."""
     names = ["badnets/asd", "gtsrb_badnets/undefended"]
     if any((STUDY / f"{name}.json").exists() for name in names):
         pytest.skip("a kept run is not made again")

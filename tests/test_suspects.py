@@ -1,4 +1,4 @@
-"""The ranking of suspect training images: its score, how good it is, and the files that it leaves."""
+"""The ranking of suspect training images: its score, its quality, and its files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def columns(pairs: list[tuple[float, bool]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def evidence(losses: list[float], epochs: list[int], **changes: np.ndarray) -> Evidence:
-    """Evidence on images of which only losses and epochs matter."""
+    """Return evidence on images that differ only in losses and epochs."""
     n = len(losses)
     own = np.exp(-np.array(losses, float))  # so that the score, 1 - own, rises with the loss
     made = {
@@ -54,8 +54,8 @@ def test_equal_values_share_the_mean_of_their_ranks(values: list[float]) -> None
 
 
 def test_the_score_is_the_margin_times_the_share_of_epochs_outside() -> None:
-    """The margin is 1 for an image that the model is sure is something else, 0 for one that it is sure carries its label, 0.5
-    where two labels are even; it counts by the share of epochs outside the clean pool, of one more than the most inside."""
+    """The margin is 1 if the model is certain of another label, 0 if it is certain of the carried one, 0.5 for equal
+    probabilities. It is multiplied by the share of epochs outside the clean pool, out of one more than the maximum inside."""
     own, rival = np.array([0.0, 1.0, 0.5, 0.1, 0.2]), np.array([1.0, 0.0, 0.5, 0.6, 0.3])
     e = evidence([9.0, 0.0, 3.0, 7.0, 6.0], [0, 9, 4, 1, 1], own_probability=own, rival_probability=rival)
     scores = e.scores()
@@ -67,7 +67,7 @@ def test_the_score_is_the_margin_times_the_share_of_epochs_outside() -> None:
 
 
 def test_the_order_is_that_of_the_scores() -> None:
-    """The most suspect image comes first, equal ones in the order of the data set."""
+    """The most suspect image comes first; ties are in the order of the data set."""
     assert suspects.order(np.array([0.1, 0.9, 0.5, 0.9, 0.1])).tolist() == [1, 3, 2, 0, 4]
 
 
@@ -93,7 +93,7 @@ def test_auroc_counts_the_pairs_in_order(pairs: list[tuple[float, bool]]) -> Non
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(FEW, st.booleans()), min_size=1, max_size=6), st.integers(0, 6))
 def test_precision_and_recall_are_the_mean_over_all_orders_of_ties(pairs: list[tuple[float, bool]], count: int) -> None:
-    """Precision and recall of the first k images are the means over every order that the scores allow."""
+    """Precision and recall of the first k images are the means over every order of the ties."""
     count = min(count, len(pairs))
     scores, positive = columns(pairs)
     found = suspects.precision_recall_at(scores, positive, count)
@@ -112,7 +112,8 @@ def test_precision_and_recall_are_the_mean_over_all_orders_of_ties(pairs: list[t
 @settings(deadline=None, max_examples=100)
 @given(SCORED)
 def test_average_precision_is_the_mean_precision_at_each_poisoned_image(pairs: list[tuple[float, bool]]) -> None:
-    """Average precision is the mean, over the poisoned images, of the poisoned share among all that score as high or higher."""
+    """Average precision is the mean, over the poisoned images, of the poisoned share among all images with an equal or
+    higher score."""
     scores, positive = columns(pairs)
     found = suspects.average_precision(scores, positive)
     shares = []
@@ -126,8 +127,8 @@ def test_average_precision_is_the_mean_precision_at_each_poisoned_image(pairs: l
 
 
 def test_quality_of_a_perfect_and_of_a_reversed_ranking() -> None:
-    """suspects.json counts the kinds and tells each score apart: loss right and epochs wrong give AUROC 1 and 0; cover images
-    are no poisoned ones."""
+    """suspects.json has the counts and each score separately: correct losses and reversed epochs give AUROC 1 and 0; cover
+    images do not count as poisoned."""
     flags = np.array([0, 1, 2, 0, 1, 0], np.uint8)
     found = suspects.quality(evidence([0.1, 5, 0.2, 0.3, 4, 0.4], [1, 9, 1, 1, 8, 1]), flags)
     assert found["counts"] == {"images": 6, "poisoned": 2, "cover": 1}
@@ -141,7 +142,7 @@ def test_quality_of_a_perfect_and_of_a_reversed_ranking() -> None:
 
 
 def test_the_first_hundred_are_those_that_score_highest() -> None:
-    """Of 200 images, the 100 of the highest score hold 30 of the 50 poisoned ones."""
+    """Of 200 images, the 100 with the highest scores include 30 of the 50 poisoned ones."""
     flags = np.zeros(200, np.uint8)
     flags[:30], flags[150:170] = 1, 1
     losses = np.linspace(9, 1, 200).tolist()
@@ -151,14 +152,14 @@ def test_the_first_hundred_are_those_that_score_highest() -> None:
 
 @pytest.mark.parametrize("flag", [0, 1])
 def test_quality_without_both_kinds_is_null(flag: int) -> None:
-    """Where no image or every image is poisoned, AUROC is null, and the line says that nothing can be judged."""
+    """If no or every image is poisoned, AUROC is null, and the line states that the ranking cannot be judged."""
     found = suspects.quality(evidence([1, 2], [0, 1]), np.full(2, flag, np.uint8))
     assert found["measures"]["score"]["auroc"] is None
     assert f"{2 * flag} of 2 images are poisoned" in suspects.quality_line(found)
 
 
-def test_the_line_tells_auroc_and_precision() -> None:
-    """The run's log has AUROC and the poisoned share of as many first images as there are poisoned ones."""
+def test_the_line_has_auroc_and_precision() -> None:
+    """The log line has the AUROC and the precision at the number of poisoned images."""
     found = suspects.quality(evidence([3, 1, 2, 0], [0, 0, 0, 0]), np.array([1, 1, 0, 0], np.uint8))
     line = suspects.quality_line(found)
     assert "AUROC 0.7500" in line and "of the first 2 images 50.0 % are poisoned" in line and "\n" not in line
@@ -173,7 +174,8 @@ def read(text: str) -> list[dict[str, str]]:
 
 
 def test_the_table_has_every_image_with_its_own_facts() -> None:
-    """suspects.csv: each image once, by falling score, with its name, its label and the model's, and its own numbers."""
+    """suspects.csv has each image once, by decreasing score, with its name, its label, the predicted one, and its own
+    numbers."""
     e = evidence([0.5, 7.25, 0.001, 3.0], [4, 0, 9, 1])
     names = ["cat/1.png", 'dog/a "b", c.png', "cat/2.png", "bird/x.png"]
     rows = read(suspects.table(e, names, ("cat", "dog")))
@@ -189,7 +191,7 @@ def test_the_table_has_every_image_with_its_own_facts() -> None:
 
 
 def test_images_without_names_have_numbers(tmp_path: Path) -> None:
-    """A data set without file names is told by number; a file name that is no UTF-8 keeps its bytes."""
+    """Images without file names have numbers; a file name that is not UTF-8 keeps its bytes."""
     e = evidence([0.5, 7.25], [4, 0])
     assert [row["name"] for row in read(suspects.table(e, None, ()))] == ["1", "0"]
     suspects.write_table(tmp_path / "s.csv", e, ["a/\udcff.png", "b"], ())
@@ -197,14 +199,14 @@ def test_images_without_names_have_numbers(tmp_path: Path) -> None:
 
 
 def test_captions_name_the_label_and_the_models() -> None:
-    """The sheet says under each image which label it carries and which one the model gives."""
+    """The caption of an image has its label and the predicted one."""
     e = evidence([1, 2, 3, 4], [0, 0, 0, 0])
     assert suspects.captions(e, np.array([2, 0]), ("cat", "dog", "frog")) == ["frog \u2192 cat", "cat \u2192 dog"]
 
 
 @pytest.mark.parametrize(("count", "shape"), [(1, (32, 32)), (100, (32, 32)), (13, (20, 44))])
 def test_the_sheet_shows_every_image(tmp_path: Path, count: int, shape: tuple[int, int]) -> None:
-    """suspects.png shows each image whole, in its own colours, whatever is written under it."""
+    """suspects.png shows each image completely, in its own colors, with any caption."""
     images = np.zeros((count, *shape, 3), np.uint8)
     images[:, :, :, 0] = 200  # one red no caption has
     captions = ["$a_1$ \u2192 a very long name of a class that no place has", "plain"] * count

@@ -1,6 +1,6 @@
-"""A run's state: all that may influence its further course, in one small object, written and read as one file.
+"""The state of a run: everything that affects the rest of it, in one small object that is written and read as one file.
 
-A checkpoint is untrusted input: it is read with `weights_only=True`, so nothing in it can run code.
+Checkpoints are untrusted input: they are read with `weights_only=True`, so nothing in them can run code.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from utils.config import Config
 from utils.errors import UserError
 from utils.files import write_atomically
 from utils.manifest import differences, other_data
-from utils.paths import is_dir, is_file
+from utils.paths import is_file
 from utils.schema import Reader, as_dict
 from utils.stepper import Stepper, changed_tensors
 
-# Settings that may differ between the run that wrote a checkpoint and the one that goes on from it.
+# Settings that may differ between the run that wrote a checkpoint and the run that resumes from it.
 FREE = (
     "run", "saved_dir", "storage_dir", "dataset_dir", "download", "prefetch", "num_epochs", "global.epoch_third", "runtime",
     "sync_bn", "criterion", "seed.deterministic", "seed.benchmark", "loader.num_workers", "loader.pin_memory",
     "semi.loader.num_workers", "semi.loader.pin_memory", "data.placement", "data.cache_dir",
 )  # fmt: skip
 
-# What a numpy scalar in a checkpoint needs: the function that rebuilds it, under both of its module names, and dtypes.
+# Needed to read numpy scalars in a checkpoint: the function that rebuilds them, under both of its module names, and dtypes.
 REBUILD = np.float64(0).__reduce__()[0]
 KINDS = (np.float64, np.float32, np.int64, np.int32, np.bool_)
 NUMPY_SCALARS: list[Any] = [
@@ -46,7 +46,7 @@ NUMPY_SCALARS: list[Any] = [
 
 @dataclass
 class State:
-    """Where a run stands. Random draws are functions of (seed, epoch), so no generator is part of it."""
+    """The state of a run. It holds no random generator, because random draws are functions of (seed, epoch)."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -60,9 +60,9 @@ class State:
     networks: dict[str, nn.Module] = field(default_factory=dict)  # of a defense, beside the model
     sets: dict[str, Tensor] = field(default_factory=dict)  # of a defense: indices (n,) int64 of training images, on the CPU
     tables: dict[str, Tensor] = field(default_factory=dict)  # of a defense: any other tensors, on the CPU
-    about: dict[str, Any] = field(default_factory=dict)  # class names and image size: for test.py --images, not for training
+    about: dict[str, Any] = field(default_factory=dict)  # class names and image size, for test.py --images
     data: str = ""  # the manifest of the run's data (`utils/manifest.py`)
-    parallel: Any = None  # the model as training calls it: wrapped where there are several processes; not saved
+    parallel: Any = None  # the model to call in training, wrapped or compiled; not saved
     split_values: Tensor | None = None  # (N,) what decided the last split; not saved
     steps: Stepper | None = None  # runs the training steps; not saved
 
@@ -80,9 +80,9 @@ class State:
 
 
 def contents(state: State, config: dict[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint holds of a finished epoch, as the state has it: its tensors, not copies."""
+    """Return the contents of the checkpoint of a finished epoch. Its tensors are those of the state, not copies."""
     saved = {
-        "epoch": state.epoch - 1,  # as the authors count: the 0-based epoch that was finished
+        "epoch": state.epoch - 1,  # as in the authors' checkpoints: the finished epoch, 0-based
         "result": state.history[-1] if state.history else {},
         "model_state_dict": state.model.state_dict(),
         "optimizer_state_dict": state.optimizer.state_dict(),
@@ -109,22 +109,17 @@ def last_epoch(saved: dict[str, Any], num_epochs: int) -> int:
     return min(max(epoch, 0), num_epochs - 1) if isinstance(epoch, int) else 0
 
 
-def save(path: Path, state: State, config: dict[str, Any]) -> None:
-    """Write the state of a finished epoch atomically."""
-    write(path, contents(state, config))
-
-
 def write(path: Path, saved: dict[str, Any], also: Sequence[Path] = ()) -> None:
-    """Write a checkpoint's dictionary atomically, under several names if need be (`write_atomically`)."""
-    buffer = io.BytesIO()  # torch writes to memory, so that a full disk is an ordinary OSError
+    """Write the contents of a checkpoint atomically; `also`: further names of the file (`write_atomically`)."""
+    buffer = io.BytesIO()  # torch writes to memory: a full disk is then an ordinary OSError
     torch.save(saved, buffer)
     write_atomically(path, lambda file: file.write(buffer.getbuffer()), also)
 
 
 class Writer:
-    """Writes checkpoints in a thread of its own while training goes on; leaving the `with` block waits for the last one.
+    """Writes checkpoints in a background thread, one at a time. Leaving the `with` block waits for the last one.
 
-    There is one write at a time. An error of the thread is raised by the next call, or on leaving the block.
+    An error of the thread is raised by the next call, or on leaving the block.
     """
 
     def __init__(self) -> None:
@@ -146,37 +141,37 @@ class Writer:
         also: Sequence[Path] = (),
         then: Callable[[], object] = lambda: None,
     ) -> None:
-        """Copy the state of a finished epoch to the host, which the caller waits for, and begin to write it.
+        """Copy the state of a finished epoch to the host, then start writing it in the background.
 
         Args:
-            also: further names of the same checkpoint; they are there before `path` is.
-            then: called in the thread once all names are there.
+            also: further names of the checkpoint, which exist before `path` does.
+            then: called by the thread once all names exist.
         Raises:
-            UserError: the checkpoint before this one could not be written.
+            UserError: the previous checkpoint could not be written.
         """
         self.wait()
-        self.pending = self.pool.submit(self.write, path, copy_to_host(contents(state, config)), also, then)
+        saved = copy_to_host(contents(state, config))
 
-    @staticmethod
-    def write(path: Path, saved: dict[str, Any], also: Sequence[Path], then: Callable[[], object]) -> None:
-        """What the thread does."""
-        write(path, saved, also)
-        then()
+        def work() -> None:
+            write(path, saved, also)
+            then()
+
+        self.pending = self.pool.submit(work)
 
     def wait(self) -> None:
-        """Wait until nothing is being written; raise the thread's error, once."""
+        """Wait for the current write; raise its error, once."""
         if self.pending is not None:
-            wait([self.pending])  # Ctrl-C here leaves it pending
+            wait([self.pending])  # interrupted by Ctrl-C, it stays pending
             done, self.pending = self.pending, None
             done.result()
 
 
 def copy_to_host(tree: Any) -> Any:
-    """Return a copy of nested containers in which every tensor is a copy in host memory; other values are shared."""
+    """Return a copy of nested containers with every tensor copied to host memory; other values are shared."""
     if isinstance(tree, Tensor):
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, dict):
-        out = copy.copy(tree)  # an OrderedDict with torch's notes on versions keeps them
+        out = copy.copy(tree)  # keeps the type, and the version metadata of torch's state dicts
         for key, value in tree.items():
             out[key] = copy_to_host(value)
         return out
@@ -186,26 +181,25 @@ def copy_to_host(tree: Any) -> Any:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's dictionary on the CPU; names of weights as the plain network has them (`plain_name`).
+    """Read the contents of a checkpoint on the CPU, with the weights' names in the plain network (`plain_name`).
 
     Raises:
-        UserError: missing, unreadable, truncated, no checkpoint, or one that asks for more than tensors and plain values.
+        UserError: the file is missing, unreadable, truncated, not a checkpoint, or needs more than tensors and plain values.
     """
-    listing = is_dir(path.parent, "--resume")
-    there = sorted(p.name for p in path.parent.glob("*.pt") if p != path) if listing else []
-    if not is_file(path, "--resume"):
-        listed = f"there are {', '.join(there)}" if there else "there is none: train first with ASD.py"
-        raise UserError(f"--resume {path}: no such checkpoint: {listed}")
-    other = f"use another one: {', '.join(there)}" if there else "train again with ASD.py --resume False"
-    broken = UserError(f"{path}: is truncated or no checkpoint: {other}")
+    exists = is_file(path, "--resume")
+    others = ", ".join(sorted(p.name for p in path.parent.glob("*.pt") if p != path))
+    if not exists:
+        raise UserError(f"--resume {path}: no such checkpoint: the folder has {others or 'none: train first with ASD.py'}")
+    remedy = f"use another one: {others}" if others else "train again with ASD.py --resume False"
+    broken = UserError(f"{path}: truncated, or not a checkpoint: {remedy}")
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_SCALARS):  # the authors' figures are numpy's
-            warnings.simplefilter("ignore")  # of torch, about the pickle's age
+        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_SCALARS):  # the authors have numpy scalars
+            warnings.simplefilter("ignore")  # torch's warnings about old pickles
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error)
         if "GLOBAL " in reason or "call reduce" in reason:
-            raise UserError(f"{path}: asks for code that no checkpoint needs: it may be malicious; do not use it") from None
+            raise UserError(f"{path}: contains code that no checkpoint needs: it may be malicious; do not use it") from None
         raise broken from None
     except PermissionError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): make it readable") from None
@@ -216,13 +210,13 @@ def read(path: Path) -> dict[str, Any]:
         raise broken from None
     weights = loaded.get("model_state_dict") if isinstance(loaded, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(t, Tensor) for t in weights.values()):
-        raise UserError(f"{path}: holds no model_state_dict: is it a checkpoint of ASD.py?")
+        raise UserError(f"{path}: no model_state_dict: not a checkpoint of ASD.py")
     loaded["model_state_dict"] = {plain_name(str(key)): tensor for key, tensor in weights.items()}
     return dict(loaded)
 
 
 def plain_name(key: str) -> str:
-    """Return a weight's name without what wrappers add: `module.` in front (distributed), `_orig_mod` anywhere (compiled)."""
+    """Return the name of a weight without the parts that wrappers add: a leading `module.` (DDP), any `_orig_mod` (compile)."""
     parts = [part for part in key.split(".") if part != "_orig_mod"]
     while len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
@@ -230,7 +224,7 @@ def plain_name(key: str) -> str:
 
 
 def epochs(path: Path) -> int:
-    """Return how many epochs a checkpoint has; 0 where there is none that can be read."""
+    """Return the number of epochs of a checkpoint; 0 if there is none, or it cannot be read."""
     try:
         return int(read(path)["epoch"]) + 1
     except (UserError, KeyError, ValueError, TypeError):
@@ -238,22 +232,22 @@ def epochs(path: Path) -> int:
 
 
 def about(saved: dict[str, Any]) -> tuple[tuple[str, ...], tuple[int, int] | None]:
-    """Return the class names that a checkpoint tells, and the height and width of its training images; old ones do not."""
-    told = saved.get("about")
-    told = told if isinstance(told, dict) else {}
-    names, size = told.get("class_names"), told.get("image_size")
+    """Return the class names in a checkpoint, and the height and width of its training images; old checkpoints lack both."""
+    facts = saved.get("about")
+    facts = facts if isinstance(facts, dict) else {}
+    names, size = facts.get("class_names"), facts.get("image_size")
     known = isinstance(names, list) and all(isinstance(name, str) for name in names)
     sized = isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and 0 < side <= 4096 for side in size)
     return tuple(names or ()) if known else (), (size[0], size[1]) if sized and size else None
 
 
 def load_weights(model: nn.Module, saved: dict[str, Any], path: Path) -> None:
-    """Put a checkpoint's weights into the model; `UserError` where they are another network's."""
+    """Load the weights of a checkpoint into the model; raise `UserError` if they are those of another network."""
     own, given = model.state_dict(), saved["model_state_dict"]
     missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     if missing or extra:
-        odd = f"lacks {missing[0]}" if missing else f"has {extra[0]}"
-        raise UserError(f"{path}: is a checkpoint of another network ({odd}): give the YAML that it was trained with")
+        key = f"lacks {missing[0]}" if missing else f"has {extra[0]}"
+        raise UserError(f"{path}: is a checkpoint of another network ({key}): give the YAML that it was trained with")
     for name, tensor in given.items():
         if tensor.shape != own[name].shape:
             raise UserError(
@@ -261,18 +255,18 @@ def load_weights(model: nn.Module, saved: dict[str, Any], path: Path) -> None:
                 f"{tuple(own[name].shape)}): give the YAML that it was trained with"
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {name} holds values that are not finite: use an earlier checkpoint")
+            raise UserError(f"{path}: {name} has values that are not finite: use an earlier checkpoint")
     model.load_state_dict(given)
 
 
 def load(path: Path, state: State, config: dict[str, Any], saved: dict[str, Any] | None = None) -> None:
-    """Go on from a checkpoint: fill the state from the file.
+    """Load a checkpoint into a state, to resume training.
 
     Args:
         state: of a run before its first epoch, with the manifest of its data.
-        saved: the file's contents, if they were read, and their settings compared, before.
+        saved: contents of the file; None: read it, and compare its settings with `config`.
     Raises:
-        UserError: as `read`, and where the checkpoint is of other settings or other data.
+        UserError: as `read`; or the checkpoint is of other settings or other data.
     """
     if saved is None:
         saved = read(path)
@@ -295,33 +289,33 @@ def load(path: Path, state: State, config: dict[str, Any], saved: dict[str, Any]
         check_state(state, count)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"{path}: its training state does not fit ({type(error).__name__}: {error}): use another checkpoint, or "
+            f"{path}: its training state does not fit this run ({type(error).__name__}: {error}): use another checkpoint, or "
             "--resume False to start over"
         ) from None
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Load an optimizer's state; how it is computed (CUDA graph, fused kernels, memory layout) stays this run's own."""
+    """Load the state of an optimizer; the options of this run (CUDA graph, fused kernels, memory format) are kept."""
     for group, given in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         given.update({key: group[key] for key in ("capturable", "fused", "foreach") if key in group})
         rate = float(given["lr"])
         given["lr"] = torch.tensor(rate, device=group["lr"].device) if isinstance(group["lr"], Tensor) else rate
     optimizer.load_state_dict(saved)
-    for parameter, moments in optimizer.state.items():  # in the checkpoint's memory layout: fused kernels want the weights'
+    for parameter, moments in optimizer.state.items():  # fused kernels need the strides of the weights
         for name, moment in moments.items():
             if isinstance(moment, Tensor) and moment.shape == parameter.shape and moment.stride() != parameter.stride():
                 moments[name] = torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)
 
 
 def check_state(state: State, count: int) -> None:
-    """Raise ValueError where a loaded state does not fit the run; a training set has `count` images."""
-    rows = [row["epoch"] for row in state.history]  # a run that goes on from an authors' checkpoint has none of its epochs
+    """Raise ValueError if a loaded state does not fit a run on `count` training images."""
+    rows = [row["epoch"] for row in state.history]  # without the epochs of an authors' checkpoint
     if state.epoch < 1 or rows != list(range(state.epoch - len(rows), state.epoch)) or len(rows) > state.epoch:
         raise ValueError(f"epoch {state.epoch - 1} with a history of the epochs {rows[:1]} to {rows[-1:]}")
     epochs = state.epochs_in_clean_pool
     for name, indices in {"clean_pool": state.clean_pool, **state.sets}.items():
         if indices.dtype != torch.int64 or indices.ndim != 1 or bool(((indices < 0) | (indices >= count)).any()):
-            raise ValueError(f"{name} holds no indices of the training set")
+            raise ValueError(f"{name}: not indices of the training set")
     if epochs.dtype != torch.int32 or epochs.shape != (count,):
         raise ValueError(f"epochs_in_clean_pool is {epochs.dtype} {tuple(epochs.shape)} for {count} images")
     for parameter, moments in state.optimizer.state.items():
@@ -331,26 +325,26 @@ def check_state(state: State, count: int) -> None:
 
 
 def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, Any], stand_ins: Collection[str] = ()) -> None:
-    """Refuse a checkpoint whose stored configuration differs where it matters; the authors' files store none.
+    """Refuse a checkpoint with a different configuration, except for `FREE`; the authors' checkpoints store none.
 
     Args:
-        saved: the checkpoint.
-        stand_ins: settings that only name what the manifest compares by content (`utils.schema.stand_ins`). They are compared
-            as text where the checkpoint has no manifest, as those of earlier versions.
+        saved: contents of the checkpoint.
+        stand_ins: settings that name files which the manifest compares by content (`utils.schema.stand_ins`). They are
+            compared as text if the checkpoint, being of an earlier version, has no manifest.
     """
     if not isinstance(saved.get("config"), dict):
         return
     then, now = flatten(completed(saved["config"])), flatten(config)
     free = [*FREE, *(stand_ins if saved.get("data") else ())]
     if any(stage.lr_scheduler for stage in read_config(config).stages):
-        free.remove("num_epochs")  # a schedule may follow it; with a constant rate a run may be made longer
+        free.remove("num_epochs")  # a schedule may depend on it; a run with a constant rate may be extended
     for key in [*now, *(k for k in then if k not in now)]:
         if any(key == f or key.startswith(f + ".") for f in free) or then.get(key) == now.get(key):
             continue
         key, before, after = chosen_differently(key, then, now) or (key, then.get(key), now.get(key))
         raise UserError(
-            f"{path}: was written with {key}: {before!r} and the configuration says {after!r}: set it back, or "
-            "begin a new run: with --set run=NAME and without --resume, or with --resume False"
+            f"{path}: was written with {key}: {before!r}, but the configuration has {after!r}: set it back, or "
+            "start a new run (--resume False, or another name by --set run=NAME)"
         )
 
 
@@ -379,16 +373,16 @@ def read_config(config: dict[str, Any]) -> Config:
 
 
 def completed(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a stored configuration with the defaults of settings that were added since it was written."""
+    """Return a stored configuration, completed by the defaults of settings that were added later."""
     try:
         complete: dict[str, Any] = as_dict(read_config(config))
-    except UserError:  # it has a setting that is gone: the comparison names it
+    except UserError:  # it has a setting that no longer exists: the comparison names it
         return config
     return complete
 
 
 def refuse_other_data(path: Path, saved: dict[str, Any], data: str) -> None:
-    """Refuse a checkpoint of other data; those of earlier versions and the authors' do not say which data they are of.
+    """Refuse a checkpoint of other data. Checkpoints of earlier versions and of the authors have no manifest.
 
     Args:
         data: the manifest of this run.
@@ -400,7 +394,7 @@ def refuse_other_data(path: Path, saved: dict[str, Any], data: str) -> None:
 
 
 def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Return {"a.b": value} for nested dictionaries; an empty one counts as a value."""
+    """Return {"a.b": value} for nested dictionaries; an empty dictionary is a value."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
         at = f"{path}.{key}" if path else str(key)

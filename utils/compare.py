@@ -1,10 +1,10 @@
-"""Put finished runs side by side: a table on the screen, and one picture.
+"""Compare finished runs: a table on the screen, and optionally one plot.
 
     python -m utils.compare RUN_FOLDER [RUN_FOLDER ...] [--picture FILE] [--markdown]
 
-A run folder is `<saved_dir>/<run>`. Runs that differ in their seed alone are told as mean and deviation. A run with a defense
-has its DER against its undefended twin, if that is among the runs: the first one without a defense that trains the same network
-on the same poisoned set with the same seed.
+A run folder is `<saved_dir>/<run>`. Runs that differ only in their seed are summarized by mean and standard deviation. The
+DER of a run with a defense is computed against its undefended twin: the first of the given runs that has no defense but the
+same network, poisoned set and seed.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ HEAD = ("run", "defense", "ACC", "ASR", "RA", "DER", "poisoned in the clean pool
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Return a run's name, settings without the seed, rows of `metrics.jsonl`, and digest of its data (None: not kept)."""
+    """Return a run's name, settings without the seed, rows of `metrics.jsonl`, and digest of its data (None: not recorded)."""
     try:
         data = data_digest(folder / manifest.FILE)
         rows = [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
         settings = yaml.safe_load((folder / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}: is no run's folder ({error}): give <saved_dir>/<run> of a run") from None
+        raise UserError(f"{folder}: not the folder of a run ({error}): give <saved_dir>/<run>") from None
     if not rows:
-        raise UserError(f"{folder}: no epoch of the run is finished: wait for it or train again")
+        raise UserError(f"{folder}: the run has not finished an epoch yet")
     seed = settings.pop("seed")["seed"]
     settings.pop("run")
     return {"name": folder.name, "seed": seed, "settings": settings, "rows": rows, "data": data}
 
 
 def data_digest(path: Path) -> str | None:
-    """Return a digest of `data.csv` without the seed samples, which belong to the defense; None where there is none."""
+    """Return a digest of `data.csv` without the seed samples, which belong to the defense; None if there is no such file."""
     if not path.is_file():
         return None
     rows = manifest.rows_of(path.read_bytes().decode("utf-8", "surrogateescape"))
@@ -53,19 +53,19 @@ def data_digest(path: Path) -> str | None:
 
 
 def group(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Put together the runs that have equal settings but for the seed, in the order given."""
+    """Group the runs whose settings are equal except for the seed, in the order given."""
     groups: list[list[dict[str, Any]]] = []
     for run in runs:
-        mates = next((g for g in groups if g[0]["settings"] == run["settings"]), None)
-        if mates is None:
+        same = next((g for g in groups if g[0]["settings"] == run["settings"]), None)
+        if same is None:
             groups.append([run])
         else:
-            mates.append(run)
+            same.append(run)
     return groups
 
 
 def spread(values: list[float], form: str) -> str:
-    """Return `mean` of one value, or `mean ± deviation (least to most)` of several."""
+    """Return a single value, or `mean ± standard deviation (minimum to maximum)` of several."""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return format(mean, form)
@@ -74,13 +74,13 @@ def spread(values: list[float], form: str) -> str:
 
 
 def share_text(shares: list[float | None]) -> str:
-    """Return `spread` in %, or `unknown` where there was nothing to test on."""
-    told = [100 * share for share in shares if share is not None]
-    return spread(told, ".2f") + " %" if told else "unknown"
+    """Return the `spread` in %, or `unknown` if there were no images to test on."""
+    known = [100 * share for share in shares if share is not None]
+    return spread(known, ".2f") + " %" if known else "unknown"
 
 
 def pool_text(row: dict[str, Any]) -> str:
-    """Return how many images of the clean pool are poisoned, and how many are cover images where the set has any."""
+    """Return how many images of the clean pool are poisoned, and how many are cover images if the set has any."""
     poisoned, cover = row["poisoned_in_clean_pool"], row.get("cover_in_clean_pool")
     found = "unknown" if poisoned is None else str(poisoned)
     return f"{found} of {row['clean_pool_size']}" + ("" if cover is None else f" (and {cover} cover)")
@@ -90,7 +90,7 @@ def pool_text(row: dict[str, Any]) -> str:
 
 
 def is_twin(twin: dict[str, Any], run: dict[str, Any]) -> bool:
-    """Return whether a run without a defense trains the same network on the same poisoned set as another one."""
+    """Return whether a run without a defense trains the same network on the same poisoned set as another run."""
     if twin["rows"][-1]["defense"] != UNDEFENDED or twin["seed"] != run["seed"]:
         return False
     if None not in (twin["data"], run["data"]) and twin["data"] != run["data"]:
@@ -99,9 +99,9 @@ def is_twin(twin: dict[str, Any], run: dict[str, Any]) -> bool:
 
 
 def effectiveness(row: dict[str, Any], twin: dict[str, Any]) -> float | None:
-    """Return the DER, 0 to 1, of a run's row against its twin's: half of 1 + what the ASR falls by - what the ACC falls by.
+    """Return the DER, in 0..1, of a run's row against that of its twin: (1 + fall of the ASR - fall of the ACC) / 2.
 
-    0.5 is no effect, 1 an ASR that falls from 1 to 0 while the ACC stays; a gain in ACC, or in ASR, counts as 0.
+    0.5 means no effect, 1 an ASR that falls from 1 to 0 at no loss of ACC. A gain in ACC or ASR counts as 0.
     """
     if any(r[key] is None for r in (row, twin) for key in ("clean_accuracy", "attack_success_rate")):
         return None
@@ -110,7 +110,7 @@ def effectiveness(row: dict[str, Any], twin: dict[str, Any]) -> float | None:
 
 
 def der_text(runs: list[dict[str, Any]], every: list[dict[str, Any]]) -> str:
-    """Return the DER of runs that differ in their seed, against their twins among all runs."""
+    """Return the DER of runs that differ only in their seed, against their twins among `every` run."""
     if runs[0]["rows"][-1]["defense"] == UNDEFENDED:
         return "-"
     pairs = [(run, next((twin for twin in every if is_twin(twin, run)), None)) for run in runs]
@@ -122,7 +122,7 @@ def der_text(runs: list[dict[str, Any]], every: list[dict[str, Any]]) -> str:
 
 
 def table(groups: list[list[dict[str, Any]]]) -> list[tuple[str, ...]]:
-    """Return the rows of the table, the head first."""
+    """Return the rows of the table, beginning with the header."""
     out: list[tuple[str, ...]] = [HEAD]
     for runs in groups:
         last = [run["rows"][-1] for run in runs]
@@ -140,7 +140,7 @@ def table(groups: list[list[dict[str, Any]]]) -> list[tuple[str, ...]]:
 
 
 def render(rows: list[tuple[str, ...]], markdown: bool) -> str:
-    """Return the table as text, aligned for a screen or as Markdown."""
+    """Return the table as text, aligned for a terminal or as Markdown."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -151,10 +151,10 @@ def render(rows: list[tuple[str, ...]], markdown: bool) -> str:
 
 
 def main() -> None:
-    """Read the command line, print the table, draw the picture."""
+    """Read the command line, print the table, draw the plot."""
     parser: argparse.ArgumentParser = Parser(prog="utils.compare", description="Compare finished runs.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
-    parser.add_argument("--picture", type=Path, help="also draw ACC and ASR over epochs into this PNG")
+    parser.add_argument("--picture", type=Path, help="also plot ACC and ASR over epochs into this file")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     args = parser.parse_args()
     groups = group([read_run(folder) for folder in args.folders])
@@ -162,8 +162,8 @@ def main() -> None:
     if args.picture:
         histories = [[run["rows"] for run in runs] for runs in groups]
         if not BestEffort().attempt(str(args.picture), draw_comparison, args.picture, histories):
-            raise UserError(f"--picture {args.picture}: was not drawn, see above: mend that, or leave it out")
-        print(f"picture: {args.picture}")
+            raise UserError(f"--picture {args.picture}: could not be drawn: see the warning above, or leave the option out")
+        print(f"plot written to {args.picture}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Every setting of a run: its name, type, range, default and meaning. The dataclasses below are the YAML's schema.
 
-`load(path, overrides)` takes what `utils/layers.py` reads and checks all of it before anything is built.
+`load(path, overrides)` reads a YAML file by `utils/layers.py` and checks all settings before anything is built.
 `python -m utils.config` prints docs/configuration.md, which lists every key.
 """
 
@@ -62,15 +62,15 @@ SCHEDULERS = Choices(table={"multi_step": MultiStep, "cosine_annealing": CosineA
 
 @dataclass(frozen=True)
 class Seed:
-    seed: int = setting(100, "one number from which every random draw of the run follows", low=0, high=2**32 - 1)
+    seed: int = setting(100, "seed of every random draw of the run", low=0, high=2**32 - 1)
     deterministic: bool = setting(False, "CUDA: bit-for-bit repeatable kernels, slower (the CPU always repeats)")
     benchmark: bool = setting(True, "CUDA: let cuDNN choose the fastest kernels")
 
 
 @dataclass(frozen=True)
 class Data:
-    train_limit: int | None = setting(None, "keep only so many training images; of image files, some of each class", low=1)
-    test_limit: int | None = setting(None, "keep only so many test images; of image files, some of each class", low=1)
+    train_limit: int | None = setting(None, "use only this many training images; of image files, some of each class", low=1)
+    test_limit: int | None = setting(None, "use only this many test images; of image files, some of each class", low=1)
     placement: str = setting(
         "auto",
         "where the images are kept during the run; auto: the first of device, host memory, disk with enough space",
@@ -121,7 +121,7 @@ class Backdoor:
         high=1,
     )
     target_label: int | None = setting(
-        None, "the class that the trigger leads to; null: 3, or none with target_shift", low=0, instead_of="target_shift"
+        None, "the label of poisoned images; null: 3, or none with target_shift", low=0, instead_of="target_shift"
     )
     target_shift: int | None = setting(
         None,
@@ -132,7 +132,7 @@ class Backdoor:
     poison_mode: str = setting("bernoulli", "a draw for each image, or an exact count", options=("bernoulli", "exact"))
 
     def target_text(self, class_names: Sequence[str]) -> str:
-        """Return the label of poisoned images in words: `3 (cat)`, or `y + 1 (all-to-all)` for those of any class y."""
+        """Return the label of poisoned images as text: `3 (cat)`, or `y + 1 (all-to-all)` if they are of any class y."""
         if self.target_label is None:
             return f"y + {self.target_shift} (all-to-all)"
         return class_text(self.target_label, class_names)
@@ -158,7 +158,7 @@ class SemiLoader:
 class SCE:
     alpha: float = setting(0.1, "weight of the cross-entropy", low=0)
     beta: float = setting(1.0, "weight of the reverse cross-entropy", low=0)
-    num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
+    num_classes: int | None = setting(None, "must equal the top-level num_classes; null: the same", low=1)
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class MixMatch:
     train_iteration: int = setting(1024, "MixMatch steps an epoch", low=1)
     temperature: float = setting(0.5, "sharpening temperature T of the guessed labels", above=0)
     alpha: float = setting(0.75, "lambda of mixup is drawn from Beta(alpha, alpha)", above=0)
-    num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
+    num_classes: int | None = setting(None, "must equal the top-level num_classes; null: the same", low=1)
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. Frozen: nothing below the command line changes a setting."""
+    """All settings of a run. Frozen: no setting changes after loading."""
 
     network: Named = setting(REQUIRED, "the classifier", choices=NETWORKS)
     backdoor: Backdoor | None = setting(
@@ -269,7 +269,7 @@ class Config:
         None, "the data set; null: inferred from dataset_dir's name", choices=DATASETS, stands_for="images"
     )
     dataset_dir: str | None = setting(None, "folder of the data set's files", stands_for="images")
-    download: bool = setting(False, "download the data set into dataset_dir's parent if it is not there")
+    download: bool = setting(False, "download the data set into dataset_dir's parent folder if it is missing")
     data: Data = setting(Data)
     seed_samples: str | None = setting(
         None, "list or folder of images known to be clean; null: seed_num of each class, drawn", stands_for="images"
@@ -295,13 +295,13 @@ class Config:
 
     @property
     def attacker(self) -> Backdoor:
-        """The section `backdoor`, to be asked for only where the set is poisoned here."""
+        """The section `backdoor`; only for runs that poison their data set themselves."""
         assert self.backdoor is not None
         return self.backdoor
 
     @property
     def attack(self) -> Named:
-        """The attack and its settings, likewise."""
+        """The attack and its settings; as `attacker`."""
         return self.attacker.attack
 
     @property
@@ -325,7 +325,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
 
     Args:
         path: the YAML.
-        overrides: `key.path=value` texts of `--set`, later ones winning.
+        overrides: `key.path=value` strings of `--set`; later ones win.
     Raises:
         UserError: one line with file, key, value and remedy.
     """
@@ -348,7 +348,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
 
 
 def check(config: Config, reader: Reader) -> None:
-    """Refuse settings that are each legal and together are not."""
+    """Refuse combinations of settings that are invalid although each setting is valid."""
     g, c = config.global_, config.num_classes
     if c < 2:
         reader.fail("num_classes", c, "a classifier needs at least 2 classes")
@@ -361,24 +361,22 @@ def check(config: Config, reader: Reader) -> None:
         if value is not None and value != c:
             reader.fail(key, value, f"num_classes is {c}: give {c} or leave the key out")
     if config.backdoor is None:
-        tells = config.dataset is not None and config.dataset.name in DATASETS.declared("POISONED")
-        if config.defense.settings.needs_clean and config.seed_samples is None and not tells:
-            remedy = "nobody can draw them for backdoor: null: name a list (an image's name a line) or a folder of clean images"
+        recorded = config.dataset is not None and config.dataset.name in DATASETS.declared("POISONED")
+        if config.defense.settings.needs_clean and config.seed_samples is None and not recorded:
+            remedy = "required with backdoor: null: give a list (one image name per line) or a folder of clean images"
             reader.fail("seed_samples", None, remedy)
     else:
         label, shift = config.backdoor.target_label, config.backdoor.target_shift
         if label is not None and shift is not None:
-            reader.fail(
-                "backdoor.target_label", label, f"target_shift is {shift}, which changes every class: give one of the two"
-            )
+            reader.fail("backdoor.target_label", label, f"target_shift is {shift}: give only one of the two")
         if label is not None and label >= c:
             reader.fail("backdoor.target_label", label, f"must be in 0..{c - 1}")
         if shift is not None and shift >= c:
             reader.fail("backdoor.target_shift", shift, f"must be in 1..{c - 1}")
-    if not g.epoch_first <= g.epoch_second:
-        reader.fail("global.epoch_second", g.epoch_second, f"give at least epoch_first ({g.epoch_first})")
-    if not g.epoch_second <= g.epoch_third:
-        reader.fail("global.epoch_third", g.epoch_third, f"give at least epoch_second ({g.epoch_second})")
+    if g.epoch_second < g.epoch_first:
+        reader.fail("global.epoch_second", g.epoch_second, f"must be at least epoch_first ({g.epoch_first})")
+    if g.epoch_third < g.epoch_second:
+        reader.fail("global.epoch_third", g.epoch_third, f"must be at least epoch_second ({g.epoch_second})")
     for name in ("train", "test"):
         key, steps = f"transform.{name}.remaining", getattr(config.transform, name).remaining
         positions = transforms(key).declared("POSITION")
@@ -387,21 +385,21 @@ def check(config: Config, reader: Reader) -> None:
             listed = ", ".join(step.name for step in steps) or "nothing"
             reader.fail(key, listed, f"give {first}: true, and after it, if wanted, {' or '.join(others)}")
     if config.runtime.merged and not config.runtime.compile:
-        reader.fail("runtime.merged", True, "is slower without runtime.compile: set that to true too, or leave this out")
+        reader.fail("runtime.merged", True, "is slower without runtime.compile: set that to true as well, or leave this out")
     if config.dataset is None and config.dataset_dir is None:
         built_in = ", ".join(DATASETS.declared("BUILT_IN"))
-        reader.fail("dataset_dir", None, f"missing; name the data set's folder, or a built-in `dataset`: {built_in}")
+        reader.fail("dataset_dir", None, f"missing: give the folder of the data set, or a built-in `dataset`: {built_in}")
     if (config.run is not None and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", config.run)) or ".." in (config.run or ""):
-        reader.fail("run", config.run, "give a plain name, e.g. asd-seed-1")
+        reader.fail("run", config.run, "must be a name such as asd-seed-1 or group/asd-seed-1")
     config.defense.settings.check(config, reader)
     if not config.epochs:
         reader.fail(f"defense.{config.defense.name}", 0, "no stage has any epochs: give one at least 1")
 
 
 def check_processes(config: Config, processes: int) -> None:
-    """Refuse what several processes cannot do: odd batch sizes, and a step that is captured, compiled or merged.
+    """Refuse what several processes do not support: a batch size that they cannot share, a captured, compiled or merged step.
 
-    A `batch_size` is that of all processes together.
+    Every `batch_size` is the total over all processes.
     """
     sizes = {
         "loader.batch_size": config.loader.batch_size,
@@ -410,16 +408,16 @@ def check_processes(config: Config, processes: int) -> None:
     }
     for key, size in sizes.items():
         if size % processes:
-            raise UserError(f"{key}: {size}: {processes} processes cannot share it evenly: give a multiple of {processes}")
+            raise UserError(f"{key}: {size}: must be a multiple of {processes}, the number of processes")
     if processes > 1 and config.runtime.mode == "graph":
-        raise UserError(f"runtime.mode: graph: is for one process, and there are {processes}: set runtime.mode=auto or eager")
+        raise UserError(f"runtime.mode: graph: supports one process, not {processes}: set runtime.mode=auto or eager")
     for key, on in (("runtime.merged", config.runtime.merged), ("runtime.compile", config.runtime.compile)):
         if processes > 1 and on:
-            raise UserError(f"{key}: true: is for one process, and there are {processes}: leave it out")
+            raise UserError(f"{key}: true: supports one process, not {processes}: leave it out")
 
 
 def run_name(path: Path) -> str:
-    """Return the run's name: config/a/b.yaml -> a/b; a file that lies elsewhere: its file name."""
+    """Return the run's name: `a/b` for config/a/b.yaml; the file name of a YAML outside config/."""
     stem = path.resolve().with_suffix("")
     for folder in (Path.cwd().resolve() / "config", Path(__file__).resolve().parents[1] / "config"):
         if stem.is_relative_to(folder):
@@ -435,14 +433,14 @@ def to_yaml(config: Config) -> str:
 
 HEAD = """# Every setting
 
-Generated by `python -m utils.config > docs/configuration.md`; do not edit. A YAML may begin with `base: OTHER.yaml`, relative
-to itself, and then gives only what differs; `--set key.path=value` overrides a setting on the command line. The settings of
-an optimizer, a transform or a network are listed once, at the first place that accepts it.
+Generated by `python -m utils.config > docs/configuration.md`; do not edit. A YAML may begin with `base: OTHER.yaml`, a path
+relative to its own, and then gives only the differences; `--set key.path=value` overrides a setting on the command line. The
+settings of an optimizer, a transform or a network are listed once, under the first key that accepts it.
 """
 
 
 def documentation() -> str:
-    """Return the text of docs/configuration.md: each key that a YAML may have, once."""
+    """Return the text of docs/configuration.md, which lists each key that a YAML may have once."""
     sections: dict[str, list[str]] = {"The top level": []}
     for key, kind, default, text in describe(Config):
         top, dot, _ = key.partition(".")

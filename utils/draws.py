@@ -1,7 +1,7 @@
 """Random numbers as a function of (seed, purpose, epoch): nothing to save, so resuming is exact.
 
-A generator is made anew from its key wherever numbers are drawn. The same key gives the same numbers on every device,
-whatever was drawn before.
+Each draw makes a new generator from its key. The same key gives the same numbers on every device, regardless of what was
+drawn before.
 """
 
 from __future__ import annotations
@@ -24,5 +24,5 @@ def generator(seed: int, *key: object) -> torch.Generator:
 
 
 def numpy_generator(seed: int, *key: object) -> np.random.Generator:
-    """Return numpy's generator for a key (for the distributions that torch cannot draw from a named generator)."""
+    """Return numpy's generator for a key (for distributions that torch cannot draw from a given generator)."""
     return np.random.Generator(np.random.PCG64(key_seed(seed, *key)))

@@ -1,4 +1,4 @@
-"""Mistakes that a user can mend: one line, exit code 2, no traceback."""
+"""Errors that a user can fix: one line, exit code 2, no traceback."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """What went wrong, where, with which value, and the remedy, in one line.
+    """One line that names the file, the key, its value and what is expected.
 
-    Raised anywhere below the command line; `utils.cli.command` prints it and exits with code 2.
+    It may be raised anywhere; `utils.cli.command` prints it and exits with code 2.
     """
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """Return `name` set beside the nearest of the `known` names, for the end of an error line."""
+    """Return the end of an error line: the known name nearest to `name`, if one is near, and all known names."""
     names = sorted(map(str, known))
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     listing = ", ".join(names) if names else "none"

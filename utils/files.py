@@ -1,10 +1,11 @@
-"""Output files that are either whole or absent, and the temporary files behind them.
+"""Atomic writing: an output file is either complete or absent. Also the temporary files that this needs.
 
-A file is written under a temporary name, `.<name>.<boot>-<token>.part`, and renamed once it is whole. The writer holds an
-advisory lock on it, so that what a killed process left can be told from what another process is writing now:
+A file is written under a temporary name, `.<name>.<boot>-<token>.part`, and renamed once it is complete. The writer holds an
+advisory lock on it, which distinguishes the leftovers of killed processes from files that another process is writing:
 
-- a part from this boot of this computer, in a container or not, is a leftover if nobody holds its lock;
-- any other part (another computer on a shared disk, or a disk that cannot lock) is one if it has not grown for a day.
+- a temporary file of the current boot of this computer, in a container or not, is a leftover if its lock is free;
+- any other one (of another computer on a shared disk, or on a disk without locks) is a leftover if it has not changed for a
+  day.
 """
 
 from __future__ import annotations
@@ -30,28 +31,27 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-HAS_LOCKS = fcntl is not None
 Write = Callable[[IO[bytes]], Any]
 
-# Earlier versions put the number of the process where the boot and the token are now.
+# Earlier versions had the process number in place of boot and token.
 PART = re.compile(r"\.(?P<name>.+)\.(?:(?P<boot>[0-9a-f]{12})-[0-9a-f]{12}|\d+)\.part", re.DOTALL)
 UNKNOWN = "0" * 12
-ABANDONED = 24 * 3600  # seconds without growth; generous, for a writer may be suspended overnight
+ABANDONED = 24 * 3600  # seconds without a change; generous, because a writer may be suspended overnight
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def write_atomically(path: Path, write: Write, also: Sequence[Path] = ()) -> None:
-    """Write a file so that a reader, or a process killed at any moment, sees the old one or the new one, never a part.
+    """Write a file such that readers see the old or the new one, never a part of it, even if the process is killed.
 
-    Links are followed. What is no regular file (a device, a named pipe), or is this process' own output, is written into.
+    Links are followed. A device, a named pipe and this process's own output are written directly.
 
     Args:
         write: writes the contents into the open file that it is given; may be called more than once.
-        also: other files with the same contents. Each is there before `path` is, as a hard link where the disk has them.
+        also: further files with the same contents, written before `path`; hard links if the disk supports them.
     Raises:
-        UserError: the disk is full, the folder is not writable, or the name is that of a folder. A regular file that was
-            there before is untouched.
+        UserError: the disk is full, the folder is not writable, or the path is a folder. An earlier regular file at the
+            path is then unchanged.
     """
     named = path
     try:
@@ -80,7 +80,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that is renamed to `path` at the end of the block, or removed where the block fails.
+    """Yield an empty folder that is renamed to `path` at the end of the block, or removed if the block fails.
 
     Args:
         path: absent, or an empty folder.
@@ -93,16 +93,16 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_durably(file: IO[bytes], write: Write) -> None:
-    """Write into an open file and wait until the disk has it."""
+    """Write into an open file and wait until the contents are on disk."""
     write(file)
     file.flush()
     os.fsync(file.fileno())
 
 
 def link(source: Path, path: Path) -> bool:
-    """Make `path` a hard link to `source`, atomically; False where the disk has no such links or it is another disk.
+    """Make `path` a hard link to `source`, atomically; return False if the disk does not support that or is another one.
 
-    Neither of the two may be changed in place later: they are to be replaced.
+    Neither file may be modified in place afterwards; replace it instead.
     """
     path = Path(os.path.realpath(path))
     part = part_name(path)
@@ -113,29 +113,29 @@ def link(source: Path, path: Path) -> bool:
     try:
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)  # renaming one link to another of the same file does nothing
+        part.unlink(missing_ok=True)  # rename does nothing between two links to one file
     return True
 
 
 def cannot_write(path: object, error: OSError) -> UserError:
-    """Return the error of a file or folder, named `path` in the line, that could not be written."""
+    """Return the error for a file or folder, named `path`, that could not be written."""
     if error.errno == errno.EISDIR:
-        return UserError(f"{path}: is a folder: give the name of a file")
+        return UserError(f"{path}: is a folder: give a file name")
     if error.errno in FULL:
         remedy = "free some space"
     else:
-        remedy = "make the folder writable, or give another one" if error.errno in FORBIDDEN else "give another place"
-    return UserError(f"{path}: cannot be written ({error.strerror or error}): {remedy}; what was there before is untouched")
+        remedy = "make the folder writable, or give another one" if error.errno in FORBIDDEN else "give another path"
+    return UserError(f"{path}: cannot be written ({error.strerror or error}): {remedy}; an earlier file is unchanged")
 
 
-# -- What is written into ----------------------------------------------------------------------------------------------
+# -- Devices, pipes and standard output --------------------------------------------------------------------------------
 
 
 def is_stream(path: Path) -> bool:
-    """Return whether output to that name goes into what is there, which renaming would replace.
+    """Return whether the path is written directly, because a rename would replace a device, pipe or standard output.
 
     Raises:
-        IsADirectoryError, or OSError where the path cannot be looked at.
+        IsADirectoryError, or another OSError if the path cannot be examined.
     """
     try:
         status = path.stat()
@@ -147,7 +147,7 @@ def is_stream(path: Path) -> bool:
 
 
 def own_output(status: os.stat_result) -> int | None:
-    """Return the descriptor of standard output or error if it is that file (`--out /dev/stdout`), else None."""
+    """Return the descriptor of standard output or error if the file is one of them (`--out /dev/stdout`), else None."""
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):  # closed
             if os.path.samestat(status, os.fstat(descriptor)):
@@ -156,8 +156,8 @@ def own_output(status: os.stat_result) -> int | None:
 
 
 def write_into(path: Path, write: Write) -> None:
-    """Write into a device, a pipe or this process' own output; a pipe without a reader is waited for, as a shell does."""
-    contents = io.BytesIO()  # a pipe cannot seek, and what fails halfway has written nothing
+    """Write into a device, a pipe or this process's own output; wait for the reader of a pipe, as a shell does."""
+    contents = io.BytesIO()  # pipes cannot seek, and a failing `write` must write nothing
     write(contents)
     own = own_output(path.stat())
     if own is not None:
@@ -170,7 +170,7 @@ def write_into(path: Path, write: Write) -> None:
 
 
 def boot() -> str:
-    """Return what names this computer since it was started, the same in all its containers; UNKNOWN if nothing does."""
+    """Return an identifier of this boot of this computer, the same in all its containers; UNKNOWN if there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").replace("-", "")[:12]
     except (OSError, ValueError):
@@ -178,13 +178,13 @@ def boot() -> str:
 
 
 def part_name(path: Path) -> Path:
-    """Return a new temporary name beside a path."""
+    """Return a new temporary name in the same folder."""
     return path.with_name(f".{path.name}.{boot()}-{secrets.token_hex(6)}.part")
 
 
 @contextlib.contextmanager
 def temporary(path: Path, folder: bool = False) -> Iterator[tuple[Path, int]]:
-    """Yield a new, locked file or folder beside `path` and its descriptor; removed at the end unless it was renamed."""
+    """Yield a new, locked file or folder next to `path`, and its descriptor; removed at the end unless it was renamed."""
     while True:
         part = part_name(path)
         if folder:
@@ -194,7 +194,7 @@ def temporary(path: Path, folder: bool = False) -> Iterator[tuple[Path, int]]:
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         if is_locked(descriptor, part):
             break
-        os.close(descriptor)  # another process took it for a leftover before it was locked
+        os.close(descriptor)  # another process has removed it as a leftover before it was locked
     try:
         yield part, descriptor
     finally:
@@ -203,8 +203,8 @@ def temporary(path: Path, folder: bool = False) -> Iterator[tuple[Path, int]]:
 
 
 def is_locked(descriptor: int, part: Path) -> bool:
-    """Lock a new temporary file; return whether it is still there and this process' own."""
-    with contextlib.suppress(OSError):  # this disk cannot lock: age decides
+    """Lock a new temporary file; return whether it still exists and belongs to this process."""
+    with contextlib.suppress(OSError):  # a disk without locks: age decides
         if not try_lock(descriptor):
             return False
     try:
@@ -214,12 +214,12 @@ def is_locked(descriptor: int, part: Path) -> bool:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Take the advisory lock of an open file; it goes when the file is closed, or the process ends in whatever way.
+    """Try to take the advisory lock of an open file, which is released when the file is closed or the process ends.
 
     Returns:
-        whether it is ours; False: another process holds it.
+        False if another process holds the lock.
     Raises:
-        OSError: this disk or this system cannot lock.
+        OSError: the disk or the system does not support locks.
     """
     if fcntl is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -233,9 +233,9 @@ def try_lock(descriptor: int) -> bool:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes left in a folder while they wrote `name`, or while they wrote anything.
+    """Remove the temporary files for `name` that killed processes left in a folder; None: for any name.
 
-    Without a name it is for folders that hold nothing but this project's files.
+    Without a name, use it only on folders that hold nothing but this project's files.
     """
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(folder)):
@@ -245,14 +245,14 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def remove_if_left(part: Path, origin: str | None) -> None:
-    """Remove a temporary file or folder unless somebody may still be writing it.
+    """Remove a temporary file or folder unless a process may still be writing it.
 
     Args:
         origin: the boot in its name.
     """
     try:
         descriptor = os.open(part, os.O_NONBLOCK | (os.O_RDONLY if part.is_dir() else os.O_RDWR))
-    except OSError:  # gone, or another user's
+    except OSError:  # already gone, or owned by another user
         return
     try:
         free = None
@@ -268,12 +268,12 @@ def remove_if_left(part: Path, origin: str | None) -> None:
 
 
 def last_growth(part: Path) -> float:
-    """Return when a temporary file, or anything in a temporary folder, was last changed."""
+    """Return the time of the last change of a temporary file or of anything in a temporary folder."""
     return max(p.stat().st_mtime for p in (part, *(part.iterdir() if part.is_dir() else ())))
 
 
 def remove(part: Path) -> None:
-    """Remove a temporary file or folder if it is there."""
+    """Remove a temporary file or folder if it exists."""
     with contextlib.suppress(OSError):
         if part.is_dir():
             shutil.rmtree(part)

@@ -1,6 +1,6 @@
-"""Where log lines go: to standard output for a command, to `asd.log` for a run. Every module logs to a logger of its own.
+"""Log handlers: standard output for a command, `asd.log` for a run. Every module has its own logger.
 
-Without a command or an open run nothing is configured: a program that imports these modules has Python's usual logging.
+Nothing is configured unless a command or a run is active: programs that import these modules get Python's usual logging.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-PACKAGES = ("__main__", "benchmark", "data", "engine", "loss", "model", "utils")  # loggers of libraries are left alone
+PACKAGES = ("__main__", "benchmark", "data", "engine", "loss", "model", "utils")  # loggers of libraries are not touched
 
 
 class Screen(logging.Handler):
-    """Writes each message to standard output, above the progress bars. A stream that fails ends the command."""
+    """Writes each message to standard output, above the progress bars. An error of the stream ends the command."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message."""
@@ -36,14 +36,14 @@ class LogFile(logging.FileHandler):
 
 
 def attach(handler: logging.Handler) -> None:
-    """Give a handler all lines of this project from INFO on."""
+    """Attach a handler to the loggers of this project, from level INFO on."""
     for logger in map(logging.getLogger, PACKAGES):
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
 
 
 def detach(handler: logging.Handler) -> None:
-    """Undo `attach` and close the handler."""
+    """Detach a handler and close it."""
     for logger in map(logging.getLogger, PACKAGES):
         logger.removeHandler(handler)
         if not logger.handlers:
@@ -53,7 +53,7 @@ def detach(handler: logging.Handler) -> None:
 
 @contextlib.contextmanager
 def on_screen(level: int) -> Iterator[None]:
-    """Show the lines from `level` on during the block, once each, whatever handlers the root logger has."""
+    """Show log lines from `level` on during the block, each once, whatever handlers the root logger has."""
     handler = Screen(level)
     attach(handler)
     for logger in map(logging.getLogger, PACKAGES):

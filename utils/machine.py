@@ -1,4 +1,4 @@
-"""Where the work is done: the device, its precision, and the other processes of the run."""
+"""The machine that a run computes on: device, precision, memory format, and the other processes of the run."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ from utils.errors import UserError
 from utils.processes import Place, find_place, launched, leftovers
 
 logger = logging.getLogger(__name__)
-SILENCE = timedelta(seconds=600)  # a process that is not heard of for so long ends the run
-PATIENCE = timedelta(days=1)  # the first process may train an attacker's networks while the others wait
+TIMEOUT = timedelta(minutes=10)  # of a collective operation: then the run ends
+LONG_TIMEOUT = timedelta(days=1)  # rank 0 may train an attack's networks while the other ranks wait
 
-# Batches of training in one of scoring or testing on CUDA: 8 x 128 images of 32 x 32 are what keeps a large device busy. They
-# take less memory than 128 in training, which keeps the outputs of all layers for the backward pass, so that a batch size
-# at which training fits is small enough for scoring too.
+# How many times larger the batches of inference are on CUDA: it takes 8 x 128 images of 32 x 32 to keep a large device busy.
+# They need less memory than 128 in training, which keeps the outputs of all layers for the backward pass. So if training
+# fits into memory, inference does too.
 INFERENCE = 8
 
-# DistributedDataParallel's option to copy the first process' buffers to the others in every forward pass: torch 2.13 gave it
-# a new name and warns of the old one.
+# DistributedDataParallel's option to copy the buffers of rank 0 to the others in every forward pass. torch 2.13 renamed it and
+# warns about the old name.
 NAMES = ("forward_sync_buffers", "broadcast_buffers")
 BROADCAST = next(name for name in NAMES if name in inspect.signature(DistributedDataParallel).parameters)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One process' place of work. With several processes (torchrun) each has one, and all of them do the same steps.
+    """What one process computes on. With several processes (torchrun), all of them do the same steps.
 
-    Every batch is shared out: process r of n does rows r * count // n to (r + 1) * count // n. What is decided from all
-    rows (the pools, the losses that are reported) is gathered first, so that every process decides the same.
+    Every batch is sharded: process r of n computes rows r * count // n to (r + 1) * count // n. Results on all rows (for the
+    pools, the reported losses) are gathered first, so that all processes come to the same decisions.
     """
 
     device: torch.device
     amp: bool = False  # bf16 autocast
     rank: int = 0
     world_size: int = 1
-    patient: Any = None  # the same processes as a group that waits longer than `SILENCE`
+    patient: Any = None  # group of the same processes that waits for `LONG_TIMEOUT`
 
     def autocast(self, cast_once: bool = False) -> contextlib.AbstractContextManager[None]:
         """Return the context of forward passes.
 
         Args:
-            cast_once: cast each weight to bf16 once for all passes in the context. Only for passes without gradient: with
-                it a backward pass would add up their gradients in bf16, and a weight that was cast without gradient gets
-                none at all in a later pass (pytorch issue 65766).
+            cast_once: cast each weight to bf16 once for all passes in the context. Only for passes without gradient:
+                otherwise gradients would be summed in bf16, and weights cast without gradient would get none in a later
+                pass (pytorch issue 65766).
         """
         if not self.amp:
             return contextlib.nullcontext()
@@ -66,8 +66,8 @@ class Machine:
     def memory_format(self) -> torch.memory_format:
         """The layout of images and convolution weights.
 
-        channels_last is 1.2 to 1.35 times as fast as the contiguous layout on a CPU, in fp32 too, and what the bf16
-        kernels of a GPU want. In fp32 on a GPU nothing has been measured.
+        On a CPU channels_last is 1.2 to 1.35 times as fast as the contiguous layout, also in fp32. The bf16 kernels of GPUs
+        need it. For fp32 on a GPU it has not been measured.
         """
         return torch.channels_last if self.amp or self.device.type == "cpu" else torch.contiguous_format
 
@@ -76,21 +76,21 @@ class Machine:
         return images.contiguous(memory_format=self.memory_format)
 
     def shard(self, count: int) -> slice:
-        """Return this process' part of `count` rows: all of them where there is one process."""
+        """Return this process's shard of `count` rows: all of them if there is one process."""
         return slice(self.rank * count // self.world_size, (self.rank + 1) * count // self.world_size)
 
     def inference_batch(self, batch: int) -> int:
-        """Return how many images a forward pass without gradients takes, where a training step takes `batch`.
+        """Return the batch size of inference, given that of training: on CUDA `INFERENCE` times as large.
 
-        On CUDA `INFERENCE` times as many. A CPU gains nothing by larger batches. In eval mode no image depends on the
-        others, so the results are the same up to rounding.
+        On a CPU larger batches are no faster. In eval mode images do not affect each other, so the results are the same up
+        to rounding.
         """
         return INFERENCE * batch if self.device.type == "cuda" else batch
 
     def all_gather(self, rows: Tensor, count: int) -> Tensor:
-        """Return all `count` rows (count, ...) of which every process has its share, in order.
+        """Gather the shards of all processes into (count, ...), in order.
 
-        Gradients flow into this process' own rows; the others' are constants here.
+        Gradients flow into the rows of this process; those of other processes are constants.
         """
         if self.world_size == 1:
             return rows
@@ -106,9 +106,9 @@ class Machine:
         return torch.cat(parts)
 
     def backward(self, loss: Tensor) -> None:
-        """Add up the gradients of a mean over a batch that the processes share.
+        """Backpropagate the loss of a sharded batch, whose gradient is the sum over the processes.
 
-        DistributedDataParallel divides the sum of their gradients by their number, which is undone beforehand.
+        DistributedDataParallel averages the gradients instead, so the loss is scaled beforehand.
         """
         (loss * self.world_size).backward()  # type: ignore[no-untyped-call]
 
@@ -120,7 +120,7 @@ class Machine:
         return value
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Return the model as it is called in training: DistributedDataParallel where there are several processes.
+        """Return the model to call in training: DistributedDataParallel if there are several processes.
 
         Its buffers are not broadcast: BN statistics are synchronized (`sync_bn`) or averaged (`average_buffers`).
         """
@@ -131,7 +131,7 @@ class Machine:
 
     @torch.no_grad()
     def average_buffers(self, model: nn.Module) -> None:
-        """Make the BN statistics of all processes equal, their mean; to be called before scoring, testing and saving."""
+        """Replace BN statistics by their mean over the processes; call it before inference and saving."""
         if self.world_size == 1:
             return
         for buffer in model.buffers():
@@ -139,19 +139,19 @@ class Machine:
             buffer.copy_(mean.round() if not buffer.is_floating_point() else mean)
 
     def uses_graph(self, mode: str) -> bool:
-        """Return whether `runtime.mode` means a captured graph here; a CPU has none and runs the same loop eagerly.
+        """Return whether `runtime.mode` means a CUDA graph on this machine: `graph` or `auto`, on a single CUDA device.
 
-        `auto` is a graph on one CUDA device; `utils/stepper.py` tries it against the eager step before it is used.
+        `utils/stepper.py` compares the graph with the eager step before it uses it. A CPU runs the same loop eagerly.
         """
         return mode != "eager" and self.device.type == "cuda" and self.world_size == 1
 
     def compiled(self, function: Any) -> Any:
-        """Return the function compiled by torch, whole and for fixed shapes, when it is first called; on a CPU too."""
+        """Return the function, to be compiled by torch on its first call: without graph breaks, for fixed shapes."""
         return torch.compile(function, fullgraph=True, dynamic=False)
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Let the first process do the block while the others wait, for a day if need be, then the others."""
+        """Run the block on rank 0 first, then on the other ranks, which wait for up to `LONG_TIMEOUT`."""
         if self.rank > 0:
             dist.barrier(self.patient)
         yield
@@ -159,67 +159,68 @@ class Machine:
             dist.barrier(self.patient)
 
     def leave(self) -> None:
-        """End the connection with the other processes."""
+        """Disconnect from the other processes."""
         if self.world_size > 1:
             dist.destroy_process_group()
 
     def barrier(self) -> None:
-        """Wait until every process has come here."""
+        """Wait until all processes have called this."""
         if self.world_size > 1:
             dist.barrier()
 
 
 def choose_machine(gpu: str, amp: bool, alone: bool = False) -> Machine:
-    """Return this process' machine as `--gpu`, `--amp` and torchrun's environment say; joins the other processes.
+    """Return the machine given by `--gpu`, `--amp` and torchrun's environment variables; connect to the other processes.
 
-    `--gpu` is a CUDA number, one for each process (`0,1,2,3`), or `cpu`. Without a CUDA device every number means the
-    CPU, and one line says so. `--amp` on a device without fast bf16 falls back to fp32, and one line says so.
+    Without a CUDA device every number means the CPU; on a device without fast bf16, `amp` falls back to fp32. Each is
+    logged in one line.
 
     Args:
-        alone: joins nobody, whatever the environment says.
+        gpu: number of a CUDA device, one for each process (`0,1,2,3`), or `cpu`.
+        alone: ignore the environment variables and run as a single process.
     """
     place = Place() if alone else find_place()
     size, rank = place.size, place.rank
     if not alone and leftovers():
         logger.warning(
-            f"warning: {', '.join(leftovers())}: ignored, for no launcher such as torchrun started this process: it runs alone"
+            f"warning: {', '.join(leftovers())}: ignored: this process was not started by torchrun, so it runs alone"
         )
     device = choose_device(gpu, place.local if size > 1 else 0)
     if size > 1:
         join(device, size)
     if amp and not has_bf16(device):
-        logger.info("--amp: this device has no bf16 instructions: running in fp32")
+        logger.info("--amp: ignored: this device has no bf16 instructions, running in fp32")
         amp = False
-    return Machine(device, amp, rank, size, dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None)
+    return Machine(device, amp, rank, size, dist.new_group(backend="gloo", timeout=LONG_TIMEOUT) if size > 1 else None)
 
 
 def join(device: torch.device, size: int) -> None:
-    """Meet the other processes.
+    """Connect to the other processes.
 
     Raises:
-        UserError: they did not come, or the address makes no sense.
+        UserError: they cannot be reached, or the address is invalid.
     """
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=SILENCE)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"MASTER_ADDR:MASTER_PORT: {where}: the {size} processes (WORLD_SIZE) did not meet there ({reason}): "
+            f"MASTER_ADDR:MASTER_PORT: {where}: cannot connect the {size} processes of WORLD_SIZE ({reason}): "
             "start them with torchrun, or unset WORLD_SIZE"
         ) from None
 
 
 def start_processes(gpu: str, check: Callable[[int], object]) -> None:
-    """Where `--gpu` names several devices, start one process for each with torchrun and end with its exit code.
+    """If `gpu` names several devices, start one process for each with torchrun and exit with its exit code.
 
     Args:
-        check: is given the number of processes before they are started; what it refuses, none of them has to.
+        check: called with the number of processes before they are started; raises `UserError` to refuse it.
     """
     numbers = device_numbers(gpu)
     if len(numbers) < 2 or launched() or not torch.cuda.is_available():
         return
-    choose_device(gpu, 0)  # refuses numbers that are not there before anything is started
+    choose_device(gpu, 0)  # refuses devices that do not exist before starting anything
     check(len(numbers))
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -227,64 +228,64 @@ def start_processes(gpu: str, check: Callable[[int], object]) -> None:
 
     try:
         torchrun(["--standalone", f"--nproc_per_node={len(numbers)}", *sys.argv])
-    except ChildFailedError as error:  # the process that failed has said why
+    except ChildFailedError as error:  # the failed process has reported why
         sys.exit(max(1, error.get_first_failure()[1].exitcode))
-    except SignalException as stop:  # Ctrl-C or SIGTERM: torchrun has stopped its processes, and the first has said so
+    except SignalException as stop:  # Ctrl-C or SIGTERM: torchrun has stopped its processes, and rank 0 has reported it
         sys.exit(128 + stop.sigval)
     sys.exit(0)
 
 
 def device_numbers(gpu: str) -> list[int]:
-    """Return the CUDA numbers of `--gpu`; none for `cpu`."""
+    """Return the device numbers in `--gpu`; an empty list for `cpu`."""
     if gpu.strip().lower() == "cpu":
         return []
     parts = [part.strip() for part in gpu.split(",")]
     if not all(part.isascii() and part.isdigit() for part in parts):
-        raise UserError(f"--gpu {gpu}: no device number: give one number, e.g. --gpu 0, several, --gpu 0,1, or --gpu cpu")
+        raise UserError(f"--gpu {gpu}: expected device numbers, e.g. 0 or 0,1, or cpu")
     if len(set(parts)) < len(parts):
-        raise UserError(f"--gpu {gpu}: a device is named twice: name each once")
+        raise UserError(f"--gpu {gpu}: each device may be given only once")
     return [int(part) for part in parts]
 
 
 def choose_device(gpu: str, local: int) -> torch.device:
-    """Return the device of the `local`-th process of this computer."""
+    """Return the device of process number `local` on this computer."""
     numbers = device_numbers(gpu)
     if not numbers:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        logger.info("no CUDA device here: running on the CPU (--gpu cpu asks for it)")
+        logger.info("no CUDA device found: running on the CPU (as with --gpu cpu)")
         return torch.device("cpu")
     number = numbers[local] if len(numbers) > 1 and local < len(numbers) else numbers[0] + local
-    there = torch.cuda.device_count()
-    if max(number, *numbers) >= there:
-        raise UserError(f"--gpu {gpu}: there are {there} CUDA devices: give 0 to {there - 1}, and as many as processes")
+    count = torch.cuda.device_count()
+    if max(number, *numbers) >= count:
+        raise UserError(f"--gpu {gpu}: must be in 0..{count - 1}, one device for each process")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
 
 def set_determinism(deterministic: bool, benchmark: bool) -> None:
-    """Set cuDNN and torch as `seed.deterministic` and `seed.benchmark` say."""
+    """Configure cuDNN and torch for `seed.deterministic` and `seed.benchmark`."""
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is initialized
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = benchmark and not deterministic
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Return whether the device computes in bf16 (CUDA: Ampere or newer; CPU: AVX512_BF16, AMX or Arm's BF16)."""
+    """Return whether the device has bf16 instructions (CUDA: Ampere or newer; CPU: AVX512_BF16, AMX or Arm's BF16)."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and native_bf16())
 
 
 def native_bf16() -> bool:
-    """Return whether the processor's flags name bf16: oneDNN also emulates it, slowly, on AVX512 alone."""
+    """Return whether the processor's flags include bf16. oneDNN emulates it, slowly, on AVX512 alone."""
     try:
         with open("/proc/cpuinfo") as file:
             flags = file.read()
     except OSError:
-        return True  # no such file (macOS, Windows): believe oneDNN
+        return True  # no such file (macOS, Windows): rely on oneDNN
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
 
 

@@ -1,12 +1,12 @@
-"""The manifest of a run's data: what they are, not where they are. A CSV with one row for every image:
+"""The manifest of a run's data, which identifies them by content, not by location. A CSV with one row per image:
 
     part,name,class,digest
-    train,cat/000.png,cat,1f0c2a...      name: the image's number where it has none; digest: of its pixels
+    train,cat/000.png,cat,1f0c2a...      name: the number of an image without a name; digest: of its pixels
     test,bee/004.png,bee,77ab10...
-    input,backdoor.badnets.trigger_path,,9ac3...   contents of a file that a setting names, of `poison_idx.npy`, ...
+    input,backdoor.badnets.trigger_path,,9ac3...   contents of the file that a setting names, of `poison_idx.npy`, ...
 
-It is kept with the run (`data.csv`) and in every checkpoint. A run goes on with equal data from another folder, and refuses
-other data with a line that names the difference.
+It is stored with the run (`data.csv`) and in every checkpoint. A run can be resumed with equal data from another folder; with
+other data it is refused, in one line that names the difference.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ TRAIN, TEST, INPUT = "train", "test", "input"
 
 
 class Row(NamedTuple):
-    """One image, or one other input of the run."""
+    """One image or one other input of the run."""
 
     part: str  # train, test or input
     name: str
-    label: str  # name of the class; empty for an input
+    label: str  # class name; empty for other inputs
     digest: str
 
 
 def to_text(rows: Iterable[Row]) -> str:
-    """Return the manifest's text."""
+    """Return the text of a manifest."""
     text = io.StringIO()
-    writer = csv.writer(text)  # lines end as RFC 4180 has it, so that a line break of either kind in a name is quoted
+    writer = csv.writer(text)  # CRLF line ends (RFC 4180): line breaks of both kinds in names are quoted
     writer.writerow(HEAD)
     writer.writerows(rows)
     return text.getvalue()
 
 
 def rows_of(text: str) -> list[Row]:
-    """Return the rows of a manifest's text.
+    """Return the rows of a manifest.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a manifest.
     """
     try:
         head, *rows = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -64,28 +64,28 @@ def with_input(text: str, name: str, digest: str) -> str:
     return text + to_text([Row(INPUT, name, "", digest)]).removeprefix(to_text([]))
 
 
-# -- Kept with the run -------------------------------------------------------------------------------------------------
+# -- Stored with the run -----------------------------------------------------------------------------------------------
 
 
 def check(folder: Path, text: str) -> None:
-    """Refuse data other than those that the run in `folder` was begun with; inputs that one of the two lacks do not count.
+    """Refuse data that differ from those of the run in `folder`; inputs that only one of the two has are not compared.
 
     Raises:
-        UserError: one line that names the difference.
+        UserError: the data differ.
     """
     try:
         kept = (folder / FILE).read_bytes().decode("utf-8", "surrogateescape")
-    except FileNotFoundError:  # a new run, or one of an earlier version
+    except FileNotFoundError:  # a new run, or a run of an earlier version
         return
     except OSError as error:
         raise UserError(f"{folder / FILE}: cannot be read ({error.strerror}): make it readable") from None
-    changed = [] if kept.startswith(text) else differences(kept, text, whole=False)  # inputs that come later are at the end
+    changed = [] if kept.startswith(text) else differences(kept, text, whole=False)  # later inputs are appended
     if changed:
         raise other_data(str(folder), "the run was begun", changed)
 
 
 def keep(folder: Path, text: str) -> None:
-    """Write the manifest into the run's folder, unless it is there already."""
+    """Write the manifest into the run's folder, unless the folder has it already."""
     data = text.encode("utf-8", "surrogateescape")
     path = folder / FILE
     if not path.is_file() or path.read_bytes() != data:
@@ -93,10 +93,10 @@ def keep(folder: Path, text: str) -> None:
 
 
 def other_data(where: str, what: str, changed: Sequence[str]) -> UserError:
-    """Return the error of a run that would go on with other data."""
+    """Return the error for resuming a run with other data."""
     return UserError(
-        f"{where}: {what} with other data: {'; '.join(changed)}: restore the data, or begin a new run: with --set run=NAME and "
-        "without --resume, or with --resume False"
+        f"{where}: {what} with other data: {'; '.join(changed)}: restore the data, or start a new run (--resume False, or "
+        "another name by --set run=NAME)"
     )
 
 
@@ -104,10 +104,10 @@ def other_data(where: str, what: str, changed: Sequence[str]) -> UserError:
 
 
 def differences(then: str, now: str, whole: bool = True) -> list[str]:
-    """Return what differs between two manifests, a phrase for each kind of change; nothing where the data are the same.
+    """Return the differences between two manifests, one phrase for each kind of change.
 
     Args:
-        whole: an input that only one of them has is a difference too.
+        whole: report inputs that only one of them has as well.
     """
     if then == now:
         return []
@@ -129,10 +129,10 @@ def differences(then: str, now: str, whole: bool = True) -> list[str]:
 
 
 def image_changes(then: list[Row], now: list[Row]) -> list[str]:
-    """Return what happened to the images of one part; images are matched by name, what is left over by their pixels."""
+    """Return how the images of one part differ; images are matched by name, the remaining ones by their pixels."""
     old, new = {row.name: row for row in then}, {row.name: row for row in now}
     numbered = not any("/" in row.name for row in (*then, *now))
-    if numbered and len(then) != len(now):  # one image less shifts the numbers of all that follow
+    if numbered and len(then) != len(now):  # a missing image shifts all later numbers
         old, new = {}, {}
     pairs = [(old[row.name], row) for row in now if row.name in old and row.name in new]
     gone, added = ([row for row in rows if not (row.name in old and row.name in new)] for rows in (then, now))
@@ -169,10 +169,10 @@ def image_changes(then: list[Row], now: list[Row]) -> list[str]:
 
 
 def first(items: Sequence[object]) -> str:
-    """Return what stands before the one that is named of several."""
+    """Return the prefix of an example that stands for several items."""
     return "first: " if len(items) > 1 else ""
 
 
 def shown(name: str) -> str:
-    """Return a name as a line may show it: short, without control characters."""
+    """Return a name for a log line: shortened and without control characters if necessary."""
     return name if name.isprintable() and len(name) < 200 else f"{name!a:.80}"

@@ -1,7 +1,7 @@
-"""`log/report.html`: a finished run on one page, made of the files in its folder.
+"""`log/report.html`: a finished run on one page, generated from the files in its folder.
 
-The page needs no other file: plots are embedded. It has no script, and its policy lets a browser load nothing. Every text of
-the run is escaped, for class and file names may hold anything.
+The page is self-contained: plots are embedded, there is no script, and its content security policy lets a browser load
+nothing. All text of the run is escaped, because class and file names may contain anything.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SHARES = {
 
 
 def write_page(folder: Path, title: str) -> None:
-    """Write the page of the run in `folder`, which has finished at least one epoch; plots that are missing are left out."""
+    """Write the page of the run in `folder`, which has finished at least one epoch; missing plots are omitted."""
     rows = [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     parts = [f"<h1>{escape(title)}</h1>", *section("Last epoch", results(rows))]
     parts += section("Training", plots(folder / "log", ("accuracy.png", "purity.png"), "half"))
@@ -68,7 +68,7 @@ def write_page(folder: Path, title: str) -> None:
 
 
 def document(title: str, parts: Iterable[str]) -> str:
-    """Return the whole page around its parts."""
+    """Return the HTML document with these parts as its body."""
     return "\n".join((
         "<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
@@ -78,27 +78,27 @@ def document(title: str, parts: Iterable[str]) -> str:
 
 
 def escape(text: object) -> str:
-    """Return a text as HTML shows it; a control character, a change of direction and the like are shown by their escape."""
+    """Return a text as HTML; characters that are not printable (control, text direction) become visible escapes."""
     return html.escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)))
 
 
 def escape_lines(text: str) -> str:
-    """Return `escape` of each line."""
+    """Return a text as HTML, as `escape`, but keep its line breaks."""
     return "\n".join(map(escape, text.split("\n")))
 
 
 def section(heading: str, body: str) -> list[str]:
-    """Return a heading and what is below it; nothing where that is empty."""
+    """Return a heading and its body; nothing if the body is empty."""
     return [f"<h2>{escape(heading)}</h2>", body] if body else []
 
 
 def details(summary: str, body: str) -> str:
-    """Return a part that is folded until it is clicked on."""
+    """Return a part that is collapsed until it is clicked."""
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"
 
 
 def plots(folder: Path, names: Sequence[str], kind: str = "") -> str:
-    """Return those of the PNG files that are there, embedded."""
+    """Return the PNG files that exist, embedded."""
     found = [folder / name for name in names if (folder / name).is_file()]
     images = (
         f'<img alt="{escape(path.stem)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
@@ -108,7 +108,7 @@ def plots(folder: Path, names: Sequence[str], kind: str = "") -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table; a column with a number in each filled cell is aligned to the right, None is an empty cell."""
+    """Return a table; columns of numbers are aligned to the right, None is an empty cell."""
     cells = [["" if cell is None else cell for cell in row] for row in rows]
     kinds = [
         ' class="n"' if all(cell == "" or isinstance(cell, Number) for cell in column) else ""
@@ -132,7 +132,7 @@ def percent(share: float | None) -> Number | None:
 
 
 def number(value: Any) -> Any:
-    """Return a number as a short text, anything else as it is."""
+    """Return a number as a short text, any other value unchanged."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return value
     return Number(value if isinstance(value, int) else f"{value:.4g}")
@@ -144,8 +144,8 @@ def results(rows: list[dict[str, Any]]) -> str:
     lines: list[tuple[str, object]] = [(name, percent(last.get(key))) for key, name in SHARES.items()]
     if last["clean_pool_size"] is not None:
         found = last["poisoned_in_clean_pool"]
-        told = "" if found is None else f", {found} of them poisoned"
-        lines.append(("images in the last clean pool", f"{last['clean_pool_size']}{told}"))
+        poisoned = "" if found is None else f", {found} of them poisoned"
+        lines.append(("images in the last clean pool", f"{last['clean_pool_size']}{poisoned}"))
         lines.append(("TPR of the last split: poisoned images outside the clean pool", percent(last.get("split_tpr"))))
         lines.append(("FPR of the last split: clean images outside the clean pool", percent(last.get("split_fpr"))))
     lines.append(("epochs, seconds", f"{last['epoch'] + 1}, {sum(row['seconds'] for row in rows):.0f}"))
@@ -153,7 +153,7 @@ def results(rows: list[dict[str, Any]]) -> str:
 
 
 def classes(folder: Path) -> str:
-    """Return the accuracy of each class and the class that it is most often taken for, from `confusion.json`."""
+    """Return the accuracy of each class and the class that it is most often mistaken for, from `confusion.json`."""
     path = folder / "log" / confusion.FILE
     if not path.is_file():
         return ""
@@ -165,11 +165,11 @@ def classes(folder: Path) -> str:
         rival = f"{suspects.class_name(wrong.index(most), kept['class_names'])} ({most})" if most else None
         name = suspects.class_name(label, kept["class_names"])
         rows.append((number(label), name, number(sum(counts)), percent(share), rival))
-    return table(("class", "name", "images", "accuracy", "most often taken for"), rows)
+    return table(("class", "name", "images", "accuracy", "most often mistaken for"), rows)
 
 
 def ranking(folder: Path) -> str:
-    """Return the head of `suspects.csv`, and how good the ranking is where `suspects.json` says so."""
+    """Return the first rows of `suspects.csv`, and the quality of the ranking from `suspects.json` if it exists."""
     path, judged = folder / suspects.CSV, folder / suspects.QUALITY
     if not path.is_file():
         return ""
@@ -184,7 +184,7 @@ def ranking(folder: Path) -> str:
 
 
 def epochs(rows: list[dict[str, Any]]) -> str:
-    """Return a table of `metrics.jsonl`, without the columns that are empty; epochs count from 1."""
+    """Return `metrics.jsonl` as a table without empty columns; epochs count from 1."""
     keys = [key for key in rows[-1] if key != "defense" and any(row.get(key) is not None for row in rows)]
     shown = (row | {"epoch": row["epoch"] + 1} for row in rows)
     return table([key.replace("_", " ") for key in keys], [[number(row.get(key)) for key in keys] for row in shown])

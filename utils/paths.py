@@ -1,4 +1,4 @@
-"""Paths that a user names: `~` expanded, and looked at without a traceback."""
+"""Paths given by a user: expansion of `~`, and checks that fail with a `UserError`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 from utils.errors import UserError
 
-# What is no regular file, by the test that tells it. A read of some of these waits for ever.
+# Files that are not regular, by the function that recognizes them. Reading some of these would block forever.
 KINDS = {
     stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device",
     stat.S_ISBLK: "a device",
 }  # fmt: skip
-# What Windows, macOS, ext4 and network storage put into a folder without being asked; in lower case.
+# Files and folders that Windows, macOS, ext4 and network storage create by themselves; in lower case.
 LEFT_BY_PROGRAMS = (
     "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "__macosx", "icon\r", "lost+found",
     "@eadir", "#recycle", "#snapshot", "@recycle", "@__thumb",
@@ -22,17 +22,17 @@ LEFT_BY_PROGRAMS = (
 
 
 def user_path(name: str | Path, key: str) -> Path:
-    """Return the path that a user names; a leading `~` or `~user` is that user's home folder.
+    """Return a path given by a user, with a leading `~` or `~user` expanded.
 
-    A file or folder that is there under the very name is meant as well, though nobody is called so.
+    If there is no such user, but a file or folder of that very name exists, the path is returned as it is.
 
     Args:
         key: the setting or option that names the path, for the error.
     Raises:
-        UserError: whose home folder that is, is not known.
+        UserError: the home folder is unknown.
     """
     path = Path(name)
-    if not str(name).startswith("~"):  # not pathlib's parts: they do not have the ./ of ./~name
+    if not str(name).startswith("~"):  # pathlib's parts would not show the ./ of ./~name
         return path
     try:
         return path.expanduser()
@@ -40,45 +40,45 @@ def user_path(name: str | Path, key: str) -> Path:
         if os.path.lexists(path.parts[0]):
             return path
         raise UserError(
-            f"{key}: {name}: the home folder {path.parts[0]} is not known: give the whole path, or ./{name} if that is its name"
+            f"{key}: {name}: unknown home folder {path.parts[0]}: give the full path, or ./{name} if the name begins with ~"
         ) from None
 
 
 def look(path: Path, key: str) -> os.stat_result | None:
-    """Return the status of what is at a path, links followed, or None where nothing is.
+    """Return the status of a file or folder, following links; None if it does not exist.
 
     Args:
         key: the setting or option that names the path, for the error.
     Raises:
-        UserError: nobody can tell, e.g. because a folder above it is not accessible.
+        UserError: that cannot be determined, e.g. because a parent folder is not accessible.
     """
     try:
         return path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: the name holds a zero byte
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte in the name
         return None
     except OSError as error:
         raise UserError(f"{key}: {path}: {error.strerror}: make it accessible, or give another path") from None
 
 
 def exists(path: Path, key: str) -> bool:
-    """Return whether there is anything at the path; as `look`."""
+    """Return whether the path exists; errors as in `look`."""
     return look(path, key) is not None
 
 
 def is_file(path: Path, key: str) -> bool:
-    """Return whether the path is a regular file; as `look`."""
+    """Return whether the path is a regular file; errors as in `look`."""
     status = look(path, key)
     return status is not None and stat.S_ISREG(status.st_mode)
 
 
 def is_dir(path: Path, key: str) -> bool:
-    """Return whether the path is a folder; as `look`."""
+    """Return whether the path is a folder; errors as in `look`."""
     status = look(path, key)
     return status is not None and stat.S_ISDIR(status.st_mode)
 
 
 def require_file(path: Path) -> None:
-    """Raise OSError unless the path is a regular file: to be called before one is opened that may be something else."""
+    """Raise OSError unless the path is a regular file; call it before opening a file whose kind is unknown."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
         kind = next((kind for test, kind in KINDS.items() if test(mode)), "something else")
@@ -86,7 +86,7 @@ def require_file(path: Path) -> None:
 
 
 def visible(folder: Path) -> list[os.DirEntry[str]]:
-    """Return what lies in a folder, sorted by name, without hidden files and what programs leave."""
+    """Return the entries of a folder, sorted by name, without hidden files and those of `LEFT_BY_PROGRAMS`."""
     try:
         with os.scandir(folder) as entries:
             kept = [e for e in entries if not e.name.startswith(".") and e.name.lower() not in LEFT_BY_PROGRAMS]
@@ -96,7 +96,7 @@ def visible(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a folder; a link that nobody can follow is a file, whose reading will fail."""
+    """Return whether an entry is a folder; False for a broken link, which fails when it is read."""
     try:
         return entry.is_dir()
     except OSError:

@@ -1,6 +1,6 @@
-"""The pictures that a run leaves in `log/`: figures over epochs, loss histograms, triggered images.
+"""The plots of a run, in `log/`: metrics by epoch, loss histograms, triggered images.
 
-matplotlib is imported with the first picture: it takes a second, and a run goes on where it is missing or broken.
+matplotlib is imported with the first plot: that takes a second, and runs continue if it is missing or broken.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -20,28 +20,28 @@ from utils.projection import principal_components
 from utils.runlog import KINDS
 from utils.stages import UNDEFENDED
 
-CLEAN_COLOUR, POISONED_COLOUR, COVER_COLOUR = "#2a6f97", "#c1121f", "#e09f3e"
-COLOURS = {"clean": CLEAN_COLOUR, "poisoned": POISONED_COLOUR, "cover": COVER_COLOUR, "polluted pool": "#8e5ea2"}
+CLEAN_COLOR, POISONED_COLOR, COVER_COLOR = "#2a6f97", "#c1121f", "#e09f3e"
+COLORS = {"clean": CLEAN_COLOR, "poisoned": POISONED_COLOR, "cover": COVER_COLOR, "polluted pool": "#8e5ea2"}
 FEATURES = "features.png"
 STAGE_SHADES = {"class-aware": "#f4f1de", "class-agnostic": "#e0ecf4", "meta-split": "#e8f3e8", "undefended": "#ffffff"}
 
 
 def draw_accuracy(path: Path, history: list[dict[str, Any]], title: str) -> None:
-    """ACC and ASR, in %, over epochs, the stages as shades."""
+    """Plot ACC and ASR, in %, by epoch, with the stages as background shades."""
     with drawing(path, (7, 4)) as (_, ((axes,),)):
         shade_stages(axes, history)
         epochs = [row["epoch"] + 1 for row in history]
         acc = [100 * row["clean_accuracy"] for row in history]
-        axes.plot(epochs, acc, "o-", ms=3, color=CLEAN_COLOUR, label=f"ACC, at the end {acc[-1]:.1f} %")
+        axes.plot(epochs, acc, "o-", ms=3, color=CLEAN_COLOR, label=f"ACC, at the end {acc[-1]:.1f} %")
         if history[-1]["attack_success_rate"] is not None:  # None: the attack is unknown
             asr = [100 * row["attack_success_rate"] for row in history]
-            axes.plot(epochs, asr, "s-", ms=3, color=POISONED_COLOUR, label=f"ASR, at the end {asr[-1]:.1f} %")
+            axes.plot(epochs, asr, "s-", ms=3, color=POISONED_COLOR, label=f"ASR, at the end {asr[-1]:.1f} %")
         axes.set(xlabel="epoch", ylabel="%", ylim=(-3, 103), title=title)
         finish(axes)
 
 
 def draw_purity(path: Path, history: list[dict[str, Any]], poison_share: float, title: str) -> None:
-    """Share of poisoned images, and of cover images if any, in the clean pool over epochs; the former's in the whole set."""
+    """Plot the share of poisoned (and cover) images in the clean pool by epoch, and that of poisoned ones in the whole set."""
     with drawing(path, (7, 4)) as (_, ((axes,),)):
         shade_stages(axes, history)
         history = [row for row in history if row["clean_pool_size"]]
@@ -50,7 +50,7 @@ def draw_purity(path: Path, history: list[dict[str, Any]], poison_share: float, 
         for kind in ("poisoned", "cover"):
             if f"{kind}_in_clean_pool" in history[-1]:
                 share = [100 * row[f"{kind}_in_clean_pool"] / row["clean_pool_size"] for row in history]
-                axes.plot(epochs, share, "s-", ms=3, color=COLOURS[kind], label=f"{kind} in the clean pool")
+                axes.plot(epochs, share, "s-", ms=3, color=COLORS[kind], label=f"{kind} in the clean pool")
                 most = max(most, *share)
         axes.axhline(100 * poison_share, ls="--", lw=1, color="grey", label="poisoned in the whole training set")
         axes.set(xlabel="epoch", ylabel="% of the pool", title=title)
@@ -58,34 +58,42 @@ def draw_purity(path: Path, history: list[dict[str, Any]], poison_share: float, 
         finish(axes)
 
 
-def draw_losses(path: Path, losses: np.ndarray, flags: np.ndarray | None, pool: np.ndarray, label: str, title: str) -> None:
-    """Histograms of the (N,) values by which an epoch was split, for clean, poisoned and cover images.
+class Split(NamedTuple):
+    """One split of the training set."""
+
+    values: np.ndarray  # (N,) what the images are ranked by
+    flags: np.ndarray | None  # (N,) uint8 ground truth, see `KINDS`; None: unknown
+    clean_pool: np.ndarray  # (P,) indices
+
+
+def draw_losses(path: Path, split: Split, label: str, title: str) -> None:
+    """Plot histograms of the values that an epoch was split by, for clean, poisoned and cover images.
 
     Args:
-        flags: (N,) ground truth, as `KINDS` has it; None: unknown, all images are one kind.
-        pool: indices of the clean pool, whose share of either kind stands in the legend.
         label: what the values are.
     """
-    inside = np.zeros(len(losses), bool)
-    inside[pool] = True
+    values, flags = split.values, split.flags
+    inside = np.zeros(len(values), bool)
+    inside[split.clean_pool] = True
     with drawing(path, (7, 4)) as (_, ((axes,),)):
-        bins = np.linspace(losses.min(), losses.max() + 1e-9, 60)
-        every = np.ones(len(losses), bool)
-        kinds = {"training": every} if flags is None else {kind: flags == flag for kind, flag in KINDS.items()}
+        bins = np.linspace(values.min(), values.max() + 1e-9, 60)
+        kinds = {"training": np.ones(len(values), bool)}
+        if flags is not None:
+            kinds = {kind: flags == flag for kind, flag in KINDS.items()}
         for name, which in kinds.items():
             if which.any():
                 share = 100 * inside[which].mean()
                 weights = np.full(which.sum(), 100 / which.sum())
                 text = f"{name} images ({which.sum()}; {share:.1f} % in the clean pool)"
-                colour = COLOURS.get(name, CLEAN_COLOUR)
-                axes.hist(losses[which], bins.tolist(), weights=weights, alpha=0.65, color=colour, label=text)
-        axes.set(xlabel=label, ylabel="% of the images of that kind", yscale="log", title=title)
+                color = COLORS.get(name, CLEAN_COLOR)
+                axes.hist(values[which], bins.tolist(), weights=weights, alpha=0.65, color=color, label=text)
+        axes.set(xlabel=label, ylabel="% of each kind of images", yscale="log", title=title)
         name_powers(axes.yaxis)
         finish(axes)
 
 
 def draw_triggered(path: Path, examples: np.ndarray, title: str) -> None:
-    """Contact sheet of (2, n, H, W, 3) uint8: each image before, after, and the difference x 10."""
+    """Draw a contact sheet of (2, n, H, W, 3) uint8: each image before and after the attack, and 10 x the difference."""
     before, after = examples[:, :8].astype(int)
     rows = [before, after, np.clip(abs(after - before) * 10, 0, 255)]
     n = before.shape[0]
@@ -99,7 +107,7 @@ def draw_triggered(path: Path, examples: np.ndarray, title: str) -> None:
 
 
 def draw_suspects(path: Path, images: np.ndarray, captions: list[str], title: str) -> None:
-    """Contact sheet of (n, H, W, 3) uint8, ten in a row, each over its caption."""
+    """Draw a contact sheet of (n, H, W, 3) uint8, ten images in a row, each with its caption below."""
     n, height, width = images.shape[:3]
     rows, aspect = -(-n // 10), height / width
     tall = rows * (1.1 * aspect + 0.22) + 0.4  # inches
@@ -115,25 +123,25 @@ def draw_suspects(path: Path, images: np.ndarray, captions: list[str], title: st
 
 
 def draw_confusion(path: Path, matrix: np.ndarray, class_names: Sequence[str], title: str) -> None:
-    """The confusion matrix (C, C) of counts: each true class' images by the predicted class, as shares of the row.
+    """Draw the confusion matrix (C, C) of counts (row: true class, column: predicted class) as shares of the row.
 
-    The colour scale is that of the square root, so that rare mistakes are seen. Up to 12 classes have their counts written
-    in, up to 50 their names at the axes.
+    The color scale is a square root, so that rare errors are visible. The counts are shown for up to 12 classes, the class
+    names for up to 50.
     """
     n = len(matrix)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    names = [escape(class_names[i]) if i < len(class_names) else str(i) for i in range(n)]  # drawing sees no ticks' texts
+    names = [escape(class_names[i]) if i < len(class_names) else str(i) for i in range(n)]  # `drawing` does not see tick labels
     short = [name if len(name) <= 14 else name[:13] + "\u2026" for name in names]
     side = min(max(3.0 + 0.42 * n, 5.0), 9.5)
     with drawing(path, (side + 0.8, side)) as (figure, ((axes,),)):
         from matplotlib.colors import PowerNorm
 
-        shown = axes.imshow(100 * shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
-        figure.colorbar(shown, ax=axes, shrink=0.8, label="% of the true class")
+        image = axes.imshow(100 * shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+        figure.colorbar(image, ax=axes, shrink=0.8, label="% of the true class")
         if n <= 12:
             for (row, column), count in np.ndenumerate(matrix):
-                colour = "white" if shares[row, column] > 0.3 else "black"
-                axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=colour)
+                color = "white" if shares[row, column] > 0.3 else "black"
+                axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=color)
         size = 9 if n <= 12 else 8 if n <= 30 else 6
         if n <= 50:
             axes.set_xticks(range(n), short, rotation=90, fontsize=size)
@@ -143,10 +151,10 @@ def draw_confusion(path: Path, matrix: np.ndarray, class_names: Sequence[str], t
 
 
 def draw_features(path: Path, features: Tensor, groups: dict[str, dict[str, np.ndarray]], title: str) -> None:
-    """Features (N, D) on the plane of their first two principal components, a panel for each way to group them.
+    """Plot features (N, D) on the plane of their first two principal components, one panel for each grouping.
 
     Args:
-        groups: title of a panel -> name of a group -> its points, (N,) bool; none: one panel, one group.
+        groups: title of a panel -> name of a group -> its points, (N,) bool; empty: one panel with one group.
     """
     plane, shares = (values.numpy() for values in principal_components(features))  # (N, 2), (2,)
     groups = groups or {"training images": {"all": np.ones(len(plane), bool)}}
@@ -154,9 +162,9 @@ def draw_features(path: Path, features: Tensor, groups: dict[str, dict[str, np.n
         for axes, (name, parts) in zip(panels[0], groups.items(), strict=True):
             for part, which in parts.items():
                 if which.any():
-                    colour = COLOURS.get(part, CLEAN_COLOUR)
+                    color = COLORS.get(part, CLEAN_COLOR)
                     text = f"{part} ({which.sum()})"
-                    axes.scatter(*plane[which].T, s=5, alpha=0.5, linewidths=0, color=colour, label=text)
+                    axes.scatter(*plane[which].T, s=5, alpha=0.5, linewidths=0, color=color, label=text)
             axes.set(xlabel=f"component 1 ({100 * shares[0]:.0f} % of the variance)", title=name)
             axes.set_ylabel(f"component 2 ({100 * shares[1]:.0f} %)")
             axes.grid(alpha=0.25)
@@ -165,18 +173,18 @@ def draw_features(path: Path, features: Tensor, groups: dict[str, dict[str, np.n
 
 
 def draw_comparison(path: Path, groups: list[list[list[dict[str, Any]]]]) -> None:
-    """ACC and ASR, in %, over epochs: a panel for each group of runs, a line for each run's history."""
+    """Plot ACC and ASR, in %, by epoch: one panel for each group of runs, one line for the history of each run."""
     with drawing(path, (5 * len(groups), 3.8), 1, len(groups), sharey=True) as (_, panels):
         for axes, histories in zip(panels[0], groups, strict=True):
             for i, history in enumerate(histories):
                 epochs = [row["epoch"] + 1 for row in history]
-                for key, colour, name in (
-                    ("clean_accuracy", CLEAN_COLOUR, "clean accuracy (ACC)"),
-                    ("attack_success_rate", POISONED_COLOUR, "attack success rate (ASR)"),
+                for key, color, name in (
+                    ("clean_accuracy", CLEAN_COLOR, "clean accuracy (ACC)"),
+                    ("attack_success_rate", POISONED_COLOR, "attack success rate (ASR)"),
                 ):
-                    if history[-1][key] is not None:  # None: there was nothing to test on
+                    if history[-1][key] is not None:  # None: no images to test on
                         values = [100 * row[key] for row in history]
-                        axes.plot(epochs, values, "o-", ms=3, lw=1.2, alpha=0.8, color=colour, label=name if i == 0 else None)
+                        axes.plot(epochs, values, "o-", ms=3, lw=1.2, alpha=0.8, color=color, label=name if i == 0 else None)
             defense = histories[0][0]["defense"]
             axes.set(title="no defense" if defense == UNDEFENDED else defense.upper(), xlabel="epoch", ylim=(-3, 103))
             axes.grid(alpha=0.25)
@@ -185,7 +193,7 @@ def draw_comparison(path: Path, groups: list[list[list[dict[str, Any]]]]) -> Non
 
 
 def shade_stages(axes: Any, history: list[dict[str, Any]]) -> None:
-    """Shade the background by stage, and name each."""
+    """Shade the background by stage, with the name of each stage."""
     start = 0
     for i, row in enumerate(history):
         last = i + 1 == len(history) or history[i + 1]["stage"] != row["stage"]
@@ -201,7 +209,7 @@ def shade_stages(axes: Any, history: list[dict[str, Any]]) -> None:
 
 
 def name_powers(axis: Any) -> None:
-    """Label a logarithmic axis with plain numbers; matplotlib's own labels are formulas, which are off."""
+    """Label a logarithmic axis with plain numbers; matplotlib's labels are formulas, which `drawing` turns off."""
     from matplotlib.ticker import LogFormatter
 
     axis.set_major_formatter("{x:g}")
@@ -209,7 +217,7 @@ def name_powers(axis: Any) -> None:
 
 
 def finish(axes: Any) -> None:
-    """Legend, grid, and room for the stages' names below the title."""
+    """Add legend and grid, and space for the names of the stages below the title."""
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, framealpha=0.9)
     axes.set_title(axes.get_title(), pad=14, fontsize=10)
@@ -221,12 +229,12 @@ def drawing(
 ) -> Iterator[tuple[Any, np.ndarray]]:
     """Yield a figure of `size` inches and its axes (rows, columns); write it at the end of the block.
 
-    The file's ending is its format: PNG, PDF, SVG and others; PNG where it is none of them.
+    The suffix of the file gives its format (PNG, PDF, SVG and others); PNG if it is unknown.
 
-    What a user has set for pictures of their own (`MPLBACKEND`, a `matplotlibrc` with LaTeX) plays no part, and every
-    text is drawn as it is: class names may hold a `$` or bytes that are no letters.
+    A user's settings of matplotlib (`MPLBACKEND`, a `matplotlibrc` with LaTeX) have no effect. Text is drawn literally: class
+    names may contain `$` or undecodable bytes.
     """
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its remarks are about that matplotlibrc
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns about the user's matplotlibrc
     backend = os.environ.pop("MPLBACKEND", None)  # matplotlib refuses to be imported with one that is not installed
     try:
         import matplotlib
@@ -250,5 +258,5 @@ def drawing(
 
 
 def escape(text: str) -> str:
-    """Return the text with `\\udce9` and the like for what is no character, as of file names that are no UTF-8."""
+    """Return the text with escapes such as `\\udce9` for undecodable bytes, e.g. of file names that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()

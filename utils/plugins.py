@@ -1,6 +1,6 @@
-"""Plug-ins found by file name: a new attack, data set or network is one new file, and no list names it.
+"""Plug-ins are found by file name: a new attack, data set or network is one new file, registered nowhere.
 
-What the rest of the program must know of a plug-in, its file declares; no other file has the plug-in's name.
+The file declares everything that the rest of the program must know about the plug-in; no other file mentions its name.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ def load(package: str, name: str) -> ModuleType:
     """Import the plug-in `name` of `package`.
 
     Raises:
-        UserError: no file of that name lies in the package's folder.
+        UserError: the package has no such file.
     """
     if name not in names(package):
-        raise UserError(f"{name!r} is no file in {package.replace('.', '/')}/: {nearest(name, names(package))}")
+        raise UserError(f"{name!r}: no such file in {package.replace('.', '/')}/: {nearest(name, names(package))}")
     return importlib.import_module(f"{package}.{name}")
 
 
 def declared(package: str, attribute: str) -> dict[str, Any]:
-    """Return the value of a module's attribute by plug-in, of those that have it."""
+    """Return {plug-in: value of the attribute} of the plug-ins whose modules have it."""
     modules = {name: load(package, name) for name in names(package)}
     return {name: getattr(module, attribute) for name, module in modules.items() if hasattr(module, attribute)}
 
 
 def settings(package: str, name: str) -> type[Any]:
-    """Return the plug-in's `Settings`: the frozen dataclass that is the schema of its YAML section."""
+    """Return the `Settings` of a plug-in: the frozen dataclass that is the schema of its YAML section."""
     found: type[Any] = load(package, name).Settings
     return found

@@ -1,4 +1,4 @@
-"""Which process of a run this one is, as torchrun's environment variables say. Standard library only."""
+"""The rank of this process, from torchrun's environment variables. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from utils.errors import UserError
 
 COUNTS = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")  # what a process needs to find the others
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")  # required to connect to the other processes
 
 
 @dataclass(frozen=True)
 class Place:
-    """One of `size` processes; `local` is its number on this computer."""
+    """The rank of one of `size` processes, and its local rank on this computer."""
 
     rank: int = 0
     size: int = 1
@@ -26,13 +26,13 @@ def launched() -> bool:
 
 
 def find_place() -> Place:
-    """Return this process' place among the processes that a launcher started.
+    """Return the place of this process among those that a launcher started.
 
-    Clusters, containers and shells leave some of the variables behind. Without all of `RENDEZVOUS` there is nobody to
-    meet, and the process is alone, whatever the others say.
+    Clusters, containers and shells may leave some of the variables set. Unless all of `RENDEZVOUS` are set, the process
+    runs alone.
 
     Raises:
-        UserError: the variables are complete, and one of them makes no sense.
+        UserError: all variables are set, but one is invalid.
     """
     if not launched():
         return Place()
@@ -40,16 +40,16 @@ def find_place() -> Place:
     for name in COUNTS:
         text = (os.environ.get(name) or "0").strip()
         if not (text.isascii() and text.isdigit()):
-            raise UserError(f"{name}: {text!r}: expected a whole number: unset it, or start the processes with torchrun")
+            raise UserError(f"{name}: {text!r}: must be a whole number: unset it, or start the processes with torchrun")
         counts.append(int(text))
     size, rank, local = counts
     if not rank < size:
-        raise UserError(f"RANK: {rank}: expected less than WORLD_SIZE ({size}): unset both, or start with torchrun")
+        raise UserError(f"RANK: {rank}: must be less than WORLD_SIZE ({size}): unset both, or use torchrun")
     return Place(rank, size, local)
 
 
 def leftovers() -> list[str]:
-    """Return the variables, as `NAME=value`, that speak of several processes although no launcher started this one."""
+    """Return the variables, as `NAME=value`, that mean several processes although no launcher started this one."""
     if launched():
         return []
     alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
@@ -57,7 +57,7 @@ def leftovers() -> list[str]:
 
 
 def rank() -> int:
-    """Return this process' number; 0 where the variables make no sense, which `find_place` refuses."""
+    """Return the rank of this process; 0 if the variables are invalid, which `find_place` reports."""
     try:
         return find_place().rank
     except UserError:

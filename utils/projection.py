@@ -1,4 +1,4 @@
-"""Principal components: many dimensions as two, for a plot."""
+"""Principal components: projection of features to two dimensions, for a plot."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def principal_components(features: Tensor) -> tuple[Tensor, Tensor]:
         features: (N, D) float32.
     Returns:
         coordinates (N, 2) float32, each axis with the sign that makes its farthest point positive, and the shares (2,) of the
-        variance that the axes hold; features of one dimension, or that are all equal, have zeros.
+        variance along the axes; zeros where features have one dimension or are all equal.
     """
     centered = features - features.mean(0)  # (N, D)
     basis = torch.randn(features.shape[1], min(8, features.shape[1]), generator=torch.Generator().manual_seed(0))
-    for _ in range(20):  # subspace iteration: a D x D eigenproblem takes minutes where D is 4096
+    for _ in range(20):  # subspace iteration: a D x D eigenproblem takes minutes for D = 4096
         basis = torch.linalg.qr(centered.T @ (centered @ basis)).Q
     _, values, rows = torch.linalg.svd(centered @ basis, full_matrices=False)
     plane = (centered @ basis) @ rows[:2].T  # (N, at most 2)

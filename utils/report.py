@@ -1,4 +1,4 @@
-"""What a run shows a person: the lines of its log, its pictures, TensorBoard. One process of a run has a report."""
+"""The report of a run: log lines, plots, TensorBoard, report page. Only rank 0 has one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.config import Backdoor, Config, to_yaml
 from utils.files import write_text
 from utils.machine import Machine
 from utils.run import Run
-from utils.runlog import KINDS, RunLog, write_metrics
+from utils.runlog import KINDS, RunLog, add_finish, add_losses, add_row, add_start, write_metrics
 from utils.schema import as_dict
 from utils.suspects import Evidence
 
@@ -25,21 +25,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Subject:
-    """What a report tells of the data: the attack, and the ground truth where it is known."""
+    """What a report needs to know about the data: the attack, and the ground truth if it is known."""
 
     backdoor: Backdoor | None  # None: unknown
     class_names: tuple[str, ...]
-    names: tuple[str, ...] | None  # (N,) of the training images; None: they have numbers only
-    flags: Tensor | None  # (N,) uint8 ground truth, as `KINDS` has it; None: unknown
+    names: tuple[str, ...] | None  # (N,) of the training images; None: they have no names
+    flags: Tensor | None  # (N,) uint8 ground truth, see `KINDS`; None: unknown
     examples: np.ndarray  # (2, n, H, W, 3) uint8, some images before and after the attack
     caption: str  # what the examples are
 
 
 class Report:
-    """The report of one run; it alone, beside the drawing of the seed samples, reads the ground truth.
+    """The report of one run. Only the report and the drawing of the seed samples read the ground truth.
 
     Args:
-        start_epoch: the first epoch of this process.
+        start_epoch: the first epoch that this process trains.
     """
 
     def __init__(self, run: Run, config: Config, subject: Subject, start_epoch: int) -> None:
@@ -55,72 +55,75 @@ class Report:
         self.title = f"{run.name}: {self.attack}, defense {config.defense.name}"
 
     def close(self) -> None:
-        """Close the run's log; what is logged later is no longer kept."""
+        """Close the run's log; later lines are not recorded."""
         self.log.close()
 
     def start(self, machine: Machine, state: State, clean_tests: int | None, backdoor_tests: int | None) -> None:
-        """Log what is about to run, and draw the triggered images.
+        """Log the run's data, network and device, and draw the triggered images.
 
         Args:
-            clean_tests, backdoor_tests: how many test images there are; None: no such set.
+            clean_tests, backdoor_tests: number of test images; None: no such set.
         """
         c, n = self.config, len(state.epochs_in_clean_pool)
         logger.info(f"run {self.run.name}: defense {c.defense.name}, {self.attack}")
         triggered = "" if backdoor_tests is None else f", triggered test images {backdoor_tests}"
         logger.info(f"training images {n}{self.composition()}, test images {clean_tests or 'none'}{triggered}")
         if clean_tests is None:
-            logger.info("without test images there is no accuracy and no best_model.pt: latest_model.pt is the result")
+            logger.info("no test images: there is no accuracy and no best_model.pt, only latest_model.pt")
         parameters = sum(p.numel() for p in state.model.parameters())
         processes = f", {machine.world_size} processes" if machine.world_size > 1 else ""
-        number = "bf16" if machine.amp else "fp32"
+        precision = "bf16" if machine.amp else "fp32"
         logger.info(
-            f"{c.network.name}, {parameters:,} parameters, on {machine.device} in {number}{processes}; logs in {self.run.log}"
+            f"{c.network.name}: {parameters:,} parameters, {precision} on {machine.device}{processes}; logs in {self.run.log}"
         )
         if state.epoch >= c.epochs:
             logger.info(f"the checkpoint has all {c.epochs} epochs: nothing to do")
         elif state.epoch:
-            logger.info(f"going on after epoch {state.epoch}/{c.epochs}")
+            logger.info(f"resuming after epoch {state.epoch}/{c.epochs}")
         else:
-            self.log.start(to_yaml(c), self.subject.examples[1])
+            self.log.to_board(add_start, to_yaml(c), self.subject.examples[1])
         if state.history:
-            write_metrics(self.run.log, state.history)  # a run killed after its checkpoint has not written its last row
+            write_metrics(self.run.log, state.history)  # a run that was killed after a checkpoint lacks its last row
         if self.subject.examples.shape[1]:
             path = self.run.log / "triggered.png"
             self.attempt(str(path), plots.draw_triggered, path, self.subject.examples, self.subject.caption)
 
     def composition(self) -> str:
-        """Return e.g. ` (2250 poisoned, 4500 cover)`, or nothing where the truth is unknown."""
+        """Return e.g. ` (2250 poisoned, 4500 cover)`, or an empty string if the ground truth is unknown."""
         if self.flags is None:
             return ""
         counts = {kind: int((self.flags == flag).sum()) for kind, flag in KINDS.items()}
         return f" ({counts['poisoned']} poisoned" + (f", {counts['cover']} cover)" if counts["cover"] else ")")
 
     def split(self, epoch: int, clean_pool: Tensor, values: Tensor) -> None:
-        """Report the values (N,) that split the set, and draw them at the end of each stage."""
+        """Record the values (N,) that the images were ranked by; plot them at the end of each stage."""
         c, stage = self.config, self.config.stage(epoch)
-        self.log.losses(values, self.flags, epoch)
+        self.log.to_board(add_losses, values, self.flags, epoch)
         if epoch + 1 == c.epochs or c.stage(epoch + 1) != stage:
             label = "split loss - split loss of the virtual model" if stage == "meta-split" else "split loss"
             title = f"{stage.removesuffix('-split')} split of epoch {epoch + 1}: {len(clean_pool)} images in the clean pool"
             path = self.run.log / f"split_{stage}.png"
             flags = None if self.flags is None else self.flags.numpy()
-            drawn = (values.numpy(), flags, clean_pool.numpy(), label, title)
-            self.attempt(str(path), plots.draw_losses, path, *drawn)
+            split = plots.Split(values.numpy(), flags, clean_pool.numpy())
+            self.attempt(str(path), plots.draw_losses, path, split, label, title)
 
     def record(self, row: dict[str, Any]) -> None:
-        """Add an epoch to TensorBoard, before its checkpoint is written."""
-        self.log.record(row)
+        """Add an epoch to TensorBoard. To be called before its checkpoint is written.
+
+        On resuming, records after the last checkpoint are purged, but nothing would add a missing one.
+        """
+        self.log.to_board(add_row, row)
 
     def epoch(self, history: list[dict[str, Any]]) -> None:
-        """Report the last row of the history, in the thread that has just written its checkpoint."""
+        """Log the last row of the history; called by the thread that has just written its checkpoint."""
         self.log.epoch(history, self.config.epochs)
 
     def truth_of_pool(self, clean_pool: Tensor | None) -> dict[str, float | None]:
-        """Return what the row of an epoch tells of its split; None where the truth is unknown or nothing is split.
+        """Return the figures of a split for the row of its epoch; None if the ground truth is unknown or there is no split.
 
         Returns:
-            `poisoned_in_clean_pool`, and `cover_in_clean_pool` where the set has cover images: counts; `split_tpr`,
-            `split_fpr`: the share of the poisoned and of the clean images outside the clean pool, None where there are none.
+            `poisoned_in_clean_pool`, and `cover_in_clean_pool` if the set has cover images: counts; `split_tpr`,
+            `split_fpr`: the share of the poisoned and of the clean images outside the clean pool, None if there are none.
         """
         flags = self.flags
         kinds = {"poisoned_in_clean_pool": KINDS["poisoned"]}
@@ -140,24 +143,24 @@ class Report:
         return None if self.flags is None else int((self.flags[indices] == KINDS["poisoned"]).sum())
 
     def rank_suspects(self, evidence: Evidence, images: Any) -> None:
-        """Rank the training images, write `suspects.csv` and its picture, and how good the ranking is if that is known.
+        """Rank the training images; write `suspects.csv`, `suspects.png` and, if the ground truth is known, `suspects.json`.
 
         Args:
-            images: the training set, of which some are fetched for the picture.
+            images: the training set, from which those for the contact sheet are fetched.
         """
         if self.flags is not None:
             found = suspects.quality(evidence, self.flags.numpy())
             suspects.write_quality(self.run.saved / suspects.QUALITY, found)
             logger.info(suspects.quality_line(found))
         suspects.write_table(self.run.saved / suspects.CSV, evidence, self.subject.names, self.subject.class_names)
-        logger.info(f"suspects: {self.run.saved / suspects.CSV} ranks all training images, {suspects.PICTURE} shows the first")
+        logger.info(f"suspects: all images, ranked, in {self.run.saved / suspects.CSV}; the first in {suspects.PICTURE}")
         self.attempt(str(self.run.saved / suspects.PICTURE), self.draw_suspects, evidence, images)
 
     def draw_suspects(self, evidence: Evidence, images: Any) -> None:
-        """Draw the most suspect images, each with its label and the model's."""
+        """Draw the most suspect images, each with its label and the predicted one."""
         first = suspects.order(evidence.scores()["score"])[: suspects.FIRST]
         shown = images.fetch(torch.from_numpy(first)).permute(0, 2, 3, 1).cpu().numpy()
-        title = f"{self.run.name}: the {len(first)} most suspect of {len(evidence.labels)} images, label \u2192 model's label"
+        title = f"{self.run.name}: the {len(first)} most suspect of {len(evidence.labels)} images, label \u2192 predicted label"
         captions = suspects.captions(evidence, first, self.subject.class_names)
         plots.draw_suspects(self.run.saved / suspects.PICTURE, shown, captions, title)
 
@@ -174,10 +177,10 @@ class Report:
         self.attempt(str(path), plots.draw_features, path, features, groups, self.title)
 
     def conclude(self, state: State, matrix: Tensor | None) -> None:
-        """Log what came out, draw the run's pictures and write its page.
+        """Log the final figures, draw the run's plots and write its page.
 
         Args:
-            matrix: (C, C) confusion matrix of the clean test images; None: unknown, or kept earlier.
+            matrix: (C, C) confusion matrix of the clean test images; None: unknown, or written earlier.
         """
         if not state.history:  # the authors' checkpoints have none
             return
@@ -196,7 +199,7 @@ class Report:
             path = self.run.log / "purity.png"
             self.attempt(str(path), plots.draw_purity, path, state.history, self.poison_share, self.title)
         self.attempt(str(self.run.log / page.FILE), page.write_page, self.run.saved, self.title)
-        self.log.finish(flatten(as_dict(self.config)), row)
+        self.log.to_board(add_finish, flatten(as_dict(self.config)), row)
 
     def keep_confusion(self, matrix: Tensor, epoch: int) -> None:
         """Write `confusion.json` and its plot."""

@@ -1,4 +1,4 @@
-"""What a run records in its `log/` folder: `asd.log`, `metrics.jsonl`, TensorBoard."""
+"""The files in the `log/` folder of a run: `asd.log`, `metrics.jsonl`, TensorBoard."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from utils.logs import LogFile, attach, detach
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-KINDS = {"clean": 0, "poisoned": 1, "cover": 2}  # ground-truth flags, as data/sets.py has them
+KINDS = {"clean": 0, "poisoned": 1, "cover": 2}  # ground-truth flags, as in data/sets.py
 
 
 def progress(items: Iterable[T], name: str, total: int) -> Iterable[T]:
-    """Wrap a long loop in a bar with the time left; in a log file it shows only after 10 s, and every 10 s."""
+    """Wrap a loop in a progress bar; if standard error is not a terminal, it is shown after 10 s and then every 10 s."""
     wait = 0 if sys.stderr.isatty() else 10
     return tqdm(items, name, total, leave=False, dynamic_ncols=True, mininterval=max(wait, 0.2), delay=wait)
 
 
 class RunLog:
-    """Writes into the run's `log/` folder; made once, after the run was opened. TensorBoard is written as far as it works.
+    """Writes the run's `log/` folder. TensorBoard may fail without ending the run.
 
-    All lines that are logged until `close` are kept in `asd.log`.
+    All lines that are logged until `close` go to `asd.log`.
     """
 
     def __init__(self, folder: Path, start_epoch: int) -> None:
@@ -44,42 +44,22 @@ class RunLog:
         self._board: Any = None
 
     def to_board(self, write: Callable[..., object], *args: Any) -> None:
-        """Call `write(board, *args)` with TensorBoard's writer, which the first call makes."""
+        """Call `write(board, *args)` with TensorBoard's writer, which is created by the first call."""
         self.best_effort.attempt("TensorBoard", lambda: write(self.board(), *args))
 
     def board(self) -> Any:
-        """Return TensorBoard's writer; what a killed run wrote beyond its last checkpoint is purged."""
+        """Return TensorBoard's writer. It purges what a killed run has recorded after its last checkpoint."""
         if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter  # only here: a second of import
+            from torch.utils.tensorboard import SummaryWriter  # imported on demand: it takes a second
 
-            threading.excepthook = hush
+            threading.excepthook = print_exception
             self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start_epoch)  # type: ignore[no-untyped-call]
         return self._board
 
-    def record(self, row: dict[str, Any]) -> None:
-        """Add the scalars of an epoch to TensorBoard.
-
-        This comes before the epoch's checkpoint: what a killed run recorded beyond its last checkpoint is purged when it goes
-        on, while nothing would add a row that is missing.
-        """
-        self.to_board(add_row, row)
-
     def epoch(self, history: list[dict[str, Any]], num_epochs: int) -> None:
-        """Report the last row of the history: a line, and `metrics.jsonl`."""
+        """Log the last row of the history in one line, and write `metrics.jsonl`."""
         logger.info(epoch_line(history[-1], num_epochs))
         write_metrics(self.folder, history)
-
-    def losses(self, losses: torch.Tensor, flags: torch.Tensor | None, epoch: int) -> None:
-        """Add histograms of the split loss, (N,), for each kind of images by their flags, (N,); None: unknown, for all."""
-        self.to_board(add_losses, losses, flags, epoch)
-
-    def start(self, settings_yaml: str, poisoned: np.ndarray) -> None:
-        """Add the hyper-parameters and a grid of poisoned images, (n, H, W, 3) uint8."""
-        self.to_board(add_start, settings_yaml, poisoned)
-
-    def finish(self, hyperparameters: dict[str, Any], row: dict[str, Any]) -> None:
-        """Add the hyper-parameters with the final figures."""
-        self.to_board(add_finish, hyperparameters, row)
 
     def close(self) -> None:
         """Flush everything to disk."""
@@ -89,8 +69,8 @@ class RunLog:
         detach(self.handler)
 
 
-def hush(args: threading.ExceptHookArgs) -> None:
-    """Print the traceback of a thread that died, but not of TensorBoard's writer: the next call has its error."""
+def print_exception(args: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a failed thread, except TensorBoard's writer: the next call reports its error."""
     if not type(args.thread).__module__.startswith("tensorboard"):
         threading.__excepthook__(args)
 
@@ -104,7 +84,7 @@ def add_row(board: Any, row: dict[str, Any]) -> None:
 
 
 def add_losses(board: Any, losses: torch.Tensor, flags: torch.Tensor | None, epoch: int) -> None:
-    """Add a histogram of (N,) losses to TensorBoard for each kind of images; flags (N,), None: unknown, one for all."""
+    """Add a histogram of the losses (N,) to TensorBoard for each kind of images in flags (N,); None: one for all images."""
     kinds = {"all": slice(None)} if flags is None else {kind: flags == flag for kind, flag in KINDS.items()}
     for name, which in kinds.items():
         if len(losses[which]):
@@ -119,7 +99,7 @@ def add_start(board: Any, settings_yaml: str, poisoned: np.ndarray) -> None:
 
 
 def add_finish(board: Any, hyperparameters: dict[str, Any], row: dict[str, Any]) -> None:
-    """Add the hyper-parameters with the final figures to TensorBoard."""
+    """Add the hyperparameters with the final figures to TensorBoard."""
     from torch.utils.tensorboard.summary import hparams
 
     plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in hyperparameters.items()}
@@ -131,7 +111,7 @@ def add_finish(board: Any, hyperparameters: dict[str, Any], row: dict[str, Any])
 
 
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
-    """Write `metrics.jsonl` whole from the history, so that it always agrees with the checkpoint."""
+    """Write all of `metrics.jsonl` from the history, so that it always agrees with the checkpoint."""
     write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
 
@@ -141,7 +121,7 @@ def percent(share: float) -> str:
 
 
 def epoch_line(row: dict[str, Any], num_epochs: int) -> str:
-    """Return the plain line of one epoch."""
+    """Return the log line of one epoch."""
     tested = (("ACC", row["clean_accuracy"]), ("ASR", row["attack_success_rate"]))
     figures = "".join(f"  {name} {percent(share)}" for name, share in tested if share is not None)
     if row.get("clean_as_target") is not None:
@@ -150,7 +130,7 @@ def epoch_line(row: dict[str, Any], num_epochs: int) -> str:
     if row["loss_x"] is None:
         return f"{head}  loss {row['loss']:.4f}  {row['seconds']:.1f} s"
     found = {kind: row.get(f"{kind}_in_clean_pool") for kind in ("poisoned", "cover")}
-    told = ", ".join(f"{number} {kind}" for kind, number in found.items() if number is not None)
-    pools = f"clean pool {row['clean_pool_size']}{f' ({told})' if told else ''}, polluted {row['polluted_pool_size']}"
+    kinds = ", ".join(f"{number} {kind}" for kind, number in found.items() if number is not None)
+    pools = f"clean pool {row['clean_pool_size']}{f' ({kinds})' if kinds else ''}, polluted {row['polluted_pool_size']}"
     losses = f"loss {row['loss']:.4f} = Lx {row['loss_x']:.4f} + lambda_u {row['lambda_u']:.2f} x Lu {row['loss_u']:.5f}"
     return f"{head}  {pools}  {losses}  {row['seconds']:.1f} s"

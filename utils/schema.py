@@ -1,8 +1,8 @@
-"""From YAML to frozen dataclasses: the dataclass is the schema, and a configuration is checked as a whole when it is read.
+"""From YAML to frozen dataclasses: a dataclass is the schema of a section, and all settings are checked on reading.
 
-A field is declared with `setting(default, help, ...)`. Its type says what the YAML may hold: `int`, `float`, `bool`,
+A field is declared with `setting(default, help, ...)`. Its type gives the legal values in the YAML: `int`, `float`, `bool`,
 `str`, `tuple[float, ...]`, any of them `| None`, another dataclass (a section), or one of the two kinds of choice:
-`Named` (one key that names a plug-in and holds its settings) and `tuple[Named, ...]` (several, in their order).
+`Named` (one key that names a plug-in and holds its settings) and `tuple[Named, ...]` (several of them, in order).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from utils.errors import UserError, nearest
 
 REQUIRED: Any = dataclasses.MISSING
 DECIMAL = r"[+-]?(0|[1-9]\d*|\d*\.\d*(e[+-]\d+)?|\.inf|\.nan)"  # YAML 1.1 also has 010 (8), 1_0 (10), 0x10 and 1:30 (90)
-NONE = ("none", "nil", "no", "off")  # often written for null
+NONE = ("none", "nil", "no", "off")  # often written instead of null
 BOUNDS = {"low": (">=", operator.ge), "above": (">", operator.gt), "high": ("<=", operator.le), "below": ("<", operator.lt)}
-EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text, in quotes if it has brackets"}
+EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a string, in quotes if it has brackets"}
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Named:
 
 @dataclass(frozen=True)
 class Choices:
-    """Where the names of a `Named` field come from: a table of dataclasses, or the plug-ins of a kind.
+    """The legal names of a `Named` field: the keys of a table of dataclasses, or the plug-ins of a kind.
 
-    With a `place`, only those plug-ins that declare it in their `PLACES`.
+    With a `place`, only the plug-ins that declare it in their `PLACES`.
     """
 
     table: Mapping[str, type] | None = None
@@ -63,7 +63,7 @@ class Choices:
         return [name for name, places in self.declared("PLACES").items() if self.place in places]
 
     def places(self, name: str) -> tuple[str, ...]:
-        """Return where the plug-in `name` may stand; nowhere if there is none of that name or the place does not matter."""
+        """Return the keys under which the plug-in `name` is legal; none if there is no such plug-in or no `place`."""
         return tuple(self.declared("PLACES").get(name, ())) if self.place is not None else ()
 
     def schema(self, name: str) -> type:
@@ -71,11 +71,11 @@ class Choices:
         return self.table[name] if self.table is not None else plugins.settings(self.package, name)
 
     def declared(self, attribute: str) -> dict[str, Any]:
-        """Return what the plug-ins declare under a name, by plug-in."""
+        """Return {plug-in: value of its attribute} for the plug-ins that declare the attribute."""
         return {} if self.kind is None else plugins.declared(self.package, attribute)
 
     def check(self, name: str, settings: Any) -> None:
-        """Let `check(plugin, settings)` of the plug-ins' package, where there is one, refuse settings by a UserError."""
+        """Call `check(plugin, settings)` of the plug-ins' package, if it has one; it may raise `UserError`."""
         if self.kind is not None and hasattr(package := importlib.import_module(self.package), "check"):
             package.check(plugins.load(self.package, name), settings)
 
@@ -85,7 +85,7 @@ class Key:
     """One key of a section: the dataclass field behind it, the field's type, and what `setting` declares about it."""
 
     field: dataclasses.Field[Any]
-    kinds: tuple[Any, ...]  # of the type, without None; two for `int | tuple[int, ...]`
+    kinds: tuple[Any, ...]  # the alternatives of the type without None, e.g. two of `int | tuple[int, ...]`
     optional: bool  # null is legal
     help: str = ""  # one line for docs/configuration.md, with the unit
     low: float | None = None  # inclusive bounds; all bounds hold for every number of a tuple
@@ -93,15 +93,15 @@ class Key:
     above: float | None = None  # exclusive bounds
     below: float | None = None
     count: int | None = None  # length of a tuple
-    ascending: bool = False  # no number of a tuple is less than the one before it
+    ascending: bool = False  # the numbers of a tuple must not decrease
     options: tuple[str, ...] = ()  # the legal strings
     choices: Choices = Choices(table={})  # the legal names of a `Named` field
-    inline: bool = False  # the name is a key of the section itself, as the attack's under `backdoor`
+    inline: bool = False  # the name is a key of the section itself, like the attack's in `backdoor`
     key: str | None = None  # the name in the YAML where Python does not allow it (`global`)
-    # A run depends on what the value names; the value may change as long as that stays the same: `images`, which the
-    # manifest records (`utils/manifest.py`), or `files`, a file or folder that is compared by its bytes.
+    # The value only names what a run depends on, and may change as long as the contents stay the same: `images`, recorded in
+    # the manifest (`utils/manifest.py`), or `files`, a file or folder compared by its bytes.
     stands_for: str | None = None
-    instead_of: str | None = None  # another key of the section; a YAML that gives this one drops that one of its base
+    instead_of: str | None = None  # another key of the section; giving this key removes that one of the base YAML
 
     @property
     def required(self) -> bool:
@@ -124,8 +124,8 @@ def setting(default: Any = REQUIRED, help: str = "", **declared: Any) -> Any:
     """Declare one key of the YAML.
 
     Args:
-        default: the value when the key is absent; a dataclass type means that section with all its defaults, the name of a
-            plug-in among `choices` that plug-in with all its defaults.
+        default: the value if the key is absent; a dataclass type means that section with its defaults, the name of one of the
+            `choices` that choice with its defaults.
         help, declared: see `Key`.
     """
     metadata = {"help": help, **declared}
@@ -140,7 +140,7 @@ def setting(default: Any = REQUIRED, help: str = "", **declared: Any) -> Any:
 
 @functools.cache
 def keys_of(schema: type) -> dict[str, Key]:
-    """Return the keys of a section by their names in the YAML."""
+    """Return the keys of a section by name in the YAML."""
     hints, out = typing.get_type_hints(schema), {}
     for f in dataclasses.fields(schema):
         hint = hints[f.name]
@@ -151,7 +151,7 @@ def keys_of(schema: type) -> dict[str, Key]:
 
 
 def inline_key(schema: type) -> Key | None:
-    """Return the key whose names are keys of the section itself, if the section has one."""
+    """Return the `inline` key of a section, if it has one."""
     return next((key for key in keys_of(schema).values() if key.inline), None)
 
 
@@ -168,14 +168,14 @@ def join(path: str, name: object) -> str:
 def merge(
     base: Mapping[str, Any], over: Mapping[str, Any], schema: type | None, choices: Choices | None = None
 ) -> dict[str, Any]:
-    """Return the mapping `base` with `over` on top, section by section.
+    """Return the mapping `base` overridden by `over`, section by section.
 
-    Where a section chooses one of several names (an optimizer, a network, the attack), another name replaces the base's choice,
-    and a key declared `instead_of` another drops that one. A list of names, as of transforms, is taken whole from `over`.
+    In a choice of one name (optimizer, network, attack), another name replaces that of the base, and a key declared
+    `instead_of` another removes that one. A list of names, as of transforms, replaces that of the base.
 
     Args:
-        schema: of both; None: they hold no keys, or only unknown ones.
-        choices: the names of which both hold one.
+        schema: of both mappings; None: they have no known keys.
+        choices: the choices if both mappings are a choice of one name.
     """
     keys = {} if schema is None else keys_of(schema)
     inline = None if schema is None else inline_key(schema)
@@ -201,15 +201,15 @@ class Reader:
     """Turns nested dictionaries into dataclasses.
 
     Args:
-        where: names the file that a key came from.
-        written: the source text of every value (`a.b`, `a.b[0]`) that YAML reads as a number, a boolean or a date.
+        where: returns the file that set a key.
+        written: path (`a.b`, `a.b[0]`) -> source text of every value that YAML does not read as a string.
     """
 
     def __init__(self, where: Callable[[str], str], written: Mapping[str, str] | None = None) -> None:
         self.where, self.written = where, written or {}
 
     def source(self, path: str, value: object) -> str | None:
-        """Return the source text of a value that is no string; None if it is unknown."""
+        """Return the source text of a value; None if it is unknown, or the value is a string."""
         return None if isinstance(value, str) else self.written.get(path)
 
     def fail(self, path: str, value: object, expected: str) -> typing.NoReturn:
@@ -217,14 +217,14 @@ class Reader:
         shown = repr(value) if not isinstance(value, Mapping) else "{" + ", ".join(map(str, value)) + "}"
         source = self.source(path, value)
         if source and source != shown:
-            shown = f"{source} (to YAML {shown})"
+            shown = f"{source} (read as {shown})"
         raise UserError(f"{self.where(path)}: {path or '(top level)'}: {shown}: {expected}")
 
     def section(self, schema: type, raw: Any, path: str = "") -> Any:
         """Build the dataclass `schema` from the mapping `raw`, checking every key, type and range."""
         raw = {} if raw is None else raw
         if not isinstance(raw, Mapping):
-            self.fail(path, raw, "give a section of keys here")
+            self.fail(path, raw, "expected a section of keys")
         inline = inline_key(schema)
         keys = {name: key for name, key in keys_of(schema).items() if key is not inline}
         values: dict[str, Any] = {}
@@ -245,7 +245,7 @@ class Reader:
         """Build a choice: exactly one known name, holding its settings; a bare name means its defaults.
 
         Args:
-            siblings: the other keys of the section of an inline choice, also proposed for a misspelled name.
+            siblings: the other keys of the section of an inline choice, also suggested for a misspelled name.
         """
         names = choices.names()
         if isinstance(raw, str) and raw not in names and not siblings and not choices.places(raw):
@@ -260,7 +260,7 @@ class Reader:
                 remedy = f"belongs under {places}" if places else f"unknown key; {nearest(name, [*names, *siblings])}"
                 self.fail(join(path, name), value, remedy)
         if len(raw) > 1:
-            self.fail(path, raw, f"{len(raw)} names where one is chosen: keep one of {', '.join(map(str, raw))}")
+            self.fail(path, raw, f"{len(raw)} names where only one is allowed: keep one of {', '.join(map(str, raw))}")
         ((name, value),) = raw.items()
         settings = self.section(choices.schema(name), value, join(path, name))
         try:
@@ -278,7 +278,7 @@ class Reader:
             if raw is None:
                 return None
             if kind is not str and (raw is False or (isinstance(raw, str) and raw.lower() in NONE)):
-                self.fail(path, raw, "write null for none")
+                self.fail(path, raw, "write null")
         if is_section(kind):
             return self.section(kind, raw, path)
         if kind is Named:
@@ -292,7 +292,7 @@ class Reader:
             self.fail(path, raw, f"give a list, e.g. {f'[{raw}]' if item_kind is str else '[0.1, 0.2]'}")
         out = tuple(self.scalar(key, item_kind, item, f"{path}[{i}]") for i, item in enumerate(raw))
         if len(out) != (key.count or len(out)) or (key.ascending and list(out) != sorted(out)):
-            self.fail(path, list(raw), f"give {key.count} numbers{', the least first' if key.ascending else ''}")
+            self.fail(path, list(raw), f"give {key.count} numbers{' in ascending order' if key.ascending else ''}")
         return out
 
     def several(self, choices: Choices, raw: Any, path: str) -> tuple[Named, ...]:
@@ -305,13 +305,13 @@ class Reader:
         return tuple(self.named(choices, {name: value}, path) for name, value in on.items())
 
     def scalar(self, key: Key, kind: type, raw: Any, path: str) -> Any:
-        """Build an int, float, bool or str and check its range; a string is its source text, even if YAML reads a number."""
+        """Build an int, float, bool or str and check its range; a string is the source text, even if YAML reads a number."""
         source = self.source(path, raw)
         if kind is str and source is not None and raw is not None:
             raw = source
         is_number = kind in (int, float)
         if is_number and isinstance(raw, str) and re.fullmatch(r"[+-]?[\d.]+e[+-]?\d+", raw, re.I):
-            self.fail(path, raw, f"YAML reads this as text; write {with_point(raw)} (with a decimal point and a sign)")
+            self.fail(path, raw, f"a string in YAML; write {with_point(raw)} (with a decimal point and a sign)")
         legal: tuple[type, ...] = (int, float) if kind is float else (kind,)
         if type(raw) not in legal:
             self.fail(path, raw, f"wrong type ({type(raw).__name__}); give {EXPECTED[kind]}{key.legal_range}")
@@ -327,14 +327,14 @@ class Reader:
 
 
 def with_point(text: str) -> str:
-    """Return `2e-3` as YAML 1.1 reads a number: `2.0e-3`."""
+    """Return a number such as `2e-3` in the form that YAML 1.1 recognizes: `2.0e-3`."""
     mantissa, exponent = re.split("e", re.sub(r"^([+-]?)\.", r"\g<1>0.", text), flags=re.I)
     sign = "" if exponent[0] in "+-" else "+"
     return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{sign}{exponent}"
 
 
 def as_dict(value: Any) -> Any:
-    """Return the settings as plain dictionaries with the YAML's keys: what is saved with a run."""
+    """Return the settings as plain dictionaries with the YAML's keys, as they are saved with a run."""
     if isinstance(value, Named):
         return {value.name: as_dict(value.settings)}
     if isinstance(value, tuple):
@@ -353,7 +353,7 @@ def as_dict(value: Any) -> Any:
 
 
 def stand_ins(settings: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Yield (key, what it stands for, value) of every setting, and section, that was declared with `stands_for`."""
+    """Yield (key, `stands_for`, value) of every setting or section that declares `stands_for`."""
     for name, key in keys_of(settings.__class__).items():
         value = getattr(settings, key.field.name)
         at = path if key.inline else join(path, name)
@@ -368,7 +368,7 @@ def stand_ins(settings: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def describe(schema: type, path: str = "", described: set[type] | None = None) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (key, type, default, help) of every key below `schema`, for the documentation.
+    """Yield (key, type, default, help) of every key in `schema` and below, for the documentation.
 
     The settings of a choice (an optimizer, a transform) are described once, under the first key that accepts it.
     """
@@ -393,7 +393,7 @@ def describe(schema: type, path: str = "", described: set[type] | None = None) -
 
 
 def default_text(key: Key) -> str:
-    """Return the default as the YAML would have it."""
+    """Return the default as it is written in YAML."""
     if key.field.default is REQUIRED:
         if is_section(key.kinds[0]) or key.required:
             return "required" if key.required else ""

@@ -1,7 +1,7 @@
-"""The first thing that a command does, before the imports that take seconds; so this module imports next to nothing.
+"""The first step of a command: signal handlers and standard streams. Imports little, because it runs before slow imports.
 
-Ctrl-C and SIGTERM, which schedulers and `docker stop` send, end a command with one line and exit code 130 or 143. A
-handler of its own also makes process 1 of a container hear them: the kernel drops what such a process does not handle.
+Ctrl-C, and SIGTERM from schedulers and `docker stop`, end a command with one line and exit code 130 or 143. Without a handler,
+process 1 of a container would not receive them: the kernel drops signals that this process does not handle.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asks the command to stop; `code` is its exit code."""
+    """Raised when a signal stops the command; `code` is the exit code."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -27,14 +27,14 @@ class Stopped(KeyboardInterrupt):
 
 
 def begin(name: str) -> None:
-    """Prepare the process: end with one line on a signal, mend the streams, refuse a system without `fcntl`.
+    """Prepare the process: handle signals, replace closed streams, refuse a system without `fcntl`.
 
-    To be called by a script before its heavy imports. Until `stoppable` takes over nothing has begun, so a signal ends
-    the process at once: an exception raised within the import of a compiled module may come out as another one.
+    Scripts call it before slow imports. Until `stoppable` takes over, a signal ends the process at once: there is nothing
+    to clean up yet, and an exception during the import of a compiled module may turn into another one.
     """
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
-        if os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ:  # of several processes the first
+        if os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ:  # rank 0
             with contextlib.suppress(OSError):
                 os.write(2, f"\n{name}: stopped.\n".encode())
         os._exit(128 + number)
@@ -49,16 +49,16 @@ def begin(name: str) -> None:
 
 
 def prepare_streams() -> None:
-    """Give the process standard streams that printing cannot fail on.
+    """Make sure that printing cannot fail.
 
-    A closed stream becomes the null device: else the next file that is opened takes its number, and what libraries print
-    goes into that file. What a stream's encoding does not have is printed with escapes.
+    A closed standard stream becomes the null device. Otherwise the next file opened would get its descriptor, and the output
+    of libraries would go into that file. Characters that the encoding of a stream lacks are printed as escapes.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed when the process started
-            null = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is the closed stream's
+            null = os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor: that of the closed stream
             os.set_inheritable(null, True)
-            setattr(sys, name, open(null, mode, closefd=False))  # noqa: SIM115 - open for the life of the process
+            setattr(sys, name, open(null, mode, closefd=False))  # noqa: SIM115 - open until the process ends
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -66,9 +66,9 @@ def prepare_streams() -> None:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise `Stopped` where the block is when a signal comes; a second signal ends the process at once.
+    """Raise `Stopped` in the block on a signal; a second signal ends the process at once.
 
-    A command's own blocks of `finally` run after the first signal. What they cannot finish, the next run clears away.
+    `finally` blocks run after the first signal. Temporary files that they do not remove are removed by the next run.
     """
     stopping = False
 
@@ -88,6 +88,6 @@ def stoppable() -> Iterator[None]:
 
 
 def handle(handler: Any) -> dict[signal.Signals, Any]:
-    """Install a handler of both signals and return the earlier ones; a signal that is ignored (`nohup`, `&`) stays so."""
-    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in heard}
+    """Install a handler for both signals and return the earlier ones; ignored signals (`nohup`, `&`) stay ignored."""
+    active = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in active}

@@ -1,7 +1,7 @@
-"""The same step again and again, over the rows of tables, without the host: on CUDA as one captured graph.
+"""Runs a step for every row of tables without waiting for the host: on CUDA as one captured graph.
 
-The step reads its row by a counter that lives on the device, so that nothing changes between two replays but numbers in
-fixed places. Without capture (on a CPU) the very same function runs eagerly: that is how it is tested.
+The step finds its row by a counter in device memory, so that replays differ only in values at fixed addresses. Without capture
+(on a CPU) the same function runs eagerly, which is how it is tested.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 WARM_UP = 3  # eager steps on a side stream before the capture, so that cuDNN and the allocator have settled
-TRIAL = 2  # rows that a new graph is tried on: with one row a row counter that stands still would go unnoticed
+TRIAL = 2  # rows of the trial of a new graph: one row would not show that the row counter advances
 
 WEIGHTS, SUMS, COUNTER = "weights", "sums of losses", "row counter"
 SUMS_APART = 0.02  # relative
-PATHS_APART, MOST_APART = 0.5, 0.9  # relative to the length of the path
-ROUNDING = 4 * torch.finfo(torch.float32).eps  # relative to a tensor's own length
+PATHS_APART, MOST_APART = 0.5, 0.9  # relative to the length of the change
+ROUNDING = 4 * torch.finfo(torch.float32).eps  # relative to the norm of a tensor
 
 Kinds = Mapping[str, list[Tensor]]  # the tensors that a step changes, by kind (`changed_tensors`)
 
 
 class Replayable(Protocol):
-    """What a capture gives: `torch.cuda.CUDAGraph`."""
+    """A captured graph: `torch.cuda.CUDAGraph`."""
 
     def replay(self) -> object:
-        """Do the captured work once more."""
+        """Run the captured work."""
 
 
 class Stepper:
-    """Runs `step(row)` over tables of fixed shapes and sums what it returns.
+    """Runs `step(row)` for each row of tables of fixed shapes, and sums the results.
 
-    A captured step is tried first: replayed on the first rows from the same state as eager steps, it must return the same
-    and move the same tensors the same way (`difference`). If it does not, or cannot be captured, one line says why and
-    the eager steps go on.
+    A captured graph is compared with eager steps before it is used: replayed on the first rows from the same state, it must
+    return the same values and change the same tensors in the same way (`difference`). If it does not, or if the capture
+    fails, the reason is logged in one line and the steps run eagerly.
 
     Args:
-        step: takes a NamedTuple of tensors without the first axis, returns a tensor (k,).
-        tensors: returns all tensors that a step changes in place, by kind (`changed_tensors`). The steps of the warm-up and
-            of the trial are undone in place.
+        step: takes a NamedTuple of tensors (one row of each table), returns a tensor (k,).
+        tensors: returns all tensors that a step changes in place, by kind (`changed_tensors`). The steps of warm-up and
+            trial are undone in place.
         width: k.
-        capture: record a CUDA graph; else run eagerly.
-        insist: a capture that fails ends the run instead (`runtime.mode: graph`).
+        capture: capture a CUDA graph; otherwise run eagerly.
+        insist: raise `UserError` if the capture fails (`runtime.mode: graph`).
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Stepper:
         self.graph: Replayable | None = None
 
     def run(self, tables: Any, progress: Callable[[range], Iterable[int]]) -> Tensor:
-        """Run one step for each row of the tables and return the sum of what the steps return."""
+        """Run one step for each row of the tables; return the sum (k,) of the results."""
         steps = tables[0].shape[0]
         if self.tables is None:
             self.tables = type(tables)(*(table.clone() for table in tables))
@@ -85,23 +85,23 @@ class Stepper:
         return self.sums.clone()
 
     def rewind(self) -> None:
-        """Go back to the first row, with nothing summed."""
+        """Go back to the first row and reset the sums."""
         self.counter.zero_()
         self.sums.zero_()
 
     def one(self) -> None:
-        """Run the step of the counter's row, add what it returns, move the counter on."""
+        """Run the step for the current row, add its result to the sums, advance the row counter."""
         row = type(self.tables)(*(table.index_select(0, self.counter)[0] for table in self.tables))
         self.sums += self.step(row)
         self.counter += 1
 
     def first(self) -> None:
-        """Run the step of the first row."""
+        """Run the step for the first row."""
         self.rewind()
         self.one()
 
     def record(self) -> None:
-        """Warm up, capture, try the graph against eager steps, and restore every changed tensor in place."""
+        """Warm up, capture, compare the graph with eager steps, and restore every changed tensor in place."""
         before = {id(t): t.clone() for t in self.changed()}
         draws = random_states()
 
@@ -131,14 +131,14 @@ class Stepper:
         elif self.insist:
             raise UserError(f"runtime.mode: graph: the step cannot run as a CUDA graph ({trouble}): set runtime.mode=eager")
         else:
-            logger.info(f"the step does not run as a CUDA graph here ({trouble}): it runs eagerly, with the same numbers")
+            logger.info(f"the step cannot run as a CUDA graph ({trouble}): it runs eagerly, with the same results")
 
     def changed(self) -> list[Tensor]:
         """Return all tensors that a step changes in place."""
         return [t for tensors in self.tensors().values() for t in tensors]
 
     def outcome(self, work: Callable[[], object]) -> dict[str, list[Tensor]]:
-        """Do the work for the rows of the trial; return the sums after each row, the row counter, and `tensors()`."""
+        """Run `work` for the rows of the trial; return the sums after each row, the row counter, and `tensors()`."""
         sums = []
         for _ in range(min(TRIAL, self.tables[0].shape[0])):
             work()
@@ -147,19 +147,19 @@ class Stepper:
 
 
 def random_states() -> list[Tensor]:
-    """Return the states of torch's global generators, from which networks that drop units draw."""
+    """Return the states of torch's global generators, which dropout uses."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
 
 
 def set_random_states(states: list[Tensor]) -> None:
-    """Set them back."""
+    """Restore the states of torch's global generators."""
     torch.set_rng_state(states[0])
     if len(states) > 1:
         torch.cuda.set_rng_state(states[1])
 
 
 def warm_up(work: Callable[[], object]) -> None:
-    """Do the work a few times on a side stream, so that cuDNN and the allocator have settled before a capture."""
+    """Run `work` a few times on a side stream, so that cuDNN and the allocator have settled before a capture."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -169,11 +169,11 @@ def warm_up(work: Callable[[], object]) -> None:
 
 
 def capture(work: Callable[[], object]) -> Replayable:
-    """Return the work as a CUDA graph; nothing is computed yet. The current stream stays what it was, also after an error.
+    """Return the work as a CUDA graph, without running it. The current stream is restored, also after an error.
 
     Raises:
-        RuntimeError: the capture failed. If the work itself raised an error, it is that one: the end of a broken capture
-            raises another, which hides the cause.
+        RuntimeError: the capture failed. If the work itself raised an error, that one is raised: leaving a broken capture
+            raises another, which would hide the cause.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     cause: Exception | None = None
@@ -187,12 +187,12 @@ def capture(work: Callable[[], object]) -> Replayable:
     except RuntimeError as error:
         raise (cause or error) from None
     finally:
-        torch.cuda.set_stream(stream)  # torch stays on its capture stream if a capture cannot be ended
+        torch.cuda.set_stream(stream)  # a failed capture leaves torch on the capture stream
     return graph
 
 
 def reason(error: RuntimeError) -> str:
-    """Return the first line of an error and the innermost line of this project that led to it."""
+    """Return the first line of an error, and the innermost line of this project in its traceback."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     root = Path(__file__).resolve().parents[1]
     frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
@@ -204,8 +204,8 @@ def reason(error: RuntimeError) -> str:
 def changed_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
     """Return all tensors that a training step changes in place, by kind.
 
-    The kinds are `weights`, the model's buffers by their names in the layers (`running_mean`, ...), and the optimizer's
-    moments by theirs (`exp_avg`, `step`, ...).
+    The kinds are `weights`, the names of the layers' buffers (`running_mean`, ...), and the names of the optimizer's moments
+    (`exp_avg`, `step`, ...).
     """
     kinds: dict[str, list[Tensor]] = {WEIGHTS: list(model.parameters())}
     for name, buffer in model.named_buffers():
@@ -219,55 +219,55 @@ def changed_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 @torch.no_grad()
 def difference(found: Kinds, expected: Kinds, before: dict[int, Tensor], scatter: Mapping[str, float]) -> str:
-    """Return what is wrong with a replayed trial, or nothing.
+    """Return what is wrong with the trial of a graph, or an empty string.
 
-    Two eager trials differ too: CUDA adds in no fixed order, bf16 rounds, and Adam's first steps take little but the signs
-    of the gradients, so that a gradient near zero sends its weight either way. Each kind of tensors is compared by itself,
-    so that none is lost in the size of another:
+    Two eager trials also differ: CUDA adds in no fixed order, bf16 rounds, and Adam's first steps depend mainly on the signs
+    of the gradients, so that a gradient near zero moves its weight in either direction. Each kind of tensors is compared
+    separately, so that small ones are not hidden by large ones:
 
-    - Counters (whole numbers: the row counter, Adam's steps, BN's batches) are equal.
-    - No tensor that the eager steps moved has stayed where it was.
-    - The sums of losses are within 2 %.
-    - The paths of all tensors of a kind together are at most half of their length apart, or twice as far as those of two
-      eager trials. Rounding every product to bf16 gave up to 0.45 (ResNet-18 of width 16); a part that is done twice or
-      left out gives 1 or more. Single tensors cannot be judged: a bias before BN has a gradient of rounding alone.
+    - Counters (integers: row counter, Adam's steps, BN's batches) must be equal.
+    - Every tensor that the eager steps changed must have changed.
+    - The sums of losses must agree within 2 %.
+    - The changes of all tensors of a kind, taken together, may differ by half of their length, or by twice the difference
+      between two eager trials. Rounding every product to bf16 gave up to 0.45 (ResNet-18 of width 16); work done twice or
+      omitted gives 1 or more. Single tensors cannot be judged: the gradient of a bias before BN is rounding error only.
 
     Args:
-        found, expected: the outcome of the replays and of the eager steps.
-        before: the tensors' values before, by the id of what `found` holds; what did not exist was zero.
-        scatter: the `distances` of two eager trials.
+        found, expected: the outcomes of the replays and of the eager steps.
+        before: the values before the trial, by the id of the tensors in `found`; tensors that did not exist were zero.
+        scatter: the `distances` between two eager trials.
     """
     for kind in moving(expected):
         for ours, theirs in zip(found[kind], expected[kind], strict=True):
             if is_counter(theirs):
                 if not torch.equal(ours, theirs):
-                    return f"a trial counted wrongly ({kind})"
+                    return f"in a trial a counter was wrong ({kind})"
             elif torch.equal(ours, origin := value_before(ours, before)) and norm(theirs - origin) > ROUNDING * norm(theirs):
-                return f"a trial left out a change ({kind})"
+                return f"in a trial a tensor did not change ({kind})"
     for ours, theirs in zip(found[SUMS], expected[SUMS], strict=True):
         if not torch.allclose(ours, theirs, rtol=SUMS_APART, atol=1e-6):
-            return f"a trial gave the losses {ours.tolist()} and not {theirs.tolist()}"
+            return f"in a trial the losses were {ours.tolist()} instead of {theirs.tolist()}"
     for kind, distance in distances(found, expected, before).items():
-        if not distance <= min(max(PATHS_APART, 2 * scatter[kind]), MOST_APART):  # also where one is not a number
-            return f"a trial changed the {kind} in another way, {distance:.2f} of the path apart"
+        if not distance <= min(max(PATHS_APART, 2 * scatter[kind]), MOST_APART):  # `not`: also if the distance is NaN
+            return f"in a trial the {kind} changed differently, by {distance:.2f} of the expected change"
     return ""
 
 
 @torch.no_grad()
 def distances(found: Kinds, expected: Kinds, before: dict[int, Tensor]) -> dict[str, float]:
-    """Return, by kind, how far apart two outcomes are, relative to the length of the expected path from `before`."""
+    """Return, by kind, the distance between two outcomes relative to the length of the expected change from `before`."""
     apart = {}
     for kind in moving(expected):
         pairs = [(a, b) for a, b in zip(found[kind], expected[kind], strict=True) if not is_counter(b)]
         off = math.hypot(*(norm(a - b) for a, b in pairs))
         path = math.hypot(*(norm(b - value_before(a, before)) for a, b in pairs))
-        rounding = ROUNDING * math.hypot(*(norm(b) for _, b in pairs))  # what does not move is apart by that at most
+        rounding = ROUNDING * math.hypot(*(norm(b) for _, b in pairs))  # an upper bound for tensors that do not change
         apart[kind] = off / max(path, rounding, 1e-30)
     return apart
 
 
 def moving(outcome: Kinds) -> list[str]:
-    """Return the kinds of an outcome whose tensors are changed in place."""
+    """Return the kinds of tensors in an outcome that are changed in place."""
     return [kind for kind in outcome if kind != SUMS]
 
 
@@ -277,18 +277,18 @@ def value_before(t: Tensor, before: dict[int, Tensor]) -> Tensor:
 
 
 def norm(t: Tensor) -> float:
-    """Return a tensor's length."""
+    """Return the Euclidean norm of a tensor."""
     return float(t.double().square().sum().sqrt())
 
 
 def is_counter(t: Tensor) -> bool:
-    """Return whether a tensor counts: whole numbers, or a single number without a fraction (Adam's steps)."""
+    """Return whether a tensor is a counter: integers, or a float scalar with an integral value (Adam's steps)."""
     return not t.is_floating_point() or (t.ndim == 0 and bool(t == t.round()))
 
 
 @torch.no_grad()
 def put_back(tensors: list[Tensor], before: dict[int, Tensor]) -> None:
-    """Give tensors, in place, the values they had; what did not exist then (an optimizer's moments) starts at 0."""
+    """Restore the values of tensors in place; those that did not exist before (an optimizer's moments) become 0."""
     for t in tensors:
         if id(t) in before:
             t.copy_(before[id(t)])

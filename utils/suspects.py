@@ -1,7 +1,8 @@
-"""Which training images are suspect: what a finished ASD run knows of each, as one score, a ranked table and its quality.
+"""Ranks the training images by suspicion after an ASD run: a score for each, a table, and the quality of the ranking.
 
-ASD does not say which images are poisoned: it needs a pool that is clean enough. But its last model has not learnt the
-labels of poisoned images: it is sure of another one; and its splits have kept most of them out of the clean pool.
+ASD itself does not decide which images are poisoned; it only needs a pool that is clean enough. But its final model has not
+learned the labels of poisoned images and confidently predicts other ones, and its splits have kept most of them out of the
+clean pool.
 """
 
 from __future__ import annotations
@@ -20,34 +21,34 @@ from utils.files import write_atomically, write_text
 from utils.runlog import KINDS
 
 CSV, PICTURE, QUALITY = "suspects.csv", "suspects.png", "suspects.json"
-FIRST = 100  # images at the head of the ranking: those on the sheet, and those whose precision is reported
+FIRST = 100  # images of the contact sheet, and of the reported precision
 HEAD = ("rank", "name", "label", "model_label", "confidence", "split_loss", "epochs_in_clean_pool", "score")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the finished model, and the splits before it, say of each of the N training images."""
+    """What is known about each of the N training images from the final model and the splits."""
 
     labels: np.ndarray  # (N,) int64, the labels that the images carry
-    model_labels: np.ndarray  # (N,) int64, the model's
-    own_probability: np.ndarray  # (N,) in 0..1, the model's for the label that the image carries
-    rival_probability: np.ndarray  # (N,) in 0..1, the model's for the likeliest of the other labels
+    model_labels: np.ndarray  # (N,) int64, predicted by the model
+    own_probability: np.ndarray  # (N,) in 0..1, of the label that the image carries
+    rival_probability: np.ndarray  # (N,) in 0..1, of the most probable other label
     losses: np.ndarray  # (N,) split loss without augmentation
     epochs: np.ndarray  # (N,) epochs in the clean pool
 
     @property
     def confidence(self) -> np.ndarray:
-        """The probability (N,) of the model's own label."""
+        """The probability (N,) of the predicted label."""
         return np.maximum(self.own_probability, self.rival_probability)
 
     def scores(self) -> dict[str, np.ndarray]:
-        """Return the score (N,) in 0..1 and what it is measured against; high is suspect.
+        """Return the score (N,) in 0..1 and the measures that it is compared with, each (N,); high values are suspect.
 
-        The score is a product of two witnesses: the margin by which the final model believes in another label, mapped to
-        0..1, and the share of the epochs that the image spent outside the clean pool. A poisoned image is one that the model
-        is sure of, under another label, and that the splits kept out; hard images fail the first test, the clean half that
-        stages 2 and 3 leave out fails the second. Measured for each attack in results/attacks: as good as the margin alone
-        where that is perfect, better where the splits work, worse where the meta-split fails.
+        The score is the product of two factors: the margin by which the final model prefers another label, mapped to 0..1,
+        and the share of epochs that the image was outside the clean pool. Poisoned images have both: the model confidently
+        predicts another label, and the splits keep them out. Hard clean images lack the first; the clean half that stages 2
+        and 3 leave out lacks the second. Measured for each attack in results/attacks: as good as the margin alone where that
+        is perfect, better where the splits work, worse where the meta-split fails.
         """
         margin = (1 + self.rival_probability - self.own_probability) / 2
         outside = 1 - self.epochs / (self.epochs.max(initial=0) + 1.0)
@@ -60,7 +61,7 @@ class Evidence:
 
 
 def midranks(values: np.ndarray) -> np.ndarray:
-    """Return the ranks 1 to N of (N,) values, ascending; equal values share the mean of their ranks."""
+    """Return the ranks 1 to N of (N,) values in ascending order; equal values get the mean of their ranks."""
     _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     ranks: np.ndarray = (last - (counts - 1) / 2)[group]
@@ -68,15 +69,15 @@ def midranks(values: np.ndarray) -> np.ndarray:
 
 
 def order(scores: np.ndarray) -> np.ndarray:
-    """Return the images (N,) from the most to the least suspect; of equal ones the lower number first."""
+    """Return the indices (N,) from the most to the least suspect; ties by index."""
     return np.argsort(-scores, kind="stable")
 
 
-# -- How good a ranking is, where the truth is known -------------------------------------------------------------------
+# -- The quality of a ranking, if the ground truth is known ------------------------------------------------------------
 
 
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float | None:
-    """Return the chance that a positive image scores higher than another one, a tie as half; None without both kinds.
+    """Return the probability that a positive scores higher than a negative, ties counting 1/2; None if either is missing.
 
     Args:
         scores: (N,).
@@ -90,10 +91,9 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float | None:
 
 
 def precision_recall_at(scores: np.ndarray, positive: np.ndarray, count: int) -> tuple[float, float] | None:
-    """Return precision and recall of the `count` highest scores; None where nothing is positive or nothing is taken.
+    """Return precision and recall of the `count` highest scores; None if there are no positives or `count` is 0.
 
-    Of the images that tie at the edge as many as fit are taken by chance: the expected figures are returned, so that the
-    order of the data set says nothing.
+    Ties at the threshold are broken at random: the expected values are returned, so the order of the data set does not matter.
     """
     total = int(positive.sum())
     if total == 0 or count == 0:
@@ -105,7 +105,7 @@ def precision_recall_at(scores: np.ndarray, positive: np.ndarray, count: int) ->
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float | None:
-    """Return the mean, over the positive images, of the precision down to each one's score; None where there is none."""
+    """Return the mean, over the positives, of the precision at each one's score; None without positives."""
     total = int(positive.sum())
     if total == 0:
         return None
@@ -116,10 +116,10 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float | None:
 
 
 def quality(evidence: Evidence, flags: np.ndarray) -> dict[str, Any]:
-    """Return what `suspects.json` holds: counts, and how well each of `Evidence.scores` finds the poisoned images.
+    """Return the contents of `suspects.json`: counts, and how well each of `Evidence.scores` finds the poisoned images.
 
     Args:
-        flags: (N,) ground truth, as `KINDS` has it.
+        flags: (N,) ground truth, see `KINDS`.
     """
     poisoned = flags == KINDS["poisoned"]
     count = int(poisoned.sum())
@@ -138,25 +138,25 @@ def quality(evidence: Evidence, flags: np.ndarray) -> dict[str, Any]:
     return {"counts": counts, "measures": measures}
 
 
-# -- What is shown ---------------------------------------------------------------------------------------------------
+# -- Files and texts -------------------------------------------------------------------------------------------------
 
 
 def class_name(label: int, class_names: Sequence[str]) -> str:
-    """Return a class' name, or its number where it has none."""
+    """Return the name of a class, or its number if it has none."""
     return class_names[label] if label < len(class_names) else str(label)
 
 
 def captions(evidence: Evidence, which: np.ndarray, class_names: Sequence[str]) -> list[str]:
-    """Return `label → model's label` of some images, (n,) int64."""
+    """Return `label → predicted label` of the images `which`, (n,) int64."""
     pairs = zip(evidence.labels[which].tolist(), evidence.model_labels[which].tolist(), strict=True)
     return [f"{class_name(own, class_names)} \u2192 {class_name(models, class_names)}" for own, models in pairs]
 
 
 def table(evidence: Evidence, names: Sequence[str] | None, class_names: Sequence[str]) -> str:
-    """Return `suspects.csv`: a row for every image, the most suspect first.
+    """Return the text of `suspects.csv`: one row for each image, the most suspect first.
 
     Args:
-        names: (N,) of the images; None: their numbers.
+        names: (N,) of the images; None: use their numbers.
     """
     e, scores = evidence, evidence.scores()["score"]
     text = io.StringIO()
@@ -172,16 +172,16 @@ def table(evidence: Evidence, names: Sequence[str] | None, class_names: Sequence
 
 
 def write_table(path: Path, evidence: Evidence, names: Sequence[str] | None, class_names: Sequence[str]) -> None:
-    """Write `suspects.csv`; a file name that is no UTF-8 keeps its bytes."""
+    """Write `suspects.csv`; names that are not UTF-8 keep their bytes."""
     text = table(evidence, names, class_names).encode("utf-8", "surrogateescape")
     write_atomically(path, lambda file: file.write(text))
 
 
 def quality_line(found: dict[str, Any]) -> str:
-    """Return what `quality` says of the score, in a line."""
+    """Return the quality of the score as one line."""
     measure, counts = found["measures"]["score"], found["counts"]
     if measure["auroc"] is None:
-        return f"suspects: {counts['poisoned']} of {counts['images']} images are poisoned: no ranking can be judged"
+        return f"suspects: {counts['poisoned']} of {counts['images']} images are poisoned: the ranking cannot be judged"
     return (
         f"suspects: AUROC {measure['auroc']:.4f}; of the first {counts['poisoned']} images "
         f"{100 * measure['precision_at_true_count']:.1f} % are poisoned"

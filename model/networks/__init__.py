@@ -2,7 +2,7 @@
 
 `build` returns a backbone: a module that maps (B, 3, H, W) to features (B, D), with `feature_dim` (D) and `last_parts`,
 the names of its submodules that the virtual model trains, together with the linear layer. `finish` of model/backbone.py
-sets both. No network comes with trained weights.
+sets both. No network has pretrained weights.
 """
 
 from types import ModuleType
@@ -12,6 +12,6 @@ import torch
 
 
 def check(network: ModuleType, settings: Any) -> None:
-    """Refuse settings that the network cannot be built from, while the YAML is read."""
+    """Refuse settings from which the network cannot be built; called when the YAML is read."""
     with torch.device("meta"):  # no memory, no random number; 60 ms
         network.build(settings)

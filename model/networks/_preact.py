@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class PreActBlock(nn.Module):
-    """BN, relu, 3 x 3, BN, relu, dropout, 3 x 3, and a shortcut around them; a projection starts after the first relu."""
+    """BN, relu, 3 x 3, BN, relu, dropout, 3 x 3, and a shortcut; a projection starts after the first relu."""
 
     def __init__(self, channels_in: int, channels: int, stride: int, dropout: float) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class PreActBlock(nn.Module):
 class PreActResNet(nn.Module):
     """3 x 3 stem, stages of pre-activation blocks, a last BN and relu, global average pool; for 32 x 32 images.
 
-    The first stage keeps the images' size, each further one halves it.
+    The first stage keeps the size of the images, each later one halves it.
 
     Args:
         stem: channels of the stem.

@@ -1,4 +1,4 @@
-"""DenseNet-121 (Huang et al., CVPR 2017) as torchvision has it: ImageNet stem, made for 224 x 224 images, takes 32 x 32 up."""
+"""DenseNet-121 (Huang et al., CVPR 2017) from torchvision: ImageNet stem, for 224 x 224 images; at least 32 x 32."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from model.backbone import finish, require_side
 from utils.errors import UserError
 from utils.schema import setting
 
-# As in a ResNet the last two of the four stages, here each with the transition before it.
+# As in a ResNet, the last two of the four stages, here with the transitions before them.
 LAST = tuple(f"features.{name}" for name in ("transition2", "denseblock3", "transition3", "denseblock4", "norm5"))
 
 
 @dataclass(frozen=True)
 class Settings:
-    num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
+    num_classes: int | None = setting(None, "must equal the top-level num_classes; null: the same", low=1)
     growth: int = setting(32, "channels that each layer adds; the stem has twice as many", low=1)
     blocks: tuple[int, ...] = setting((6, 12, 24, 16), "layers of the four dense blocks", low=1)
     last_parts: tuple[str, ...] | None = setting(

@@ -1,4 +1,4 @@
-"""MobileNetV2 (Sandler et al., CVPR 2018) as torchvision has it: made for 224 x 224 images, takes any."""
+"""MobileNetV2 (Sandler et al., CVPR 2018) from torchvision: for 224 x 224 images; any size works."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torchvision.models.mobilenetv2 import MobileNetV2
 from model.backbone import finish
 from utils.schema import setting
 
-# The blocks at 1/16 and 1/32 of the images' side, as layer3 and layer4 of a ResNet, and the last convolution.
+# The blocks at 1/16 and 1/32 of the image size, like layer3 and layer4 of a ResNet, and the last convolution.
 LAST = tuple(f"features.{i}" for i in range(7, 19))
 
 
 @dataclass(frozen=True)
 class Settings:
-    num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
+    num_classes: int | None = setting(None, "must equal the top-level num_classes; null: the same", low=1)
     width: float = setting(1.0, "factor on the number of channels", above=0)
     dropout: float = setting(0.2, "share of the features set to 0 in training", low=0, below=1)
     last_parts: tuple[str, ...] | None = setting(None, "what the virtual model trains; null: features.7 to features.18")

@@ -13,7 +13,7 @@ from utils.schema import setting
 
 @dataclass(frozen=True)
 class Settings:
-    num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
+    num_classes: int | None = setting(None, "must equal the top-level num_classes; null: the same", low=1)
     width: int = setting(64, "channels of the stem; the stages have 1, 2, 4, 8 times as many", low=1)
     blocks: int = setting(2, "blocks of each stage; 2 is ResNet-18", low=1)
     last_parts: tuple[str, ...] | None = setting(None, "what the virtual model trains; null: layer3, layer4, bn")
@@ -22,7 +22,7 @@ class Settings:
 def build(settings: Settings) -> nn.Module:
     """Return the backbone with fresh weights: (B, 3, H, W) to (B, 8 width).
 
-    It has the paper's normalization after the last block, which some public copies leave out (1024 weights).
+    As in the paper, BN follows the last block; some public implementations omit it (1024 weights).
     """
     width = settings.width
     backbone = PreActResNet(width, (width, 2 * width, 4 * width, 8 * width), settings.blocks)

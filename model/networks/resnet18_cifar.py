@@ -1,4 +1,4 @@
-"""ResNet-18 (He et al., CVPR 2016) for 32 x 32 images: a 3 x 3 stem and no max-pool (as the authors have it)."""
+"""ResNet-18 (He et al., CVPR 2016) for 32 x 32 images: a 3 x 3 stem and no max-pool, as in the authors' code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from utils.schema import setting
 
 @dataclass(frozen=True)
 class Settings:
-    num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
+    num_classes: int | None = setting(None, "must equal the top-level num_classes; null: the same", low=1)
     width: int = setting(64, "channels of the stem; the stages have 1, 2, 4, 8 times as many", low=1)
     blocks: int = setting(2, "basic blocks of each stage; 2 is ResNet-18", low=1)
     last_parts: tuple[str, ...] | None = setting(None, "what the virtual model trains; null: layer3, layer4")
@@ -52,7 +52,7 @@ class ResNetCifar(nn.Module):
             first = BasicBlock(channels[stage], channels[stage + 1], stride)
             others = [BasicBlock(channels[stage + 1], channels[stage + 1], 1) for _ in range(blocks - 1)]
             self.add_module(f"layer{stage + 1}", nn.Sequential(first, *others))
-        # After every module was made, as the authors do it: the generator then gives the weights that theirs has.
+        # After all modules are built, as in the authors' code: the same seed then gives the same initial weights.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

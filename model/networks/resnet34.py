@@ -1,4 +1,4 @@
-"""ResNet-34 (He et al., CVPR 2016) with the ImageNet stem, as torchvision has it; made for 224 x 224 images, takes any."""
+"""ResNet-34 (He et al., CVPR 2016) with the ImageNet stem, from torchvision: for 224 x 224 images; any size works."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from utils.schema import setting
 
 @dataclass(frozen=True)
 class Settings:
-    num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
+    num_classes: int | None = setting(None, "must equal the top-level num_classes; null: the same", low=1)
     blocks: tuple[int, ...] = setting((3, 4, 6, 3), "basic blocks of the four stages", low=1)
     last_parts: tuple[str, ...] | None = setting(None, "what the virtual model trains; null: layer3, layer4")
 

@@ -1,4 +1,4 @@
-"""VGG-16 (Simonyan and Zisserman, ICLR 2015) with batch normalization, under torchvision's names; takes 32 x 32 up."""
+"""VGG-16 (Simonyan and Zisserman, ICLR 2015) with BN and torchvision's names; for images of at least 32 x 32."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LAST = (*(f"features.{i + j}" for i in (24, 27, 30, 34, 37, 40) for j in (0, 1))
 
 @dataclass(frozen=True)
 class Settings:
-    num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
+    num_classes: int | None = setting(None, "must equal the top-level num_classes; null: the same", low=1)
     width: int = setting(64, "channels of the first stage; the others have 2, 4, 8, 8 times as many", low=1)
-    pool: int = setting(7, "side to which the last map is averaged (or spread); 1 suits 32 x 32 images", low=1)
+    pool: int = setting(7, "side of the last feature map after adaptive pooling; 1 suits 32 x 32 images", low=1)
     hidden: int = setting(4096, "units of each of the two hidden linear layers", low=1)
     dropout: float = setting(0.5, "share of the hidden units set to 0 in training", low=0, below=1)
     last_parts: tuple[str, ...] | None = setting(
@@ -28,9 +28,9 @@ class Settings:
 
 
 class VGG(nn.Module):
-    """Thirteen convolutions in five stages, each stage ended by a max-pool; two hidden linear layers.
+    """Thirteen convolutions in five stages, each followed by a max-pool, and two hidden linear layers.
 
-    torchvision's class has 7 x 7 and 4096 built in: 103 million weights that a network for small images need not have.
+    torchvision's class has fixed sizes of 7 x 7 and 4096: 103 million weights that a network for small images does not need.
     """
 
     def __init__(self, width: int, pool: int, hidden: int, dropout: float) -> None:

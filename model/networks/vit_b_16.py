@@ -1,4 +1,4 @@
-"""ViT-B/16 (Dosovitskiy et al., ICLR 2021) as torchvision has it: images of one size alone, cut into patches."""
+"""ViT-B/16 (Dosovitskiy et al., ICLR 2021) from torchvision: for images of a fixed size, divided into patches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.schema import setting
 
 @dataclass(frozen=True)
 class Settings:
-    num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
+    num_classes: int | None = setting(None, "must equal the top-level num_classes; null: the same", low=1)
     image_size: int = setting(224, "side of the images in pixels", low=1)
     patch_size: int = setting(16, "side of a patch in pixels; divides image_size, e.g. 4 for 32", low=1)
     layers: int = setting(12, "encoder layers", low=1)
@@ -32,9 +32,9 @@ def build(settings: Settings) -> nn.Module:
     """Return the backbone with fresh weights: (B, 3, image_size, image_size) to the class token's (B, hidden_dim)."""
     s = settings
     if s.image_size % s.patch_size:
-        raise UserError(f"vit_b_16.patch_size: {s.patch_size}: does not divide image_size ({s.image_size}): give a divisor")
+        raise UserError(f"vit_b_16.patch_size: {s.patch_size}: must divide image_size ({s.image_size})")
     if s.hidden_dim % s.heads:
-        raise UserError(f"vit_b_16.heads: {s.heads}: does not divide hidden_dim ({s.hidden_dim}): give a divisor")
+        raise UserError(f"vit_b_16.heads: {s.heads}: must divide hidden_dim ({s.hidden_dim})")
     backbone = VisionTransformer(
         s.image_size, s.patch_size, s.layers, s.heads, s.hidden_dim, s.mlp_dim, dropout=s.dropout, num_classes=1
     )
@@ -45,10 +45,10 @@ def build(settings: Settings) -> nn.Module:
 
 
 def refuse_other_size(size: int, backbone: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Raise `UserError` where the images (B, 3, H, W) are not those that the position embedding is for."""
+    """Raise `UserError` if the position embedding does not fit images (B, 3, H, W)."""
     height, width = inputs[0].shape[2:]
     if (height, width) != (size, size):
         raise UserError(
-            f"network.vit_b_16.image_size: {size}: the images are {height} x {width}: give their side (and a patch_size that "
-            "divides it, e.g. 4 for 32), or resize the images"
+            f"network.vit_b_16.image_size: {size}: the images are {height} x {width}: give their side length (and a "
+            "patch_size that divides it, e.g. 4 for 32), or resize them"
         )

@@ -1,10 +1,10 @@
-"""How well one meta-split parts poisoned from clean images, for one model and the attack of the configuration.
+"""How well one meta-split separates poisoned from clean images, for one model and the attack of the configuration.
 
     python -m results.attacks.meta_split --config config/attack_study.yaml --resume BASE.pt --set "backdoor={blend: {}}"
 
-The model may come from a run against another attack: at the end of stage 2 it knows no trigger. Prints, after each of
-`--epochs` epochs of the virtual model: by how much the split loss of clean and of poisoned images fell, the poisoned images
-in the clean pool, and ACC and ASR of the virtual model.
+The model may be from a run against another attack, because at the end of stage 2 it has not learned a trigger. For 1 to
+`--epochs` epochs of the virtual model, prints how much the split loss of clean and of poisoned images fell, how many poisoned
+images are in the clean pool, and ACC and ASR of the virtual model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from utils.machine import Machine, choose_machine
 
 
 class Subject(NamedTuple):
-    """What one meta-split is measured on."""
+    """The model and the data of one meta-split."""
 
     model: nn.Module
     train_set: ImageSet
@@ -40,7 +40,7 @@ class Subject(NamedTuple):
 
 
 def build(c: Config, base: Path, machine: Machine) -> Subject:
-    """Return the configuration's poisoned set with the weights of the checkpoint `base`; nothing is kept on disk."""
+    """Return the configuration's poisoned set with the weights of the checkpoint `base`; nothing stays on disk."""
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(c, Path(folder), machine.device, new_classifier=new_classifier)
     assert data.ground_truth is not None
@@ -51,8 +51,8 @@ def build(c: Config, base: Path, machine: Machine) -> Subject:
 
 
 def main() -> None:
-    """Read the command line, score, train the virtual model, split."""
-    parser = Parser(description="One meta-split, told.")
+    """Read the command line; compute losses, train virtual models and split."""
+    parser = Parser(description="Measure one meta-split.")
     parser.add_argument("--config", default="config/attack_study.yaml")
     parser.add_argument("--resume", required=True, help="a checkpoint's path")
     parser.add_argument("--gpu", default="0")
@@ -63,7 +63,7 @@ def main() -> None:
     machine = choose_machine(args.gpu, c.runtime.amp)
     model, train_set, tests, poisoned = build(c, Path(args.resume), machine)
 
-    def told(what: str, pool: torch.Tensor, values: torch.Tensor) -> None:
+    def show(what: str, pool: torch.Tensor, values: torch.Tensor) -> None:
         clean, bad = float(values[~poisoned].mean()), float(values[poisoned].mean())
         count = f"{int(poisoned[pool].sum())} of {int(poisoned.sum())} poisoned in a clean pool of {len(pool)}"
         print(f"{what}: mean of clean images {clean:.2f}, of poisoned {bad:.2f}; {count}", flush=True)
@@ -71,12 +71,12 @@ def main() -> None:
     context = build_context(c, machine, train_set)
     epoch, epsilon = c.global_.epoch_second, c.global_.epsilon
     losses = ASD.split_losses(context, epoch, "score", model)
-    told("split loss", class_agnostic_split(losses, epsilon), losses)
-    for epochs in range(1, args.epochs + 1):  # each from the model anew, by the method's own function: same draws, same numbers
+    show("split loss", class_agnostic_split(losses, epsilon), losses)
+    for epochs in range(1, args.epochs + 1):  # each from the same model, by ASD.py's own function
         longer = replace(context, config=replace(c, meta=replace(c.meta, epoch=epochs)))
         virtual = ASD.train_virtual_model(longer, epoch, model)
-        scored = ASD.split_losses(context, epoch, "score virtual", virtual)
-        told(f"fall after {epochs} virtual epochs", meta_split(losses, scored, epsilon), losses - scored)
+        virtual_losses = ASD.split_losses(context, epoch, "score virtual", virtual)
+        show(f"fall after {epochs} virtual epochs", meta_split(losses, virtual_losses, epsilon), losses - virtual_losses)
         figures = evaluate(context, virtual, tests)
         acc, asr = figures["clean_accuracy"] or 0, figures["attack_success_rate"] or 0
         print(f"virtual model: ACC {100 * acc:.1f} %, ASR {100 * asr:.1f} %", flush=True)

@@ -1,9 +1,9 @@
-"""CIFAR-10 as 60,000 PNGs, `train/<class>/*` and `test/<class>/*`, against CIFAR-10 in its authors' layout.
+"""Compares CIFAR-10 as 60,000 PNG files, `train/<class>/*` and `test/<class>/*`, with CIFAR-10 in its original files.
 
     python -m results.data_sets.as_pngs --cifar10 dataset/cifar-10-batches-py --folder /tmp/pngs
 
-Fails unless both give the same images, labels, poisoned indices and split losses of config/attack_study.yaml's fresh network,
-from every `data.placement`.
+Fails unless both give the same images, labels, poisoned indices and split losses of the untrained network of
+config/attack_study.yaml, for every `data.placement`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def write(raw: RawData, folder: Path) -> RawData:
-    """Write the pictures; return the data set in the order of that tree: by class name, within one by number."""
+    """Write the PNG files; return the data set in their order: by class name, then by number."""
     names = sorted(raw.class_names)
     parts: dict[str, Any] = {}
     for part, images, labels in (("train", raw.train_images, raw.train_labels), ("test", raw.test_images, raw.test_labels)):
@@ -47,7 +47,7 @@ def write(raw: RawData, folder: Path) -> RawData:
 
 
 def main() -> None:
-    """Write, read, poison, score, compare."""
+    """Write and read the files, poison both data sets, compare them and the split losses."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cifar10", required=True)
     parser.add_argument("--folder", type=Path, required=True)

@@ -1,10 +1,10 @@
-"""How much memory a data set of 224 px takes in host memory and on disk: config/imagenet30.yaml on drawn JPEGs.
+"""Measures the memory that a data set of 224 x 224 images takes: config/imagenet30.yaml on synthetic JPEG files.
 
     python -m results.data_sets.memory --folder /tmp/drawn --count 39000
 
-For each `data.placement` a process of its own loads, poisons and fetches batches as a run does, and tells its peak: all
-resident memory, and that without pages of mapped files, which the system may drop at any time. The folder is kept (it gets
-0.5 GB of pictures and a table of 6 GB), a second call uses it again.
+For each `data.placement`, a separate process loads, poisons and fetches batches as a run does, and prints its peak resident
+memory, with and without pages of mapped files, which the system may drop at any time. The folder (0.5 GB of images and a table
+of 6 GB) is kept for a second call.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ print(f"{place}: {{len(data.train)}} training images, table {{data.train.images.
 
 
 def draw(folder: Path, count: int) -> None:
-    """Write JPEGs of about 13 kB: a few smooth pictures, again and again."""
+    """Write JPEG files of about 13 kB: copies of 60 smooth images."""
     rng = np.random.default_rng(0)
     encoded = []
     for _ in range(60):
@@ -59,7 +59,7 @@ def draw(folder: Path, count: int) -> None:
 
 
 def main() -> None:
-    """Draw the pictures if they are not there, then measure."""
+    """Write the images if they do not exist, then measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--count", type=int, default=39000)

@@ -1,9 +1,9 @@
-"""Keep what counts of a finished run of the study: figures, settings, quality of the ranking, weights with their card.
+"""Store the results of a finished run of the study: metrics, settings, quality of the ranking, weights with their card.
 
     python -m results.study.collect --saved DIR --storage DIR --run badnets/asd --commit HASH [--processor TEXT]
 
-ASD.py has trained the run and test.py has tested its last checkpoint. Writes `badnets/asd.pt`, the folder `badnets/asd/` and,
-last of all, the card `badnets/asd.json` beside this file. Folders of the machine that ran it are not kept.
+The run must be trained by ASD.py, and its last checkpoint tested by test.py. Writes `badnets/asd.pt`, the folder
+`badnets/asd/` and, last, the card `badnets/asd.json` next to this file. Paths of the machine that ran it are removed.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from utils.run import LATEST
 
 HERE = Path(__file__).parent
 FIGURES = ("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target")
-ROUNDING = 0.001  # test.py on another processor than the training's may count as much otherwise: 10 of 10,000 images
+ROUNDING = 0.001  # tolerance if test.py ran on another processor: 10 of 10,000 images
 
 
 def main() -> None:
-    """Read the command line, keep the run."""
-    parser = Parser(description="Keep what counts of a finished run of the study.")
+    """Read the command line, store the run."""
+    parser = Parser(description="Store the results of a finished run of the study.")
     parser.add_argument("--saved", required=True, type=Path, help="the run's saved_dir")
     parser.add_argument("--storage", required=True, type=Path, help="the run's storage_dir")
     parser.add_argument("--run", required=True, help="its name, e.g. badnets/asd")
-    parser.add_argument("--commit", required=True, help="of this repository, that the run was made with")
-    parser.add_argument("--processor", default=processor(), help="kind of processor that ran it (default: this machine's)")
+    parser.add_argument("--commit", required=True, help="commit of this repository that the run was made with")
+    parser.add_argument("--processor", default=processor(), help="processor that ran it (default: that of this machine)")
     parser.add_argument("--out", default=HERE, type=Path, help="folder of the study (default: this one)")
     args = parser.parse_args()
     if not re.fullmatch("[0-9a-f]{7,40}", args.commit):
-        raise UserError(f"--commit {args.commit}: is no commit: give 7 to 40 hexadecimal digits")
+        raise UserError(f"--commit {args.commit}: must be 7 to 40 hexadecimal digits")
     facts = {"commit": args.commit, "processor": args.processor}
     card = collect(args.run, args.saved / args.run, args.storage / args.run / "checkpoint" / LATEST, facts, args.out)
-    print(f"kept: {card}")
+    print(f"written to {card}")
 
 
 def collect(run: str, source: Path, weights: Path, facts: dict[str, str], out: Path) -> Path:
@@ -58,26 +58,28 @@ def collect(run: str, source: Path, weights: Path, facts: dict[str, str], out: P
         facts: `commit` and `processor`, for the card.
         out: folder of the study.
     Raises:
-        UserError: the run is not finished, not tested, or its files are not of one run.
+        UserError: the run is not finished or not tested, or its files belong to different runs.
     """
     c = config.load(readable(source / "config.yaml"))
     rows = [json.loads(line) for line in readable(source / "log" / "metrics.jsonl").read_text().splitlines()]
     saved = checkpoint.read(weights)
     if not len(rows) == saved.get("epoch", -1) + 1 == c.epochs:
-        raise UserError(f"{source}: {len(rows)} of {c.epochs} epochs are finished: go on with ASD.py first")
+        raise UserError(f"{source}: {len(rows)} of {c.epochs} epochs are finished: resume it first")
     if saved.get("history") != rows:
-        raise UserError(f"{source / 'log' / 'metrics.jsonl'}: is not of the run of {weights}: give folders of one run")
+        raise UserError(f"{source / 'log' / 'metrics.jsonl'}: does not belong to {weights}: give the folders of one run")
     tested = json.loads(readable(source / "log" / "test.json", "run test.py first").read_text())
     both = [(tested[key], rows[-1][key]) for key in FIGURES if None not in (tested[key], rows[-1][key])]
     if any(abs(one - other) > ROUNDING for one, other in both):
-        raise UserError(f"{source / 'log' / 'test.json'}: is not of the last epoch: run test.py --resume {LATEST} again")
+        raise UserError(
+            f"{source / 'log' / 'test.json'}: does not belong to the last epoch: run test.py --resume {LATEST} again"
+        )
     kept = {"metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows), "config.yaml": config.to_yaml(portable(c))}
     kept["test.json"] = confusion.to_json(tested | {"checkpoint": f"results/study/{run}.pt"})
     if c.defense.name == "asd":
         quality = json.loads(readable(source / suspects.QUALITY).read_text())
         if f"precision_of_first_{suspects.FIRST}" not in quality["measures"]["score"]:
             path = source / suspects.QUALITY
-            raise UserError(f"{path}: is of an earlier version: remove {suspects.CSV} and give ASD.py's command again")
+            raise UserError(f"{path}: is of an earlier version: remove {suspects.CSV} and run ASD.py again")
         kept[suspects.QUALITY] = json.dumps(quality, indent=2) + "\n"
 
     checkpoint.write(out / f"{run}.pt", {key: saved[key] for key in ("epoch", "model_state_dict", "about") if key in saved})
@@ -100,19 +102,19 @@ def collect(run: str, source: Path, weights: Path, facts: dict[str, str], out: P
         **{key: tested[key] for key in FIGURES},
         "sha256": sha256((out / f"{run}.pt").read_bytes()).hexdigest(),
     }
-    write_text(out / f"{run}.json", json.dumps(card, indent=2) + "\n")  # last: it stands for the whole
+    write_text(out / f"{run}.json", json.dumps(card, indent=2) + "\n")  # last: it marks the run as complete
     return out / f"{run}.json"
 
 
 def readable(path: Path, remedy: str = "give the folders of a finished run") -> Path:
-    """Return the path if a file is there; else `UserError`."""
+    """Return the path; raise `UserError` if the file does not exist."""
     if not path.is_file():
-        raise UserError(f"{path}: is not there: {remedy}")
+        raise UserError(f"{path}: no such file: {remedy}")
     return path
 
 
 def portable(c: Config) -> Config:
-    """Return the configuration with the places of a fresh checkout instead of those of the machine that ran it."""
+    """Return the configuration with the paths of a fresh checkout instead of those of the machine that ran it."""
     data_set = c.dataset_dir and f"./dataset/{Path(c.dataset_dir).name}"
     places = {"dataset_dir": data_set, "saved_dir": Config.saved_dir, "storage_dir": Config.storage_dir}
     return replace(c, data=replace(c.data, cache_dir=None), **places)  # type: ignore[arg-type]

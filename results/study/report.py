@@ -1,8 +1,8 @@
-"""Generate the study's page, its picture and the README's paragraph **Status** from the kept runs alone.
+"""Generate the page of the study, its plot and the paragraph **Status** of the README from the stored runs.
 
     python -m results.study.report
 
-`run.sh` names the planned runs, `collect.py` keeps the finished ones, `page.md` has the words of the page.
+`run.sh` lists the planned runs, `collect.py` stores the finished ones, `page.md` is the template of the page.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TITLES = SIX | {"no_attack": "no attack", "gtsrb_badnets": "GTSRB, BadNets"}
 STAGES = ("class-aware", "class-agnostic", "meta-split", "undefended")
 KEYS = ("clean_accuracy", "attack_success_rate", "clean_as_target", "robust_accuracy")
 NAMES = ("ACC", "ASR", "without trigger", "RA")
-LAST = 5  # epochs that the mean is taken over
+LAST = 5  # final epochs to average over
 NOT_RUN, NONE = "not run", "-"
 Row = dict[str, Any]
 Cells = tuple[str, ...]
@@ -43,7 +43,7 @@ Cells = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Run:
-    """A kept run: its card, the rows of `metrics.jsonl`, and with ASD the quality of its ranking of suspects."""
+    """A stored run: its card, the rows of `metrics.jsonl`, and with ASD the quality of its ranking of suspects."""
 
     name: str
     card: dict[str, Any]
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def attack(self) -> str:
-        """The run's folder, a key of `TITLES`."""
+        """The folder of the run, a key of `TITLES`."""
         return self.name.partition("/")[0]
 
     @property
@@ -63,7 +63,7 @@ class Run:
 
 
 class Runs(dict[str, Run]):
-    """All kept runs by name, and the names of all that are planned or kept."""
+    """All stored runs by name, and the names of all planned or stored runs."""
 
     def __init__(self, folder: Path) -> None:
         for card in sorted(folder.glob("*/*.json")):
@@ -76,17 +76,17 @@ class Runs(dict[str, Run]):
         self.defended = [name for name in self.names if not name.endswith("/undefended")]
 
     def of(self, attack: str) -> tuple[Run | None, Run | None]:
-        """Return the run without and with ASD against an attack, of the first seed."""
+        """Return the runs without and with ASD against an attack, for the first seed."""
         return self.get(f"{attack}/undefended"), self.get(f"{attack}/asd")
 
 
 def read(path: Path) -> Any:
-    """Return what a JSON file holds."""
+    """Return the contents of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def percents(row: Row, keys: Sequence[str] = KEYS) -> Row:
-    """Return figures of a row in %; NaN where there is none, as of an ASR without an attack."""
+    """Return figures of a row in %; NaN for missing ones, e.g. the ASR without an attack."""
     return {key: math.nan if row[key] is None else 100 * row[key] for key in keys}
 
 
@@ -99,15 +99,15 @@ class Target(NamedTuple):
     name: str
     sense: str  # >= or <=
     bound: float
-    value: Callable[[Row, Row], float]  # of the figures of the run with ASD and of the undefended run
+    value: Callable[[Row, Row], float]  # computed from the runs with ASD and without a defense
 
     def holds(self, values: Iterable[float]) -> bool:
-        """Return whether all values keep the bound; 3 points of difference may be a little more in binary."""
+        """Return whether all values satisfy the bound, up to rounding errors of floats."""
         return all((value - self.bound) * (1 if self.sense == ">=" else -1) > -1e-9 for value in values)
 
 
 def targets(attack: str) -> list[Target]:
-    """Return what is to be reached against an attack."""
+    """Return the targets for an attack."""
     gap = Target("ACC drop", "<=", 5, lambda own, twin: twin["clean_accuracy"] - own["clean_accuracy"])
     if attack == "no_attack":
         return [gap]
@@ -125,7 +125,7 @@ def targets(attack: str) -> list[Target]:
 
 
 def judge(run: Run, runs: Runs) -> list[tuple[Target, list[float]]]:
-    """Return a run's targets with its values, of the last epoch and of the last five; nothing without the undefended run."""
+    """Return the targets of a run with its values (last epoch, mean of the last five); empty without the undefended run."""
     twin = runs.of(run.attack)[0]
     pairs = list(zip(run.ends, twin.ends, strict=True)) if twin else []
     return [(target, [target.value(*pair) for pair in pairs]) for target in targets(run.attack) if pairs]
@@ -149,14 +149,14 @@ def cells(row: Row, keys: Iterable[str] = KEYS) -> Cells:
 
 
 def per_run(head: Cells, names: list[str], runs: Runs, rows: Callable[[Run], Sequence[Cells]]) -> str:
-    """Return a table with some rows for each run; the first column, which `rows` leaves out, has its name."""
+    """Return a table with the `rows` of each run; the first column, which `rows` does not include, is the run's name."""
     absent = [(NOT_RUN, *[NONE] * (len(head) - 1))]
     table = [(f"`{name}`", *row) for name in names for row in (rows(runs[name]) if name in runs else []) or absent]
     return render([("run", *head), *table], markdown=True)
 
 
 def overview(runs: Runs) -> str:
-    """Return the results: for each attack the last epoch of the runs of the first seed."""
+    """Return the table of results: the last epoch for each attack, for the first seed."""
     table: list[Cells] = [("attack", "undefended: ACC, %", "ASR", "ASD: ACC, %", "ASR", "without trigger", "targets")]
     for attack, title in TITLES.items():
         twin, own = runs.of(attack)
@@ -176,7 +176,7 @@ def target_rows(run: Run, runs: Runs) -> list[Cells]:
 
 
 def stage_rows(run: Run) -> list[Cells]:
-    """Return the figures at the end of each stage, of which the last ends the run, and as the mean of the last five epochs."""
+    """Return the figures at the end of each stage, and their means over the last five epochs."""
     table = []
     for stage in STAGES:
         part = [row for row in run.rows if row["stage"] == stage]
@@ -197,13 +197,13 @@ def suspect_rows(run: Run) -> list[Cells]:
 
 
 def cost_rows(run: Run) -> list[Cells]:
-    """Return where a run comes from, and what it took."""
+    """Return the origin and the cost of a run."""
     card, weights = run.card, f"[weights]({run.name}.pt), [card]({run.name}.json)"
     return [(str(card["seed"]), f"{card['steps']:,}", str(card["minutes"]), card["processor"], card["commit"][:9], weights)]
 
 
 def seeds(runs: Runs) -> str:
-    """Return the spread of the last epoch over the seeds, for each attack that has several."""
+    """Return the spread over seeds of the last epoch, for each attack with several seeds."""
     table: list[Cells] = [("attack", "seeds", *NAMES)]
     for attack, title in TITLES.items():
         own = [runs[name] for name in runs.defended if name in runs and runs[name].attack == attack]
@@ -215,7 +215,7 @@ def seeds(runs: Runs) -> str:
 
 
 def what_decides(path: Path) -> str:
-    """Return the meta-splits that `what_decides.py` has measured; those that differ in their seed alone are one row."""
+    """Return the meta-splits measured by `what_decides.py`; those that differ only in their seed share a row."""
     groups: dict[str, list[Row]] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         row = json.loads(line)
@@ -231,7 +231,7 @@ def what_decides(path: Path) -> str:
 
 
 def trials(folder: Path) -> str:
-    """Return the runs that the settings were tried with, epoch by epoch, side by side."""
+    """Return the trial runs of the settings side by side, epoch by epoch."""
     found = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(folder.glob("*.jsonl"))}
     table: list[Cells] = [("epoch", *(f"{name}: ACC / ASR / without trigger; poisoned in the pool" for name in found))]
     for epoch in range(max(map(len, found.values()), default=0)):
@@ -244,13 +244,13 @@ def trials(folder: Path) -> str:
     return render(table, markdown=True)
 
 
-# -- Page, paragraph, picture ------------------------------------------------------------------------------------------
+# -- Page, paragraph, plot ---------------------------------------------------------------------------------------------
 
 
 def page(folder: Path, runs: Runs) -> str:
-    """Return the study's page: `page.md` with the tables in place of `{{name}}`."""
+    """Return the page of the study: `page.md` with `{{name}}` replaced by the tables."""
     pieces = {
-        "progress": f"{len(runs)} of {len(runs.names)} runs are there.",
+        "progress": f"{len(runs)} of {len(runs.names)} runs are finished.",
         "authors": "{setting} ({source})".format_map(read(folder / "authors_run.json")),
         "overview": overview(runs),
         "targets": per_run(("target", "last epoch", f"mean of the last {LAST}", ""), runs.defended, runs,
@@ -267,7 +267,7 @@ def page(folder: Path, runs: Runs) -> str:
 
 
 def status(runs: Runs) -> str:
-    """Return the paragraph on what has been reproduced, and the table of results once there is any."""
+    """Return the paragraph on what has been reproduced, and the table of results if there are any."""
     both = [attack for attack in TITLES if None not in runs.of(attack)]
     verdicts = {attack: verdict(runs.of(attack)[1], runs) for attack in TITLES}
     met, missed = (
@@ -288,15 +288,15 @@ def status(runs: Runs) -> str:
 
 
 def insert(text: str, block: str) -> str:
-    """Return a text with the block between its markers."""
+    """Return a text with the block inserted between its markers."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f"README.md: has no place for the status: put {BEGIN} and {END} on lines of their own")
+        raise UserError(f"README.md: must contain {BEGIN} and {END} once each, on separate lines")
     head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
     return f"{head}{BEGIN}\n{block}\n{END}{tail}"
 
 
 def curves(folder: Path, runs: Runs) -> dict[str, list[list[float]]]:
-    """Return what the picture shows: a name and `course` of each run, the authors' first."""
+    """Return the curves of the plot: name -> `course` of each run, beginning with the authors'."""
     authors = read(folder / "authors_run.json")
     share = authors["poisoned"] / authors["images"]
     out = {"authors' code, full size": course(authors["rows"], authors["stage_ends"], share)}
@@ -310,12 +310,12 @@ def curves(folder: Path, runs: Runs) -> dict[str, list[list[float]]]:
 
 
 def course(rows: list[Row], ends: list[int], share: float) -> list[list[float]]:
-    """Return four rows: stages done, 0 to 3; ACC and ASR in %; the clean pool's poisoned share as a multiple of the set's.
+    """Return four rows: progress in stages, 0 to 3; ACC, %; ASR, %; poisoned share of the clean pool relative to the set's.
 
-    Where nothing is poisoned, ASR and that multiple are NaN, which is not drawn.
+    Without poisoned images, the ASR and the relative share are NaN and not drawn.
 
     Args:
-        ends: how many epochs there are up to the end of each stage.
+        ends: number of epochs up to the end of each stage.
         share: poisoned share of the training set.
     """
     points = []
@@ -328,13 +328,13 @@ def course(rows: list[Row], ends: list[int], share: float) -> list[list[float]]:
 
 
 def draw(path: Path, drawn: dict[str, list[list[float]]]) -> None:
-    """Draw `curves`; the file's Description is their SHA-256, so that an old picture is known."""
+    """Draw `curves`; the Description of the PNG is their SHA-256, so that an outdated plot can be detected."""
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     panels, titles = figure.subplots(1, 3), ("ACC, %", "ASR, %", "poisoned in the clean pool, by chance = 1")
     for row, (axes, title) in enumerate(zip(panels, titles, strict=True), 1):
         for i, (name, values) in enumerate(drawn.items()):
-            colour, width = (f"C{i - 1}", 1.3) if i else ("black", 2.5)
-            axes.plot(values[0], values[row], "o-", ms=3, label=name, color=colour, lw=width)
+            color, width = (f"C{i - 1}", 1.3) if i else ("black", 2.5)
+            axes.plot(values[0], values[row], "o-", ms=3, label=name, color=color, lw=width)
         axes.set(title=title, xlim=(0, 3), xticks=(0.5, 1.5, 2.5), xticklabels=STAGES[:3])
         axes.set_ylim(bottom=0)
         for end in (1, 2):
@@ -346,8 +346,8 @@ def draw(path: Path, drawn: dict[str, list[list[float]]]) -> None:
 
 
 def main() -> None:
-    """Write the page, the picture and the paragraph."""
-    Parser(description="Generate the study's page, its picture and the README's status.").parse_args()
+    """Write the page, the plot and the paragraph."""
+    Parser(description="Generate the page and the plot of the study and the README's status.").parse_args()
     runs = Runs(HERE)
     write_text(HERE / "README.md", page(HERE, runs))
     draw(HERE / PICTURE, curves(HERE, runs))

@@ -1,10 +1,10 @@
-"""What decides how many poisoned images one meta-split lets into the clean pool?
+"""Which settings decide how many poisoned images a meta-split lets into the clean pool?
 
     python -m results.study.what_decides --config CONFIG.yaml --base BASE.pt --name mature --out ROWS.jsonl [--set K=V ...]
 
-Scores the training set with a base model that knows no trigger, trains the virtual model on the poisoned set, scores again and
-splits, for each attack in turn. Appends one JSON row for each (name, attack, seed); a row that the file has is not made again.
-`README.md` holds the commands of the committed rows.
+For each attack: computes the split losses of a base model that has not learned the trigger, trains the virtual model on the
+poisoned set, computes its losses and splits. Appends one JSON row for each (name, attack, seed) that is not yet in the file.
+`README.md` has the commands of the committed rows.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from utils.machine import choose_machine
 
 
 def main() -> None:
-    """Read the command line; make the rows that are missing."""
+    """Read the command line; measure the missing rows."""
     parser = Parser(description="One meta-split from a base model, for each attack.")
     parser.add_argument("--config", required=True)
     parser.add_argument("--base", required=True, type=Path, help="checkpoint of the base model")
-    parser.add_argument("--name", required=True, help="of the setting that is measured")
+    parser.add_argument("--name", required=True, help="name of the setting that is measured")
     parser.add_argument("--out", required=True, type=Path, help="rows are appended to this file")
     parser.add_argument("--attacks", default="badnets,blend,wanet", help="names, separated by commas")
     parser.add_argument("--gpu", default="0")
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def measure(c: Config, base: Path, gpu: str) -> dict[str, Any]:
-    """Return one row: the settings of the virtual model, and what its split does."""
+    """Return one row: the settings of the virtual model, and the result of its split."""
     machine = choose_machine(gpu, c.runtime.amp)
     model, train_set, tests, poisoned = build(c, base, machine)
     started, epoch = time.monotonic(), c.global_.epoch_second
