@@ -279,7 +279,7 @@ MISTAKES: list[tuple[str, Any, list[str]]] = [
     ("backdoor.target_label", -1, ["out of range", ">= 0"]),
     ("backdoor.badnet", {}, ["unknown key", "did you mean badnets?"]),
     ("network", {"resnet18_cifr": {}}, ["unknown key", "did you mean resnet18_cifar?"]),
-    ("network", "vgg", ["unknown key", "resnet18_cifar"]),
+    ("network", "vgg", ["unknown", "resnet18_cifar"]),
     ("network", None, ["name one of", "resnet18_cifar"]),
     ("dataset", {"cifar_10": {}}, ["unknown key", "did you mean cifar10?"]),
     ("transform.train.primary", {"random_corp": {"size": 32}}, ["unknown key", "did you mean random_crop?"]),

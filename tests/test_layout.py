@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "loss": {"loss"},
     "engine": {"engine", "data", "model", "loss", "utils"},
     "ASD": {"engine", "data", "model", "loss", "utils"},
-    "defenses": {"ASD", "engine", "data", "model", "loss", "utils"},
+    "defenses": {"defenses", "ASD", "engine", "data", "model", "loss", "utils"},
     "test": {"engine", "data", "model", "utils"},
     "benchmark": {"benchmark", "ASD", "engine", "data", "model", "loss", "utils"},
 }
