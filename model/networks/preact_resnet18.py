@@ -16,7 +16,10 @@ class Settings:
     num_classes: int | None = setting(None, "must equal the top num_classes; null: takes it", low=1)
     width: int = setting(64, "channels of the stem; the stages have 1, 2, 4, 8 times as many", low=1)
     blocks: int = setting(2, "blocks of each stage; 2 is ResNet-18", low=1)
-    last_parts: tuple[str, ...] | None = setting(None, "what the virtual model trains; null: layer3, layer4, bn")
+    final_norm: bool = setting(True, "normalization and relu after the last block; false: as in BackdoorBench's network")
+    last_parts: tuple[str, ...] | None = setting(
+        None, "what the virtual model trains; null: layer3, layer4 and, with final_norm, bn"
+    )
 
 
 def build(settings: Settings) -> nn.Module:
@@ -24,6 +27,7 @@ def build(settings: Settings) -> nn.Module:
 
     It has the paper's normalization after the last block, which some public copies leave out (1024 weights).
     """
-    width = settings.width
-    backbone = PreActResNet(width, (width, 2 * width, 4 * width, 8 * width), settings.blocks)
-    return finish("preact_resnet18", backbone, 8 * width, settings.last_parts, ("layer3", "layer4", "bn"))
+    width, final = settings.width, settings.final_norm
+    backbone = PreActResNet(width, (width, 2 * width, 4 * width, 8 * width), settings.blocks, final_norm=final)
+    usual = ("layer3", "layer4", "bn") if final else ("layer3", "layer4")
+    return finish("preact_resnet18", backbone, 8 * width, settings.last_parts, usual)
