@@ -93,7 +93,9 @@ def poisoned_here(
 def poisoned_before(stored: StoredSet, folder: Path, placement: str, known: str) -> PoisonedData:
     """Return a set that was poisoned before; the run keeps its `set.json` and which images are poisoned."""
     keep_with_run(folder, stored)
-    logger.info(f"{stored.folder}: a set poisoned by {stored.backdoor.attack.name}; its files are as set.json says")
+    logger.info(
+        f"{stored.folder}: a set poisoned by {stored.backdoor.attack.name}; its files are as {stored.described_by} says"
+    )
     train, tests = stored.train, stored_tests(stored, placement)
     return PoisonedData(
         train.to_set(placement), tests, stored.class_names, None, with_poisoned(known, train.flags == POISONED),

@@ -25,7 +25,7 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("defense", ["asd", "none"])
 def test_the_arrays_are_those_of_the_final_model(tiny: Path, tmp_path: Path, defense: str) -> None:
-    """Row i has the penultimate features and the softmax of training image i, without augmentation, and the label it carries."""
+    """Row i has the penultimate features and the softmax of training image i, without augmentation, and its label."""
     settings = config.load(tiny, [*SHORT, f"defense={defense}"])
     run = train_here(settings, tiny)
     held = arrays(run.saved / "evidence.npz")
@@ -65,4 +65,3 @@ def test_it_can_be_left_out_and_added_later(tiny: Path) -> None:
     written = (run.saved / "evidence.npz").stat().st_mtime_ns
     train_here(config.load(tiny, SHORT), tiny)
     assert (run.saved / "evidence.npz").stat().st_mtime_ns == written
-

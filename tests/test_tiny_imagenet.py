@@ -136,7 +136,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("train", SORTED[1], "no images"),
     ),
     "a class without validation images": (
-        lambda root: (root / "train/n09999999").mkdir() or shutil.copy(root / "val/images/val_0.JPEG", root / "train/n09999999"),
+        lambda root: shutil.copytree(root / f"train/{SORTED[0]}", root / "train/n09999999"),
         ("val", "n09999999", "no images"),
     ),
 }

@@ -173,7 +173,9 @@ class Report:
         """Write `evidence.npz`: features (N, D), probabilities (N, C) and carried labels (N,) of the training images."""
         path = self.run.saved / evidence.FILE
         evidence.write_evidence(path, features.numpy(), probabilities.numpy(), labels.numpy())
-        logger.info(f"evidence: {path} has features and probabilities of all training images, {path.stat().st_size / 1e6:.1f} MB")
+        logger.info(
+            f"evidence: {path} has features and probabilities of all training images, {path.stat().st_size / 1e6:.1f} MB"
+        )
 
     def conclude(self, state: State, matrix: Tensor | None) -> None:
         """Log what came out, draw the run's pictures and write its page.

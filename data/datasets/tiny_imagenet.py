@@ -23,6 +23,7 @@ from utils.paths import exists, is_dir, is_folder, require_file, user_path, visi
 from utils.schema import setting
 
 FOLDER_NAMES = "tiny.?imagenet"
+BACKDOORBENCH = "tiny"
 ANNOTATIONS, WORDS = "val_annotations.txt", "words.txt"
 AGAIN = "unpack tiny-imagenet-200.zip again"
 
@@ -89,7 +90,9 @@ def annotated(part: Path) -> dict[str, list[Path]]:
     for number, line in enumerate(read_lines(path), 1):
         columns = line.split("\t")
         if len(columns) < 2 or not columns[1].strip():
-            raise UserError(f"{path}: line {number}: {line!r:.80}: expected a file name and a class, separated by tabs: {AGAIN}")
+            raise UserError(
+                f"{path}: line {number}: {line!r:.80}: expected a file name and a class, separated by tabs: {AGAIN}"
+            )
         name, wnid = columns[0], columns[1].strip()
         if name not in there:
             raise UserError(f"{path}: line {number}: {name!r:.80}: not in {part / 'images'}, or listed before: {AGAIN}")

@@ -45,9 +45,7 @@ class PreActResNet(nn.Module):
         final_norm: whether there is a last BN and relu; without them the features are means of sums of both signs.
     """
 
-    def __init__(
-        self, stem: int, channels: Sequence[int], blocks: int, dropout: float = 0.0, final_norm: bool = True
-    ) -> None:
+    def __init__(self, stem: int, channels: Sequence[int], blocks: int, dropout: float = 0.0, final_norm: bool = True) -> None:
         super().__init__()
         self.stages = len(channels)
         self.conv1 = nn.Conv2d(3, stem, 3, 1, 1, bias=False)

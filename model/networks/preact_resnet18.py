@@ -10,6 +10,8 @@ from model.backbone import finish
 from model.networks._preact import PreActResNet
 from utils.schema import setting
 
+BACKDOORBENCH = "{preact_resnet18: {final_norm: false}}"  # the settings with which its weights fit there
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -20,6 +22,12 @@ class Settings:
     last_parts: tuple[str, ...] | None = setting(
         None, "what the virtual model trains; null: layer3, layer4 and, with final_norm, bn"
     )
+
+
+def backdoorbench(settings: Settings) -> tuple[str, str] | None:
+    """Return the names of the network and of its last layer in BackdoorBench; None: it has no network of these settings."""
+    fits = (settings.width, settings.blocks, settings.final_norm) == (64, 2, False)
+    return ("preactresnet18", "linear") if fits else None
 
 
 def build(settings: Settings) -> nn.Module:
