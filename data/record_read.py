@@ -201,6 +201,8 @@ def is_number(text: str) -> bool:
 def check_entries(entries: Entries, labels: np.ndarray, classes: int, folder: Path) -> None:
     """Refuse images that the clean data set does not have, or has under another label."""
     n = len(labels)
+    if labels.max(initial=0) >= classes:
+        raise UserError(f"{folder}: the record has {classes} classes and the clean data set the label {labels.max()}")
     outside = entries.indices[(entries.indices < 0) | (entries.indices >= n)]
     if len(outside):
         raise UserError(f"{folder}: image {outside[0]}: must be in 0..{n - 1}: the clean data set has {n} images")
