@@ -30,7 +30,6 @@ from utils.schema import Named
 RESULT, TRAIN, TEST = "attack_result.pt", "bd_train_dataset", "bd_test_dataset"
 KEYS = ("model_name", "num_classes", "model", "data_path", "img_size", "clean_data", "bd_train", "bd_test")
 BLOCK = 128  # the batch size in which attacks with cover images write their images
-COVER_ATTACKS = ("wanet", "inputaware", "bpp")
 LARGEST = 4096  # pixels of a side
 
 
@@ -39,16 +38,9 @@ class Hints:
     """What a record does not say, or not without `attack_result.pt`."""
 
     attack: str  # the attack's name
-    unchanged: str = "auto"  # what altered images with an unchanged label are: poisoned, cover, blocks; auto: by the attack
+    unchanged: str = "poisoned"  # what altered images with an unchanged label are: poisoned, cover, or by `blocks`
     target_label: int | None = None  # for a record without attack_result.pt
     poison_ratio: float | None = None  # for blocks
-
-    @property
-    def rule(self) -> str:
-        """`unchanged`, decided by the attack where it is auto."""
-        if self.unchanged != "auto":
-            return self.unchanged
-        return "blocks" if self.attack in COVER_ATTACKS else "poisoned"
 
 
 @dataclass(frozen=True)
@@ -244,9 +236,9 @@ def guess(entries: Entries, count: int, target: int, hints: Hints, folder: Path)
         count: of all training images.
     """
     poisoned = replace_carried(entries, target)
-    if hints.rule == "poisoned":
+    if hints.unchanged == "poisoned":
         return poisoned
-    if hints.rule == "cover" or hints.poison_ratio is None:
+    if hints.unchanged == "cover" or hints.poison_ratio is None:
         raise UserError(
             f"{folder / RESULT}: no such file: it is needed to tell cover images from poisoned ones; with unchanged: blocks "
             "poison_ratio will do"
@@ -288,9 +280,9 @@ def flags_of(entries: Entries, count: int, wanted: np.ndarray, hints: Hints, sou
     """
     changed = entries.carried != entries.original
     poisoned = np.ones(len(changed), bool)
-    if hints.rule == "cover":
+    if hints.unchanged == "cover":
         poisoned = changed
-    elif hints.rule == "blocks":
+    elif hints.unchanged == "blocks":
         position, size = positions(entries.indices, count)
         whole = size == BLOCK
         bound = int(position[changed & whole].max(initial=-1)) + 1

@@ -303,7 +303,7 @@ def test_cover_images_are_told_by_their_place(tmp_path: Path, ratio: float, targ
     entries = record_read.Entries(
         *(np.array(column, np.int64) for column in (*zip(*[(i, o, c) for i, c, o in told], strict=True),))
     )
-    hints = record_read.Hints("inputaware", poison_ratio=ratio)
+    hints = record_read.Hints("inputaware", "blocks", poison_ratio=ratio)
     wanted = np.full(len(rows), target)
     flags = record_read.flags_of(entries, 300, wanted, hints, tmp_path)
     truth = [expected[i] for i, _, _ in rows]

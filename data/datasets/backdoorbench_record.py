@@ -17,6 +17,7 @@ from utils.schema import REQUIRED, Choices, Named, setting
 
 POISONED = True  # and knows which of its images are
 PACKAGE = "data.datasets"
+COVER_ATTACKS = ("wanet", "inputaware", "bpp")  # BackdoorBench's names
 
 
 @dataclass(frozen=True)
@@ -61,5 +62,7 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> Altered
 
 def read(settings: Settings, folder: Path, clean: RawData | Listing) -> Record:
     """Return the record, checked against the labels of the clean data set."""
-    hints = Hints(settings.attack, settings.unchanged, settings.target_label, settings.poison_ratio)
+    by_attack = "blocks" if settings.attack in COVER_ATTACKS else "poisoned"
+    unchanged = by_attack if settings.unchanged == "auto" else settings.unchanged
+    hints = Hints(settings.attack, unchanged, settings.target_label, settings.poison_ratio)
     return read_record(folder, hints, (clean.train_labels, clean.test_labels), len(clean.class_names))
