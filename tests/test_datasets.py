@@ -492,7 +492,9 @@ def test_the_data_set_is_known_by_its_folders_name(tiny: Path, tmp_path: Path) -
 
 def test_a_folder_of_unknown_name_is_refused(tiny: Path) -> None:
     """Where the path does not tell the data set, the error names the folder and the key that would."""
-    with pytest.raises(UserError, match=r"dataset_dir: pictures: .*add `dataset: NAME`, one of cifar10, ") as caught:
+    with pytest.raises(
+        UserError, match=r"dataset_dir: pictures: .*add `dataset: NAME`, one of backdoorbench_record, cifar10, "
+    ) as caught:
         read(tiny, "dataset=null", "dataset_dir=/somewhere/pictures")
     assert "\n" not in str(caught.value)
 
