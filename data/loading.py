@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.altered import Altered
-from data.poisoned_folder import DESCRIPTION, StoredSet, refuse_disagreement
+from data.poisoned_folder import StoredSet, refuse_disagreement
 from data.sets import Listing, RawData
 from data.tables import to_raw
 from utils import plugins
@@ -76,9 +76,9 @@ def dataset_of(config: Config) -> Named:
 
 def name_of_folder(folder: str) -> str:
     """Return the data set that a folder's name, or one above it, speaks of, as in the original ("cifar" -> cifar10)."""
-    if is_file(user_path(folder, "dataset_dir") / DESCRIPTION, "dataset_dir"):
-        (name,) = plugins.declared(PACKAGE, "POISONED")
-        raise UserError(f"dataset_dir: {folder}: looks like a set that is poisoned already: add `dataset: {name}`")
+    for name, file in plugins.declared(PACKAGE, "SIGN").items():
+        if is_file(user_path(folder, "dataset_dir") / file, "dataset_dir"):
+            raise UserError(f"dataset_dir: {folder}: looks like a set that is poisoned already: add `dataset: {name}`")
     for part in reversed(Path(folder).parts):
         for name, pattern in plugins.declared(PACKAGE, "FOLDER_NAMES").items():
             if re.search(pattern, part.lower()):

@@ -2,5 +2,5 @@
 
 A file may declare `FOLDER_NAMES`, a regular expression: a `dataset_dir` whose name it matches, in lower case, is this data
 set where the YAML names none. `BUILT_IN` says that it needs no `dataset_dir`, `POISONED` that it is a set poisoned before,
-`BACKDOORBENCH` how BackdoorBench calls it.
+`SIGN` a file by which such a folder is recognized, `BACKDOORBENCH` how BackdoorBench calls it.
 """
