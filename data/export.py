@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +16,8 @@ import torch
 from data.attack import AttackBase
 from data.choice import draw_poisoned, may_be_poisoned
 from data.contact_sheet import Group, columns, draw_contact_sheet
-from data.loading import dataset_of, load_raw
-from data.poisoned_folder import count, holds_same_set, settings_of_set, write_set
+from data.loading import dataset_of, is_poisoned, load_data, load_raw
+from data.poisoned_folder import KEYS, PARTS, StoredSet, count, holds_same_set, settings_of_set, write_set
 from data.poisoning import build_attack, clean_images, poison_images, training_caption, trigger_images
 from data.sets import COVER, POISONED, NewClassifier, Part, RawData, no_network
 from utils.best_effort import BestEffort
@@ -23,21 +26,58 @@ from utils.errors import UserError
 from utils.paths import exists, is_dir
 
 logger = logging.getLogger(__name__)
+Shown = tuple[str, Part, Part, int, str]  # title, images, what they were made of, flag of those to show, name of the row
 
 
-def export(config: Config, out: Path, device: torch.device, new_classifier: NewClassifier = no_network) -> None:
-    """Write the poisoned set into a folder (`data/poisoned_folder.py`), or verify the set if it is there already.
+@dataclass(frozen=True)
+class Made:
+    """A poisoned set and what describes it."""
+
+    parts: dict[str, Part]  # by the names of `PARTS`
+    settings: dict[str, Any]  # as set.json has them
+    groups: list[Group]  # of the contact sheet
+
+
+def write_arrays(out: Path, made: Made) -> None:
+    """Write a set as arrays (`data/poisoned_folder.py`)."""
+
+    def draw_sheet(path: Path) -> None:
+        BestEffort().attempt(path.name, draw_contact_sheet, path, made.groups)
+
+    write_set(out, made.parts, made.settings, draw_sheet)
+
+
+def export(
+    config: Config,
+    out: Path,
+    device: torch.device,
+    new_classifier: NewClassifier = no_network,
+    write: Callable[[Path, Made], None] = write_arrays,
+) -> None:
+    """Write the poisoned set into a folder of its own; if it contains the arrays of the same set already, verify them.
 
     Raises:
         UserError: the folder contains something else.
     """
     started = time.monotonic()
-    settings = settings_of_set(config, dataset_of(config))
     if exists(out, "--out") and (not is_dir(out, "--out") or any(out.iterdir())):
-        if holds_same_set(out, settings):
+        known = write is write_arrays and not is_poisoned(config)
+        if known and holds_same_set(out, settings_of_set(config, dataset_of(config))):
             logger.info(f"{out}: contains this set already, made with the same settings; its files match set.json")
             return
         raise UserError(f"--out {out}: not empty, and not a set made with the same settings: give another name")
+    made = convert(config) if is_poisoned(config) and config.backdoor is None else make(config, device, new_classifier)
+    write(out, made)
+    counts = count(made.parts["train"])
+    logger.info(
+        f"{out}: {counts['clean']} clean, {counts['poisoned']} poisoned and {counts['cover']} cover training images, "
+        f"{len(made.parts['clean_test'])} clean and {len(made.parts['backdoor_test'])} triggered test images; "
+        f"{time.monotonic() - started:.1f} s"
+    )
+
+
+def make(config: Config, device: torch.device, new_classifier: NewClassifier) -> Made:
+    """Return the configured data set, poisoned by the configured attack."""
     raw = load_raw(config)
     attack = build_attack(config, raw, device, new_classifier)
     b = config.attacker
@@ -48,37 +88,51 @@ def export(config: Config, out: Path, device: torch.device, new_classifier: NewC
         "clean_test": clean_images(raw),
         "backdoor_test": trigger_images(config, raw, attack),
     }
-    groups = sheet_groups(config, raw, attack, parts)
-    class_names = {"class_names": list(raw.class_names)}
-
-    def draw_sheet(path: Path) -> None:
-        BestEffort().attempt(path.name, draw_contact_sheet, path, groups)
-
-    write_set(out, parts, settings | class_names, draw_sheet)
-    counts = count(parts["train"])
-    logger.info(
-        f"{out}: {counts['clean']} clean, {counts['poisoned']} poisoned and {counts['cover']} cover training images, "
-        f"{len(parts['clean_test'])} clean and {len(parts['backdoor_test'])} triggered test images; "
-        f"{time.monotonic() - started:.1f} s"
-    )
+    settings = settings_of_set(config, dataset_of(config)) | {"class_names": list(raw.class_names)}
+    return Made(parts, settings, sheet_groups(config, raw, attack, parts["train"], parts["backdoor_test"]))
 
 
-def sheet_groups(config: Config, raw: RawData, attack: AttackBase, parts: Mapping[str, Part]) -> list[Group]:
+def convert(config: Config) -> Made:
+    """Return a set that was poisoned before, unchanged."""
+    _, stored = load_data(config)
+    assert isinstance(stored, StoredSet)
+    parts = {name: getattr(stored, name) for name in PARTS}
+    described = json.loads(stored.description)
+    settings = {key: described[key] for key in (*KEYS, "source") if key in described and key not in ("counts", "files")}
+    limits = {"train_limit": config.data.train_limit, "test_limit": config.data.test_limit}
+    settings["data"] |= {key: limit for key, limit in limits.items() if limit is not None}
+    clean, title = stored.clean_test, f"triggered test images, labeled {stored.backdoor.target_text(stored.class_names)}"
+    shown = [(title, stored.backdoor_test, clean, POISONED, "triggered")]
+    return Made(parts, settings, groups_of(stored.backdoor.attack.name, stored.class_names, shown))
+
+
+def sheet_groups(config: Config, raw: RawData, attack: AttackBase, train: Part, backdoor_test: Part) -> list[Group]:
     """Return the groups of the contact sheet: poisoned training images, triggered test images, cover images."""
-    name, target = config.attack.name, config.attacker.target_text(raw.class_names)
-    shown = (
-        (training_caption(config.attacker, attack, raw.class_names), parts["train"], raw.train_images, POISONED, "triggered"),
-        (f"triggered test images, labeled {target}", parts["backdoor_test"], raw.test_images, POISONED, "triggered"),
-        ("cover images, their labels unchanged", parts["train"], raw.train_images, COVER, "cover"),
-    )
+    target = config.attacker.target_text(raw.class_names)
+    before = replace(train, images=raw.train_images)
+    shown = [
+        (training_caption(config.attacker, attack, raw.class_names), train, before, POISONED, "triggered"),
+        (f"triggered test images, labeled {target}", backdoor_test, clean_images(raw), POISONED, "triggered"),
+        ("cover images, their labels unchanged", train, before, COVER, "cover"),
+    ]
+    return groups_of(config.attack.name, raw.class_names, shown)
+
+
+def groups_of(name: str, class_names: Sequence[str], shown: Sequence[Shown]) -> list[Group]:
+    """Return the groups of a contact sheet, each of images from all over its part.
+
+    Args:
+        name: of the attack.
+    """
     groups = []
-    for title, part, originals, flag, row in shown:
+    for title, part, before, flag, row in shown:
         at = np.flatnonzero(part.flags == flag)
         if len(at):
             n = min(len(at), columns(max(part.images.shape[1:3])))
             at = at[np.arange(n) * len(at) // n]  # spread over the set
             place = part.indices[at]
-            names = [raw.class_names[label] for label in part.original_labels[at]]
+            names = [class_names[label] for label in part.original_labels[at]]
             captions = [f"{i} {text}" for i, text in zip(place, names, strict=True)]
-            groups.append(Group(f"{name}: {title}", row, originals[place], part.images[at], captions))
+            originals = before.images[np.searchsorted(before.indices, place)]
+            groups.append(Group(f"{name}: {title}", row, originals, part.images[at], captions))
     return groups

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
-from data.poisoned_folder import DESCRIPTION, StoredSet, refuse_disagreement
+from data.altered import Altered
+from data.poisoned_folder import StoredSet, refuse_disagreement
 from data.sets import Listing, RawData
 from data.tables import to_raw
 from utils import plugins
@@ -29,7 +31,9 @@ def load_data(config: Config) -> tuple[RawData, StoredSet | None]:
     """
     dataset = dataset_of(config)
     module = plugins.load(PACKAGE, dataset.name)
-    data: RawData | Listing | StoredSet = module.load(dataset.settings, config.dataset_dir, config.download)
+    data: RawData | Listing | StoredSet | Altered = module.load(dataset.settings, config.dataset_dir, config.download)
+    if isinstance(data, Altered):
+        data = data.over(decode(config, data.clean, [step.settings for step in data.pre]), config.data.placement)
     data = data.cut(config.data.train_limit, config.data.test_limit)
     if isinstance(data, StoredSet):
         refuse_disagreement(config, data)
@@ -38,9 +42,19 @@ def load_data(config: Config) -> tuple[RawData, StoredSet | None]:
         if len(labels) and labels.max() >= config.num_classes:
             label = class_text(int(labels.max()), data.class_names)
             raise UserError(f"num_classes: {config.num_classes}: the {part} set has the label {label}: raise it")
+    return decode(config, data, [step.settings for step in config.transform.pre]), None
+
+
+def decode(config: Config, data: RawData | Listing, pre: list[Any]) -> RawData:
+    """Return the images as arrays after the pre-transforms, tables kept in `data.cache_dir`."""
     cache = config.data.cache_dir
     folder = user_path(cache, "data.cache_dir") if cache else user_path(config.saved_dir, "saved_dir") / "tables"
-    return to_raw(data, [step.settings for step in config.transform.pre], folder, config.data.placement == "disk"), None
+    return to_raw(data, pre, folder, config.data.placement == "disk")
+
+
+def is_poisoned(config: Config) -> bool:
+    """Return whether the configured data set is poisoned already."""
+    return config.dataset is not None and config.dataset.name in plugins.declared(PACKAGE, "POISONED")
 
 
 def load_raw(config: Config) -> RawData:
@@ -62,9 +76,9 @@ def dataset_of(config: Config) -> Named:
 
 def name_of_folder(folder: str) -> str:
     """Return the data set that the name of a folder, or of one above it, stands for, as in the authors' code."""
-    if is_file(user_path(folder, "dataset_dir") / DESCRIPTION, "dataset_dir"):
-        (name,) = plugins.declared(PACKAGE, "POISONED")
-        raise UserError(f"dataset_dir: {folder}: contains a poisoned set: add `dataset: {name}`")
+    for name, file in plugins.declared(PACKAGE, "SIGN").items():
+        if is_file(user_path(folder, "dataset_dir") / file, "dataset_dir"):
+            raise UserError(f"dataset_dir: {folder}: contains a poisoned set: add `dataset: {name}`")
     for part in reversed(Path(folder).parts):
         for name, pattern in plugins.declared(PACKAGE, "FOLDER_NAMES").items():
             if re.search(pattern, part.lower()):

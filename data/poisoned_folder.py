@@ -33,8 +33,8 @@ DESCRIPTION, SHEET = "set.json", "contact_sheet.png"
 PARTS = ("train", "clean_test", "backdoor_test")
 ARRAYS = {"images": "uint8", "labels": "int64", "original_labels": "int64", "flags": "uint8", "indices": "int64"}
 KINDS = {"clean": CLEAN, "poisoned": POISONED, "cover": COVER}
-KEYS: dict[str, type] = {
-    "backdoor": dict, "dataset": dict, "data": dict, "seed": int, "num_classes": int, "class_names": list,
+KEYS: dict[str, type | tuple[type, ...]] = {
+    "backdoor": dict, "dataset": dict, "data": dict, "seed": (int, type(None)), "num_classes": int, "class_names": list,
     "transform_pre": dict, "counts": dict, "files": dict,
 }  # fmt: skip
 # The keys of `backdoor` besides the attack (poison_ratio etc.) with their types.
@@ -55,6 +55,7 @@ class StoredSet:
     transform_pre: dict[str, Any]
     folder: Path
     description: str  # the text of set.json
+    described_by: str = DESCRIPTION  # the file in the folder that says what the set is
 
     def cut(self, train: int | None, test: int | None) -> StoredSet:
         """Return the images that come from the data set's first `train` and `test` images (None: all); nothing is copied."""
@@ -144,7 +145,7 @@ def read_description(folder: Path) -> tuple[str, dict[str, Any]]:
     if version not in (1, VERSION):
         raise UserError(f"{path}: version {version!r}: this program reads versions 1 and {VERSION}: {REMEDY}")
     for key, kind in KEYS.items():
-        if type(described.get(key)) is not kind:
+        if key not in described or type(described[key]) not in (kind if isinstance(kind, tuple) else (kind,)):
             raise UserError(f"{path}: {key}: missing or of the wrong type: {REMEDY}")
     if version == 1:  # from before all-to-all labels
         described["backdoor"].setdefault("target_shift", None)
@@ -241,8 +242,8 @@ def refuse_disagreement(config: Config, stored: StoredSet) -> None:
     elif pre and list(pre.items()) != list(stored.transform_pre.items()):
         wrong = f"transform.pre: {', '.join(pre)}: the set was made with {stored.transform_pre or 'none'}"
     if wrong:
-        keys = "leave the key out" if not wrong.startswith("backdoor") else "set backdoor: null to use the set's own"
-        raise UserError(f"{wrong} ({stored.folder / DESCRIPTION}): give the same value, or {keys}")
+        keys = "leave the key out" if not wrong.startswith("backdoor") else "set backdoor: null, to use the set's own"
+        raise UserError(f"{wrong} ({stored.folder / stored.described_by}): give the same value, or {keys}")
 
 
 def keep_with_run(folder: Path, stored: StoredSet) -> None:
@@ -309,4 +310,4 @@ def holds_same_set(folder: Path, settings: dict[str, Any]) -> bool:
         return False
     read_set(folder)
     _, described = read_description(folder)
-    return all(described[key] == value for key, value in settings.items())
+    return all(described.get(key) == value for key, value in settings.items())

@@ -89,7 +89,7 @@ def from_attack(config: Config, raw: RawData, attack: AttackBase, folder: Path, 
 def from_stored_set(stored: StoredSet, folder: Path, placement: str) -> PoisonedData:
     """Return a stored poisoned set; its `set.json` and `poison_idx.npy` are saved in the run's folder."""
     keep_with_run(folder, stored)
-    logger.info(f"{stored.folder}: a set poisoned by {stored.backdoor.attack.name}; its files match set.json")
+    logger.info(f"{stored.folder}: a set poisoned by {stored.backdoor.attack.name}; its files match {stored.described_by}")
     train, tests = stored.train, stored_tests(stored, placement)
     return PoisonedData(
         train.to_set(placement), tests, stored.class_names, None, *examples_of(stored, EXAMPLES), train.ground_truth(),

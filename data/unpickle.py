@@ -5,8 +5,9 @@ from __future__ import annotations
 import codecs
 import pickle
 import struct
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -25,13 +26,15 @@ ALLOWED = {
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Raises UserError for every global that is not in ALLOWED, before anything is called."""
+    """Raises UserError for every global that is not in `allowed`, before anything is called."""
+
+    allowed: ClassVar[Mapping[tuple[str, str], Any]] = ALLOWED
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ALLOWED:
+        if (module, name) not in self.allowed:
             wanted = ascii(f"{module}.{name}")[:80]  # the file decides this text: no line breaks, no control characters
             raise UserError(f"asks for {wanted}, which no data set needs: the file may be malicious; do not use it")
-        return ALLOWED[module, name]
+        return self.allowed[module, name]
 
 
 def read_pickle(path: Path) -> Any:

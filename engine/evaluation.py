@@ -69,6 +69,13 @@ def training_features(context: Context, model: nn.Module) -> Tensor:
     return infer(context, "features", Features(model), context.train_set).cpu()
 
 
+def class_probabilities(model: nn.Module, features: Tensor) -> Tensor:
+    """Return the probabilities (N, C) float32 that the model's last layer gives to features (N, D); both on the CPU."""
+    assert isinstance(model, Classifier)
+    weight, bias = model.linear.weight.detach().cpu(), model.linear.bias.detach().cpu()
+    return torch.nn.functional.linear(features.double(), weight.double(), bias.double()).softmax(1).float()
+
+
 def collect_evidence(context: Context, state: State) -> Evidence:
     """Return what the final model and the splits show about each training image, for the ranking of suspects."""
     train_set, sce = context.train_set, context.config.split.criterion.sce

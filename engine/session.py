@@ -18,7 +18,7 @@ from data.sets import PoisonedData, TestSets
 from data.sources import prepare
 from engine.context import Context, build_context, build_state
 from engine.defense import DefenseBase
-from engine.evaluation import collect_evidence, evaluate_with_confusion, training_features
+from engine.evaluation import class_probabilities, collect_evidence, evaluate_with_confusion, training_features
 from model.classifier import new_classifier
 from utils import checkpoint, config, manifest, plugins, stages
 from utils.checkpoint import State
@@ -26,6 +26,7 @@ from utils.config import DEFENSES, Config, check_processes
 from utils.confusion import FILE as CONFUSION
 from utils.draws import key_seed
 from utils.errors import UserError
+from utils.evidence import FILE as EVIDENCE
 from utils.machine import Machine, choose_machine, set_determinism, start_processes
 from utils.plots import FEATURES
 from utils.report import Report, Subject
@@ -109,7 +110,7 @@ class Session:
         }
 
     def conclude(self) -> None:
-        """Finish the run after its last epoch: rank the suspects, write the confusion matrix, draw the plots."""
+        """Finish the run: rank the suspects, write the evidence and the confusion matrix, draw the plots."""
         self.writer.wait()
         context, state, report, run = self.context, self.state, self.report, locate(self.context.config)
         if len(state.clean_pool) and (self.trains or not (run.saved / SUSPECTS).exists()):
@@ -118,10 +119,15 @@ class Session:
                 report.rank_suspects(evidence, context.train_set)
         if not self.trains and not (run.log / CONFUSION).exists():
             self.confusion = evaluate_with_confusion(context, state.model, self.tests)[1]
-        if self.trains or not (run.log / FEATURES).exists():
-            features = training_features(context, state.model)
-            if report:
+        drawn = self.trains or not (run.log / FEATURES).exists()
+        kept = context.config.evidence and (self.trains or not (run.saved / EVIDENCE).exists())
+        if drawn or kept:
+            features = training_features(context, state.model)  # (N, D)
+            if report and drawn:
                 report.draw_features(state, features)
+            if report and kept:
+                probabilities = class_probabilities(state.model, features)  # (N, C)
+                report.keep_evidence(features, probabilities, context.train_set.labels.cpu())
         if report:
             report.conclude(state, self.confusion)
 

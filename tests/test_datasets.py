@@ -492,7 +492,9 @@ def test_the_data_set_is_recognized_by_the_name_of_its_folder(tiny: Path, tmp_pa
 
 def test_a_folder_of_unknown_name_is_refused(tiny: Path) -> None:
     """If the data set cannot be recognized by the path, the error names the folder and the missing key."""
-    with pytest.raises(UserError, match=r"dataset_dir: images: .*add `dataset: NAME`, one of cifar10, ") as caught:
+    with pytest.raises(
+        UserError, match=r"dataset_dir: images: .*add `dataset: NAME`, one of backdoorbench_record, cifar10, "
+    ) as caught:
         read(tiny, "dataset=null", "dataset_dir=/somewhere/images")
     assert "\n" not in str(caught.value)
 

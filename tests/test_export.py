@@ -645,9 +645,33 @@ def test_errors_about_poisoned_sets(tiny: Path, good: Path, tmp_path: Path, monk
     refused(lambda: prepare(stored(tiny, tmp_path / "nowhere"), tmp_path), "nowhere", "set.json", "no such file")
     unnamed = config.load(tiny, ["dataset=null", f"dataset_dir={good}"])
     refused(lambda: prepare(unnamed, tmp_path), "add `dataset: poisoned_set`")
-    monkeypatch.setattr(sys, "argv", ["poison", "--config", str(tmp_path / "on_set.yaml"), "--out", str(tmp_path / "new")])
+    options = [
+        "poison",
+        "--config",
+        str(tiny),
+        "--out",
+        str(tmp_path / "new"),
+        "--set",
+        "backdoor=null",
+        "--set",
+        "defense=none",
+    ]
+    monkeypatch.setattr(sys, "argv", options)
     refused(lambda: poison.main(no_network), "backdoor", "no attack")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_set_is_copied_as_it_is(tiny: Path, good: Path, tmp_path: Path) -> None:
+    """Without an attack in the YAML a stored set is written again with equal arrays and settings; limits cut it."""
+    export.export(stored(tiny, good), tmp_path / "copy", torch.device("cpu"))
+    for name in FILES:
+        one, two = arrays(good, name), arrays(tmp_path / "copy", name)
+        assert all(np.array_equal(one[key], two[key]) for key in ARRAYS)
+    assert json.loads((good / "set.json").read_text()) == json.loads((tmp_path / "copy" / "set.json").read_text())
+    export.export(stored(tiny, good, "data.train_limit=25"), tmp_path / "part", torch.device("cpu"))
+    said = json.loads((tmp_path / "part" / "set.json").read_text())
+    assert said["data"] == {"train_limit": 25, "test_limit": None}
+    assert np.array_equal(arrays(tmp_path / "part", "train.npz")["images"], arrays(good, "train.npz")["images"][:25])
 
 
 def test_the_commands_work_together(tiny: Path, tmp_path: Path) -> None:

@@ -201,7 +201,8 @@ def slow_preact(weights: dict[str, Tensor], x: Tensor, plan: list[tuple[str, int
         inner = F.conv2d(slow_norm(weights, f"{block}.bn2", inner).clamp(min=0), weights[f"{block}.conv2.weight"], padding=1)
         beside = F.conv2d(active, weights[f"{block}.shortcut.0.weight"], stride=stride) if projection else x
         x = inner + beside
-    return slow_norm(weights, "bn", x).clamp(min=0).mean((2, 3))
+    x = slow_norm(weights, "bn", x).clamp(min=0) if "bn.weight" in weights else x
+    return x.mean((2, 3))
 
 
 @pytest.mark.parametrize(
@@ -211,6 +212,11 @@ def slow_preact(weights: dict[str, Tensor], x: Tensor, plan: list[tuple[str, int
             "preact_resnet18",
             {"width": 2, "blocks": 2},
             [(f"layer{s}.{b}", 2 if s > 1 and b == 0 else 1, s > 1 and b == 0) for s in (1, 2, 3, 4) for b in (0, 1)],
+        ),
+        (
+            "preact_resnet18",
+            {"width": 2, "blocks": 1, "final_norm": False},
+            [(f"layer{s}.0", 2 if s > 1 else 1, s > 1) for s in (1, 2, 3, 4)],
         ),
         (
             "wide_resnet",
@@ -228,13 +234,15 @@ def test_pre_activation_networks_are_those_of_their_papers(
     name: str, settings: dict[str, Any], plan: list[tuple[str, int, bool]]
 ) -> None:
     """Normalization and relu before each convolution, a projection from the activated input where the shape changes, the
-    input itself elsewhere, a last normalization; no weight is left over."""
+    input itself elsewhere, a last normalization and relu unless there shall be none; no weight is left over."""
     model = small(name, **settings).eval()
     weights = {key.removeprefix("backbone."): tensor for key, tensor in model.state_dict().items()}
     torch.testing.assert_close(model.features(some_images(2)), slow_preact(weights, some_images(2), plan))
     convolutions = sum(2 + projection for _, _, projection in plan) + 1
     assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == convolutions
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == 2 * len(plan) + 1
+    last = settings.get("final_norm", True)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == 2 * len(plan) + last
+    assert ("bn" in model.backbone.last_parts) == last
 
 
 def test_vgg_is_torchvisions() -> None:

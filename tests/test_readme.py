@@ -35,6 +35,17 @@ MILESTONES = "{multi_step: {milestones: [0.5]}}"
 SAMPLES = {
     "network": ["network=resnet18_cifar"],
     "backdoor": ["backdoor={blend: {}}"],
+    **{
+        f"dataset.backdoorbench_record.{key}": [f"dataset={{backdoorbench_record: {{record: a, attack: b, clean: {clean}}}}}"]
+        for key, clean in (("record", "cifar10"), ("attack", "{shapes: {}}"), ("clean", "gtsrb"))
+    },
+    **{
+        f"dataset.backdoorbench_record.{key}": [
+            "dataset={backdoorbench_record: {record: a, attack: b, clean: cifar10}}",
+            f"dataset.backdoorbench_record.{key}={default}",
+        ]
+        for key, default in (("unchanged", "auto"), ("target_label", "null"), ("poison_ratio", "null"))
+    },
     "dataset_dir": ["dataset=shapes", "dataset_dir=null"],
     "lr_scheduler.multi_step.milestones": [f"lr_scheduler={MILESTONES}"],
     "lr_scheduler.multi_step.gamma": [f"lr_scheduler={MILESTONES}", "lr_scheduler.multi_step.gamma=0.1"],

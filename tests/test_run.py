@@ -354,7 +354,8 @@ def test_going_back_keeps_what_was_there(finished: Path, tmp_path: Path, said: l
     )
     for one, other in zip(then["history"][:4], now["history"], strict=True):
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
-    assert (run.saved / "suspects.csv").read_bytes() != kept[Path("suspects.csv")]
+    for name in ("suspects.csv", "evidence.npz"):
+        assert (run.saved / name).read_bytes() != kept[Path(name)]
 
     train(finished)  # the usual command goes on from there and ends where the first run did
     again = checkpoint.read(run.checkpoints / "latest_model.pt")

@@ -97,6 +97,22 @@ def write_images(folder: Path) -> int:
     return 40
 
 
+def write_tiny_imagenet(folder: Path) -> int:
+    """200 classes of three training images and one validation image in the original layout; some are grey."""
+    wnids = [f"n{7 * k:08d}" for k in range(200)]
+    (folder / "val/images").mkdir(parents=True)
+    for label, wnid in enumerate(wnids):
+        place = folder / "train" / wnid / "images"
+        place.mkdir(parents=True)
+        (place.parent / f"{wnid}_boxes.txt").write_text("")
+        for i in range(3):
+            image(label % 40, i, 64, 64).convert("RGB" if i else "L").save(place / f"{wnid}_{i}.JPEG")
+        image(label % 40, 9, 64, 64).save(folder / f"val/images/val_{label}.JPEG")
+    lines = [f"val_{label}.JPEG\t{wnid}\t0\t0\t63\t63\n" for label, wnid in enumerate(wnids)]
+    (folder / "val/val_annotations.txt").write_text("".join(lines))
+    return 600
+
+
 def write_own(folder: Path) -> int:
     """The same images with a list of clean ones."""
     count = write_images(folder)
@@ -111,6 +127,7 @@ CASES = {
     "wanet_cover": Case(write_cifar10, NARROW, False),
     "gtsrb": Case(write_gtsrb, (*NARROW, "semi.loader.batch_size=16"), True),
     "cifar100": Case(write_cifar100, NARROW, False),
+    "tiny_imagenet": Case(write_tiny_imagenet, (*NARROW, "semi.loader.batch_size=32"), True),
     "imagenet30": Case(write_images, (*FIVE, "network.resnet18.blocks=[1, 1, 1, 1]"), True),
     "vggface2_30": Case(write_images, (*FIVE, "network.densenet121={blocks: [1, 1, 1, 1], growth: 4}"), True),
     "own_data": Case(write_own, (*FIVE, *NARROW[:2]), True),

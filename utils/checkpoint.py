@@ -32,7 +32,7 @@ from utils.stepper import Stepper, changed_tensors
 FREE = (
     "run", "saved_dir", "storage_dir", "dataset_dir", "download", "prefetch", "num_epochs", "global.epoch_third", "runtime",
     "sync_bn", "criterion", "seed.deterministic", "seed.benchmark", "loader.num_workers", "loader.pin_memory",
-    "semi.loader.num_workers", "semi.loader.pin_memory", "data.placement", "data.cache_dir",
+    "semi.loader.num_workers", "semi.loader.pin_memory", "data.placement", "data.cache_dir", "evidence",
 )  # fmt: skip
 
 # Needed to read numpy scalars in a checkpoint: the function that rebuilds them, under both of its module names, and dtypes.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import confusion, page, plots, suspects
+from utils import confusion, evidence, page, plots, suspects
 from utils.checkpoint import State, flatten
 from utils.config import Backdoor, Config, to_yaml
 from utils.files import write_text
@@ -175,6 +175,14 @@ class Report:
             groups["last split"] = {"clean pool": inside.numpy(), "polluted pool": (~inside).numpy()}
         path = self.run.log / plots.FEATURES
         self.attempt(str(path), plots.draw_features, path, features, groups, self.title)
+
+    def keep_evidence(self, features: Tensor, probabilities: Tensor, labels: Tensor) -> None:
+        """Write `evidence.npz`: features (N, D), probabilities (N, C) and carried labels (N,) of the training images."""
+        path = self.run.saved / evidence.FILE
+        evidence.write_evidence(path, features.numpy(), probabilities.numpy(), labels.numpy())
+        logger.info(
+            f"evidence: {path} has features and probabilities of all training images, {path.stat().st_size / 1e6:.1f} MB"
+        )
 
     def conclude(self, state: State, matrix: Tensor | None) -> None:
         """Log the final figures, draw the run's plots and write its page.

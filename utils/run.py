@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from utils import checkpoint, confusion, page, suspects
+from utils import checkpoint, confusion, evidence, page, suspects
 from utils.checkpoint import State
 from utils.config import Config, to_yaml
 from utils.errors import UserError
@@ -22,7 +22,7 @@ from utils.files import cannot_write, link, remove_leftovers, try_lock, write_at
 from utils.paths import exists, is_file, user_path
 
 logger = logging.getLogger(__name__)
-SUSPECTS = (suspects.CSV, suspects.PICTURE, suspects.QUALITY)
+SUSPECTS = (suspects.CSV, suspects.PICTURE, suspects.QUALITY, evidence.FILE)
 FACTS = ("data.csv", "poison_idx.npy", "set.json", "seed_samples.txt", *SUSPECTS)
 OWN = ("config.yaml", *FACTS, "log")  # the files of a run, together with its YAML
 LATEST, BEST = "latest_model.pt", "best_model.pt"

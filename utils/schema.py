@@ -386,10 +386,10 @@ def describe(schema: type, path: str = "", described: set[type] | None = None) -
             yield at, label, default_text(key), key.help
         if is_section(kind):
             yield from describe(kind, at, described)
-        for chosen in names:
-            if (settings := key.choices.schema(chosen)) not in described:
-                described.add(settings)
-                yield from describe(settings, join(at, chosen), described)
+        fresh = {chosen: found for chosen in names if (found := key.choices.schema(chosen)) not in described}
+        described |= {*fresh.values()}  # before any of them: one may have a choice of the same kind
+        for chosen, settings in fresh.items():
+            yield from describe(settings, join(at, chosen), described)
 
 
 def default_text(key: Key) -> str:

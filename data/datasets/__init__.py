@@ -2,5 +2,6 @@
 
 A file may declare `FOLDER_NAMES`, a regular expression: if the YAML names no data set and a folder name in `dataset_dir`, in
 lower case, matches, this data set is used. `BUILT_IN` means that no `dataset_dir` is needed, `POISONED` that the set is
-poisoned already.
+poisoned already, `SIGN` a file by which its folder is
+recognized, `BACKDOORBENCH` its name in BackdoorBench.
 """

@@ -14,6 +14,7 @@ from utils.paths import is_file, user_path
 
 FOLDER_NAMES = "^(?!.*cifar-?100).*cifar"
 FOLDER = "cifar-10-batches-py"
+BACKDOORBENCH = "cifar10"
 TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 TEST = ("test_batch",)
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

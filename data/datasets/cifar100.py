@@ -13,6 +13,7 @@ from utils.paths import user_path
 
 FOLDER_NAMES = "cifar-?100"
 FOLDER = "cifar-100-python"
+BACKDOORBENCH = "cifar100"
 COUNT = 100
 
 

@@ -18,7 +18,7 @@ from utils.names import Names
 from utils.paths import exists, is_dir, is_folder, user_path, visible
 from utils.schema import setting
 
-FOLDER_NAMES = "imagenet|vggface2?"
+FOLDER_NAMES = "^(?!.*tiny.?imagenet).*(imagenet|vggface2?)"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from utils.paths import exists, is_dir, is_folder, require_file, user_path, visi
 from utils.schema import setting
 
 FOLDER_NAMES = "gtsrb"
+BACKDOORBENCH = "gtsrb"
 SIDE = 32
 TEST_CSV = "GT-final_test.csv"
 CLASSES = (

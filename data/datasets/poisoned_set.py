@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from data.poisoned_folder import StoredSet, read_set
+from data.poisoned_folder import DESCRIPTION, StoredSet, read_set
 from utils.errors import UserError
 from utils.paths import user_path
 
 POISONED = True  # the set has its ground truth
+SIGN = DESCRIPTION
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,10 @@ class PreActResNet(nn.Module):
         channels: of each stage.
         blocks: of each stage.
         dropout: between the two convolutions of a block.
+        final_norm: whether there is a last BN and relu; without them the features are means of sums of both signs.
     """
 
-    def __init__(self, stem: int, channels: Sequence[int], blocks: int, dropout: float = 0.0) -> None:
+    def __init__(self, stem: int, channels: Sequence[int], blocks: int, dropout: float = 0.0, final_norm: bool = True) -> None:
         super().__init__()
         self.stages = len(channels)
         self.conv1 = nn.Conv2d(3, stem, 3, 1, 1, bias=False)
@@ -54,7 +55,7 @@ class PreActResNet(nn.Module):
             others = [PreActBlock(after, after, 1, dropout) for _ in range(blocks - 1)]
             self.add_module(f"layer{stage}", nn.Sequential(first, *others))
             before = after
-        self.bn = nn.BatchNorm2d(before)
+        self.bn = nn.BatchNorm2d(before) if final_norm else None
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -64,4 +65,5 @@ class PreActResNet(nn.Module):
         out = self.conv1(x)
         for stage in range(1, self.stages + 1):
             out = self.get_submodule(f"layer{stage}")(out)
-        return F.adaptive_avg_pool2d(F.relu(self.bn(out)), 1).flatten(1)
+        out = out if self.bn is None else F.relu(self.bn(out))
+        return F.adaptive_avg_pool2d(out, 1).flatten(1)

@@ -9,12 +9,19 @@ from torch import nn
 from model.networks._resnet import build_resnet
 from utils.schema import setting
 
+BACKDOORBENCH = "{resnet18: {}}"  # the settings with which its weights fit there
+
 
 @dataclass(frozen=True)
 class Settings:
     num_classes: int | None = setting(None, "must equal the top-level num_classes; null: the same", low=1)
     blocks: tuple[int, ...] = setting((2, 2, 2, 2), "basic blocks of the four stages", low=1)
     last_parts: tuple[str, ...] | None = setting(None, "what the virtual model trains; null: layer3, layer4")
+
+
+def backdoorbench(settings: Settings) -> tuple[str, str] | None:
+    """Return the names of the network and of its last layer in BackdoorBench; None: it has no network of these settings."""
+    return ("resnet18", "fc") if settings.blocks == (2, 2, 2, 2) else None
 
 
 def build(settings: Settings) -> nn.Module:

@@ -1,0 +1,71 @@
+"""Altered images that come without the clean ones: put over the clean data set, they give a poisoned set."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.poisoned_folder import FORMAT, PARTS, VERSION, StoredSet, count, describe, named_settings
+from data.sets import CLEAN, Listing, Part, RawData
+from data.table_file import own_copy
+from utils.config import Backdoor
+from utils.errors import UserError
+from utils.schema import Named, as_dict
+
+
+@dataclass(frozen=True)
+class Altered:
+    """What an attacker hands over beside a clean data set."""
+
+    clean: RawData | Listing
+    dataset: Named  # its name and settings
+    pre: tuple[Named, ...]  # the transforms that bring its images to the size of the altered ones
+    train: Part  # altered training images alone; indices: their places in the clean data set
+    test: Part  # triggered test images
+    backdoor: Backdoor
+    num_classes: int
+    source: str  # where they come from, for set.json
+    folder: Path
+    described_by: str  # the file in the folder that says what was altered
+
+    def over(self, raw: RawData, placement: str) -> StoredSet:
+        """Return the poisoned set: the decoded images of `clean`, with the altered ones in their places.
+
+        Raises:
+            UserError: images were left out while decoding, so that places have moved, or sizes differ.
+        """
+        if len(raw.train_labels) != len(self.clean.train_labels) or len(raw.test_labels) != len(self.clean.test_labels):
+            raise UserError(f"{self.folder}: images of the clean data set were left out: the places of all others have moved")
+        shape, needed = raw.train_images.shape[1:], self.train.images.shape[1:]
+        if shape != needed or raw.test_images.shape[1:] != needed:
+            raise UserError(f"{self.folder}: altered images are {needed[1]} x {needed[0]}, clean ones {shape[1]} x {shape[0]}")
+        n, m = len(raw.train_labels), len(raw.test_labels)
+        train = Part(
+            own_copy(raw.train_images, placement), raw.train_labels.astype(np.int64), raw.train_labels.astype(np.int64),
+            np.full(n, CLEAN, np.uint8), np.arange(n),
+        )  # fmt: skip
+        at = self.train.indices
+        train.images[at], train.labels[at], train.flags[at] = self.train.images, self.train.labels, self.train.flags
+        labels = raw.test_labels.astype(np.int64)
+        clean = Part(raw.test_images, labels, labels, np.full(m, CLEAN, np.uint8), np.arange(m))
+        parts = dict(zip(PARTS, (train, clean, self.test), strict=True))
+        text = json.dumps(self.description(parts, raw.class_names), indent=2) + "\n"
+        return StoredSet(
+            train, clean, self.test, self.backdoor, self.num_classes, raw.class_names, named_settings(self.pre), self.folder,
+            text, self.described_by,
+        )  # fmt: skip
+
+    def description(self, parts: dict[str, Part], class_names: tuple[str, ...]) -> dict[str, Any]:
+        """Return what `set.json` says of the set; settings that nobody knows are null or left out."""
+        arrays = ("images", "labels", "original_labels", "flags", "indices")
+        return {
+            "format": FORMAT, "version": VERSION, "source": self.source, "backdoor": as_dict(self.backdoor),
+            "dataset": as_dict(self.dataset), "data": {"train_limit": None, "test_limit": None}, "seed": None,
+            "num_classes": self.num_classes, "transform_pre": named_settings(self.pre), "class_names": list(class_names),
+            "counts": {name: count(part) for name, part in parts.items()},
+            "files": {f"{name}.npz": {key: describe(getattr(part, key)) for key in arrays} for name, part in parts.items()},
+        }  # fmt: skip

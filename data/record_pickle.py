@@ -1,0 +1,230 @@
+"""`attack_result.pt` of a BackdoorBench record: a zip file of torch.save, whose pickle is untrusted input.
+
+Nothing of the file runs. A name in the pickle stands for a small function of this module that builds numbers, arrays of
+numbers or nothing; every other name is refused. Weights are left out.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from data.unpickle import ArrayUnpickler
+from utils.errors import UserError
+from utils.paths import require_file
+
+MEMBER = "data.pkl"
+LIMIT = 64 << 20  # bytes of the pickle; 100,000 images with long paths take a third of it
+OPERATIONS = 6_000_000  # of the pickle; 25 for each image
+DEPTH = 100  # how deeply values may be nested; a record has 10 levels
+ENDINGS = ("Storage",)  # of torch's classes that hold weights
+STORES, FETCHES = ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"), ("BINGET", "LONG_BINGET", "GET")
+GROWS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # change what is already on the stack
+# Of each operation: how many values it takes from the stack, how many it makes, whether the first of them only grows, and
+# whether it takes all down to the last mark.
+SHAPES = {
+    code.name: (len(code.stack_before), len(code.stack_after), code.name in GROWS, pickletools.markobject in code.stack_before)
+    for code in pickletools.opcodes
+}
+BROKEN = (
+    pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, TypeError, LookupError,
+    AttributeError, ImportError, OSError, OverflowError, MemoryError, RuntimeError,
+)  # fmt: skip
+
+
+class Maker:
+    """What a name in the pickle stands for: it can be called, and the pickle cannot change it."""
+
+    __slots__ = ("make",)
+    make: Callable[..., Any]
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        object.__setattr__(self, "make", make)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.make(*arguments)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise TypeError("a function has no state")
+
+    def __setstate__(self, state: Any) -> None:
+        raise TypeError("a function has no state")
+
+
+class NumberType:
+    """A type of numbers, as numpy.dtype pickles it."""
+
+    __slots__ = ("dtype",)
+    KNOWN = ("b1", "u1", "i1", "i2", "i4", "i8", "f4", "f8")
+
+    def __init__(self, name: Any, *_: Any) -> None:
+        if name not in self.KNOWN:
+            raise ValueError("has an array that is not of numbers")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1] if state[1] in ("<", ">") else "=")
+
+
+class Numbers:
+    """An array of numbers in one dimension."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: np.ndarray | None = None) -> None:
+        self.values = np.zeros(0) if values is None else values
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, _, contents = state
+        values = np.frombuffer(contents, kind.dtype)
+        if shape != (len(values),):
+            raise ValueError("has an array whose size is not that of its contents")
+        self.values = values
+
+
+class Ignored(dict[Any, Any]):
+    """A dictionary of weights."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def make_scalar(kind: NumberType, contents: bytes) -> int | float:
+    """Return the number that numpy pickles as its type and bytes."""
+    (value,) = np.frombuffer(contents, kind.dtype)
+    number: int | float = value.item()
+    return number
+
+
+def make_array(items: list[int | float], name: str) -> Numbers:
+    """Return the array of a call of numpy.array, as `data/record_write.py` has it."""
+    if not all(type(item) in (int, float) for item in items):
+        raise ValueError("has an array that is not of numbers")
+    kinds = {"int64": np.int64, "float64": np.float64}
+    return Numbers(np.array(items, kinds[name]))
+
+
+def make_bytes(text: str, encoding: str) -> bytes:
+    """Return the bytes that protocol 2 of Python 3 writes as text."""
+    if encoding != "latin1":
+        raise ValueError("has bytes in another encoding than latin1")
+    return text.encode("latin1")
+
+
+def nothing(*_: Any) -> None:
+    """Stand for what is not read."""
+
+
+class RecordUnpickler(ArrayUnpickler):
+    """Builds plain values, numbers and arrays of numbers; tensors become None."""
+
+    allowed: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy", "ndarray"): None,  # only handed over; it cannot be called
+        ("numpy", "dtype"): Maker(NumberType),
+        ("numpy", "array"): Maker(make_array),
+        **{
+            (f"numpy.{core}.multiarray", name): Maker(make)
+            for core in ("core", "_core")
+            for name, make in (("_reconstruct", lambda *_: Numbers()), ("scalar", make_scalar))
+        },
+        ("_codecs", "encode"): Maker(make_bytes),
+        ("collections", "OrderedDict"): Maker(lambda *_: Ignored()),
+        ("torch._utils", "_rebuild_tensor_v2"): Maker(nothing),
+        ("torch._utils", "_rebuild_parameter"): Maker(nothing),
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what a name stands for; torch has a class of storage for each type of number."""
+        if module in ("torch", "torch.storage") and name.endswith(ENDINGS) and name.isidentifier():
+            return None
+        if module.partition(".")[0] == "PIL":
+            raise UserError("holds pickled images: a record of BackdoorBench's first version, which is not supported")
+        return super().find_class(module, name)
+
+    def persistent_load(self, identifier: Any) -> None:
+        """Leave out the numbers of a tensor."""
+
+
+def read_attack_result(path: Path) -> Any:
+    """Return the contents of `attack_result.pt`: numpy scalars as numbers, arrays as `Numbers`, tensors as None.
+
+    Raises:
+        UserError: missing, not a zip file of torch.save, too large, or one that asks for anything but numbers.
+    """
+    try:
+        require_file(path)
+        contents = read_member(path)
+        check_structure(contents)
+        return RecordUnpickler(io.BytesIO(contents), encoding="latin1").load()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except BROKEN as error:
+        what = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        shown = what if what.isprintable() else ascii(what)
+        raise UserError(f"{path}: cannot be read as an attack result of BackdoorBench ({shown})") from None
+
+
+def read_member(path: Path) -> bytes:
+    """Return the pickle inside the zip file, whatever the file claims its size to be."""
+    with zipfile.ZipFile(path) as archive:
+        found = [info for info in archive.infolist() if info.filename.rpartition("/")[2] == MEMBER]
+        if len(found) != 1:
+            raise ValueError(f"{len(found)} members {MEMBER} where one is expected")
+        with archive.open(found[0]) as file:
+            contents = file.read(LIMIT + 1)
+    if len(contents) > LIMIT:
+        raise ValueError(f"{MEMBER} has more than {LIMIT >> 20} MB")
+    return contents
+
+
+def check_structure(contents: bytes) -> None:
+    """Refuse a pickle that would crash the unpickler or fill the memory, without building anything.
+
+    Python computes the hash of a tuple by recursion in C and without a limit: as a key of a dictionary, one that is nested
+    100,000 levels deep ends the process. A number of the memo is the size of a table.
+
+    Raises:
+        ValueError: it is such a pickle, or none.
+    """
+    depths: list[int] = []  # of what is on the unpickler's stack
+    marks: list[int] = []  # how much was on it at each mark
+    memo: dict[int, int] = {}
+    for count, (code, argument, _) in enumerate(pickletools.genops(contents)):
+        takes, makes, grows, marked = SHAPES[code.name]
+        if code.name in STORES:
+            number = len(memo) if argument is None else int(argument)
+            if number > count:
+                raise ValueError("a memo number is out of range")
+            memo[number] = depths[-1]
+        elif code.name in FETCHES:
+            depths.append(memo[int(str(argument))])
+        elif code.name == "MARK":
+            marks.append(len(depths))
+        elif code.name == "POP" and marks and marks[-1] == len(depths):
+            marks.pop()
+        elif code.name == "DUP":
+            depths.append(depths[-1])
+        elif takes or marked:
+            at = marks.pop() - grows if marked else len(depths) - takes
+            if at < 0:
+                raise ValueError("takes more than there is")
+            taken = depths[at:]
+            depth = max(1 + max(taken[grows:], default=-1), taken[0] if grows else 0)
+            depths[at:] = [depth] * makes
+            if depth > DEPTH:
+                raise ValueError(f"values are nested more than {DEPTH} levels deep")
+        else:
+            depths += [0] * makes
+        if count > OPERATIONS:
+            raise ValueError(f"more than {OPERATIONS:,} operations")
