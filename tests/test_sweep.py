@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import REPOSITORY, TINY, logged
 from PIL import Image
@@ -463,13 +464,19 @@ def test_the_time_left_follows_from_the_durations_seen(tmp_path: Path) -> None:
     assert [duration(s) for s in (8.4, 89, 120, 3599, 11100)] == ["8 s", "89 s", "2 min", "1 h 0 min", "3 h 5 min"]
 
 
-def test_one_worker_for_each_device() -> None:
-    """`--gpu 0,1` gives two workers, `--workers 2` twice as many; a device that is named twice is refused."""
+def test_one_worker_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--gpu 0,1` gives two workers, `--workers 2` twice as many; a device named twice, or not there, is refused. Without
+    CUDA the CPU is used, once."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert workers.devices("0,1", 1) == ["cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert workers.devices("0,1", 1) == ["0", "1"]
     assert workers.devices("0,1", 2) == ["0", "1", "0", "1"]
     assert workers.devices("cpu", 3) == ["cpu"] * 3
-    with pytest.raises(UserError, match="--gpu"):
-        workers.devices("0,0", 1)
+    for wrong in ("0,0", "2", "-1"):
+        with pytest.raises(UserError, match="--gpu"):
+            workers.devices(wrong, 1)
 
 
 # -- The command -------------------------------------------------------------------------------------------------------
@@ -539,23 +546,18 @@ def free(run: Run) -> bool:
 
 @pytest.mark.slow
 def test_a_killed_sweep_leaves_no_children_and_goes_on(tmp_path: Path) -> None:
-    """After kill -9 nothing goes on training unnoticed; the same command resumes the run, to the epochs of a run that was never
-    interrupted. Meanwhile a report can be written, and a second sweep is refused in one line."""
+    """After kill -9 no run goes on unnoticed; the same command resumes it, to the epochs of a run without interruption."""
     path = write(tmp_path, LONG)
     process, run = begun(path, "--only", "seed=1")
-    code, _, err = call(path, "--only", "seed=1")
-    assert code == 2 and str(process.pid) in err and str(run.saved.parent) in err and err.count("\n") == 1
-    assert call(path, "--report")[0] == 0 and "of 60" in (run.saved.parent / "sweep.md").read_text()
     process.kill()
     process.communicate()
     wait_for(lambda: free(run), 30)
     done = len(rows(run))
-    assert 3 <= done < 60
-    assert f"epoch {done} of 60" in call(path, "--dry-run")[1]
+    (job,) = read(path, (), ["seed=1"]).jobs
+    assert 3 <= done < 60 and status_of(job).text == f"epoch {done} of 60"
     code, _, err = call(path, "--only", "seed=1")
     assert code == 0, err
-    assert f"from epoch {done}" in (run.saved / "output.log").read_text() or done < len(rows(run)) == 60
-    (job,) = read(path, (), ["seed=1"]).jobs
+    assert status_of(job).state == "finished" and len(list(run.saved.parent.glob("seed-1*"))) == 1
     alone = train_here(config.load(job.yaml, [*job.settings, "run=alone"]), job.yaml)
     assert rows(run) == rows(alone)
 
@@ -563,11 +565,16 @@ def test_a_killed_sweep_leaves_no_children_and_goes_on(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_the_children(tmp_path: Path, number: int, code: int) -> None:
-    """Ctrl-C and SIGTERM stop the runs at once; one line says what is kept, and no run counts as failed."""
-    path = write(tmp_path, LONG)
+    """While a sweep runs, a second one on its folder is refused in one line, and a report can be written. Ctrl-C and SIGTERM
+    stop the runs at once; one line says what is kept, and no run counts as failed."""
+    path = write(tmp_path, LONG | {"set": {"num_epochs": 100_000}})
     process, run = begun(path, "--workers", 2)
+    if number == signal.SIGINT:
+        second, _, err = call(path)
+        assert second == 2 and str(process.pid) in err and str(run.saved.parent) in err and err.count("\n") == 1
+        assert call(path, "--report")[0] == 0 and "of 100000 |" in (run.saved.parent / "sweep.md").read_text()
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == code and len(err.strip().splitlines()) == 1 and "kept" in err
     assert all(free(job.run) for job in read(path).jobs)
     assert status_of(read(path).jobs[0]).state == "started" and len(rows(run)) >= 3
@@ -589,7 +596,7 @@ def test_a_run_that_somebody_else_writes_is_a_failed_row(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [["--workers", 0], ["--gpu", "gpu"], ["--set", "num_epochs"], ["--only", "x=1"], ["--wrong"]]
+    "options", [["--workers", 0], ["--gpu", "gpu"], ["--set", "num_epochs"], ["--only", "x=1"], ["--report", "--dry-run"]]
 )
 def test_a_bad_command_is_one_line(tmp_path: Path, options: list[object]) -> None:
     """A wrong option, or a setting that no run takes, ends with exit code 2 in one line."""

@@ -34,6 +34,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="show each run's state and commands, and start nothing")
     parser.add_argument("--report", action="store_true", help="write table and plot of what is there, and start nothing")
     args = parser.parse_args()
+    if args.dry_run and args.report:
+        raise UserError("--dry-run --report: give one of the two")
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: give at least 1")
     return args
@@ -42,7 +44,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run what the command line asks for."""
     args = parse()
-    places = devices(args.gpu, args.workers)
+    places = [] if args.report else devices(args.gpu, args.workers)
     plan = read(args.sweep, args.set, args.only)
     if args.dry_run:
         show_plan(plan, places[0])

@@ -11,7 +11,7 @@ import numpy as np
 from utils.pictures import drawing
 from utils.sweep.plan import Plan
 from utils.sweep.status import FAILED, FINISHED
-from utils.sweep.table import Record, cell_of, runs_text, summary
+from utils.sweep.table import Record, Summary, cell_of, runs_text, summary
 
 COLOURS = ("#c1121f", "#2a6f97", "#e09f3e", "#8e5ea2", "#3a7d44", "#6c757d")
 MARKERS = "osD^vP"
@@ -25,7 +25,8 @@ def draw(path: Path, plan: Plan, records: Sequence[Record]) -> None:
 
 def title_of(plan: Plan, records: Sequence[Record]) -> str:
     """Return what the plot is of."""
-    over = f", mean and standard deviation over {words(plan.repeats)}" if plan.repeats else ""
+    spread = "" if plan.x is None else " and standard deviation"
+    over = f", mean{spread} over {words(plan.repeats)}" if plan.repeats else ""
     runs = runs_text(records)
     return f"{plan.name}{over}; {f'{runs} runs' if ' of ' not in runs else f'runs: {runs}'}"
 
@@ -60,14 +61,13 @@ def draw_lines(path: Path, plan: Plan, records: Sequence[Record]) -> None:
         figure.suptitle(title_of(plan, records), fontsize=10)
 
 
-def add_line(axes: Any, values: Sequence[Any], number: int, count: int, label: str) -> None:
-    """Add one line with error bars; lines stand a little apart, so that their bars do not hide one another."""
-    shift = 0.08 * (number - (count - 1) / 2)
-    places = [i for i, value in enumerate(values) if value is not None]
-    means = [values[i].mean for i in places]
-    spreads = [values[i].deviation or 0.0 for i in places]
+def add_line(axes: Any, values: Sequence[Summary | None], number: int, count: int, label: str) -> None:
+    """Add one line with error bars, broken where a value is missing; lines are shifted so that their bars do not overlap."""
+    places = np.arange(len(values)) + 0.08 * (number - (count - 1) / 2)
+    means = [np.nan if value is None else value.mean for value in values]
+    spreads = [np.nan if value is None else value.deviation or 0.0 for value in values]
     style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "ms": 4, "lw": 1.3}
-    axes.errorbar([i + shift for i in places], means, spreads, capsize=3, label=label, **style)
+    axes.errorbar(places, means, spreads, capsize=3, label=label, **style)
 
 
 def draw_heat(path: Path, plan: Plan, records: Sequence[Record]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shlex
 import signal
@@ -14,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+import torch
+
 from utils.errors import UserError
 from utils.files import try_lock
 from utils.machine import device_numbers
@@ -22,6 +25,7 @@ from utils.sweep.plan import Job, Plan, shown
 from utils.sweep.progress import Progress
 from utils.sweep.status import FINISHED, OUTPUT, forget_failure, last_line, mark_failed, status_of
 
+logger = logging.getLogger(__name__)
 SCRIPTS = ("ASD.py", "test.py")
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = ".sweep.lock"
@@ -50,9 +54,16 @@ def devices(gpu: str, workers: int) -> list[str]:
 
     Args:
         workers: for each device.
+    Raises:
+        UserError: there is no such device.
     """
-    names = [str(number) for number in device_numbers(gpu)] or ["cpu"]
-    return [name for _ in range(workers) for name in names]
+    numbers = device_numbers(gpu)
+    if numbers and not torch.cuda.is_available():
+        logger.info("no CUDA device here: running on the CPU (--gpu cpu asks for it)")
+        numbers = []
+    if numbers and max(numbers) >= (there := torch.cuda.device_count()):
+        raise UserError(f"--gpu {gpu}: there are {there} CUDA devices: give 0 to {there - 1}")
+    return [name for _ in range(workers) for name in (map(str, numbers) if numbers else ["cpu"])]
 
 
 class Worker:
