@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import itertools
 import json
 import math
 import os
 import random
+import shlex
 import signal
 import statistics
 import subprocess
@@ -71,6 +73,13 @@ def call(path: Path, *options: object) -> tuple[int, str, str]:
     process = start(path, *options)
     out, err = process.communicate(timeout=600)
     return process.returncode, out, err
+
+
+def call_here(path: Path, *options: object) -> None:
+    """Call the command in this process, which saves seconds of imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["utils.sweep", str(path), "--gpu", "cpu", *map(str, options)])
+        importlib.import_module("utils.sweep.__main__").main()
 
 
 def rows(run: Run) -> list[dict[str, Any]]:
@@ -481,11 +490,35 @@ def test_one_worker_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # -- The command -------------------------------------------------------------------------------------------------------
 
-LISTED = {
+LISTED: dict[str, Any] = {
     "config": "tiny.yaml",
     "axes": {"trigger": {"good": {}, "missing": {"backdoor.badnets.trigger_path": "missing.png"}}, "seed.seed": [1, 2]},
     "repeats": "seed",
 }
+
+
+def test_a_dry_run_shows_states_and_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--dry-run` has a line for each run, and below it the commands of those that are not finished; it writes nothing."""
+    path = write(tmp_path, LISTED)
+    call_here(path, "--dry-run")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[::3] == [f"{job.name}: not started" for job in read(path).jobs]
+    for job, (train, test) in zip(read(path).jobs, zip(lines[1::3], lines[2::3], strict=True), strict=True):
+        words = shlex.split(train)
+        assert words[-1] == f"run={job.name}" and words[words.index("ASD.py") + 1 :] == job.arguments("cpu")
+        assert shlex.split(test) == [word.replace("ASD.py", "test.py") for word in words]
+    assert not (tmp_path / "saved").exists()
+    fake(read(path), "grid/good/seed-1", {"clean_accuracy": 0.5})
+    call_here(path, "--dry-run")
+    assert capsys.readouterr().out.splitlines()[:2] == ["grid/good/seed-1: finished", "grid/missing/seed-1: not started"]
+
+
+def test_a_report_starts_nothing(tmp_path: Path) -> None:
+    """`--report` writes table, CSV and plot of what is there."""
+    path = write(tmp_path, LISTED)
+    call_here(path, "--report")
+    assert {p.name for p in (tmp_path / "saved" / "grid").iterdir()} == {"sweep.md", "sweep.csv", "sweep.png"}
+    assert {row["state"] for row in table_of(tmp_path / "saved" / "grid" / "sweep.csv")} == {"not started"}
 
 
 @pytest.mark.slow
@@ -493,10 +526,6 @@ def test_a_failed_run_is_a_row_and_finished_ones_are_skipped(tmp_path: Path) -> 
     """Two workers finish what can be finished; what fails has its last line in the table, and the exit code is 1. The same
     command then starts the failed runs alone. The figures are those of runs by themselves."""
     path = write(tmp_path, LISTED)
-    code, out, _ = call(path, "--dry-run")
-    assert code == 0 and out.count("not started") == 4 and out.count("ASD.py") == out.count("test.py") == 4
-    assert not (tmp_path / "saved").exists()
-
     code, out, err = call(path, "--workers", 2)
     assert code == 1 and "2 of 4 runs failed" in err and "Traceback" not in err
     folder = tmp_path / "saved" / "grid"
@@ -517,10 +546,8 @@ def test_a_failed_run_is_a_row_and_finished_ones_are_skipped(tmp_path: Path) -> 
     code, out, _ = call(path)
     assert code == 1 and "2 finished, 2 to do" in out and out.count("  failed  ") == 2
     assert (folder / "good" / "seed-1" / "output.log").read_bytes() == before
-    code, out, _ = call(path, "--only", "trigger=good")
-    assert code == 0 and "2 finished, 0 to do" in out
-    (folder / "sweep.csv").unlink()
-    assert call(path, "--report")[0] == 0 and len(table_of(folder / "sweep.csv")) == 4
+    call_here(path, "--only", "trigger=good")  # nothing is left to do, and nothing of it has failed
+    assert [row["state"] for row in table_of(folder / "sweep.csv")] == ["finished"] * 2
 
 
 LONG = {"config": "tiny.yaml", "set": {"num_epochs": 60}, "axes": {"seed.seed": [1, 2]}, "repeats": "seed"}
@@ -594,11 +621,19 @@ def test_a_run_that_somebody_else_writes_is_a_failed_row(tmp_path: Path) -> None
     assert code == 1 and row["state"] == "failed" and str(os.getpid()) in row["error"] and "is writing this run" in row["error"]
 
 
+WRONG = [["--workers", 0], ["--gpu", "gpu"], ["--set", "num_epochs"], ["--only", "x=1"], ["--report", "--dry-run"], ["--wrong"]]
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_a_bad_option_is_refused(tmp_path: Path, options: list[object]) -> None:
+    """A wrong option, or a setting that no run takes, is one line, and nothing is written."""
+    with pytest.raises(UserError) as error:
+        call_here(write(tmp_path, LISTED), *options)
+    assert str(options[0]) in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "saved").exists()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [["--workers", 0], ["--gpu", "gpu"], ["--set", "num_epochs"], ["--only", "x=1"], ["--report", "--dry-run"]]
-)
-def test_a_bad_command_is_one_line(tmp_path: Path, options: list[object]) -> None:
-    """A wrong option, or a setting that no run takes, ends with exit code 2 in one line."""
-    code, _, err = call(write(tmp_path, LISTED), *options)
+def test_a_bad_sweep_file_ends_the_command_with_exit_code_2(tmp_path: Path) -> None:
+    """The line is on standard error, without a traceback."""
+    code, _, err = call(write(tmp_path, LISTED | {"axes": {"seed.seed": [-1]}}))
     assert code == 2 and err.count("\n") == 1 and err.startswith("utils.sweep: error: ")
