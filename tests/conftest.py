@@ -17,6 +17,7 @@ import yaml
 from utils.logs import attach, detach
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(path for path in REPOSITORY.glob("config/**/*.yaml") if path.parent.name != "sweeps")  # of ASD.py
 
 TINY = {
     "dataset": {"shapes": {"train_size": 200, "test_size": 43}},  # 43 is no multiple of any batch

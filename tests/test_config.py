@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY, TINY
+from conftest import CONFIGS, REPOSITORY, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -217,7 +217,7 @@ def test_the_repositorys_baseline_is_the_originals_file(tmp_path: Path) -> None:
     assert dataclasses.replace(ours, dataset_dir=theirs.dataset_dir) == theirs
 
 
-@pytest.mark.parametrize("name", sorted(p.relative_to(REPOSITORY).as_posix() for p in REPOSITORY.glob("config/**/*.yaml")))
+@pytest.mark.parametrize("name", [path.relative_to(REPOSITORY).as_posix() for path in CONFIGS])
 def test_every_configuration_of_the_repository_loads(name: str) -> None:
     """Every YAML in config/ loads, and its run is named after its path in config/."""
     assert config.load(REPOSITORY / name).run == name.removeprefix("config/").removesuffix(".yaml")
@@ -711,7 +711,7 @@ def test_a_run_is_named_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("overrides", [(), ("lr_scheduler={multi_step: {milestones: [0.5, 3]}}", "dataset=cifar10", "run=a/b")])
 def test_the_resolved_yaml_gives_the_same_configuration(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     """The config.yaml of a run can be passed as --config: it gives the same settings."""
-    for number, path in enumerate([write(tmp_path / "tiny.yaml", TINY), *sorted(REPOSITORY.glob("config/**/*.yaml"))]):
+    for number, path in enumerate([write(tmp_path / "tiny.yaml", TINY), *CONFIGS]):
         c = config.load(path, overrides)
         again = config.load(write(tmp_path / f"resolved{number}.yaml", config.to_yaml(c)))
         assert again == c

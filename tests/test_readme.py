@@ -17,6 +17,7 @@ from utils import plugins
 from utils.config import Config, documentation, load
 from utils.errors import UserError
 from utils.schema import describe
+from utils.sweep.plan import read
 
 README = (REPOSITORY / "README.md").read_text()
 GUIDES = [Path("README.md"), Path("CONTRIBUTING.md"), *(path.relative_to(REPOSITORY) for path in REPOSITORY.glob("docs/*.md"))]
@@ -141,10 +142,14 @@ def test_every_command_exists(page: Path, options: str) -> None:
 
 @pytest.mark.parametrize("page", GUIDES, ids=str)
 def test_every_yaml_example_loads(page: Path, tmp_path: Path) -> None:
-    """The examples of all pages are valid configurations, when placed next to the shipped ones."""
+    """The examples of all pages are configurations or sweep files that load, beside the shipped ones."""
     for i, example in enumerate(re.findall(r"```yaml\n(.*?)```", (REPOSITORY / page).read_text(), re.S)):
-        assert example.startswith("base: ")
         path = tmp_path / f"example{i}.yaml"
+        if example.startswith("config: "):
+            path.write_text(example.replace("config: ../", f"config: {REPOSITORY / 'config'}/"))
+            read(path)
+            continue
+        assert example.startswith("base: ")
         path.write_text(example.replace("base: ", f"base: {REPOSITORY / 'config'}/"))
         load(path)
 

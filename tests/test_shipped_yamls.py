@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, run_script
+from conftest import CONFIGS, REPOSITORY, run_script
 from PIL import Image
 
 from data.augment import Pipeline
@@ -169,9 +169,7 @@ def test_all_three_stages_run_as_the_yaml_says(name: str, tmp_path: Path) -> Non
     assert last["clean_accuracy"] == rows[-1]["clean_accuracy"]
 
 
-@pytest.mark.parametrize(
-    "name", sorted(path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("config/**/*.yaml"))
-)
+@pytest.mark.parametrize("name", [path.relative_to(REPOSITORY).as_posix() for path in CONFIGS])
 def test_the_augmentation_becomes_part_of_a_cuda_graph(name: str) -> None:
     """At the YAML's image size no view waits for the host, and a captured graph gives the same views for new draws as a CPU."""
     fake_cuda = pytest.importorskip("fake_cuda")

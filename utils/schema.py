@@ -1,8 +1,9 @@
 """From YAML to frozen dataclasses: a dataclass is the schema of a section, and all settings are checked on reading.
 
 A field is declared with `setting(default, help, ...)`. Its type gives the legal values in the YAML: `int`, `float`, `bool`,
-`str`, `tuple[float, ...]`, any of them `| None`, another dataclass (a section), or one of the two kinds of choice:
-`Named` (one key that names a plug-in and holds its settings) and `tuple[Named, ...]` (several of them, in order).
+`str`, `tuple[float, ...]`, any of them `| None`, another dataclass (a section), `Mapping[str, Any]` (a section with any
+keys), or one of the two kinds of choice: `Named` (one key that names a plug-in and holds its settings) and
+`tuple[Named, ...]` (several of them, in order).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from utils import plugins
 from utils.errors import UserError, nearest
 
 REQUIRED: Any = dataclasses.MISSING
+MAPPING: Any = Mapping[str, Any]
 DECIMAL = r"[+-]?(0|[1-9]\d*|\d*\.\d*(e[+-]\d+)?|\.inf|\.nan)"  # YAML 1.1 also has 010 (8), 1_0 (10), 0x10 and 1:30 (90)
 NONE = ("none", "nil", "no", "off")  # often written instead of null
 BOUNDS = {"low": (">=", operator.ge), "above": (">", operator.gt), "high": ("<=", operator.le), "below": ("<", operator.lt)}
@@ -306,6 +308,8 @@ class Reader:
 
     def scalar(self, key: Key, kind: type, raw: Any, path: str) -> Any:
         """Build an int, float, bool or str and check its range; a string is the source text, even if YAML reads a number."""
+        if kind == MAPPING:
+            return dict(raw) if isinstance(raw, Mapping) else self.fail(path, raw, "give a section of keys here")
         source = self.source(path, raw)
         if kind is str and source is not None and raw is not None:
             raw = source
@@ -381,7 +385,8 @@ def describe(schema: type, path: str = "", described: set[type] | None = None) -
         elif names:
             label = "" if key.inline else "one of" if kind is Named else "any of"
         else:
-            label = " / ".join(key.options) or ("list" if typing.get_origin(kind) is tuple else kind.__name__)
+            plain = {tuple: "list", Mapping: "section"}.get(typing.get_origin(kind)) or kind.__name__
+            label = " / ".join(key.options) or plain
         if label:
             yield at, label, default_text(key), key.help
         if is_section(kind):

@@ -1,0 +1,119 @@
+"""How far each run of a sweep is, as its files show; what a run that failed leaves behind."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.checkpoint import refuse_other_settings
+from utils.errors import UserError
+from utils.files import write_text
+from utils.schema import as_dict, stand_ins
+from utils.sweep.plan import Job
+
+OUTPUT, FAILURE = "output.log", "failed.json"  # in a run's folder, beside what ASD.py writes there
+FIGURES = ("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target")
+FINISHED, FAILED, STARTED, WAITING = "finished", "failed", "started", "not started"
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run is."""
+
+    state: str  # FINISHED (trained and tested), FAILED, STARTED or WAITING
+    epochs: int  # finished ones
+    total: int
+    seconds: float = 0.0  # training time so far
+    figures: dict[str, float | None] = field(default_factory=dict)  # `FIGURES` as test.py measured them, of a finished run
+    error: str = ""  # last line of a failed run
+
+    @property
+    def text(self) -> str:
+        """The state in words, e.g. `epoch 12 of 120`."""
+        return f"epoch {self.epochs} of {self.total}" if self.state == STARTED else self.state
+
+
+def status_of(job: Job) -> Status:
+    """Return how far a run is; files that cannot be read count as missing."""
+    rows, tested = rows_of(job.run.log / "metrics.jsonl"), as_mapping(read_json(job.run.log / "test.json"))
+    total, seconds = job.config.num_epochs, sum(row["seconds"] for row in rows)
+    if len(rows) == total and is_tested(job, rows[-1], tested) and has_settings(job):
+        return Status(FINISHED, total, total, seconds, {key: tested.get(key) for key in FIGURES})
+    failed = as_mapping(read_json(job.run.saved / FAILURE))
+    if failed:
+        return Status(FAILED, len(rows), total, seconds, error=str(failed.get("error", "")))
+    return Status(STARTED if rows else WAITING, len(rows), total, seconds)
+
+
+def is_tested(job: Job, last: dict[str, Any], tested: dict[str, Any]) -> bool:
+    """Return whether test.json is of the weights of the last epoch.
+
+    Its figures are those of that epoch. On CUDA they may differ by rounding; then it must be the later of the two files.
+    """
+    if tested.get("epoch") != last["epoch"]:
+        return False
+    if all(tested.get(key) == last.get(key) for key in FIGURES):
+        return True
+    try:
+        return (job.run.log / "test.json").stat().st_mtime >= (job.run.log / "metrics.jsonl").stat().st_mtime
+    except OSError:
+        return False
+
+
+def has_settings(job: Job) -> bool:
+    """Return whether the run in the folder was made with the settings of the sweep; ASD.py refuses to go on otherwise."""
+    path = job.run.saved / "config.yaml"
+    try:
+        kept = yaml.safe_load(path.read_text(encoding="utf-8"))
+        names = {key for key, _, _ in stand_ins(job.config)}
+        refuse_other_settings(path, {"config": kept, "data": True}, as_dict(job.config), names)
+    except (OSError, ValueError, yaml.YAMLError, UserError):
+        return False
+    return True
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of `metrics.jsonl`; none where it is missing or damaged."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return []
+    return rows if all(isinstance(row, dict) and {"epoch", "seconds"} <= row.keys() for row in rows) else []
+
+
+def read_json(path: Path) -> Any:
+    """Return the contents of a JSON file; None where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def as_mapping(value: Any) -> dict[str, Any]:
+    """Return a mapping; an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+# -- Failures ----------------------------------------------------------------------------------------------------------
+
+
+def mark_failed(job: Job, error: str, code: int, command: str) -> None:
+    """Keep why a run failed, until it is started again."""
+    text = json.dumps({"error": error, "exit_code": code, "command": command}, indent=2)
+    write_text(job.run.saved / FAILURE, text + "\n")
+
+
+def forget_failure(job: Job) -> None:
+    """Remove what `mark_failed` kept."""
+    (job.run.saved / FAILURE).unlink(missing_ok=True)
+
+
+def last_line(output: str) -> str:
+    """Return the line of a command's output that says why it failed: the last one with an error, else the last one."""
+    lines = [line.strip() for line in output.replace("\r", "\n").splitlines() if line.strip()]
+    errors = [line for line in lines if "error:" in line.lower()]
+    return (errors or lines or ["no output"])[-1]
