@@ -246,7 +246,7 @@ def test_the_shipped_sweeps_compare_like_with_like(path: Path) -> None:
     plan = read(path)
     assert len({job.name for job in plan.jobs}) == len(plan.jobs)
     for job in plan.jobs:
-        if job.config.defense == "asd":
+        if job.config.defense.name == "asd":
             twin = table.twin_of(plan, job)
             assert twin is not None and twin.labels == job.labels | {"defense": "none"}
 
@@ -468,7 +468,7 @@ def test_the_time_left_follows_from_the_durations_seen(tmp_path: Path) -> None:
     assert progress.left() is None
     for job, seconds in zip(plan.jobs[12:16], (10, 100, 20, 300), strict=True):
         progress.learn(job, seconds)
-    count = {name: sum(job.config.defense == name for job in plan.jobs[:12]) for name in ("none", "asd")}
+    count = {name: sum(job.config.defense.name == name for job in plan.jobs[:12]) for name in ("none", "asd")}
     assert progress.left() == pytest.approx((15 * count["none"] + 200 * count["asd"]) / 2)
     assert [duration(s) for s in (8.4, 89, 120, 3599, 11100)] == ["8 s", "89 s", "2 min", "1 h 0 min", "3 h 5 min"]
 

@@ -51,7 +51,7 @@ class Progress:
 
     def learn(self, job: Job, seconds: float) -> None:
         """Take a duration into account."""
-        self.seconds.setdefault(job.config.defense, []).append(seconds)
+        self.seconds.setdefault(job.config.defense.name, []).append(seconds)
 
     def began(self, worker: int, job: Job | None) -> None:
         """Note that a worker has begun a run."""
@@ -81,7 +81,9 @@ class Progress:
         if not every:
             return None
         means = {name: statistics.fmean(values) for name, values in self.seconds.items()}
-        return sum(means.get(job.config.defense, statistics.fmean(every)) for job in self.todo.values()) / len(self.devices)
+        return sum(means.get(job.config.defense.name, statistics.fmean(every)) for job in self.todo.values()) / len(
+            self.devices
+        )
 
     def show(self) -> None:
         """Show how far the running runs are."""
@@ -96,14 +98,14 @@ class Progress:
             found = figures_text(rows[-1]) if rows else ""
             name = f"{self.devices[worker]}: {job.name[self.prefix :]}"
             if terminal:
-                bar = self.bars.get(worker) or tqdm(total=job.config.num_epochs, position=worker, leave=False, unit="epoch")
+                bar = self.bars.get(worker) or tqdm(total=job.config.epochs, position=worker, leave=False, unit="epoch")
                 self.bars[worker] = bar
                 bar.n = len(rows)
                 bar.set_description(name, refresh=False)
                 bar.set_postfix_str(found, refresh=False)
                 bar.refresh()
             elif len(rows) != epoch:
-                logger.info(f"{name}: epoch {len(rows)} of {job.config.num_epochs}{found and ', '}{found}")
+                logger.info(f"{name}: epoch {len(rows)} of {job.config.epochs}{found and ', '}{found}")
 
     def close(self) -> None:
         """Remove the bars."""

@@ -40,7 +40,7 @@ class Status:
 def status_of(job: Job) -> Status:
     """Return how far a run is; files that cannot be read count as missing."""
     rows, tested = rows_of(job.run.log / "metrics.jsonl"), as_mapping(read_json(job.run.log / "test.json"))
-    total, seconds = job.config.num_epochs, sum(row["seconds"] for row in rows)
+    total, seconds = job.config.epochs, sum(row["seconds"] for row in rows)
     if len(rows) == total and is_tested(job, rows[-1], tested) and has_settings(job):
         return Status(FINISHED, total, total, seconds, {key: tested.get(key) for key in FIGURES})
     failed = as_mapping(read_json(job.run.saved / FAILURE))

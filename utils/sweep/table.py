@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from utils.compare import effectiveness, render
+from utils.stages import UNDEFENDED
 from utils.sweep.plan import Job, Plan, shown
 from utils.sweep.status import FAILED, FINISHED, OUTPUT, Status
 
@@ -65,9 +66,9 @@ def der(plan: Plan, states: Mapping[str, Status], job: Job) -> float | None:
 def twin_of(plan: Plan, job: Job) -> Job | None:
     """Return the run without a defense with the same data set, attack, network and seed; of several, the one whose values
     differ in the fewest axes."""
-    if job.config.defense == "none":
+    if job.config.defense.name == UNDEFENDED:
         return None
-    twins = [other for other in plan.jobs if other.config.defense == "none" and subject(other) == subject(job)]
+    twins = [other for other in plan.jobs if other.config.defense.name == UNDEFENDED and subject(other) == subject(job)]
     return max(twins, key=lambda twin: sum(twin.labels[axis] == label for axis, label in job.labels.items()), default=None)
 
 
