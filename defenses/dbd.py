@@ -23,7 +23,7 @@ from model.classifier import Classifier
 from utils.checkpoint import State
 from utils.config import OPTIMIZERS, SCHEDULERS, SGD, Adam, Config, CosineAnnealing, transforms
 from utils.draws import generator, key_seed
-from utils.schema import REQUIRED, Named, setting
+from utils.schema import Named, setting
 from utils.stages import DefenseSettings, Stage, locate
 
 PROJECTION = "projection"
@@ -32,7 +32,9 @@ PROJECTION = "projection"
 @dataclass(frozen=True)
 class Settings(DefenseSettings):
     simclr_transform: tuple[Named, ...] = setting(
-        REQUIRED, "augmentation of the views of SimCLR, in this order", choices=transforms("transform.train.primary")
+        (),
+        "augmentation of the views of SimCLR, in this order; empty: transform.train.primary",
+        choices=transforms("transform.train.primary"),
     )
     simclr_epochs: int = setting(100, "epochs of SimCLR", low=1)
     simclr_optimizer: Named = setting(
@@ -132,7 +134,9 @@ class Defense(DefenseBase):
     def views(self) -> Pipeline:
         """Return the transform of SimCLR's views."""
         remaining, images = self.context.config.transform.train.remaining, self.context.train_set.images
-        return Pipeline(self.settings.simclr_transform, remaining, *images.shape[2:])
+        return Pipeline(
+            self.settings.simclr_transform or self.context.config.transform.train.primary, remaining, *images.shape[2:]
+        )
 
     def two_views(self, images: Tensor, draws: Tensor) -> Tensor:
         """Return the first views of a batch (b, 3, H, W), then the second ones: (2b, 3, H, W)."""

@@ -50,7 +50,11 @@ SAMPLES = {
     "dataset_dir": ["dataset=shapes", "dataset_dir=null"],
     "lr_scheduler.multi_step.milestones": [f"lr_scheduler={MILESTONES}"],
     "lr_scheduler.multi_step.gamma": [f"lr_scheduler={MILESTONES}", "lr_scheduler.multi_step.gamma=0.1"],
-    "undefended.lr_scheduler": [f"undefended.lr_scheduler={MILESTONES}"],
+    **{
+        key: [f"{key}={MILESTONES}"]
+        for key in ("abl.finetune_scheduler", "cbd.lr_scheduler", "nad.student_scheduler")
+        for key in (f"defense.{key}", "undefended.lr_scheduler")
+    },
     "transform.train.remaining": ["transform.train.remaining={to_tensor: true}"],
     "transform.test.remaining": ["transform.test.remaining={to_tensor: true}"],
 }

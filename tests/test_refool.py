@@ -427,7 +427,7 @@ def test_textures_are_drawn_by_the_seed_and_alike_at_every_size() -> None:
 @pytest.mark.parametrize("value", [(), (0.1,), (0.2, 0.1), (0.1, 0.2, 0.2)])
 def test_a_range_is_two_numbers_in_order(name: str, value: tuple[float, ...]) -> None:
     """An invalid range is one line with its key and value."""
-    with pytest.raises(UserError, match=rf"backdoor\.refool\.{name}: .*2 numbers, the least first$") as caught:
+    with pytest.raises(UserError, match=rf"backdoor\.refool\.{name}: .*2 numbers in ascending order$") as caught:
         config.load(REPOSITORY / "config/refool.yaml", [f"backdoor.refool.{name}={list(value)}"])
     assert str(list(value)) in str(caught.value)
 

@@ -28,7 +28,7 @@ from training import train_here
 
 from utils import config
 from utils.errors import UserError
-from utils.run import Run, locate, take
+from utils.run import Run, locate, lock_run
 from utils.schema import describe
 from utils.sweep import report, status, table, workers
 from utils.sweep.plan import Plan, SweepFile, read
@@ -565,7 +565,7 @@ def begun(path: Path, *options: object) -> tuple[subprocess.Popen[str], Run]:
 def free(run: Run) -> bool:
     """Whether no process writes the run."""
     try:
-        take(run).close()
+        lock_run(run).close()
     except UserError:
         return False
     return True
@@ -614,7 +614,7 @@ def test_a_run_that_somebody_else_writes_is_a_failed_row(tmp_path: Path) -> None
     plan = read(path, (), ["trigger=good", "seed=1"])
     run = plan.jobs[0].run
     run.saved.mkdir(parents=True)
-    lock = take(run)
+    lock = lock_run(run)
     code, _, _ = call(path, "--only", "trigger=good", "--only", "seed=1")
     lock.close()
     (row,) = table_of(plan.folder / "sweep.csv")
