@@ -457,4 +457,6 @@ def documentation() -> str:
 
 
 if __name__ == "__main__":
-    print(documentation(), end="")
+    from utils import config  # the module that plug-ins import: its classes are not those of `__main__`
+
+    print(config.documentation(), end="")
