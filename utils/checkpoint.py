@@ -322,7 +322,7 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
             continue
         raise UserError(
             f"{path}: was written with {key}: {then.get(key)!r}, but the configuration has {now.get(key)!r}: set it back, or "
-            "start a new run (--resume False, or another name by --set run=NAME)"
+            "start a new run: --resume False, or --set run=NAME without --resume"
         )
 
 
