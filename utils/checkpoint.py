@@ -344,7 +344,7 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
         key, before, after = chosen_differently(key, then, now) or (key, then.get(key), now.get(key))
         raise UserError(
             f"{path}: was written with {key}: {before!r}, but the configuration has {after!r}: set it back, or "
-            "start a new run (--resume False, or --set run=NAME without --resume)"
+            "start a new run: --resume False, or --set run=NAME without --resume"
         )
 
 

@@ -95,8 +95,8 @@ def keep(folder: Path, text: str) -> None:
 def other_data(where: str, what: str, changed: Sequence[str]) -> UserError:
     """Return the error for resuming a run with other data."""
     return UserError(
-        f"{where}: {what} with other data: {'; '.join(changed)}: restore the data, or start a new run (--resume False, or "
-        "another name by --set run=NAME)"
+        f"{where}: {what} with other data: {'; '.join(changed)}: restore the data, or start a new run: --resume False, or "
+        "--set run=NAME without --resume"
     )
 
 
