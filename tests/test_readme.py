@@ -21,7 +21,7 @@ from utils.sweep.plan import read
 
 README = (REPOSITORY / "README.md").read_text()
 GUIDES = [Path("README.md"), Path("CONTRIBUTING.md"), *(path.relative_to(REPOSITORY) for path in REPOSITORY.glob("docs/*.md"))]
-PAGES = [*GUIDES, *(path.relative_to(REPOSITORY) for path in REPOSITORY.glob("results/*/README.md"))]
+PAGES = [*GUIDES, *(path.relative_to(REPOSITORY) for path in REPOSITORY.glob("results/**/README.md"))]
 
 
 def test_the_list_of_settings_is_the_generated_one() -> None:
