@@ -118,7 +118,7 @@ def test_the_runs_are_the_product_of_the_axes(tmp_path: Path) -> None:
     for job, (name, attack, ratio, defense, seed) in zip(plan.jobs, expected, strict=True):
         c = job.config
         assert c.attack.name == {"patch": "badnets", "mix": "blend"}[attack]
-        assert (c.attacker.poison_ratio, c.defense, c.seed.seed, c.run) == (ratio, defense, seed, name)
+        assert (c.attacker.poison_ratio, c.defense.name, c.seed.seed, c.run) == (ratio, defense, seed, name)
         assert job.run == locate(c)
     assert plan.folder == tmp_path / "saved" / "grid"
     assert (plan.rows, plan.columns, plan.repeats, plan.x) == (("attack", "poison_ratio"), ("defense",), "seed", "poison_ratio")

@@ -400,7 +400,7 @@ def describe(schema: type, path: str = "", described: set[type] | None = None) -
 def default_text(key: Key) -> str:
     """Return the default as it is written in YAML."""
     if key.field.default is REQUIRED:
-        if is_section(key.kinds[0]) or key.required:
+        if key.kinds[0] is not Named or key.required:
             return "required" if key.required else ""
         return next(iter(as_dict(key.field.default_factory())))  # type: ignore[misc, operator]
     value = as_dict(key.field.default)
