@@ -16,7 +16,7 @@ import torch
 from data.attack import AttackBase
 from data.choice import draw_poisoned, may_be_poisoned
 from data.contact_sheet import Group, columns, draw_contact_sheet
-from data.loading import dataset_of, is_poisoned, load_data, load_raw
+from data.loading import dataset_of, load_data, load_raw
 from data.poisoned_folder import KEYS, PARTS, StoredSet, count, holds_same_set, settings_of_set, write_set
 from data.poisoning import build_attack, clean_images, poison_images, training_caption, trigger_images
 from data.sets import COVER, POISONED, NewClassifier, Part, RawData, no_network
@@ -61,12 +61,12 @@ def export(
     """
     started = time.monotonic()
     if exists(out, "--out") and (not is_dir(out, "--out") or any(out.iterdir())):
-        known = write is write_arrays and not is_poisoned(config)
+        known = write is write_arrays and not config.poisoned_already
         if known and holds_same_set(out, settings_of_set(config, dataset_of(config))):
             logger.info(f"{out}: contains this set already, made with the same settings; its files match set.json")
             return
         raise UserError(f"--out {out}: not empty, and not a set made with the same settings: give another name")
-    made = convert(config) if is_poisoned(config) and config.backdoor is None else make(config, device, new_classifier)
+    made = convert(config) if config.poisoned_already and config.backdoor is None else make(config, device, new_classifier)
     write(out, made)
     counts = count(made.parts["train"])
     logger.info(

@@ -52,11 +52,6 @@ def decode(config: Config, data: RawData | Listing, pre: list[Any]) -> RawData:
     return to_raw(data, pre, folder, config.data.placement == "disk")
 
 
-def is_poisoned(config: Config) -> bool:
-    """Return whether the configured data set is poisoned already."""
-    return config.dataset is not None and config.dataset.name in plugins.declared(PACKAGE, "POISONED")
-
-
 def load_raw(config: Config) -> RawData:
     """Return the configured data set, which must not be poisoned already."""
     raw, stored = load_data(config)

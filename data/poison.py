@@ -17,7 +17,6 @@ from collections.abc import Callable
 from functools import partial
 
 from data.export import export, write_arrays
-from data.loading import is_poisoned
 from data.poisoning import ATTACKS
 from data.record_write import Model, write_record
 from data.sets import NewClassifier
@@ -50,7 +49,7 @@ def main(new_classifier: NewClassifier, weights_of: WeightsOf | None = None) -> 
     config = load_config(args.config, args.set)
     device = choose_device(args.gpu, 0)
     set_determinism(config.seed.deterministic, config.seed.benchmark)
-    if config.backdoor is None and not is_poisoned(config):
+    if config.backdoor is None and not config.poisoned_already:
         raise UserError(f"backdoor: null: no attack to poison with: name one of {', '.join(plugins.names(ATTACKS))}")
     write = write_arrays
     if args.format == FORMATS[1]:

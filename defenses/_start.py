@@ -28,10 +28,14 @@ def undefended_stage(config: Config, start_run: str | None) -> Stage:
     return Stage(UNDEFENDED_STAGE, epochs, plan.optimizer, plan.lr_scheduler, "undefended.optimizer")
 
 
-def train_undefended(context: Context, state: State, epoch: int) -> dict[str, float]:
-    """Train one epoch of that stage, bit for bit as `defense: none` does; return its mean loss."""
-    config = context.config
-    draws = draw_supervised(config.seed.seed, "undefended", epoch, len(context.train_set), context.train_transform)
+def train_undefended(context: Context, state: State, epoch: int, images: Tensor | None = None) -> dict[str, float]:
+    """Train one epoch of that stage, bit for bit as `defense: none` does; return its mean loss.
+
+    Args:
+        images: (n,) int64, those to train on; None: all.
+    """
+    config, chosen = context.config, torch.arange(len(context.train_set)) if images is None else images
+    draws = draw_supervised(config.seed.seed, "undefended", epoch, len(chosen), context.train_transform).of(chosen)
     state.model.train()
     return {"loss": train_supervised(context, state, "training", draws, config.undefended.batch_size)}
 

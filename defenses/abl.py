@@ -12,11 +12,11 @@ from torch import Tensor
 
 from data.augment import Pipeline
 from data.batches import draw_supervised
-from data.pools import lowest, pools_of
+from data.pools import class_agnostic_split, pools_of
 from engine.context import Context
 from engine.defense import DefenseBase
 from engine.evaluation import infer
-from engine.supervised import BatchLoss, mean_cross_entropy, supervised_steps, train_supervised
+from engine.supervised import BatchLoss, image_losses, mean_cross_entropy, supervised_steps, train_supervised
 from loss.supervised import cross_entropy
 from utils.checkpoint import State
 from utils.config import OPTIMIZERS, SCHEDULERS, SGD, Config, MultiStep
@@ -108,9 +108,7 @@ def ascent_below(context: Context, state: State, settings: Settings) -> BatchLos
 
     def loss(inputs: Tensor, index: Tensor, count: int) -> Tensor:
         """Return this process' share of the loss."""
-        with context.machine.autocast():
-            logits = state.parallel(inputs)  # (b, C)
-        losses = cross_entropy(logits, context.train_set.labels[index])  # (b,)
+        losses = image_losses(context, state.parallel, inputs, index)  # (b,)
         if settings.unit == "example":
             return (torch.sign(losses.detach() - settings.gamma) * losses).sum() / count
         share = losses.sum() / count
@@ -129,4 +127,4 @@ def isolate(context: Context, state: State, ratio: float) -> Tensor:
     """Return the `int(N ratio)` images of lowest cross-entropy, plain views in eval mode, sorted (n,) int64."""
     logits = infer(context, "isolate", state.model, context.train_set)  # (N, C)
     losses = cross_entropy(logits, context.train_set.labels).cpu()  # (N,)
-    return lowest(losses, int(len(losses) * ratio)).sort().values
+    return class_agnostic_split(losses, ratio)

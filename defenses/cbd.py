@@ -13,13 +13,12 @@ from torch import Tensor
 
 from data.batches import draw_supervised
 from engine.defense import DefenseBase
-from engine.supervised import BatchLoss, mean_cross_entropy, supervised_steps, train_supervised
-from loss.supervised import cross_entropy
+from engine.supervised import BatchLoss, image_losses, mean_cross_entropy, supervised_steps, train_supervised
 from model.classifier import build_classifier
 from utils.checkpoint import State
 from utils.config import OPTIMIZERS, SCHEDULERS, SGD, Config, MultiStep
 from utils.schema import Named, setting
-from utils.stages import DefenseSettings, Stage, locate
+from utils.stages import DefenseSettings, Stage
 
 BIASED = "biased"
 PLAN = Named("SGD", SGD(lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True))
@@ -74,12 +73,9 @@ class Defense(DefenseBase):
 
         def loss(inputs: Tensor, index: Tensor, count: int) -> Tensor:
             """Return this process' share of the loss."""
-            labels = context.train_set.labels[index]
-            with context.machine.autocast():
-                logits = state.parallel(inputs)  # (b, C)
-                with torch.no_grad():
-                    known = cross_entropy(biased.eval()(inputs), labels)  # (b,)
-            losses = cross_entropy(logits, labels)  # (b,)
+            losses = image_losses(context, state.parallel, inputs, index)  # (b,)
+            with torch.no_grad():
+                known = image_losses(context, biased.eval(), inputs, index)  # (b,)
             weights = known / (known + losses.detach() + FLOOR)
             mean = context.machine.all_reduce(weights.sum()) / count
             return (weights / mean * losses).sum() / count
@@ -88,8 +84,7 @@ class Defense(DefenseBase):
 
     def train_epoch(self, state: State, epoch: int) -> dict[str, float]:
         """Train one pass over all images; return the mean of the stage's loss."""
-        stage, _ = locate(self.context.config.stages, epoch)
-        seed, transform = self.context.config.seed.seed, self.context.train_transform
-        draws = draw_supervised(seed, "cbd", epoch, len(self.context.train_set), transform)
+        config, transform = self.context.config, self.context.train_transform
+        draws = draw_supervised(config.seed.seed, "cbd", epoch, len(self.context.train_set), transform)
         self.part.model.train()
-        return {"loss": train_supervised(self.context, self.part, stage.name, draws, self.settings.batch_size)}
+        return {"loss": train_supervised(self.context, self.part, config.stage(epoch), draws, self.settings.batch_size)}

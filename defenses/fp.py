@@ -20,7 +20,7 @@ from model.classifier import Classifier, Features
 from utils.checkpoint import State
 from utils.config import OPTIMIZERS, SGD, Config
 from utils.schema import Named, setting
-from utils.stages import DefenseSettings, Stage, locate
+from utils.stages import DefenseSettings, Stage
 
 PRUNED = "pruned channels"
 
@@ -86,15 +86,15 @@ class Defense(DefenseBase):
 
     def train_epoch(self, state: State, epoch: int) -> dict[str, float]:
         """Train one pass over the stage's images; of the stage `pruned` only the loss on the clean images is computed."""
-        context, (stage, _) = self.context, locate(self.context.config.stages, epoch)
-        if stage.name == UNDEFENDED_STAGE:
+        context, stage = self.context, self.context.config.stage(epoch)
+        if stage == UNDEFENDED_STAGE:
             return train_undefended(context, state, epoch)
-        if stage.name == "pruned":
+        if stage == "pruned":
             logits = infer(context, "pruned", state.model, context.train_set)[self.given]
             return {"loss": float(cross_entropy(logits, context.train_set.labels[self.given]).mean())} | self.count(state)
         draws = draw_supervised(context.config.seed.seed, "fp", epoch, len(self.given), context.train_transform)
         state.model.train()
-        loss = train_supervised(context, state, stage.name, draws.of(self.given), self.settings.batch_size)
+        loss = train_supervised(context, state, stage, draws.of(self.given), self.settings.batch_size)
         silence(state)
         return {"loss": loss} | self.count(state)
 

@@ -15,15 +15,14 @@ from torch import Tensor
 from data.batches import draw_supervised
 from defenses._start import START_HELP, UNDEFENDED_STAGE, take_weights, train_undefended, undefended_stage
 from engine.defense import DefenseBase
-from engine.supervised import BatchLoss, supervised_steps, train_supervised
+from engine.supervised import BatchLoss, image_losses, supervised_steps, train_supervised
 from loss.attention import attention_distance
-from loss.supervised import cross_entropy
 from model.classifier import Classifier
 from model.feature_maps import collect_maps
 from utils.checkpoint import State
 from utils.config import OPTIMIZERS, SCHEDULERS, SGD, Config, MultiStep
 from utils.schema import Named, Reader, setting
-from utils.stages import DefenseSettings, Stage, locate
+from utils.stages import DefenseSettings, Stage
 
 TEACHER = "teacher"
 PLAN = Named("SGD", SGD(lr=0.01, momentum=0.9, weight_decay=5e-4))
@@ -97,11 +96,9 @@ class Defense(DefenseBase):
 
         def loss(inputs: Tensor, index: Tensor, count: int) -> Tensor:
             """Return this process' share of the loss."""
-            with context.machine.autocast():
-                logits = state.parallel(inputs)  # (b, C)
-                with torch.no_grad():
-                    teacher.eval()(inputs)
-            losses = cross_entropy(logits, context.train_set.labels[index])  # (b,)
+            losses = image_losses(context, state.parallel, inputs, index)  # (b,)
+            with torch.no_grad(), context.machine.autocast():
+                teacher.eval()(inputs)
             for name, beta in zip(s.layers, s.betas, strict=True):
                 losses = losses + beta * attention_distance(maps[name], taught[name])
             return losses.sum() / count
@@ -110,10 +107,10 @@ class Defense(DefenseBase):
 
     def train_epoch(self, state: State, epoch: int) -> dict[str, float]:
         """Train one pass over the stage's images; return the mean of its loss."""
-        stage, _ = locate(self.context.config.stages, epoch)
-        if stage.name == UNDEFENDED_STAGE:
+        stage = self.context.config.stage(epoch)
+        if stage == UNDEFENDED_STAGE:
             return train_undefended(self.context, state, epoch)
         draws = draw_supervised(self.context.config.seed.seed, "nad", epoch, len(self.given), self.context.train_transform)
-        part = self.teacher if stage.name == TEACHER else state
+        part = self.teacher if stage == TEACHER else state
         part.model.train()
-        return {"loss": train_supervised(self.context, part, stage.name, draws.of(self.given), self.settings.batch_size)}
+        return {"loss": train_supervised(self.context, part, stage, draws.of(self.given), self.settings.batch_size)}

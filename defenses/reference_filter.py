@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from data.batches import draw_supervised
 from data.sets import CLEAN, COVER, POISONED
+from defenses._start import train_undefended, undefended_stage
 from engine.defense import DefenseBase
-from engine.supervised import train_supervised
 from utils.checkpoint import State
 from utils.config import Config
 from utils.draws import generator
@@ -29,8 +28,7 @@ class Settings(DefenseSettings):
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """All epochs are alike."""
-        plan = config.undefended
-        return (Stage("filtered", config.num_epochs, plan.optimizer, plan.lr_scheduler, "undefended.optimizer"),)
+        return (replace(undefended_stage(config, None), name="filtered"),)
 
 
 def reference_images(config: Config, flags: Tensor) -> Tensor:
@@ -48,8 +46,5 @@ class Defense(DefenseBase):
 
     def train_epoch(self, state: State, epoch: int) -> dict[str, float]:
         """Train one pass over the kept images; return its mean loss."""
-        config, transform = self.context.config, self.context.train_transform
         state.sets["kept"] = self.given
-        draws = draw_supervised(config.seed.seed, "undefended", epoch, len(self.given), transform).of(self.given)
-        state.model.train()
-        return {"loss": train_supervised(self.context, state, "training", draws, config.undefended.batch_size)}
+        return train_undefended(self.context, state, epoch, self.given)

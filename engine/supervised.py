@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.augment import Pipeline
 from data.batches import SupervisedDraws
@@ -69,8 +69,13 @@ def mean_cross_entropy(context: Context, state: State) -> BatchLoss:
 
     def loss(inputs: Tensor, index: Tensor, count: int) -> Tensor:
         """Return the share of the mean cross-entropy."""
-        with context.machine.autocast():
-            logits = state.parallel(inputs)  # (b, C)
-        return cross_entropy(logits, context.train_set.labels[index]).sum() / count
+        return image_losses(context, state.parallel, inputs, index).sum() / count
 
     return loss
+
+
+def image_losses(context: Context, model: nn.Module, inputs: Tensor, index: Tensor) -> Tensor:
+    """Return the cross-entropy (b,) of images (b, 3, H, W) with the labels that they carry; index: (b,) int64."""
+    with context.machine.autocast():
+        logits = model(inputs)  # (b, C)
+    return cross_entropy(logits, context.train_set.labels[index])

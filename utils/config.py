@@ -308,6 +308,11 @@ class Config:
         return self.attacker.attack
 
     @property
+    def poisoned_already(self) -> bool:
+        """Whether the data set that the YAML names is poisoned already, with its ground truth."""
+        return self.dataset is not None and self.dataset.name in DATASETS.declared("POISONED")
+
+    @property
     def stages(self) -> tuple[Stage, ...]:
         """The stages of the defense."""
         found: tuple[Stage, ...] = self.defense.settings.stages(self)
@@ -364,8 +369,7 @@ def check(config: Config, reader: Reader) -> None:
         if value is not None and value != c:
             reader.fail(key, value, f"num_classes is {c}: give {c} or leave the key out")
     if config.backdoor is None:
-        recorded = config.dataset is not None and config.dataset.name in DATASETS.declared("POISONED")
-        if config.defense.settings.needs_clean and config.seed_samples is None and not recorded:
+        if config.defense.settings.needs_clean and config.seed_samples is None and not config.poisoned_already:
             remedy = "required with backdoor: null: give a list (one image name per line) or a folder of clean images"
             reader.fail("seed_samples", None, remedy)
     else:
