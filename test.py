@@ -24,7 +24,7 @@ from data.augment import Pipeline
 from data.sources import prepare_tests
 from data.unlabeled import ImageFiles, label_table
 from engine.context import build_context
-from engine.evaluation import evaluate_with_confusion
+from engine.evaluation import evaluate
 from model.classifier import build_classifier, new_classifier
 from model.inference import predict
 from utils import checkpoint, config, confusion
@@ -86,19 +86,19 @@ def test(loaded: Loaded) -> None:
     clean, backdoor = tests.clean, tests.backdoor
     if clean is None:
         raise UserError(f"dataset_dir: {settings.dataset_dir}: no test images: add some, or label images with --images DIR")
-    figures, matrix = evaluate_with_confusion(build_context(settings, machine, clean), loaded.model, tests)
-    assert matrix is not None
+    figures, by_class = evaluate(build_context(settings, machine, clean), loaded.model, tests)
+    assert by_class is not None
     result: dict[str, Any] = {"checkpoint": str(loaded.path), "epoch": loaded.saved.get("epoch")} | figures
     result |= {"clean_total": len(clean), "backdoor_total": None if backdoor is None else len(backdoor)}
     shares = {name: f"{100 * share:.2f} %" for name, share in figures.items() if share is not None}
     print(f"ACC {shares['clean_accuracy']} of {len(clean)} clean test images")
-    worst = min((x, c) for c, x in enumerate(confusion.per_class_accuracy(matrix)) if x is not None)
+    worst = min((x, c) for c, x in enumerate(confusion.per_class_accuracy(by_class.clean)) if x is not None)
     print(f"ACC of the worst class, {class_text(worst[1], checkpoint.about(loaded.saved)[0])}: {100 * worst[0]:.2f} %")
     if backdoor is not None:
         print(f"ASR {shares['attack_success_rate']} of {len(backdoor)} triggered test images")
         print(f"RA  {shares['robust_accuracy']} of the triggered images get their original label")
         print(f"without the trigger, {shares['clean_as_target']} of these images get the attacker's label")
-    write_text(run.log / "test.json", confusion.to_json(result | confusion.figures(matrix)))
+    write_text(run.log / "test.json", confusion.to_json(result | confusion.figures(by_class)))
     print(f"written to {run.log / 'test.json'}")
 
 

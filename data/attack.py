@@ -52,6 +52,10 @@ class AttackBase(ABC):
             split: "train" or "test".
         """
 
+    def preference(self) -> np.ndarray | None:
+        """Return values (N,) of the training images, of which those of the lowest are poisoned; None (here): a random draw."""
+        return None
+
     def cover(self, images: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Return cover images made from training images (n, H, W, 3) uint8; called only if `cover_ratio` > 0."""
         raise NotImplementedError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,12 @@ from utils.config import Config
 from utils.draws import numpy_generator
 from utils.errors import UserError
 from utils.files import write_atomically
+
+Preference = Callable[[], np.ndarray | None]
+
+
+def no_preference() -> None:
+    """The preference of an attack that poisons images at random."""
 
 
 def label_after(labels: np.ndarray, target_label: int | None, target_shift: int | None, num_classes: int) -> np.ndarray:
@@ -55,15 +62,43 @@ def draw_poisoned(allowed: np.ndarray, ratio: float, seed: int, mode: str, clean
         drawn = np.array([rng.random() < ratio for _ in allowed], bool)
         index[drawn & allowed] = 1
         return index
-    candidates = np.flatnonzero(allowed).tolist()
-    count = int(ratio * (len(candidates) if clean_label else len(allowed)))
-    if count > len(candidates):
+    index[rng.sample(np.flatnonzero(allowed).tolist(), exact_count(allowed, ratio, clean_label))] = 1
+    return index
+
+
+def exact_count(allowed: np.ndarray, ratio: float, clean_label: bool) -> int:
+    """Return how many of the allowed (N,) images mode `exact` poisons; `clean_label` as in `draw_poisoned`."""
+    candidates = int(allowed.sum())
+    count = int(ratio * (candidates if clean_label else len(allowed)))
+    if count > candidates:
         raise UserError(
-            f"backdoor.poison_ratio: {ratio}: needs {count} images to poison, but {len(candidates)} are of other classes than "
+            f"backdoor.poison_ratio: {ratio}: needs {count} images to poison, but {candidates} are of other classes than "
             "the target: lower it"
         )
-    index[rng.sample(candidates, count)] = 1
-    return index
+    return count
+
+
+def choose_poisoned(
+    config: Config, labels: np.ndarray, clean_label: bool, preference: Preference = no_preference
+) -> np.ndarray:
+    """Return which images of labels (N,) the configured attack poisons: drawn at random, or those that it prefers.
+
+    Args:
+        preference: returns (N,) values, of which the lowest are poisoned, ties by index; or None.
+    Returns:
+        as `draw_poisoned`.
+    Raises:
+        UserError: the attack has a preference, but the number of images is left to chance.
+    """
+    b, allowed = config.attacker, may_be_poisoned(config, labels, clean_label)
+    if b.poison_ratio and (values := preference()) is not None:
+        if b.poison_mode != "exact":
+            raise UserError(f"backdoor.poison_mode: {b.poison_mode}: {b.attack.name} chooses its images: give exact")
+        index, candidates = np.zeros(len(allowed)), np.flatnonzero(allowed)
+        count = exact_count(allowed, b.poison_ratio, clean_label)
+        index[candidates[np.argsort(values[candidates], kind="stable")[:count]]] = 1
+        return index
+    return draw_poisoned(allowed, b.poison_ratio, config.seed.seed, b.poison_mode, clean_label)
 
 
 def draw_cover(poisoned: np.ndarray, ratio: float, seed: int, allowed: np.ndarray | None = None) -> np.ndarray:
@@ -84,8 +119,10 @@ def draw_cover(poisoned: np.ndarray, ratio: float, seed: int, allowed: np.ndarra
     return np.sort(numpy_generator(seed, "cover").choice(others, count, replace=False))
 
 
-def poison_index(path: Path, labels: np.ndarray, config: Config, clean_label: bool = False) -> np.ndarray:
-    """Return the run's `poison_idx.npy`, checked against the settings; if the file is missing, draw and store it.
+def poison_index(
+    path: Path, labels: np.ndarray, config: Config, clean_label: bool = False, preference: Preference = no_preference
+) -> np.ndarray:
+    """Return the run's `poison_idx.npy`, checked against the settings; if the file is missing, choose and store it.
 
     Args:
         labels: (N,) int64, before the attack.
@@ -97,7 +134,7 @@ def poison_index(path: Path, labels: np.ndarray, config: Config, clean_label: bo
     b = config.attacker
     allowed = may_be_poisoned(config, labels, clean_label)
     if not path.exists():
-        index = draw_poisoned(allowed, b.poison_ratio, config.seed.seed, b.poison_mode, clean_label)
+        index = choose_poisoned(config, labels, clean_label, preference)
         write_atomically(path, lambda file: np.save(file, index, allow_pickle=False))
         return index
     remedy = "move the file away to draw it again, or start over with --resume False"

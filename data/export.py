@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from data.attack import AttackBase
-from data.choice import draw_poisoned, may_be_poisoned
+from data.choice import choose_poisoned
 from data.contact_sheet import Group, columns, draw_contact_sheet
 from data.loading import dataset_of, load_data, load_raw
 from data.poisoned_folder import KEYS, PARTS, StoredSet, count, holds_same_set, settings_of_set, write_set
@@ -80,9 +80,7 @@ def make(config: Config, device: torch.device, new_classifier: NewClassifier) ->
     """Return the configured data set, poisoned by the configured attack."""
     raw = load_raw(config)
     attack = build_attack(config, raw, device, new_classifier)
-    b = config.attacker
-    allowed = may_be_poisoned(config, raw.train_labels, attack.clean_label)
-    index = draw_poisoned(allowed, b.poison_ratio, config.seed.seed, b.poison_mode, attack.clean_label)
+    index = choose_poisoned(config, raw.train_labels, attack.clean_label, attack.preference)
     parts = {
         "train": poison_images(config, raw, attack, index),
         "clean_test": clean_images(raw),

@@ -44,7 +44,8 @@ def build_attack(
 
 def poison_training_set(config: Config, raw: RawData, attack: AttackBase, folder: Path, placement: str = "device") -> Part:
     """Return the poisoned training set; which images are poisoned is stored as `poison_idx.npy` in the run's folder."""
-    index = poison_index(folder / "poison_idx.npy", raw.train_labels, config, attack.clean_label)
+    path = folder / "poison_idx.npy"
+    index = poison_index(path, raw.train_labels, config, attack.clean_label, attack.preference)
     return poison_images(config, raw, attack, index, placement)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -12,40 +14,44 @@ from loss.supervised import symmetric_cross_entropy
 from model.classifier import Classifier, Features
 from model.inference import predict
 from utils.checkpoint import State
-from utils.confusion import confusion_matrix
+from utils.confusion import ByClass, confusion_matrix
 from utils.runlog import progress
 from utils.suspects import Evidence
 
 
-def evaluate(context: Context, model: nn.Module, tests: TestSets) -> dict[str, float | None]:
-    """Return the shares of `evaluate_with_confusion`, without the matrix."""
-    return evaluate_with_confusion(context, model, tests)[0]
+class Evaluation(NamedTuple):
+    """The figures of a model on the test images.
 
-
-def evaluate_with_confusion(
-    context: Context, model: nn.Module, tests: TestSets
-) -> tuple[dict[str, float | None], Tensor | None]:
-    """Evaluate a model on the clean and the triggered test images.
-
-    Returns:
-        shares in 0..1, None without the test set: `clean_accuracy` (ACC), clean images that get their label. Of the triggered
-        images: `attack_success_rate` (ASR), those that get the attacker's label; `robust_accuracy` (RA), those that get their
-        original label; `clean_as_target`, those that get the attacker's label even without the trigger, to compare the ASR
-        with. And the confusion matrix (C, C) of the clean images, or None.
+    Attributes:
+        shares: in 0..1, None without the test set: `clean_accuracy` (ACC), clean images that get their label. Of the triggered
+            images: `attack_success_rate` (ASR), those that get the attacker's label; `robust_accuracy` (RA), those that get
+            their original label; `clean_as_target`, those that get the attacker's label even without the trigger, to compare
+            the ASR with.
+        by_class: what is predicted for the images of each class; None without test images.
     """
+
+    shares: dict[str, float | None]
+    by_class: ByClass | None
+
+
+def evaluate(context: Context, model: nn.Module, tests: TestSets) -> Evaluation:
+    """Evaluate a model on the clean and the triggered test images."""
     figures = dict.fromkeys(("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target"))
     if tests.clean is None:
-        return figures, None
+        return Evaluation(figures, None)
+    classes = context.config.num_classes
     predicted = infer(context, "test", model, tests.clean).argmax(1)  # (M,)
     hits = {"clean_accuracy": predicted == tests.clean.labels}
+    by_class = ByClass(confusion_matrix(tests.clean.labels, predicted, classes))
     if tests.backdoor is not None and tests.origin is not None:
         triggered = infer(context, "test", model, tests.backdoor).argmax(1)  # (M',)
-        wanted = tests.backdoor.labels  # (M',)
+        wanted, original = tests.backdoor.labels, tests.clean.labels[tests.origin]  # (M',)
         hits["attack_success_rate"] = triggered == wanted
-        hits["robust_accuracy"] = triggered == tests.clean.labels[tests.origin]
+        hits["robust_accuracy"] = triggered == original
         hits["clean_as_target"] = predicted[tests.origin] == wanted
-    shares = {name: int(hit.sum()) / len(hit) for name, hit in hits.items()}
-    return figures | shares, confusion_matrix(tests.clean.labels, predicted, context.config.num_classes)
+        successes = torch.bincount(original[triggered == wanted].cpu(), minlength=classes)  # (C,)
+        by_class = by_class._replace(triggered=confusion_matrix(original, triggered, classes), successes=successes)
+    return Evaluation(figures | {name: int(hit.sum()) / len(hit) for name, hit in hits.items()}, by_class)
 
 
 def infer(context: Context, purpose: str, model: nn.Module, images: ImageSet, draws: Tensor | None = None) -> Tensor:

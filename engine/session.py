@@ -18,12 +18,13 @@ from data.sets import PoisonedData, TestSets
 from data.sources import prepare
 from engine.context import Context, build_context, build_state
 from engine.defense import DefenseBase
-from engine.evaluation import class_probabilities, collect_evidence, evaluate_with_confusion, training_features
+from engine.evaluation import class_probabilities, collect_evidence, evaluate, training_features
 from model.classifier import new_classifier
 from utils import checkpoint, config, manifest, plugins, stages
 from utils.checkpoint import State
 from utils.config import DEFENSES, Config, check_processes
 from utils.confusion import FILE as CONFUSION
+from utils.confusion import ByClass
 from utils.draws import key_seed
 from utils.errors import UserError
 from utils.evidence import FILE as EVIDENCE
@@ -49,7 +50,7 @@ class Session:
     def __post_init__(self) -> None:
         self.trains = self.state.epoch < self.context.config.epochs
         self.started = time.monotonic()
-        self.confusion: Tensor | None = None  # (C, C) of the last epoch
+        self.by_class: ByClass | None = None  # of the last epoch
 
     def epochs(self) -> Iterator[int]:
         """Yield the 0-based numbers of the remaining epochs; call `finish_epoch` at the end of each."""
@@ -69,7 +70,7 @@ class Session:
         """
         context, state = self.context, self.state
         context.machine.average_buffers(state.model)
-        figures, self.confusion = evaluate_with_confusion(context, state.model, self.tests)
+        figures, self.by_class = evaluate(context, state.model, self.tests)
         self.check_losses(losses)
         if self.report and state.split_values is not None:
             self.report.split(state.epoch, state.clean_pool, state.split_values)
@@ -110,7 +111,7 @@ class Session:
         }
 
     def conclude(self) -> None:
-        """Finish the run: rank the suspects, write the evidence and the confusion matrix, draw the plots."""
+        """Finish the run: rank the suspects, write the evidence and the confusion matrices, draw the plots."""
         self.writer.wait()
         context, state, report, run = self.context, self.state, self.report, locate(self.context.config)
         if len(state.clean_pool) and (self.trains or not (run.saved / SUSPECTS).exists()):
@@ -118,7 +119,7 @@ class Session:
             if report:
                 report.rank_suspects(evidence, context.train_set)
         if not self.trains and not (run.log / CONFUSION).exists():
-            self.confusion = evaluate_with_confusion(context, state.model, self.tests)[1]
+            self.by_class = evaluate(context, state.model, self.tests).by_class
         drawn = self.trains or not (run.log / FEATURES).exists()
         kept = context.config.evidence and (self.trains or not (run.saved / EVIDENCE).exists())
         if drawn or kept:
@@ -129,7 +130,7 @@ class Session:
                 probabilities = class_probabilities(state.model, features)  # (N, C)
                 report.keep_evidence(features, probabilities, context.train_set.labels.cpu())
         if report:
-            report.conclude(state, self.confusion)
+            report.conclude(state, self.by_class)
 
 
 @contextlib.contextmanager

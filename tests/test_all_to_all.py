@@ -110,10 +110,13 @@ def test_success_is_the_shifted_label(plan: Config, monkeypatch: pytest.MonkeyPa
     answers = iter([on_clean, on_triggered])
     monkeypatch.setattr(evaluation, "infer", lambda *_: torch.nn.functional.one_hot(next(answers), 10).float())
     context: Any = SimpleNamespace(config=plan)
-    figures = evaluation.evaluate(context, torch.nn.Identity(), tests)
+    figures, by_class = evaluation.evaluate(context, torch.nn.Identity(), tests)
     assert figures == pytest.approx(
         {"clean_accuracy": 0.9, "attack_success_rate": 0.8, "robust_accuracy": 0.2, "clean_as_target": 0.1}
     )
+    assert by_class is not None and by_class.triggered is not None and by_class.successes is not None
+    assert by_class.successes.tolist() == [*by_class.triggered.diagonal(1).tolist(), by_class.triggered[9, 0]]
+    assert by_class.successes.sum() == 72 and by_class.triggered.diagonal().sum() == 18
 
 
 # -- Attacks that depend on the target ---------------------------------------------------------------------------------

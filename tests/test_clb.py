@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from data.attacks import _surrogate as surrogate
 from data.attacks import badnets, clb
-from data.attacks.clb import Adversary, Attack, Settings, build_trigger, pgd, rise_and_fall, to_uint8, train_surrogate
+from data.attacks._surrogate import Adversary, load_surrogate, pgd, rise_and_fall, train_surrogate
+from data.attacks.clb import Attack, Settings, build_trigger, to_uint8
 from data.poisoning import build_test_sets, poison_training_set
 from data.sets import POISONED, RawData, Scene
 from model.classifier import new_classifier
@@ -221,7 +223,9 @@ def test_train_images_stay_within_eps_and_the_loss_rises(tmp_path: Path, eps: fl
     change = np.abs(perturbed.astype(int) - images)
     assert change.max() <= eps
     assert (change > 0).mean() > 0.5  # 20 steps of 1.5 reach every eps: most values were moved
-    risen = cross_entropies(attack.surrogate(), perturbed, TARGET) > cross_entropies(attack.surrogate(), images, TARGET)
+    risen = cross_entropies(load_surrogate("clb", attack.settings, attack.scene), perturbed, TARGET) > cross_entropies(
+        load_surrogate("clb", attack.settings, attack.scene), images, TARGET
+    )
     assert risen.mean() >= 0.95
     assert f"clb: the surrogate's loss rises for {risen.sum()} of {len(images)} perturbed images" in said
 
@@ -279,7 +283,7 @@ def test_adversarial_training_gives_a_robust_surrogate(tmp_path: Path, training:
     wider = Named("resnet18_cifar", resnet18_cifar.Settings(width=8, blocks=1))
     chosen = Settings(surrogate=wider, training=training, epochs=8, batch_size=32, learning_rate=0.1)
     attack = Attack(chosen, Scene(raw, 1, 2, 0, tmp_path, new_classifier=new_classifier))
-    network = attack.surrogate()
+    network = load_surrogate("clb", attack.settings, attack.scene)
     sign = (2 * raw.train_labels - 1)[:, None, None, None]
     turned = (raw.train_images - 8 * sign * RED_LESS_BLUE).astype(np.uint8)  # every tint is now that of the other class
     with torch.no_grad():
@@ -297,8 +301,8 @@ def test_the_adversary_of_the_training(tmp_path: Path, monkeypatch: pytest.Monke
         calls.append((images, *rest))
         return images
 
-    monkeypatch.setattr(clb, "pgd", spy)
-    train_surrogate(replace(QUICK, training=training), make(tmp_path).scene)
+    monkeypatch.setattr(surrogate, "pgd", spy)
+    train_surrogate("clb", replace(QUICK, training=training), make(tmp_path).scene)
     assert len(calls) == 2 * (120 // 16)
     starts = []
     for images, adversary, start in calls:
@@ -315,7 +319,7 @@ def test_the_adversary_of_the_training(tmp_path: Path, monkeypatch: pytest.Monke
 def test_perturbing_does_not_change_the_surrogate(tmp_path: Path) -> None:
     """The surrogate is in eval mode without gradients, and perturbing changes neither its weights nor its BN statistics."""
     attack = make(tmp_path)
-    network = attack.surrogate()
+    network = load_surrogate("clb", attack.settings, attack.scene)
     assert not any(module.training for module in network.modules())
     assert not any(parameter.requires_grad for parameter in network.parameters())
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -327,13 +331,13 @@ def test_perturbing_does_not_change_the_surrogate(tmp_path: Path) -> None:
 def test_training_depends_on_the_seed_alone(tmp_path: Path) -> None:
     """The same seed gives the same weights, whatever torch drew before, another seed others; torch's generator is restored."""
     scene = make(tmp_path).scene
-    first = train_surrogate(QUICK, scene)
+    first = train_surrogate("clb", QUICK, scene)
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    again = train_surrogate(QUICK, scene)
+    again = train_surrogate("clb", QUICK, scene)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(np.array_equal(first[name], again[name]) for name in first)
-    other = train_surrogate(QUICK, replace(scene, seed=6))
+    other = train_surrogate("clb", QUICK, replace(scene, seed=6))
     assert not np.array_equal(first["linear.weight"], other["linear.weight"])
 
 

@@ -1,4 +1,4 @@
-"""The confusion matrix of the clean test images, accuracy per class, and their JSON."""
+"""The confusion matrices of the test images, accuracy and ASR per class, and their JSON."""
 
 from __future__ import annotations
 
@@ -49,15 +49,28 @@ def test_a_class_that_is_never_predicted() -> None:
     assert confusion.per_class_accuracy(matrix) == [0.0, 1.0, None, None]
 
 
+def test_the_figures_of_triggered_images() -> None:
+    """The ASR of a class is its share of the images that get the attacker's label, null for a class without triggered images
+    and null as a whole without an attack."""
+    clean, triggered = matrix_of([(0, 0), (1, 1), (2, 3)]), matrix_of([(0, 1), (0, 0), (2, 1)])
+    found = confusion.figures(confusion.ByClass(clean, triggered, torch.tensor([1, 0, 1, 0])))
+    assert found["per_class_attack_success_rate"] == [0.5, None, 1.0, None]
+    assert found["triggered_confusion"] == triggered.tolist() and found["confusion"] == clean.tolist()
+    found = confusion.figures(confusion.ByClass(clean))
+    assert found["per_class_attack_success_rate"] is None is found["triggered_confusion"]
+    assert found["per_class_accuracy"] == [1.0, 1.0, 0.0, None]
+
+
 @settings(deadline=None, max_examples=60)
 @given(PAIRS, st.lists(st.text(max_size=12), max_size=CLASSES))
 def test_the_json_has_a_row_of_the_matrix_a_line(pairs: list[tuple[int, int]], names: list[str]) -> None:
     """All values, also hostile names, are read back unchanged; each row of the matrix is one line."""
     matrix = matrix_of(pairs)
-    values = {"class_names": names, "epoch": 3, **confusion.figures(matrix)}
+    found = confusion.ByClass(matrix, 2 * matrix, matrix[:, 1])
+    values = {"class_names": names, "epoch": 3, **confusion.figures(found)}
     text = confusion.to_json(values)
     assert json.loads(text) == values
-    for row in matrix.tolist():
+    for row in matrix.tolist() + (2 * matrix).tolist():
         assert any(line.strip(" ,") == json.dumps(row) for line in text.splitlines())
 
 

@@ -193,7 +193,15 @@ def test_run_keeps_its_yaml_poison_and_pictures(finished: Place) -> None:
     assert set(np.unique(index)) == {0.0, 1.0}
     assert f"{TRAIN} ({int(index.sum())} poisoned)" in (finished.folder / "said.txt").read_text()
     splits = [f"split_{stage}.png" for stage in dict.fromkeys(STAGES)]
-    for name in ("accuracy.png", "purity.png", "triggered.png", "confusion.png", "features.png", *splits):
+    for name in (
+        "accuracy.png",
+        "purity.png",
+        "triggered.png",
+        "confusion.png",
+        "triggered_confusion.png",
+        "features.png",
+        *splits,
+    ):
         with Image.open(finished.log / name) as picture:
             picture.load()
             assert min(picture.size) > 100
@@ -209,6 +217,12 @@ def test_the_run_keeps_its_confusion_matrix_and_its_page(finished: Place) -> Non
     assert matrix.diagonal().sum() / TEST == row["clean_accuracy"]
     for counts, own, share in zip(matrix, matrix.diagonal(), kept["per_class_accuracy"], strict=True):
         assert share == own / counts.sum()
+    triggered = np.array(kept["triggered_confusion"])
+    assert (triggered.shape, triggered.sum(), triggered[3].sum()) == ((10, 10), 39, 0)  # without the target class
+    assert (
+        triggered[:, 3].sum() / 39 == row["attack_success_rate"] and triggered.diagonal().sum() / 39 == row["robust_accuracy"]
+    )
+    assert kept["per_class_attack_success_rate"][3] is None
     page = (finished.log / "report.html").read_text()
     assert f"{100 * row['clean_accuracy']:.2f} %" in page and "train_iteration" in page
     for plot in [*finished.log.glob("*.png"), finished.saved / "suspects.png"]:
@@ -287,7 +301,10 @@ def test_test_py_gives_the_figures_of_the_run(finished: Place, tmp_path: Path, w
     matrix = np.array(kept["confusion"])
     assert matrix.sum() == TEST and matrix.diagonal().sum() == kept["clean_accuracy"] * TEST
     if which != "best":
-        assert kept["confusion"] == json.loads((place.log / "confusion.json").read_text())["confusion"]
+        of_the_run = json.loads((place.log / "confusion.json").read_text())
+        assert all(
+            kept[key] == of_the_run[key] for key in ("confusion", "triggered_confusion", "per_class_attack_success_rate")
+        )
     assert f"ACC {100 * row['clean_accuracy']:.2f} %" in result.stdout
     assert f"{100 * min(kept['per_class_accuracy']):.2f} %" in result.stdout
     assert f"ASR {100 * row['attack_success_rate']:.2f} %" in result.stdout
@@ -372,7 +389,7 @@ def test_a_run_needs_neither_pictures_nor_tensorboard(tiny: Path, tmp_path: Path
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     warned = [line.split(":")[1].split("/")[-1].strip() for line in result.stdout.splitlines() if line.startswith("warning: ")]
     splits = [f"split_{stage}.png" for stage in dict.fromkeys(STAGES)]
-    ends = ("suspects.png", "features.png", "accuracy.png", "confusion.png", "purity.png")
+    ends = ("suspects.png", "features.png", "accuracy.png", "confusion.png", "triggered_confusion.png", "purity.png")
     assert sorted(warned) == sorted(["TensorBoard", "triggered.png", *splits, *ends])
     saved = tmp_path / "saved_data" / "tiny"
     assert len((saved / "suspects.csv").read_text().splitlines()) == TRAIN + 1

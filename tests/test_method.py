@@ -24,7 +24,7 @@ from data.sets import GroundTruth, ImageSet, Part, PoisonedData, RawData, TestSe
 from defenses import none
 from engine.context import Context, build_context, build_state, build_transforms
 from engine.defense import DefenseBase
-from engine.evaluation import evaluate, evaluate_with_confusion
+from engine.evaluation import evaluate
 from engine.supervised import supervised_steps, train_supervised
 from model.classifier import Classifier, build_classifier
 from model.grouped_norm import group
@@ -387,7 +387,7 @@ def test_the_size_of_scoring_batches_changes_no_decision(tiny: Path, monkeypatch
     tests = TestSets(images, ImageSet(images.images, images.labels.roll(1)), torch.arange(N))
 
     def figures() -> tuple[Tensor, dict[str, float | None]]:
-        return ASD.split_losses(fixed, 2, "score", model), evaluate(fixed, model, tests)
+        return ASD.split_losses(fixed, 2, "score", model), evaluate(fixed, model, tests).shares
 
     sizes: list[int] = []
     hook = nn.modules.module.register_module_forward_hook(
@@ -520,7 +520,7 @@ def test_accuracy_is_a_count(tiny: Path, batch: int) -> None:
     assert right == 22
     assert len(set(predicted)) > 1
     labeled = ImageSet(test_set.images, torch.tensor(labels))
-    figures = evaluate(fixed, model, TestSets(labeled, None))
+    figures, by_class = evaluate(fixed, model, TestSets(labeled, None))
     assert figures["clean_accuracy"] == right / 43
     assert {name for name, share in figures.items() if share is not None} == {"clean_accuracy"}
     assert model.training
@@ -528,18 +528,24 @@ def test_accuracy_is_a_count(tiny: Path, batch: int) -> None:
     counts = [[0] * C for _ in range(C)]
     for label, p in zip(labels, predicted, strict=True):
         counts[label][p] += 1
-    matrix = evaluate_with_confusion(fixed, model, TestSets(labeled, None))[1]
-    assert matrix is not None and matrix.tolist() == counts
-    assert evaluate_with_confusion(fixed, model, TestSets(None, None)) == (dict.fromkeys(figures), None)
+    assert by_class is not None and by_class.clean.tolist() == counts and by_class[1:] == (None, None)
+    assert evaluate(fixed, model, TestSets(None, None)) == (dict.fromkeys(figures), None)
     # The triggered images are other test images, so it is known what the model makes of each.
     shown, origin, wanted = torch.arange(20), torch.arange(20, 40), torch.arange(20) % C
     tests = TestSets(labeled, ImageSet(test_set.images[shown], wanted), origin)
-    assert evaluate(fixed, model, tests) == {
+    figures, by_class = evaluate(fixed, model, tests)
+    assert figures == {
         "clean_accuracy": right / 43,
         "attack_success_rate": sum(predicted[i] == i % C for i in range(20)) / 20,
         "robust_accuracy": sum(predicted[i] == labels[20 + i] for i in range(20)) / 20,
         "clean_as_target": sum(predicted[20 + i] == i % C for i in range(20)) / 20,
     }
+    triggered, successes = [[0] * C for _ in range(C)], [0] * C
+    for i in range(20):
+        triggered[labels[20 + i]][predicted[i]] += 1
+        successes[labels[20 + i]] += predicted[i] == i % C
+    assert by_class is not None and by_class.triggered is not None and by_class.successes is not None
+    assert (by_class.clean.tolist(), by_class.triggered.tolist(), by_class.successes.tolist()) == (counts, triggered, successes)
 
 
 # The threat model.

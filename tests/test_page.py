@@ -67,7 +67,7 @@ def make_run(folder: Path, rows: list[dict[str, Any]], names: list[str], plots: 
     if names:
         matrix = torch.eye(len(names), dtype=torch.int64) * 8
         matrix[0, 1] = 2
-        text = confusion.to_json({"epoch": 0, "class_names": names, **confusion.figures(matrix)})
+        text = confusion.to_json({"epoch": 0, "class_names": names, **confusion.figures(confusion.ByClass(matrix))})
         (folder / "log" / confusion.FILE).write_text(text)
     return folder
 
@@ -165,7 +165,7 @@ def test_a_matrix_with_an_empty_class(tmp_path: Path) -> None:
     """A class without test images has no accuracy, and a class that is never mistaken for another has no rival."""
     folder = make_run(tmp_path / "run", [row(0)], ["cat", "dog"])
     matrix = torch.tensor([[0, 0], [0, 5]])
-    text = confusion.to_json({"epoch": 0, "class_names": [], **confusion.figures(matrix)})
+    text = confusion.to_json({"epoch": 0, "class_names": [], **confusion.figures(confusion.ByClass(matrix))})
     (folder / "log" / confusion.FILE).write_text(text)
     reader = read_page(folder)
     assert "100.00 %" in reader.texts and not {"nan %", "None"} & set(reader.texts)

@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 from utils import config, page, plots, runlog
+from utils.confusion import ByClass
 from utils.report import Report, Subject
 from utils.runlog import RunLog, add_finish, add_losses, add_row, add_start, epoch_line, progress, write_metrics
 from utils.suspects import Evidence
@@ -451,7 +452,7 @@ def test_a_page_that_fails_costs_a_line(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(page, "write_page", lambda *args: 1 / 0)
     history = rows(2, "none")
     state = SimpleNamespace(history=history, epoch=2, best_acc=0.9, best_epoch=1, clean_pool=())
-    report.conclude(state, torch.tensor([[3, 1], [0, 2]]))  # type: ignore[arg-type]
+    report.conclude(state, ByClass(torch.tensor([[3, 1], [0, 2]])))  # type: ignore[arg-type]
     report.close()
     assert ["report.html" in line for line in said if line.startswith("warning: ")] == [True]
     assert json.loads((tmp_path / "log" / "confusion.json").read_text())["per_class_accuracy"] == [0.75, 1.0]

@@ -17,6 +17,7 @@ from typing import Any
 
 from utils import confusion, suspects
 from utils.files import write_text
+from utils.plots import CONFUSIONS
 
 FILE = "report.html"
 STAGES = ("class-aware", "class-agnostic", "meta-split")
@@ -57,8 +58,7 @@ def write_page(folder: Path, title: str) -> None:
     splits = tuple(f"split_{stage}.png" for stage in STAGES)
     parts += section("Last split of each stage", plots(folder / "log", splits, "half"))
     parts += section("Triggered images", plots(folder / "log", ("triggered.png",)))
-    by_class = plots(folder / "log", ("confusion.png",), "half") + classes(folder)
-    parts += section("Clean test images by class", by_class and f'<div class="plots half">{by_class}</div>')
+    parts += section("Test images by class", plots(folder / "log", CONFUSIONS, "half") + classes(folder))
     parts += section("Features of the training images", plots(folder / "log", ("features.png",)))
     parts += section("Suspect training images", ranking(folder) + plots(folder, (suspects.PICTURE,)))
     parts += section("Epochs", details("Every epoch", epochs(rows)))
@@ -153,19 +153,23 @@ def results(rows: list[dict[str, Any]]) -> str:
 
 
 def classes(folder: Path) -> str:
-    """Return the accuracy of each class and the class that it is most often mistaken for, from `confusion.json`."""
+    """Return the accuracy of each class and the class that it is most often mistaken for, and the ASR of each original class,
+    from `confusion.json`."""
     path = folder / "log" / confusion.FILE
     if not path.is_file():
         return ""
     kept = json.loads(path.read_text(encoding="utf-8"))
     rows: list[tuple[object, ...]] = []
+    attacked = kept.get("per_class_attack_success_rate")  # files of earlier versions have none
     for label, (counts, share) in enumerate(zip(kept["confusion"], kept["per_class_accuracy"], strict=True)):
         wrong = [0 if other == label else count for other, count in enumerate(counts)]
         most = max(wrong)
         rival = f"{suspects.class_name(wrong.index(most), kept['class_names'])} ({most})" if most else None
         name = suspects.class_name(label, kept["class_names"])
-        rows.append((number(label), name, number(sum(counts)), percent(share), rival))
-    return table(("class", "name", "images", "accuracy", "most often mistaken for"), rows)
+        row = (number(label), name, number(sum(counts)), percent(share), rival)
+        rows.append((*row, percent(attacked[label])) if attacked else row)
+    head = ("class", "name", "images", "accuracy", "most often mistaken for", "ASR of its images")
+    return table(head if attacked else head[:-1], rows)
 
 
 def ranking(folder: Path) -> str:

@@ -23,6 +23,7 @@ from utils.stages import UNDEFENDED
 CLEAN_COLOR, POISONED_COLOR, COVER_COLOR = "#2a6f97", "#c1121f", "#e09f3e"
 COLORS = {"clean": CLEAN_COLOR, "poisoned": POISONED_COLOR, "cover": COVER_COLOR, "polluted pool": "#8e5ea2"}
 FEATURES = "features.png"
+CONFUSIONS = ("confusion.png", "triggered_confusion.png")  # of the clean and of the triggered test images
 STAGE_SHADES = {"class-aware": "#f4f1de", "class-agnostic": "#e0ecf4", "meta-split": "#e8f3e8", "undefended": "#ffffff"}
 
 
@@ -137,7 +138,7 @@ def draw_confusion(path: Path, matrix: np.ndarray, class_names: Sequence[str], t
         from matplotlib.colors import PowerNorm
 
         image = axes.imshow(100 * shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
-        figure.colorbar(image, ax=axes, shrink=0.8, label="% of the true class")
+        figure.colorbar(image, ax=axes, shrink=0.8, label="% of the class")
         if n <= 12:
             for (row, column), count in np.ndenumerate(matrix):
                 color = "white" if shares[row, column] > 0.3 else "black"

@@ -13,6 +13,7 @@ from torch import Tensor
 from utils import confusion, evidence, page, plots, suspects
 from utils.checkpoint import State, flatten
 from utils.config import Backdoor, Config, to_yaml
+from utils.confusion import ByClass
 from utils.files import write_text
 from utils.machine import Machine
 from utils.run import Run
@@ -184,11 +185,11 @@ class Report:
             f"evidence: {path} has features and probabilities of all training images, {path.stat().st_size / 1e6:.1f} MB"
         )
 
-    def conclude(self, state: State, matrix: Tensor | None) -> None:
+    def conclude(self, state: State, by_class: ByClass | None) -> None:
         """Log the final figures, draw the run's plots and write its page.
 
         Args:
-            matrix: (C, C) confusion matrix of the clean test images; None: unknown, or written earlier.
+            by_class: what is predicted for the test images of each class; None: unknown, or written earlier.
         """
         if not state.history:  # the authors' checkpoints have none
             return
@@ -201,18 +202,20 @@ class Report:
         if acc is not None:
             path = self.run.log / "accuracy.png"
             self.attempt(str(path), plots.draw_accuracy, path, state.history, self.title)
-        if matrix is not None:
-            self.keep_confusion(matrix, row["epoch"])
+        if by_class is not None:
+            self.keep_confusion(by_class, row["epoch"])
         if len(state.clean_pool) and self.poison_share:
             path = self.run.log / "purity.png"
             self.attempt(str(path), plots.draw_purity, path, state.history, self.poison_share, self.title)
         self.attempt(str(self.run.log / page.FILE), page.write_page, self.run.saved, self.title)
         self.log.to_board(add_finish, flatten(as_dict(self.config)), row)
 
-    def keep_confusion(self, matrix: Tensor, epoch: int) -> None:
-        """Write `confusion.json` and its plot."""
+    def keep_confusion(self, by_class: ByClass, epoch: int) -> None:
+        """Write `confusion.json` and a plot of each matrix."""
         names = self.subject.class_names
         head = {"epoch": epoch, "class_names": list(names)}
-        write_text(self.run.log / confusion.FILE, confusion.to_json(head | confusion.figures(matrix)))
-        path = self.run.log / "confusion.png"
-        self.attempt(str(path), plots.draw_confusion, path, matrix.numpy(), names, f"{self.title}: clean test images")
+        write_text(self.run.log / confusion.FILE, confusion.to_json(head | confusion.figures(by_class)))
+        for file, kind, matrix in zip(plots.CONFUSIONS, ("clean", "triggered"), by_class[:2], strict=True):
+            if matrix is not None:
+                path, title = self.run.log / file, f"{self.title}: {kind} test images"
+                self.attempt(str(path), plots.draw_confusion, path, matrix.numpy(), names, title)

@@ -1,0 +1,66 @@
+"""Look-alike: an attack on ASD's splits, by choosing which images are poisoned.
+
+ASD takes a low loss for a sign of a clean image: before the network knows the trigger, an image of another class has a high
+loss with the target label, and stays out of the clean pool. This attacker poisons those images of other classes that resemble
+the target class. A surrogate, trained for a few epochs on the clean training set, ranks them by their loss with the label that
+they will carry. Such images enter the clean pool by their looks and bring the trigger with them; once it is learned, their loss
+has little left to fall in the meta-split. The trigger is that of any other attack that changes labels.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data.attack import AttackBase
+from data.attacks._surrogate import check_classes, load_surrogate, losses
+from data.sets import Scene
+from utils import plugins
+from utils.config import ATTACKS, NETWORKS
+from utils.errors import UserError
+from utils.schema import Named, setting
+
+logger = logging.getLogger(__name__)
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    trigger: Named = setting("badnets", "the attack whose trigger is used", choices=ATTACKS)
+    surrogate: Named = setting("resnet18_cifar", "the network that ranks the images", choices=NETWORKS)
+    epochs: int = setting(4, "epochs of the surrogate's training; few, as it resembles the defender's network early on", low=1)
+    learning_rate: float = setting(0.1, "greatest learning rate of the surrogate's SGD; it rises, then falls to 0", above=0)
+    batch_size: int = setting(128, "images per step of the surrogate's training; lower it if memory runs out", low=2)
+    training = "benign"  # the surrogate has no adversary
+
+
+class Attack(AttackBase):
+    """The other attack, which alters the images, and the surrogate's ranking."""
+
+    def __init__(self, settings: Settings, scene: Scene) -> None:
+        check_classes("lookalike", settings.surrogate, scene)
+        name = settings.trigger.name
+        attack = None if name == "lookalike" else plugins.load(ATTACKS.package, name).Attack(settings.trigger.settings, scene)
+        if attack is None or attack.clean_label:
+            raise UserError(f"backdoor.lookalike.trigger: {name}: give an attack of its own that changes labels, e.g. badnets")
+        self.settings, self.scene, self.attack = settings, scene, attack
+        self.cover_ratio, self.cover_target_class = attack.cover_ratio, attack.cover_target_class
+
+    def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
+        """Return copies of images (n, H, W, 3) uint8 with the trigger."""
+        return np.asarray(self.attack.apply(images, index, split))
+
+    def cover(self, images: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Return cover images made from training images (n, H, W, 3) uint8."""
+        return np.asarray(self.attack.cover(images, index))
+
+    def preference(self) -> np.ndarray:
+        """Return the surrogate's cross-entropy (N,) float32 on each training image with the label that it would carry."""
+        raw, network = self.scene.raw, load_surrogate("lookalike", self.settings, self.scene)
+        labels = torch.from_numpy(self.scene.label_after(raw.train_labels)).to(self.scene.device)
+        starts = range(0, len(labels), BATCH)
+        parts = [losses(network, np.array(raw.train_images[at : at + BATCH]), labels[at : at + BATCH]) for at in starts]
+        return torch.cat(parts).cpu().numpy()

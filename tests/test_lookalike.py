@@ -1,0 +1,132 @@
+"""Look-alike: the images that the attacker chooses, the trigger of another attack, what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from data.attacks._surrogate import load_surrogate
+from data.choice import choose_poisoned
+from data.poisoning import build_attack, build_test_sets, poison_training_set
+from data.sets import POISONED, RawData, no_network
+from model.classifier import new_classifier
+from utils import config
+from utils.config import Config
+from utils.errors import UserError
+
+TARGET, CLASSES, COUNT = 1, 3, 240
+LOOKALIKE = "lookalike: {trigger: {badnets: {}}, epochs: 3, batch_size: 16, surrogate: {resnet18_cifar: {width: 4, blocks: 1}}}"
+
+
+def world() -> RawData:
+    """Noise of three levels of brightness, one for each class; the last 20 images look like class 1 but are of class 2."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, CLASSES, COUNT)
+    level = 60 * labels
+    labels[-20:], level[-20:] = 2, 60 * TARGET
+    images = (rng.integers(0, 80, (COUNT, 16, 16, 3)) + level[:, None, None, None]).astype(np.uint8)
+    images.flags.writeable = False
+    return RawData(images, labels, images[:60], labels[:60], ("a", "b", "c"))
+
+
+def plan_of(tiny: Path, attack: str = LOOKALIKE, more: str = "poison_mode: exact") -> Config:
+    """Settings with a tenth of the images poisoned, or others."""
+    target = "" if "target" in more else f"target_label: {TARGET}, "
+    ratio = "" if "poison_ratio" in more else "poison_ratio: 0.08, "
+    return config.load(tiny, [f"num_classes={CLASSES}", f"backdoor={{{attack}, {target}{ratio}{more}}}"])
+
+
+def attack_of(plan: Config, tmp_path: Path, network: Any = new_classifier) -> Any:
+    """The configured attack on the small world, its assets in a folder of their own."""
+    return build_attack(replace(plan, saved_dir=str(tmp_path)), world(), torch.device("cpu"), network)
+
+
+def test_the_images_that_resemble_the_target_class_are_poisoned(tiny: Path, tmp_path: Path) -> None:
+    """Exactly those of other classes to which the surrogate gives the target label with the lowest losses, by a slow sort;
+    of 20 such images most are among the first 19."""
+    plan, raw = plan_of(tiny), world()
+    attack = attack_of(plan, tmp_path)
+    network = load_surrogate("lookalike", attack.settings, attack.scene)
+    ranked = []
+    for i in range(COUNT):
+        if raw.train_labels[i] != TARGET:
+            with torch.no_grad():
+                logits = network(torch.from_numpy(raw.train_images[i : i + 1].copy()).permute(0, 3, 1, 2).float() / 255)
+            ranked.append((torch.nn.functional.cross_entropy(logits, torch.tensor([TARGET])).item(), i))
+    expected = {i for _, i in sorted(ranked)[:19]}
+    index = choose_poisoned(plan, raw.train_labels, attack.clean_label, attack.preference)
+    assert index.dtype == np.float64 and set(np.flatnonzero(index)) == expected
+    assert sum(i >= COUNT - 20 for i in expected) >= 15
+
+
+def test_the_trigger_is_that_of_the_other_attack(tiny: Path, tmp_path: Path) -> None:
+    """Poisoned and triggered test images are those that the other attack makes of the same images."""
+    plan, raw = plan_of(tiny), world()
+    attack = attack_of(plan, tmp_path)
+    plain = attack_of(plan_of(tiny, "badnets: {}"), tmp_path)
+    train = poison_training_set(plan, raw, attack, tmp_path)
+    poisoned = np.flatnonzero(train.flags == POISONED)
+    assert len(poisoned) == 19 and (train.labels[poisoned] == TARGET).all()
+    assert np.array_equal(train.images[poisoned], plain.apply(raw.train_images[poisoned], poisoned, "train"))
+    ours, theirs = build_test_sets(plan, raw, attack), build_test_sets(plan, raw, plain)
+    assert ours.backdoor is not None and theirs.backdoor is not None
+    assert torch.equal(ours.backdoor.images, theirs.backdoor.images)
+    assert np.array_equal(np.load(tmp_path / "poison_idx.npy"), train.flags == POISONED)
+
+
+def test_a_trigger_with_cover_images_keeps_them(tiny: Path, tmp_path: Path) -> None:
+    """The cover images of the other attack are made too, from images that are not poisoned."""
+    attack = "lookalike: {trigger: {wanet: {cover_ratio: 1}}, epochs: 1, surrogate: {resnet18_cifar: {width: 2, blocks: 1}}}"
+    plan = plan_of(tiny, attack)
+    train = poison_training_set(plan, world(), attack_of(plan, tmp_path), tmp_path)
+    assert np.bincount(train.flags).tolist() == [COUNT - 38, 19, 19]
+
+
+def test_with_all_to_all_labels_each_image_is_ranked_by_its_own_label(tiny: Path, tmp_path: Path) -> None:
+    """An image of class y is ranked by its loss with y + 1, so that those that look like class 1 precede others of class 0."""
+    plan = plan_of(tiny, more="poison_mode: exact, target_shift: 2")  # class 2 becomes class 1
+    values = attack_of(plan, tmp_path).preference()
+    labels = world().train_labels
+    assert values.shape == (COUNT,)
+    assert np.median(values[-20:]) < np.quantile(values[:-20][labels[:-20] == 2], 0.1)
+
+
+def test_a_number_left_to_chance_is_refused(tiny: Path, tmp_path: Path) -> None:
+    """poison_mode must be `exact`: the attacker chooses the images, nothing is drawn."""
+    plan = plan_of(tiny, more="poison_mode: bernoulli")
+    attack = attack_of(plan, tmp_path)
+    with pytest.raises(UserError, match=r"backdoor\.poison_mode: bernoulli: .*exact"):
+        poison_training_set(plan, world(), attack, tmp_path)
+    assert not (tmp_path / "poison_idx.npy").exists()
+
+
+@pytest.mark.parametrize("trigger", ["lookalike", "clb", "sig"])
+def test_a_trigger_without_changed_labels_is_refused(tiny: Path, tmp_path: Path, trigger: str) -> None:
+    """The other attack must change labels, and must be another one."""
+    with pytest.raises(UserError, match=rf"backdoor\.lookalike\.trigger: {trigger}: .*changes labels") as caught:
+        attack_of(plan_of(tiny, f"lookalike: {{trigger: {{{trigger}: {{}}}}}}"), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_surrogate_without_poisoned_images(tiny: Path, tmp_path: Path) -> None:
+    """Testing a checkpoint, and training without an attack, need no surrogate."""
+    for ratio in (0.08, 0):
+        plan = plan_of(tiny, more=f"poison_mode: exact, poison_ratio: {ratio}")
+        attack = attack_of(plan, tmp_path, no_network)
+        build_test_sets(plan, world(), attack)
+    assert poison_training_set(plan, world(), attack, tmp_path).flags.sum() == 0
+    assert not (tmp_path / "assets").exists()
+
+
+def test_the_shipped_yaml() -> None:
+    """config/lookalike.yaml poisons exactly 5 % with BadNets' trigger; the rest is the paper's run."""
+    plan, base = (config.load(REPOSITORY / "config" / f"{name}.yaml") for name in ("lookalike", "baseline_asd"))
+    assert (plan.attacker.poison_ratio, plan.attacker.poison_mode) == (0.05, "exact")
+    assert plan.attack.name == "lookalike" and plan.attack.settings.trigger.name == base.attack.name
+    assert plan.optimizer == base.optimizer and plan.global_ == base.global_
