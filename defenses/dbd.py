@@ -14,6 +14,7 @@ from ASD import mixmatch_steps, split_losses, train_mixmatch
 from data.augment import Pipeline
 from data.batches import SupervisedDraws, draw_supervised
 from data.pools import class_agnostic_split
+from engine.context import Context
 from engine.defense import DefenseBase
 from engine.supervised import supervised_steps, train_supervised
 from loss.contrastive import nt_xent
@@ -78,6 +79,12 @@ class Projected(nn.Module):
 class Defense(DefenseBase):
     """The three stages of DBD on one network."""
 
+    def __init__(self, context: Context, given: Tensor) -> None:
+        super().__init__(context, given)
+        train, images = context.config.transform.train, context.train_set.images
+        # One pipeline for all steps: its constants are on the device before a step is captured.
+        self.views = Pipeline(self.settings.simclr_transform or train.primary, train.remaining, *images.shape[2:])
+
     def build(self, state: State, stage: Stage) -> None:
         """Build the projection, the stage's optimizer and what runs its steps."""
         assert isinstance(state.model, Classifier)
@@ -131,17 +138,9 @@ class Defense(DefenseBase):
             last = nn.Linear(width, self.settings.projection_dim)
             return nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), last)
 
-    def views(self) -> Pipeline:
-        """Return the transform of SimCLR's views."""
-        remaining, images = self.context.config.transform.train.remaining, self.context.train_set.images
-        return Pipeline(
-            self.settings.simclr_transform or self.context.config.transform.train.primary, remaining, *images.shape[2:]
-        )
-
     def two_views(self, images: Tensor, draws: Tensor) -> Tensor:
         """Return the first views of a batch (b, 3, H, W), then the second ones: (2b, 3, H, W)."""
-        pipeline = self.views()
-        return torch.cat([pipeline(images, part) for part in draws.chunk(2, dim=1)])
+        return torch.cat([self.views(images, part) for part in draws.chunk(2, dim=1)])
 
     def contrast(self, inputs: Tensor, index: Tensor, count: int) -> Tensor:
         """Return SimCLR's mean loss over the whole batch, with the value of this process' share and the whole gradient."""
@@ -162,9 +161,9 @@ class Defense(DefenseBase):
             draws = draw_supervised(seed, "dbd head", epoch, count, self.context.train_transform)
             state.model.train()
             return {"loss": train_supervised(self.context, state, stage.name, draws, s.head_batch_size)}
-        rng, pipeline = generator(seed, "simclr", epoch), self.views()
+        rng = generator(seed, "simclr", epoch)
         order = torch.randperm(count, generator=rng)
-        draws = SupervisedDraws(order, torch.cat([pipeline.draw(count, rng) for _ in range(2)], 1))
+        draws = SupervisedDraws(order, torch.cat([self.views.draw(count, rng) for _ in range(2)], 1))
         self.simclr.model.train()
         return {"loss": train_supervised(self.context, self.simclr, stage.name, draws, s.simclr_batch_size)}
 

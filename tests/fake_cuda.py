@@ -99,7 +99,11 @@ class Device(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
-        if (device is not None and device.type == "cuda") or any(isinstance(t, CudaTensor) for t in tensors_in(args, kwargs)):
+        there = device is not None and device.type in (
+            "cuda",
+            "meta",
+        )  # meta: C++ makes a number, as in the backward of a clamp
+        if there or any(isinstance(t, CudaTensor) for t in tensors_in(args, kwargs)):
             return self.run(func, args, kwargs)
         return func(*args, **kwargs)
 

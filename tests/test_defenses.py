@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from conftest import REPOSITORY, TINY
+from conftest import REPOSITORY
 from torch import Tensor, nn
-from training import train_here
+from training import SMALL, last, same, small, train_here
 
 from data.pools import draw_seed_samples
 from data.sets import GroundTruth
@@ -27,45 +26,7 @@ from utils.errors import UserError
 from utils.machine import Machine
 from utils.stages import Stage, locate, schedule_length
 
-SMALL: dict[str, dict[str, Any]] = {  # a few epochs of every stage
-    "none": {},
-    "asd": {},
-    "abl": {"isolation_epochs": 2, "isolation_ratio": 0.1, "finetune_epochs": 2, "unlearn_epochs": 1, "batch_size": 32},
-    "nad": {"teacher_epochs": 1, "student_epochs": 2, "batch_size": 16},
-    "fp": {"finetune_epochs": 1},
-    "cbd": {"biased_epochs": 1, "clean_epochs": 2, "lr_scheduler": None},
-    "dbd": {
-        "simclr_epochs": 2, "simclr_batch_size": 32, "head_epochs": 1, "mixmatch_epochs": 2, "projection_dim": 8,
-        "simclr_transform": {"random_resize_crop": {"size": 32}, "random_horizontal_flip": {}, "random_grayscale": {"p": 0.2}},
-    },
-    "reference_filter": {},
-    "reference_split": {},
-}  # fmt: skip
 every_defense = pytest.mark.parametrize("name", SMALL)
-
-
-def small(folder: Path, name: str, *overrides: str) -> tuple[config.Config, Path]:
-    """A tiny run of a defense, and its YAML."""
-    raw = TINY | {"defense": {name: SMALL[name]}, "num_epochs": 3, "saved_dir": str(folder / "saved")}
-    raw |= {"storage_dir": str(folder / "storage"), "global": TINY["global"] | {"epoch_first": 1, "epoch_second": 2}}
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(raw, sort_keys=False))
-    return config.load(path, overrides), path
-
-
-def last(folder: Path, run: str) -> dict[str, Any]:
-    """The last checkpoint of a run."""
-    loaded: dict[str, Any] = torch.load(folder / "storage" / run / "checkpoint/latest_model.pt", weights_only=True)
-    return loaded
-
-
-def same(one: Any, two: Any) -> bool:
-    """Return whether two nested containers hold equal values, seconds aside."""
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one if key != "seconds")
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(two) and all(map(same, one, two))
-    return torch.equal(one, two) if isinstance(one, Tensor) else one == two or one != one
 
 
 def test_every_defense_is_tested() -> None:
