@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -203,6 +204,14 @@ def test_combinations_are_left_out(tmp_path: Path) -> None:
         ({"columns": ["seed"]}, "rows"),
         ({"rows": ["attack"]}, "rows"),
         ({"rows": ["attack", "poison_ratio", "attack"]}, "rows"),
+        ({"cells": ["ACC", "AUC"]}, "cells[1]"),
+        ({"published": {"figures": {}}}, "published.source"),
+        ({"published": {"source": "us", "figures": {"patch": {"asd": "1 / 2"}}}}, "published.figures"),  # two axes in rows
+        ({"axes": {"name": {"a": {"start": 3}}}}, "axes.name.a.start"),
+        ({"axes": {"name": {"a": {"start": {"nam": "b"}}}}}, "axes.name.a.start"),
+        ({"axes": {"name": {"a": {"start": {"name": "b"}}}}}, "axes.name.a.start.name"),
+        ({"axes": {"name": {"a": {"start": {"name": "a"}, "defense": {"fp": {}}}}}}, "start"),
+        ({"axes": {"name": {"a": {"start": {"name": "b"}, "defense": "asd"}, "b": {}}}}, "defense.asd.start_run"),
         ({"x": "seed"}, "x"),
         ({"x": "ratio"}, "x"),
     ],
@@ -249,6 +258,8 @@ def test_the_shipped_sweeps_compare_like_with_like(path: Path) -> None:
         if job.config.defense.name == "asd":
             twin = table.twin_of(plan, job)
             assert twin is not None and twin.labels == job.labels | {"defense": "none"}
+        if job.start:
+            assert job.start == job.name.replace(f"/{job.labels['defense']}", "/none") and job.config.num_epochs > 0
 
 
 def test_the_guide_lists_every_key() -> None:
@@ -435,6 +446,91 @@ def test_a_report_of_an_unfinished_sweep(tmp_path: Path) -> None:
     assert listed[NAME][:2] == ["failed", "ASD.py: error: x"] and Path(listed[NAME][2]).is_file()
     with Image.open(plan.folder / "sweep.png") as picture:
         assert picture.format == "PNG"
+
+
+TABLE: dict[str, Any] = {
+    "config": "tiny.yaml",
+    "axes": {
+        "attack": {"patch": {}, "mix": {"backdoor": {"blend": {"alpha": 0.3}}}},
+        "defense": {
+            "fp": {"defense": {"fp": {"finetune_epochs": 1}}, "start": {"defense": "none"}, "global.seed_num": 4},
+            "none": {},
+            "perfect": {"defense": {"reference_filter": {}}},
+        },
+        "seed.seed": [1, 2],
+    },
+    "repeats": "seed",
+    "columns": ["defense"],
+    "cells": ["ACC", "ASR", "RA", "DER"],
+    "published": {"source": "Somebody, 2021", "figures": {"patch": {"none": "95 / 100"}}},
+}
+
+
+def test_a_compact_table_has_all_figures_in_a_cell(tmp_path: Path) -> None:
+    """With `cells` there is one column for each defense, with the clean images that it is given and its seconds; published
+    figures follow in a table of their own."""
+    plan, draw, known = read(write(tmp_path, TABLE)), random.Random(3), {}
+    for job in plan.jobs:
+        known[job.name] = {key: draw.random() for key in status.FIGURES}
+        if job.labels["attack"] == "patch" or job.name == "grid/mix/fp/seed-1":
+            epochs = job.config.epochs
+            fake(plan, job.name, known[job.name], epochs)
+    text = table.to_markdown(plan, table.records_of(plan, states_of(plan)))
+    found = cells(text)
+    assert found[0] == ["attack", "fp", "none", "perfect"]
+    assert found[2] == ["clean images given", "4 a class", "none", "ground truth"]
+    runs = {name: [known[f"grid/patch/{name}/seed-{seed}"] for seed in (1, 2)] for name in ("fp", "none")}
+    keys = ("clean_accuracy", "attack_success_rate", "robust_accuracy")
+    shares = [mean_and_spread([100 * run[key] for run in runs["fp"]]) for key in keys]
+    ders = []
+    for own, twin in zip(runs["fp"], runs["none"], strict=True):
+        gain = max(0, twin["attack_success_rate"] - own["attack_success_rate"])
+        ders.append((gain - max(0, twin["clean_accuracy"] - own["clean_accuracy"]) + 1) / 2)
+    der = f"{statistics.fmean(ders):.3f} ± {statistics.stdev(ders):.3f}"
+    assert found[3][:2] == ["patch", " / ".join([*shares, der])] and found[3][2].endswith(" / -")
+    assert found[4][1].endswith(" (1 of 2 runs)") and found[4][2:] == ["not finished"] * 2
+    assert found[5][0] == "seconds" and "Each cell: ACC / ASR / RA / DER." in text
+    assert "Somebody, 2021." in text and ["patch", "-", "95 / 100", "-"] in found and ["mix", "-", "-", "-"] in found
+
+
+def test_a_run_that_starts_from_another_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`start` names the run with another value, whose weights the defense takes; it is made first, whatever their order, and
+    also if it is left out by `--only`."""
+    plan = read(write(tmp_path, TABLE))
+    starts = {job.name: job.start for job in plan.jobs}
+    assert starts["grid/mix/fp/seed-2"] == "grid/mix/none/seed-2" and starts["grid/mix/none/seed-2"] is None
+    (job,) = (job for job in plan.jobs if job.name == "grid/mix/fp/seed-2")
+    assert job.config.defense.settings.start_run == "grid/mix/none/seed-2" and job.config.epochs == 2
+    only = read(plan.path, (), ["defense=fp"]).jobs
+    assert [job.start for job in only] == [name.replace("fp", "none") for name in starts if "/fp/" in name]
+
+    class Instant:
+        """A worker whose runs take two looks."""
+
+        def __init__(self, number: int) -> None:
+            self.number, self.job, self.started, self.looks = number, None, 0.0, 0
+
+        def begin(self, job: Any) -> None:
+            self.job, self.looks = job, 0
+            assert job.start is None or job.start in ended or not any(j.name == job.start for j in jobs)
+
+        def poll(self) -> bool:
+            assert self.job is not None
+            self.looks += 1
+            if self.looks == 2:
+                ended.append(self.job.name)  # type: ignore[attr-defined]
+            return self.looks == 2
+
+        def stop(self) -> None: ...
+        def wait(self, deadline: float) -> None: ...
+
+    monkeypatch.setattr(workers, "POLL", 0.0)
+    silent: Any = SimpleNamespace(**dict.fromkeys(("began", "ended", "show", "close"), lambda *_: None))
+    for jobs in (plan.jobs, only):
+        ended: list[str] = []
+        run_all: Any = workers.run_all
+        run_all(jobs, [Instant(n) for n in range(3)], silent)
+        assert sorted(ended) == sorted(job.name for job in jobs)
 
 
 @pytest.mark.filterwarnings("error")

@@ -19,6 +19,16 @@ from utils.paths import is_file, user_path
 from utils.run import Run, locate
 from utils.schema import REQUIRED, Reader, join, setting
 
+MEASURES = ("ACC", "ASR", "ASR without trigger", "RA", "DER", "seconds")
+
+
+@dataclass(frozen=True)
+class Published:
+    """Figures that others have published for cells of the first table."""
+
+    source: str = setting(REQUIRED, "where they are published")
+    figures: Mapping[str, Any] = setting(REQUIRED, "`{ROW: {COLUMN: TEXT}}`, values of the axes in `rows` and `columns`")
+
 
 @dataclass(frozen=True)
 class SweepFile:
@@ -28,7 +38,8 @@ class SweepFile:
     axes: Mapping[str, Any] = setting(
         REQUIRED,
         "what the runs differ in. `KEY: [VALUE, ...]`: values of a setting. `NAME: {VALUE: {KEY: ...}, ...}`: named values, "
-        "each a section of settings; its key `config` replaces the YAML of the sweep",
+        "each a section of settings; its key `config` replaces the YAML of the sweep; the defense starts from the weights of "
+        "the run with the other values of `start: {AXIS: VALUE}`, which is made first",
     )
     name: str | None = setting(None, "first part of the runs' names, and the folder in `saved_dir`; null: name of this file")
     set_: Mapping[str, Any] = setting(dict, "settings of all runs", key="set")
@@ -37,6 +48,10 @@ class SweepFile:
     columns: tuple[str, ...] = setting((), "axes whose values are columns of the first table, and lines of the plot")
     rows: tuple[str, ...] | None = setting(None, "axes of the table's rows; null: all that are neither columns nor repeats")
     x: str | None = setting(None, "axis along the plot's x axis; null: a heat map of rows and columns")
+    cells: tuple[str, ...] = setting(
+        (), f"figures of the first table in one cell, of {', '.join(MEASURES)}; empty: a column each for ACC, ASR, DER"
+    )
+    published: Published | None = setting(None, "figures of others, shown below the first table")
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,7 @@ class Value:
     slug: str  # its part of a run's name
     settings: tuple[str, ...]  # `KEY=VALUE`, as `--set` takes them
     yaml: Path | None = None  # replaces the YAML of the sweep
+    start: tuple[tuple[str, str], ...] = ()  # axis and label: the run with these other values provides the first weights
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,7 @@ class Job:
     settings: tuple[str, ...]  # of `--set`, in this order
     config: Config
     run: Run
+    start: str | None = None  # the run, by its name, that must be finished first
 
     @property
     def name(self) -> str:
@@ -95,6 +112,8 @@ class Plan:
     columns: tuple[str, ...]
     repeats: str | None
     x: str | None
+    cells: tuple[str, ...] = ()
+    published: Published | None = None
 
     def labels(self, axis: str) -> list[str]:
         """Return the labels of an axis that some run has, in the order of the sweep file."""
@@ -102,7 +121,7 @@ class Plan:
         used = {job.labels[axis] for job in self.jobs}
         return [value.label for value in values if value.label in used]
 
-    def cells(self, axes: Sequence[str]) -> list[tuple[str, ...]]:
+    def combinations(self, axes: Sequence[str]) -> list[tuple[str, ...]]:
         """Return the combinations of some axes that some run has, in the order of the sweep file."""
         used = {job.labels_of(axes) for job in self.jobs}
         return [cell for cell in itertools.product(*map(self.labels, axes)) if cell in used]
@@ -137,32 +156,83 @@ def read(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) ->
     name = slug(file.name or path.stem)
     # Repeats come last: the first value of every other combination makes a table early.
     slow = sorted(range(len(axes)), key=lambda i: axes[i].name != file.repeats)
-    jobs = []
+    every = []
     for product in itertools.product(*(axes[i].values for i in slow)):
         values = [value for _, value in sorted(zip(slow, product, strict=True))]
         labels = {axis.name: value.label for axis, value in zip(axes, values, strict=True)}
-        if all(labels[axis] in those for axis, those in kept.items()) and not any(matches(labels, entry) for entry in skipped):
-            jobs.append(build_job("/".join((name, *(v.slug for v in values))), labels, values, source, overrides))
+        if not any(matches(labels, entry) for entry in skipped):
+            every.append(labels)
+    chosen_labels = [labels for labels in every if all(labels[axis] in those for axis, those in kept.items())]
+    jobs = [build_job(name, axes, labels, source, overrides) for labels in chosen_labels]
     if not jobs:
         raise UserError(f"{path}: skip: leaves out every run: keep some")
     folders = {user_path(job.config.saved_dir, "saved_dir") for job in jobs}
     if len(folders) > 1:
         raise UserError(f"{path}: saved_dir: {', '.join(map(str, folders))}: must be the same for all runs; give it in `set`")
-    return Plan(path, name, folders.pop() / name, axes, tuple(jobs), rows, file.columns, file.repeats, file.x)
+    check_starts(path, jobs, {run_name(name, axes, labels) for labels in every if not starts_of(axes, labels)})
+    plan = Plan(path, name, folders.pop() / name, axes, tuple(jobs), rows, file.columns, file.repeats, file.x, file.cells)
+    return replace(plan, published=check_table(reader, file, axes, rows))
 
 
-def build_job(name: str, labels: dict[str, str], values: Sequence[Value], file: Source, overrides: Sequence[str]) -> Job:
+def build_job(sweep: str, axes: Sequence[Axis], labels: dict[str, str], file: Source, overrides: Sequence[str]) -> Job:
     """Return the run of one combination of values after a check of its configuration."""
+    name, values = run_name(sweep, axes, labels), [value_of(axis, labels) for axis in axes]
     yamls = [value.yaml for value in values if value.yaml is not None]
     if len(yamls) > 1:
         raise UserError(f"{file.path}: {name}: config: {len(yamls)} of its values name a YAML: only one axis may")
     base = yamls[0] if yamls else file.base
     settings = (*file.common, *(text for value in values for text in value.settings), *overrides)
+    other = starts_of(axes, labels)
+    start = run_name(sweep, axes, labels | other) if other else None
     try:
         settled = config.load(base, [*settings, f"run={name}"])
+        if start:
+            settings = (*settings, f"defense.{settled.defense.name}.start_run={start}")
+            settled = config.load(base, [*settings, f"run={name}"])
     except UserError as error:
         raise UserError(f"{file.path}: {name}: {error}") from None
-    return Job(labels, base, settings, settled, locate(settled))
+    return Job(labels, base, settings, settled, locate(settled), start)
+
+
+def value_of(axis: Axis, labels: Mapping[str, str]) -> Value:
+    """Return the value of an axis that a run has."""
+    return next(value for value in axis.values if value.label == labels[axis.name])
+
+
+def run_name(sweep: str, axes: Sequence[Axis], labels: Mapping[str, str]) -> str:
+    """Return the name of a run: the sweep's and those of its values."""
+    return "/".join((sweep, *(value_of(axis, labels).slug for axis in axes)))
+
+
+def starts_of(axes: Sequence[Axis], labels: Mapping[str, str]) -> dict[str, str]:
+    """Return the values, by axis, in which the run that a run starts from differs from it; empty: it starts by itself."""
+    return dict(pair for axis in axes for pair in value_of(axis, labels).start)
+
+
+def check_starts(path: Path, jobs: Sequence[Job], plain: set[str]) -> None:
+    """Refuse a run that starts from one which is not `plain`: part of the sweep and starting by itself."""
+    for job in jobs:
+        if job.start and job.start not in plain:
+            raise UserError(f"{path}: {job.name}: start: {job.start}: no run of this sweep that starts by itself")
+
+
+def check_table(reader: Reader, file: SweepFile, axes: Sequence[Axis], rows: tuple[str, ...]) -> Published | None:
+    """Return the published figures after a check that they name rows and columns, and that `cells` names figures."""
+    for i, name in enumerate(file.cells):
+        if name not in MEASURES:
+            reader.fail(f"cells[{i}]", name, f"unknown; {nearest(name, MEASURES)}")
+    if file.published is None:
+        return None
+    at = "published.figures"
+    if (len(rows), len(file.columns)) != (1, 1):
+        reader.fail(at, file.published.figures, "needs a sweep with one axis in rows and one in columns")
+    (row,), (column,) = rows, file.columns
+    for label, cells in file.published.figures.items():
+        labels_named(axis_named(axes, row, at), [str(label)], f"{reader.where(at)}: {at}")
+        if not isinstance(cells, Mapping) or not all(isinstance(text, str) for text in cells.values()):
+            reader.fail(join(at, str(label)), cells, "give {COLUMN: TEXT}")
+        labels_named(axis_named(axes, column, at), [str(name) for name in cells], f"{reader.where(at)}: {join(at, str(label))}")
+    return file.published
 
 
 # -- The parts of a sweep file -----------------------------------------------------------------------------------------
@@ -186,6 +256,11 @@ def read_axes(reader: Reader, path: Path, raw: Mapping[str, Any]) -> tuple[Axis,
             if not value.slug or sum(v.slug == value.slug for v in found) > 1:
                 reader.fail(at, value.label, "must have letters or digits that no other value of the axis has")
         axes.append(Axis(name, tuple(found)))
+    for axis in axes:
+        for value in axis.values:
+            for other, label in value.start:
+                where = f"{reader.where('axes')}: axes.{axis.name}.{value.label}.start"
+                labels_named(axis_named(axes, other, where), [label], f"{where}.{other}")
     names = [axis.name for axis in axes]
     for name in names:
         if names.count(name) > 1:
@@ -210,8 +285,12 @@ def named_value(reader: Reader, path: Path, label: str, raw: Any, at: str) -> Va
     if given is not None and not isinstance(given, str):
         reader.fail(join(at, "config"), given, "give the path of a YAML, relative to this file")
     own = None if given is None else yaml_beside(path, given, join(at, "config"))
-    settings = {key: value for key, value in raw.items() if key != "config"}
-    return Value(label, slug(label), tuple(settings_of(reader, settings, at)), own)
+    start = raw.get("start", {})
+    if not isinstance(start, Mapping):
+        reader.fail(join(at, "start"), start, "give {AXIS: VALUE}")
+    settings = {key: value for key, value in raw.items() if key not in ("config", "start")}
+    pairs = tuple((axis, reader.source(join(at, f"start.{axis}"), other) or str(other)) for axis, other in start.items())
+    return Value(label, slug(label), tuple(settings_of(reader, settings, at)), own, pairs)
 
 
 def settings_of(reader: Reader, tree: Mapping[str, Any], at: str) -> list[str]:

@@ -40,7 +40,7 @@ def draw_lines(path: Path, plan: Plan, records: Sequence[Record]) -> None:
     """ACC above ASR over the axis `x`: a panel for each of the other rows' values, a line for each of the columns'."""
     x = str(plan.x)
     of_panels, of_lines = ([axis for axis in axes if axis != x] for axes in (plan.rows, plan.columns))
-    panels, lines, ticks = plan.cells(of_panels), plan.cells(of_lines), plan.labels(x)
+    panels, lines, ticks = plan.combinations(of_panels), plan.combinations(of_lines), plan.labels(x)
     size = (max(1.6 + 0.62 * len(ticks), 3.4) * len(panels) + 0.8, 6.6)
     with drawing(path, size, 2, len(panels), sharex=True, sharey=True) as (figure, grid):
         for column, panel in enumerate(panels):
@@ -72,7 +72,7 @@ def add_line(axes: Any, values: Sequence[Summary | None], number: int, count: in
 
 def draw_heat(path: Path, plan: Plan, records: Sequence[Record]) -> None:
     """A heat map of rows and columns for ACC and ASR, and for the DER where there is any, the means written in."""
-    rows, columns = plan.cells(plan.rows), plan.cells(plan.columns)
+    rows, columns = plan.combinations(plan.rows), plan.combinations(plan.columns)
     measures = [measure for measure in NAMES if summary(records, measure)] or ["ACC"]
     names = [", ".join(row) for row in rows]
     left = 0.085 * max(map(len, names)) + 0.5

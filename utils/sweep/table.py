@@ -9,16 +9,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from utils import plugins
 from utils.compare import effectiveness, render
+from utils.config import DEFENSES, Config
 from utils.stages import UNDEFENDED
-from utils.sweep.plan import Job, Plan, shown
+from utils.sweep.plan import MEASURES, Job, Plan, shown
 from utils.sweep.status import FAILED, FINISHED, OUTPUT, Status
 
 # Column -> figure of test.json; those in % first.
 SHARES = {
     "ACC": "clean_accuracy", "ASR": "attack_success_rate", "ASR without trigger": "clean_as_target", "RA": "robust_accuracy",
 }  # fmt: skip
-MEASURES = (*SHARES, "DER", "seconds")
 FORMS = {"DER": ".3f", "seconds": ".0f"}
 NOTHING = "-"
 
@@ -113,22 +114,68 @@ def runs_text(records: Sequence[Record]) -> str:
 
 
 def head_table(plan: Plan, records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Return the table of rows and columns, the head first: ACC, ASR and, where there is any, DER of each cell."""
-    columns = plan.cells(plan.columns)
+    """Return the table of rows and columns, the head first: the figures that `cells` names, in one cell; or ACC, ASR and, where
+    there is any, DER of each cell."""
+    columns = plan.combinations(plan.columns)
     axes = (*plan.rows, *plan.columns)
+    if plan.cells:
+        return compact_table(plan, records)
     measures = {
         column: [m for m in ("ACC", "ASR", "DER") if m != "DER" or summary(cell_of(records, plan.columns, column), m)]
         for column in columns
     }
     heads = [f"{', '.join(column)}: {measure}" for column in columns for measure in measures[column]]
     out = [(*plan.rows, *heads)]
-    for row in plan.cells(plan.rows):
+    for row in plan.combinations(plan.rows):
         cells = []
         for column in columns:
             found = cell_of(records, axes, (*row, *column))
             cells += [cell_text(found, measure) for measure in measures[column]]
         out.append((*row, *cells))
     return out
+
+
+def compact_table(plan: Plan, records: Sequence[Record]) -> list[tuple[str, ...]]:
+    """Return the table with one column for each value, e.g. for each defense, and all figures of a cell in one; above them the
+    number of images that are given as clean, below them the mean seconds of training."""
+    columns, axes = plan.combinations(plan.columns), (*plan.rows, *plan.columns)
+    blank = ("",) * (len(plan.rows) - 1)
+    given = [cell_of(records, plan.columns, column) for column in columns]
+    out: list[tuple[str, ...]] = [
+        (*plan.rows, *(", ".join(column) for column in columns)),
+        ("clean images given", *blank, *(", ".join(sorted({clean_images(r.job.config) for r in found})) for found in given)),
+    ]
+    for row in plan.combinations(plan.rows):
+        found = [cell_of(records, axes, (*row, *column)) for column in columns]
+        out.append((*row, *(figures_text(cell, plan.cells) for cell in found)))
+    return [*out, ("seconds", *blank, *(summary_text(found, "seconds") for found in given))]
+
+
+def figures_text(records: Sequence[Record], measures: Sequence[str]) -> str:
+    """Return figures of a cell, joined by slashes; where runs are missing, how many there are."""
+    done = [record for record in records if record.status.state == FINISHED]
+    if not done:
+        return cell_text(records, measures[0])
+    text = " / ".join(summary_text(done, measure) for measure in measures)
+    return text if len(done) == len(records) else f"{text} ({len(done)} of {len(records)} runs)"
+
+
+def clean_images(config: Config) -> str:
+    """Return how many images a run is told to be clean, or that it reads the ground truth."""
+    defense = config.defense
+    if hasattr(plugins.load(DEFENSES.package, defense.name), "reference_images"):
+        return "ground truth"
+    if not defense.settings.needs_clean:
+        return "none"
+    return "given" if config.seed_samples else f"{config.global_.seed_num} a class"
+
+
+def published_table(plan: Plan) -> list[tuple[str, ...]]:
+    """Return the table of the figures that others have published, with the rows and columns of the first one."""
+    assert plan.published is not None
+    (row,), (column,) = plan.rows, plan.columns
+    figures, columns = plan.published.figures, plan.labels(column)
+    return [(row, *columns), *((name, *(figures.get(name, {}).get(c, NOTHING) for c in columns)) for name in plan.labels(row))]
 
 
 def cell_text(records: Sequence[Record], measure: str) -> str:
@@ -146,7 +193,7 @@ def full_table(plan: Plan, records: Sequence[Record]) -> list[tuple[str, ...]]:
     """Return the table with a row for each cell and all figures, the head first."""
     axes = (*plan.rows, *plan.columns)
     out: list[tuple[str, ...]] = [(*axes, "runs", *MEASURES)]
-    for cell in plan.cells(axes):
+    for cell in plan.combinations(axes):
         found = cell_of(records, axes, cell)
         out.append((*cell, runs_text(found), *(summary_text(found, measure) for measure in MEASURES)))
     return out
@@ -175,6 +222,10 @@ def to_markdown(plan: Plan, records: Sequence[Record]) -> str:
         f"RA in %, DER in 0..1, seconds of training. `{NOTHING}`: not defined, e.g. the ASR without an attack.\n"
     )
     tables = [("", head_table(plan, records))] if plan.columns else []
+    if plan.cells and plan.columns:
+        head += f"\nEach cell: {' / '.join(plan.cells)}.\n"
+    if plan.published:
+        tables.append((f"## Published\n\n{plan.published.source}.\n\n", published_table(plan)))
     tables.append(("## All figures\n\n" if plan.columns else "", full_table(plan, records)))
     if done < len(records):
         tables.append(("## Runs that are not finished\n\n", open_table(records)))

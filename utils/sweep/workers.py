@@ -146,17 +146,21 @@ class Worker:
 
 
 def run_all(jobs: Sequence[Job], workers: Sequence[Worker], progress: Progress) -> None:
-    """Run all jobs in order, each on the first worker that is free. However this ends, no child is left."""
-    queue = deque(jobs)
+    """Run all jobs in order, each on the first worker that is free; one that starts from another waits for it. However this
+    ends, no child is left."""
+    queue = [*jobs]
     try:
         while queue or any(worker.job for worker in workers):
             for worker in workers:
                 if worker.job is not None and worker.poll():
                     progress.ended(worker.number, worker.job, time.monotonic() - worker.started)
                     worker.job = None
-                if worker.job is None and queue:
-                    worker.begin(queue.popleft())
-                    progress.began(worker.number, worker.job)
+                open_runs = {job.name for job in (*queue, *(w.job for w in workers)) if job}
+                ready = next((job for job in queue if job.start not in open_runs), None)
+                if worker.job is None and ready:
+                    queue.remove(ready)
+                    worker.begin(ready)
+                    progress.began(worker.number, ready)
             progress.show()
             time.sleep(POLL)
     finally:
