@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import pickletools
 import struct
 import zipfile
 import zlib
@@ -18,23 +17,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data.unpickle import ArrayUnpickler
+from data.unpickle import ArrayUnpickler, check_structure
 from utils.errors import UserError
 from utils.paths import require_file
 
 MEMBER = "data.pkl"
 LIMIT = 64 << 20  # bytes of the pickle; 100,000 images with long paths take a third of it
-OPERATIONS = 6_000_000  # of the pickle; 25 for each image
-DEPTH = 100  # how deeply values may be nested; a record has 10 levels
 ENDINGS = ("Storage",)  # of torch's classes that hold weights
-STORES, FETCHES = ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"), ("BINGET", "LONG_BINGET", "GET")
-GROWS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # change what is already on the stack
-# Of each operation: how many values it takes from the stack, how many it makes, whether the first of them only grows, and
-# whether it takes all down to the last mark.
-SHAPES = {
-    code.name: (len(code.stack_before), len(code.stack_after), code.name in GROWS, pickletools.markobject in code.stack_before)
-    for code in pickletools.opcodes
-}
 BROKEN = (
     pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, TypeError, LookupError,
     AttributeError, ImportError, OSError, OverflowError, MemoryError, RuntimeError,
@@ -186,45 +175,3 @@ def read_member(path: Path) -> bytes:
     if len(contents) > LIMIT:
         raise ValueError(f"{MEMBER} has more than {LIMIT >> 20} MB")
     return contents
-
-
-def check_structure(contents: bytes) -> None:
-    """Refuse a pickle that would crash the unpickler or fill the memory, without building anything.
-
-    Python computes the hash of a tuple by recursion in C and without a limit: as a key of a dictionary, one that is nested
-    100,000 levels deep ends the process. A number of the memo is the size of a table.
-
-    Raises:
-        ValueError: it is such a pickle, or none.
-    """
-    depths: list[int] = []  # of what is on the unpickler's stack
-    marks: list[int] = []  # how much was on it at each mark
-    memo: dict[int, int] = {}
-    for count, (code, argument, _) in enumerate(pickletools.genops(contents)):
-        takes, makes, grows, marked = SHAPES[code.name]
-        if code.name in STORES:
-            number = len(memo) if argument is None else int(argument)
-            if number > count:
-                raise ValueError("a memo number is out of range")
-            memo[number] = depths[-1]
-        elif code.name in FETCHES:
-            depths.append(memo[int(str(argument))])
-        elif code.name == "MARK":
-            marks.append(len(depths))
-        elif code.name == "POP" and marks and marks[-1] == len(depths):
-            marks.pop()
-        elif code.name == "DUP":
-            depths.append(depths[-1])
-        elif takes or marked:
-            at = marks.pop() - grows if marked else len(depths) - takes
-            if at < 0:
-                raise ValueError("takes more than there is")
-            taken = depths[at:]
-            depth = max(1 + max(taken[grows:], default=-1), taken[0] if grows else 0)
-            depths[at:] = [depth] * makes
-            if depth > DEPTH:
-                raise ValueError(f"values are nested more than {DEPTH} levels deep")
-        else:
-            depths += [0] * makes
-        if count > OPERATIONS:
-            raise ValueError(f"more than {OPERATIONS:,} operations")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import io
 import pickle
+import pickletools
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +24,17 @@ ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
     ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,
     ("_codecs", "encode"): codecs.encode,  # bytes in protocol 2 pickles of Python 3
+}
+
+OPERATIONS = 6_000_000  # of a pickle; a record of BackdoorBench has 25 for each image
+DEPTH = 100  # how deeply values may be nested; a record of BackdoorBench has 10 levels
+STORES, FETCHES = ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"), ("BINGET", "LONG_BINGET", "GET")
+GROWS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # change what is already on the stack
+# Of each operation: how many values it takes from the stack, how many it makes, whether the first of them only grows, and
+# whether it takes all down to the last mark.
+SHAPES = {
+    code.name: (len(code.stack_before), len(code.stack_after), code.name in GROWS, pickletools.markobject in code.stack_before)
+    for code in pickletools.opcodes
 }
 
 
@@ -45,8 +58,9 @@ def read_pickle(path: Path) -> Any:
     """
     try:
         require_file(path)
-        with open(path, "rb") as file:
-            return ArrayUnpickler(file, encoding="latin1").load()
+        contents = path.read_bytes()
+        check_structure(contents)
+        return ArrayUnpickler(io.BytesIO(contents), encoding="latin1").load()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except FileNotFoundError:
@@ -57,3 +71,45 @@ def read_pickle(path: Path) -> Any:
     ) as error:  # fmt: skip
         what = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: truncated or not a pickle ({what}): unpack the data set again") from None
+
+
+def check_structure(contents: bytes) -> None:
+    """Refuse a pickle that would crash the unpickler or fill the memory, without building anything.
+
+    Python computes the hash of a tuple by recursion in C and without a limit: as a key of a dictionary, one that is nested
+    100,000 levels deep ends the process. A number of the memo is the size of a table.
+
+    Raises:
+        ValueError: it is such a pickle, or none.
+    """
+    depths: list[int] = []  # of what is on the unpickler's stack
+    marks: list[int] = []  # how much was on it at each mark
+    memo: dict[int, int] = {}
+    for count, (code, argument, _) in enumerate(pickletools.genops(contents)):
+        takes, makes, grows, marked = SHAPES[code.name]
+        if code.name in STORES:
+            number = len(memo) if argument is None else int(argument)
+            if number > count:
+                raise ValueError("a memo number is out of range")
+            memo[number] = depths[-1]
+        elif code.name in FETCHES:
+            depths.append(memo[int(str(argument))])
+        elif code.name == "MARK":
+            marks.append(len(depths))
+        elif code.name == "POP" and marks and marks[-1] == len(depths):
+            marks.pop()
+        elif code.name == "DUP":
+            depths.append(depths[-1])
+        elif takes or marked:
+            at = marks.pop() - grows if marked else len(depths) - takes
+            if at < 0:
+                raise ValueError("takes more than there is")
+            taken = depths[at:]
+            depth = max(1 + max(taken[grows:], default=-1), taken[0] if grows else 0)
+            depths[at:] = [depth] * makes
+            if depth > DEPTH:
+                raise ValueError(f"values are nested more than {DEPTH} levels deep")
+        else:
+            depths += [0] * makes
+        if count > OPERATIONS:
+            raise ValueError(f"more than {OPERATIONS:,} operations")

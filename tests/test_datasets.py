@@ -222,6 +222,8 @@ def test_a_malicious_name_cannot_forge_the_error_message(tmp_path: Path) -> None
         b"cnumpy\nndarray\n}Va\nI1\nsb.",
         b"c_codecs\nencode\n}Va\nI1\nsb.",
         b"cnumpy\ndtype\n(Vu1\ntRI5\nb.",
+        b"}(" + b"(" * 200_000 + b"t" * 200_000 + b"I1\nu.",  # a key whose hash would end the process
+        b"I1\nr\xff\xff\xff\x7f.",  # a memo of two billion places
     ],
 )
 def test_an_invalid_pickle_is_one_line(tmp_path: Path, content: bytes) -> None:

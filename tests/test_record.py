@@ -22,7 +22,7 @@ from conftest import REPOSITORY, TINY, logged, run_script
 from PIL import Image
 from training import train_here
 
-from data import export, poison, record_pickle, record_read
+from data import export, poison, record_pickle, record_read, unpickle
 from data.datasets import shapes
 from data.poisoned_folder import read_set
 from data.record_write import write_record
@@ -625,7 +625,7 @@ def test_zip_bombs_are_refused(tmp_path: Path) -> None:
 
 def test_endless_operations_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pickle of many more operations than a record has is refused before anything is built."""
-    monkeypatch.setattr(record_pickle, "OPERATIONS", 1000)
+    monkeypatch.setattr(unpickle, "OPERATIONS", 1000)
     archive(tmp_path / "attack_result.pt", b"\x80\x02(" + b"N" * 2000 + b"l.")
     refused(lambda: record_pickle.read_attack_result(tmp_path / "attack_result.pt"), "more than 1,000 operations")
 
