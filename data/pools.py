@@ -104,7 +104,7 @@ def check_pool_sizes(config: Config, labels: Tensor, seeds: Tensor) -> None:
     Raises:
         UserError: a pool would be smaller than a batch.
     """
-    g, n, batch = config.global_, len(labels), config.semi.loader.batch_size
+    g, n = config.global_, len(labels)
     carried = labels.cpu()
     others = torch.bincount(carried, minlength=config.num_classes)  # by class, all images but the seed samples
     others -= torch.bincount(carried[seeds], minlength=config.num_classes)
@@ -123,10 +123,27 @@ def check_pool_sizes(config: Config, labels: Tensor, seeds: Tensor) -> None:
     start = f"{g.seed_num}/" if config.seed_samples is None else f"{len(seeds)} images and "
     given = {growth: f"{start}{g.n}/{g.t}", "global.epsilon": str(g.epsilon)}
     for epoch, size, key in sizes:
-        for pool, count in (("clean", size), ("polluted", n - size)):
-            if count < batch:
-                what = "would be empty" if count <= 0 else f"would hold {count} images, less than a batch"
-                raise UserError(
-                    f"{key}: {given[key]}: the {pool} pool of epoch {epoch} {what} (semi.loader.batch_size: {batch}; "
-                    f"training set: {n}): change {key} or lower the batch size"
-                )
+        check_pool_size(config, n, size, f"{key}: {given[key]}", epoch)
+
+
+def check_pool_size(config: Config, n: int, size: int, cause: str, epoch: int) -> None:
+    """Check that a clean pool of `size` of the n images, and the rest, hold at least a batch.
+
+    Args:
+        cause: `key: value` of what determines the size.
+        epoch: the first one with this size.
+    """
+    key, batch = cause.partition(":")[0], config.semi.loader.batch_size
+    for pool, count in (("clean", size), ("polluted", n - size)):
+        if count < batch:
+            what = "would be empty" if count <= 0 else f"would hold {count} images, less than a batch"
+            raise UserError(
+                f"{cause}: the {pool} pool of epoch {epoch} {what} (semi.loader.batch_size: {batch}; "
+                f"training set: {n}): change {key} or lower the batch size"
+            )
+
+
+def check_share(config: Config, n: int, epoch: int) -> None:
+    """Check the pools of a defense whose clean pool is `int(n * epsilon)` images from an epoch on."""
+    epsilon = config.global_.epsilon
+    check_pool_size(config, n, int(n * epsilon), f"global.epsilon: {epsilon}", epoch)

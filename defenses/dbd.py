@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ASD import mixmatch_steps, split_losses, train_mixmatch
 from data.augment import Pipeline
 from data.batches import SupervisedDraws, draw_supervised
-from data.pools import class_agnostic_split
+from data.pools import check_share, class_agnostic_split
 from engine.context import Context
 from engine.defense import DefenseBase
 from engine.supervised import supervised_steps, train_supervised
@@ -81,6 +81,7 @@ class Defense(DefenseBase):
 
     def __init__(self, context: Context, given: Tensor) -> None:
         super().__init__(context, given)
+        check_share(context.config, len(context.train_set), self.settings.simclr_epochs + self.settings.head_epochs)
         train, images = context.config.transform.train, context.train_set.images
         # One pipeline for all steps: its constants are on the device before a step is captured.
         self.views = Pipeline(self.settings.simclr_transform or train.primary, train.remaining, *images.shape[2:])

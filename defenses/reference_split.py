@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ASD import mixmatch_steps, train_mixmatch
+from data.pools import check_share
 from data.sets import CLEAN
+from engine.context import Context
 from engine.defense import DefenseBase
 from utils.checkpoint import State
 from utils.config import Config
@@ -45,6 +47,10 @@ def reference_images(config: Config, flags: Tensor) -> Tensor:
 
 class Defense(DefenseBase):
     """MixMatch with a fixed pool."""
+
+    def __init__(self, context: Context, given: Tensor) -> None:
+        super().__init__(context, given)
+        check_share(context.config, len(context.train_set), 0)
 
     def build(self, state: State, stage: Stage) -> None:
         """Build the optimizer and what runs the steps."""

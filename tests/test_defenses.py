@@ -264,3 +264,13 @@ def test_larger_clean_sets_hold_the_smaller_ones() -> None:
     assert set(few) < set(many) and len(many) == 80
     one, two = split_clean(torch.tensor(many), 7)
     assert len(one) == len(two) == 40 and set(one.tolist()) | set(two.tolist()) == set(many)
+
+
+@pytest.mark.parametrize("name", ["dbd", "reference_split"])
+@pytest.mark.parametrize(("epsilon", "pool"), [(0.02, "clean"), (0.98, "polluted")])
+def test_a_pool_that_is_smaller_than_a_batch_is_refused(tmp_path: Path, name: str, epsilon: float, pool: str) -> None:
+    """As with ASD, one line names key, pool and batch size, before anything is trained."""
+    more = "backdoor.poison_ratio=0.01" if name == "reference_split" else "global.seed_num=2"
+    with pytest.raises(UserError, match=rf"global\.epsilon: {epsilon}: the {pool} pool .*batch_size: 8") as caught:
+        train_here(*small(tmp_path, name, f"global.epsilon={epsilon}", more))
+    assert "\n" not in str(caught.value)
