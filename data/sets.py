@@ -113,6 +113,10 @@ class ImageSet:
         rows = table[index] if isinstance(index, slice) else table[index.cpu()]
         return rows.to(self.labels.device).permute(0, 3, 1, 2).contiguous()
 
+    def chosen(self, index: Tensor) -> ImageSet:
+        """Return the images of an index (n,) as a set of its own, on the labels' device."""
+        return ImageSet(self.fetch(index), self.labels[index])
+
     def part(self, rows: slice) -> ImageSet:
         """Return a range of the images as a set; nothing is copied."""
         return replace(self, images=self.images[rows], labels=self.labels[rows])

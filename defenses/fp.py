@@ -80,9 +80,10 @@ class Defense(DefenseBase):
         """Return the channels to prune (k,) int64: as many as accuracy on the images `check` allows."""
         assert isinstance(state.model, Classifier)
         labels = self.context.train_set.labels[check].cpu()
-        features = infer(self.context, "prune", Features(state.model), self.context.train_set).cpu().float()  # (N, D)
-        order = features[rank].mean(0).argsort(stable=True)  # (D,): the least active first
-        return order[: prunable(features[check], labels, state.model.linear, order, self.settings.accuracy_drop)]
+        both = self.context.train_set.chosen(torch.cat([rank, check]))
+        features = infer(self.context, "prune", Features(state.model), both).cpu().float()  # (S, D)
+        order = features[: len(rank)].mean(0).argsort(stable=True)  # (D,): the least active first
+        return order[: prunable(features[len(rank) :], labels, state.model.linear, order, self.settings.accuracy_drop)]
 
     def train_epoch(self, state: State, epoch: int) -> dict[str, float]:
         """Train one pass over the stage's images; of the stage `pruned` only the loss on the clean images is computed."""
@@ -90,8 +91,9 @@ class Defense(DefenseBase):
         if stage == UNDEFENDED_STAGE:
             return train_undefended(context, state, epoch)
         if stage == "pruned":
-            logits = infer(context, "pruned", state.model, context.train_set)[self.given]
-            return {"loss": float(cross_entropy(logits, context.train_set.labels[self.given]).mean())} | self.count(state)
+            clean = context.train_set.chosen(self.given)
+            losses = cross_entropy(infer(context, "pruned", state.model, clean), clean.labels)  # (S,)
+            return {"loss": float(losses.mean())} | self.count(state)
         draws = draw_supervised(context.config.seed.seed, "fp", epoch, len(self.given), context.train_transform)
         state.model.train()
         loss = train_supervised(context, state, stage, draws.of(self.given), self.settings.batch_size)
