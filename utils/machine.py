@@ -290,10 +290,12 @@ def native_bf16() -> bool:
 
 
 def processor() -> str:
-    """Return the processor's name."""
+    """Return the processor's name and the instructions that torch uses, e.g. `AMD EPYC, AVX512, bf16`: times depend on both."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     except OSError:
         names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    bf16 = ["bf16"] if has_bf16(torch.device("cpu")) else []
+    return ", ".join([name, torch.backends.cpu.get_cpu_capability(), *bf16])
