@@ -61,6 +61,17 @@ class AttackBase(ABC):
         raise NotImplementedError
 
 
+class NoAttack(AttackBase):
+    """What `poison_ratio: 0` means, whichever attack is named: no image is altered, and no asset is made."""
+
+    def __init__(self) -> None:
+        """There is nothing to check or to make."""
+
+    def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
+        """Return copies of the images (n, H, W, 3) uint8."""
+        return images.copy()
+
+
 def in_batches(
     alter: Callable[[np.ndarray, np.ndarray], np.ndarray], images: np.ndarray, index: np.ndarray, pixels: int | None = None
 ) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.attack import BATCH, AttackBase
+from data.attack import BATCH, AttackBase, NoAttack
 from data.choice import draw_cover, label_after, poison_index
 from data.sets import CLEAN, COVER, POISONED, NewClassifier, Part, RawData, Scene, TestSets, no_network
 from data.table_file import own_copy, read_table
@@ -22,12 +22,14 @@ ATTACKS = "data.attacks"
 def build_attack(
     config: Config, raw: RawData, device: torch.device | None = None, new_classifier: NewClassifier = no_network
 ) -> AttackBase:
-    """Build the configured attack; its assets are kept in `<saved_dir>/assets`, for all runs there.
+    """Build the configured attack, or with `poison_ratio: 0` none; its assets are kept in `<saved_dir>/assets`, for all runs.
 
     Args:
         device: where assets are made; None: the CPU.
         new_classifier: the function of `model.classifier`, for attacks that train a network.
     """
+    if not config.attacker.poison_ratio:
+        return NoAttack()
     module = plugins.load(ATTACKS, config.attack.name)
     folder = user_path(config.saved_dir, "saved_dir") / "assets"
     device = device or torch.device("cpu")

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from PIL import Image
 from training import train_here
 
 from data.export import export
+from data.loading import load_raw
+from data.poisoning import ATTACKS, build_attack, build_test_sets, poison_training_set
 from data.sources import prepare
-from utils import compare, config
+from utils import compare, config, plugins
 
 DEFENSES = ("asd", "none")
 
@@ -128,3 +131,15 @@ def test_an_exported_set_without_poisoned_images_has_no_success_rate(clean: Path
     data = prepare(own, tmp_path)
     assert data.tests.clean is not None and data.tests.backdoor is None
     assert data.ground_truth is not None and not data.ground_truth.poisoned().any()
+
+
+@pytest.mark.parametrize("name", plugins.names(ATTACKS))
+def test_no_assets_are_made_for_an_attack_without_poisoned_images(tiny: Path, tmp_path: Path, name: str) -> None:
+    """With `poison_ratio: 0` no attack trains a network, alters an image or has triggered test images."""
+    plan = replace(config.load(tiny, [f"backdoor={{poison_ratio: 0, {name}: {{}}}}"]), saved_dir=str(tmp_path))
+    raw = load_raw(plan)
+    attack = build_attack(plan, raw)
+    train = poison_training_set(plan, raw, attack, tmp_path)
+    assert not train.flags.any() and np.array_equal(train.images, raw.train_images)
+    assert build_test_sets(plan, raw, attack).backdoor is None
+    assert not (tmp_path / "assets").exists()
