@@ -62,7 +62,7 @@ class Defense(DefenseBase):
         self.virtual: State | None = None
 
     def build(self, state: State, stage: Stage) -> None:
-        """Build the optimizer, what runs the steps, and the virtual model."""
+        """Build the optimizer, the stepper of the MixMatch steps, and the virtual model."""
         super().build(state, stage)
         state.steps = mixmatch_steps(self.context, state)
         self.virtual = build_virtual(self.context, state.model)
@@ -81,9 +81,9 @@ def split_pools(
 
     Args:
         seeds: (S,) int64, on the CPU.
-        virtual: as in `train_virtual_model`.
+        virtual: preallocated virtual model (see `build_virtual`), used in stage 3 only; None: build a new one.
     Returns:
-        the clean pool, sorted indices (P,) int64, and the values (N,) that ranked the images; both on the CPU.
+        the clean pool as sorted indices (P,) int64, and the values (N,) by which the images were ranked; both on the CPU.
     """
     config, n = context.config, len(context.train_set)
     g, labels = config.global_, context.train_set.labels.cpu()
@@ -123,7 +123,7 @@ def train_virtual_model(context: Context, epoch: int, model: nn.Module, virtual:
     """Return a copy of the model, briefly trained on all images with the labels they carry (paper section 3.2.3).
 
     Args:
-        virtual: reused for the copy, overwriting what it holds; None: build a new one.
+        virtual: preallocated virtual model whose values are overwritten; None: build a new one.
     """
     virtual = virtual or build_virtual(context, model)
     copy_values(model, virtual.model)
@@ -141,7 +141,7 @@ def train_virtual_model(context: Context, epoch: int, model: nn.Module, virtual:
 def build_virtual(context: Context, model: nn.Module) -> State:
     """Return a copy of the model in which only the last layers are trainable, with its optimizer and stepper.
 
-    All epochs reuse this copy, because a captured step refers to its tensors by their addresses.
+    All epochs reuse this copy, because a captured CUDA graph holds the addresses of its tensors.
     """
     assert isinstance(model, Classifier)
     config, machine = context.config, context.machine
@@ -163,7 +163,7 @@ def train_mixmatch(
 
     Args:
         clean_pool: (P,) int64 on the CPU.
-        lambda_u: (S,) weights of the unlabeled loss; None: the ramp of ASD, from the first epoch of the run.
+        lambda_u: (S,) weight of the unlabeled loss in each step; None: ASD's linear ramp-up, counted from epoch 0.
     Returns:
         means over the epoch of `loss`, `loss_x`, `loss_u`, `lambda_u`.
     """
@@ -177,7 +177,9 @@ def train_mixmatch(
     state.model.train()
     with count_at_end(state.model, FORWARDS * count):
         sums = steps.run(draws.to(context.machine.device), lambda numbers: progress(numbers, "MixMatch", count))
-    means = dict(zip(("loss", "loss_x", "loss_u"), (sums / count).tolist(), strict=True))  # one wait for the device
+    means = dict(
+        zip(("loss", "loss_x", "loss_u"), (sums / count).tolist(), strict=True)
+    )  # the epoch's only device-to-host sync
     return means | {"lambda_u": float(lambda_u.mean())}
 
 
@@ -198,7 +200,7 @@ def mixmatch_step(context: Context, model: nn.Module, optimizer: torch.optim.Opt
     inputs = machine.to_memory_format(context.train_transform(train_set.fetch(index), draw.views))  # (3B, 3, H, W)
     _x, u1, u2 = inputs.split(b)
 
-    with torch.no_grad():  # in train mode: these passes update the BN statistics too
+    with torch.no_grad():  # train mode, so these passes update the BN statistics as well
         logits1, logits2 = forward(model, [u1, u2], machine)  # (B, C) each
         guessed = guess_labels(logits1, logits2, config.semi.mixmatch.temperature)  # (B, C)
     given = F.one_hot(train_set.labels[draw.labeled], config.num_classes).to(guessed.dtype)  # (B, C)
@@ -206,7 +208,8 @@ def mixmatch_step(context: Context, model: nn.Module, optimizer: torch.optim.Opt
 
     mixed_inputs = mixup(inputs, draw.lam, draw.permutation)  # (3B, 3, H, W)
     mixed_targets = mixup(targets, draw.lam, draw.permutation)  # (3B, C)
-    order = interleave_order(b, 3, inputs.device)  # (3B,): BN sees labeled and unlabeled rows together; its own inverse
+    # Interleave the blocks, so that each forward pass normalizes labeled and unlabeled images together; undone by [order].
+    order = interleave_order(b, 3, inputs.device)  # (3B,), its own inverse
     logits = torch.cat(forward(model, mixed_inputs[order].split(b), machine))[order]  # (3B, C)
     loss_x, loss_u = mixmatch_loss(logits, mixed_targets, labeled=b)
     loss = loss_x + draw.lambda_u * loss_u

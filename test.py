@@ -55,7 +55,7 @@ def main() -> None:
     if args.resume.lower() == "false":
         raise UserError(f"--resume {args.resume}: testing needs a checkpoint: name one, or leave the option out")
     if args.out and not args.images:
-        raise UserError(f"--out {args.out}: needs --images DIR, whose labels it is for")
+        raise UserError(f"--out {args.out}: only valid together with --images DIR")
     if args.out and is_dir(user_path(args.out, "--out"), "--out"):
         raise UserError(f"--out {args.out}: is a folder: give a file name, e.g. --out {Path(args.out) / 'labels.csv'}")
     settings = config.load(args.config, args.set)
@@ -78,8 +78,8 @@ def main() -> None:
 def test(loaded: Loaded) -> None:
     """Test the model on the clean and the triggered test images; print the results and write them to `log/test.json`.
 
-    An imperfect model gives some images the attacker's label even without a trigger. The ASR is to be compared with the
-    share of such images among the clean versions of the triggered images: `clean_as_target`.
+    An imperfect model gives some images the attacker's label even without a trigger. Compare the ASR with the
+    fraction of such images among the clean versions of the triggered images, `clean_as_target`.
     """
     settings, machine, run = loaded.config, loaded.machine, loaded.run
     tests = prepare_tests(settings, machine.device, new_classifier=new_classifier).to(machine.device)
@@ -96,8 +96,8 @@ def test(loaded: Loaded) -> None:
     print(f"ACC of the worst class, {class_text(worst[1], checkpoint.about(loaded.saved)[0])}: {100 * worst[0]:.2f} %")
     if backdoor is not None:
         print(f"ASR {shares['attack_success_rate']} of {len(backdoor)} triggered test images")
-        print(f"RA  {shares['robust_accuracy']} of the triggered images get their original label")
-        print(f"without the trigger, {shares['clean_as_target']} of these images get the attacker's label")
+        print(f"RA  {shares['robust_accuracy']} of the triggered images classified as their original class")
+        print(f"without the trigger, {shares['clean_as_target']} of these images are classified as the attacker wants")
     write_text(run.log / "test.json", confusion.to_json(result | confusion.figures(by_class)))
     print(f"written to {run.log / 'test.json'}")
 

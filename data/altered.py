@@ -1,4 +1,4 @@
-"""Altered images that come without the clean ones: put over the clean data set, they give a poisoned set."""
+"""Altered images stored without the clean ones: overlaid on the clean data set they give a poisoned set."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class AttackBase(ABC):
         """
 
     def preference(self) -> np.ndarray | None:
-        """Return values (N,) of the training images, of which those of the lowest are poisoned; None (here): a random draw."""
+        """Return a score (N,) for each training image; those with the lowest are poisoned. None (default): random choice."""
         return None
 
     def cover(self, images: np.ndarray, index: np.ndarray) -> np.ndarray:

@@ -88,7 +88,7 @@ def choose_poisoned(
     Returns:
         as `draw_poisoned`.
     Raises:
-        UserError: the attack has a preference, but the number of images is left to chance.
+        UserError: the attack chooses its images, but `poison_mode` is not `exact`.
     """
     b, allowed = config.attacker, may_be_poisoned(config, labels, clean_label)
     if b.poison_ratio and (values := preference()) is not None:

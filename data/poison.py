@@ -3,7 +3,7 @@
 python -m data.poison --config config/wanet.yaml --out DIR [--set K=V] [--gpu N|cpu]
 python -m data.poison --config YAML --out record/NAME --format backdoorbench [--weights CHECKPOINT]
 
-A set that is poisoned already, `backdoor: null`, is written as it is: from one format to the other.
+With `backdoor: null`, a set that is already poisoned is converted from one format to the other.
 """
 
 from __future__ import annotations

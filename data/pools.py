@@ -69,7 +69,7 @@ def class_agnostic_split(losses: Tensor, epsilon: float) -> Tensor:
 
 
 def meta_split(losses: Tensor, virtual_losses: Tensor, epsilon: float) -> Tensor:
-    """Stage 3: the `int(N * epsilon)` images whose loss fell least under the virtual model.
+    """Stage 3: the `int(N * epsilon)` images whose loss decreases least from the model to the virtual model.
 
     Poisoned images are learned quickly, so their loss falls most (paper section 3.2.3).
     """
@@ -110,8 +110,9 @@ def check_pool_sizes(config: Config, labels: Tensor, seeds: Tensor) -> None:
     others -= torch.bincount(carried[seeds], minlength=config.num_classes)
     growth = "global.seed_num/n/t" if config.seed_samples is None else "seed_samples and global.n/t"
     last_first = min(g.epoch_first, config.num_epochs)
+    first = "global.seed_num" if config.seed_samples is None else "seed_samples"
     sizes = [
-        (epoch, len(seeds) + int(others.clamp(max=per_class(epoch, g.n, g.t)).sum()), growth)
+        (epoch, len(seeds) + int(others.clamp(max=per_class(epoch, g.n, g.t)).sum()), growth if epoch else first)
         for epoch in {0, last_first - 1}
         if 0 <= epoch < last_first
     ]
@@ -122,6 +123,7 @@ def check_pool_sizes(config: Config, labels: Tensor, seeds: Tensor) -> None:
             sizes.append((g.epoch_first, most, "global.epsilon"))
     start = f"{g.seed_num}/" if config.seed_samples is None else f"{len(seeds)} images and "
     given = {growth: f"{start}{g.n}/{g.t}", "global.epsilon": str(g.epsilon)}
+    given[first] = str(g.seed_num) if config.seed_samples is None else f"{len(seeds)} images"
     for epoch, size, key in sizes:
         check_pool_size(config, n, size, f"{key}: {given[key]}", epoch)
 

@@ -1,7 +1,7 @@
 """`attack_result.pt` of a BackdoorBench record: a zip file of torch.save, whose pickle is untrusted input.
 
-Nothing of the file runs. A name in the pickle stands for a small function of this module that builds numbers, arrays of
-numbers or nothing; every other name is refused. Weights are left out.
+No code from the file is executed. Each allowed global in the pickle is mapped to a small function of this module that builds
+numbers, numeric arrays or nothing; every other global is rejected. Weights are skipped.
 """
 
 from __future__ import annotations

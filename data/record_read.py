@@ -1,4 +1,4 @@
-"""A record of BackdoorBench (Wu et al., NeurIPS 2022, its second version), read: the images that an attack altered, and how.
+"""Reading a BackdoorBench record (Wu et al., NeurIPS 2022, format version 2): which images an attack altered, and how.
 
     attack_result.pt                                 the labels that altered images carry; left out: see `Hints`
     bd_train_dataset/<original label>/<index>.png    altered training images; index: the place in the clean data set
@@ -35,7 +35,7 @@ LARGEST = 4096  # pixels of a side
 
 @dataclass(frozen=True)
 class Hints:
-    """What a record does not say, or not without `attack_result.pt`."""
+    """User-supplied information that a record lacks, in general or without `attack_result.pt`."""
 
     attack: str  # the attack's name
     unchanged: str = "poisoned"  # what altered images with an unchanged label are: poisoned, cover, or by `blocks`
@@ -230,7 +230,7 @@ def replace_carried(entries: Entries, label: int) -> Entries:
 
 
 def guess(entries: Entries, count: int, target: int, hints: Hints, folder: Path) -> Entries:
-    """Return the entries of training images with the labels that they must carry, where no file says it.
+    """Return the training entries with inferred labels, for records without `attack_result.pt`.
 
     Args:
         count: of all training images.
@@ -271,8 +271,8 @@ def target_of(train: Entries, test: Entries, classes: int, source: Path) -> tupl
 def flags_of(entries: Entries, count: int, wanted: np.ndarray, hints: Hints, source: Path) -> np.ndarray:
     """Return which altered training images are poisoned and which are cover images, (n,) uint8.
 
-    With `blocks`, as these attacks write them, each block of 128 begins with its poisoned images. One of the
-    target class keeps its label; that it is poisoned shows its place before the last relabeled image of any whole block.
+    With `blocks`, each block of 128 begins with its poisoned images. A poisoned image of the target class keeps its label; it
+    is recognized by its position, which is not beyond the last relabeled position of any full block.
 
     Args:
         count: of all training images.

@@ -85,7 +85,7 @@ def save(result: dict[str, Any], file: IO[bytes]) -> None:
 
 
 def name_of_data(made: Made) -> str:
-    """Return BackdoorBench's name of the data set, as its file declares it; another name costs a line."""
+    """Return BackdoorBench's name of the data set, as its file declares it; log a warning if there is none."""
     (name,) = made.settings["dataset"]
     known: Mapping[str, str] = plugins.declared("data.datasets", "BACKDOORBENCH")
     if name not in known:

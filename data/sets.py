@@ -126,7 +126,7 @@ class ImageSet:
 class GroundTruth:
     """What the attacker did to each training image.
 
-    Only the drawing of seed samples and the reports receive it; the splits and the training never do (threat model).
+    Only the drawing of seed samples, oracle baselines and reports receive it; splits and training never do (threat model).
     """
 
     flags: Tensor  # (N,) uint8: CLEAN, POISONED or COVER

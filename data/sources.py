@@ -104,7 +104,7 @@ def stored_tests(stored: StoredSet, placement: str) -> TestSets:
 
 
 def from_unknown_origin(raw: RawData, placement: str) -> PoisonedData:
-    """Return images without ground truth: nobody knows whether and which ones are poisoned."""
+    """Return images without ground truth: it is unknown whether, and which, images are poisoned."""
     images = read_table(raw.train_images) if placement == "host" else raw.train_images
     train, none = to_set(images, raw.train_labels, placement), raw.train_images[None, :0].repeat(2, 0)
     return PoisonedData(train, untriggered(raw, placement), raw.class_names, raw.names, none)

@@ -1,8 +1,8 @@
 """From a data set to tables: many images become one (n, H, W, 3) uint8 array of one size, kept on disk.
 
 Images are decoded in parallel, brought to one size by the pre-transforms and cached (`data/table_file.py`: the files and how
-they are verified). The key in a table's file name stands for its place: the folder of the images, the classes, limits and
-pre-transforms. So a data set that changes replaces its own table, and each run configuration has one. Only images that have
+they are verified). The key in a table's file name is a digest of the image folder, the classes, the limits and the
+pre-transforms. So a changed data set replaces its own table, and each configuration has its own. Only images that have
 changed are decoded again; the rows of the others are copied. A table that was made from a copy of the images in another
 folder is used as it is. A damaged table is made again.
 """

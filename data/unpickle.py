@@ -76,8 +76,8 @@ def read_pickle(path: Path) -> Any:
 def check_structure(contents: bytes) -> None:
     """Refuse a pickle that would crash the unpickler or fill the memory, without building anything.
 
-    Python computes the hash of a tuple by recursion in C and without a limit: as a key of a dictionary, one that is nested
-    100,000 levels deep ends the process. A number of the memo is the size of a table.
+    CPython hashes tuples recursively without a depth limit: a tuple nested 100,000 levels deep, used as a dictionary key,
+    crashes the process. A large memo index makes the unpickler allocate a table of that size.
 
     Raises:
         ValueError: it is such a pickle, or none.

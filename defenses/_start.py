@@ -18,7 +18,7 @@ from utils.run import LATEST, locate
 from utils.stages import Stage
 
 UNDEFENDED_STAGE = "undefended"
-START_HELP = "a finished run without a defense, by its name, whose weights are taken; null: train them first, for num_epochs"
+START_HELP = "name of a finished run without a defense to start from; null: train one first, for num_epochs"
 
 
 def undefended_stage(config: Config, start_run: str | None) -> Stage:

@@ -37,14 +37,14 @@ class Settings(DefenseSettings):
     isolation_optimizer: Named = setting(sgd(0.1), "optimizer of the isolation stage", choices=OPTIMIZERS)
     gamma: float = setting(0.5, "the loss at which gradient ascent begins", low=0)
     unit: str = setting(
-        "batch", "whose loss decides on ascent: the mean of a batch, or each image", options=("batch", "example")
+        "batch", "ascent is decided by the mean loss of the batch, or separately for each image", options=("batch", "example")
     )
     isolation_ratio: float = setting(0.01, "share of the images that are isolated", above=0, below=1)
     finetune_epochs: int = setting(70, "epochs on the images that are not isolated", low=0)
     finetune_optimizer: Named = setting(sgd(0.1), "optimizer of the fine-tuning", choices=OPTIMIZERS)
     finetune_scheduler: Named | None = setting(
         Named("multi_step", MultiStep(milestones=(30, 55))),
-        "of the fine-tuning rate; null: constant",
+        "learning-rate schedule of the fine-tuning; null: constant",
         choices=SCHEDULERS,
     )
     unlearn_epochs: int = setting(5, "epochs of gradient ascent on the isolated images", low=0)

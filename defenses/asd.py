@@ -1,4 +1,4 @@
-"""ASD. The method is `ASD.py` at the top of the repository; this file makes it `defense: asd`."""
+"""ASD. The method itself is in `ASD.py` at the repository root; this file registers it as `defense: asd`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CBD: train a network that learns the backdoor quickly, then one with little weight on what the first one has learnt.
+"""CBD: train a network that learns the backdoor quickly, then one that gives little weight to what the first has learned.
 
 Zhang et al., "Backdoor Defense via Deconfounded Representation Learning", CVPR 2023, without its optional term of mutual
 information, which the authors' code leaves out too.
@@ -32,7 +32,7 @@ class Settings(DefenseSettings):
     optimizer: Named = setting(PLAN, "optimizer of both networks", choices=OPTIMIZERS)
     lr_scheduler: Named | None = setting(
         Named("multi_step", MultiStep(milestones=(20, 70))),
-        "of the clean network; null: constant",
+        "learning-rate schedule of the clean network; null: constant",
         choices=SCHEDULERS,
     )
     batch_size: int = setting(64, "batch size of both", low=2)
@@ -47,7 +47,7 @@ class Settings(DefenseSettings):
 
 
 class Defense(DefenseBase):
-    """Two networks, one after the other; the model is tested untrained while the biased one learns."""
+    """Two networks, one after the other; while the biased one is trained, the (untrained) model is evaluated."""
 
     def build(self, state: State, stage: Stage) -> None:
         """Build the biased network, the stage's optimizer and its loss."""

@@ -45,7 +45,7 @@ class Settings(DefenseSettings):
         Named("cosine_annealing", CosineAnnealing(T_max=1000)), "learning rate of SimCLR; null: constant", choices=SCHEDULERS
     )
     simclr_batch_size: int = setting(512, "images of a SimCLR step, two views of each", low=2)
-    temperature: float = setting(0.5, "of SimCLR's similarities", above=0)
+    temperature: float = setting(0.5, "temperature of SimCLR's similarities", above=0)
     projection_dim: int = setting(128, "width of the projection that SimCLR compares", low=1)
     head_epochs: int = setting(10, "epochs of the linear layer", low=1)
     head_batch_size: int = setting(128, "batch size of the linear layer", low=2)
@@ -87,7 +87,7 @@ class Defense(DefenseBase):
         self.views = Pipeline(self.settings.simclr_transform or train.primary, train.remaining, *images.shape[2:])
 
     def build(self, state: State, stage: Stage) -> None:
-        """Build the projection, the stage's optimizer and what runs its steps."""
+        """Build the projection head, the stage's optimizer and its stepper."""
         assert isinstance(state.model, Classifier)
         device = self.context.machine.device
         if PROJECTION not in state.networks:
@@ -122,7 +122,7 @@ class Defense(DefenseBase):
         state.steps = supervised_steps(self.context, state, loss)
 
     def enter(self, state: State, stage: Stage) -> None:
-        """The linear layer begins with new weights; MixMatch goes on with the optimizer, by steps of its own."""
+        """The linear layer starts with new weights; MixMatch keeps the optimizer but uses its own steps."""
         assert isinstance(state.model, Classifier)
         if stage.name == "head":
             with torch.random.fork_rng(devices=[]):

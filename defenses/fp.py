@@ -1,4 +1,4 @@
-"""Fine-pruning: silence the channels that clean images use least, then fine-tune.
+"""Fine-pruning: prune the channels that clean images activate least, then fine-tune.
 
 Liu et al., "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks", RAID 2018.
 """
@@ -29,7 +29,7 @@ PRUNED = "pruned channels"
 class Settings(DefenseSettings):
     needs_clean = True
     start_run: str | None = setting(None, START_HELP)
-    accuracy_drop: float = setting(0.04, "share of accuracy on half of the clean images that pruning may cost", low=0, high=1)
+    accuracy_drop: float = setting(0.04, "accuracy that pruning may cost, measured on half of the clean images", low=0, high=1)
     finetune_epochs: int = setting(10, "epochs on the clean images after pruning", low=0)
     finetune_optimizer: Named = setting(
         Named("SGD", SGD(lr=0.01, momentum=0.9, weight_decay=5e-4)), "optimizer of the fine-tuning", choices=OPTIMIZERS
@@ -37,7 +37,7 @@ class Settings(DefenseSettings):
     batch_size: int = setting(128, "batch size of the fine-tuning", low=2)
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
-        """The undefended network; one epoch in which nothing is trained but the pruned network is tested; fine-tuning."""
+        """The undefended network; one epoch without training, which evaluates the pruned network; fine-tuning."""
         key = "defense.fp.finetune_optimizer"
         return (
             undefended_stage(config, self.start_run),
@@ -47,7 +47,7 @@ class Settings(DefenseSettings):
 
 
 class Defense(DefenseBase):
-    """A pruned channel of the last stage is a column of the linear layer that is 0: the layer sees the channels' means."""
+    """Pruning a channel of the last stage means zeroing its column of the linear layer, whose input is the channel means."""
 
     def build(self, state: State, stage: Stage) -> None:
         """Build the stage's optimizer, and a loss that holds the pruned columns at 0."""

@@ -61,7 +61,7 @@ class Settings(DefenseSettings):
 
 
 class Defense(DefenseBase):
-    """The undefended network is the model throughout: it is tested while the teacher learns, and then it is the student."""
+    """The model is the undefended network: it is evaluated while the teacher is trained, then becomes the student."""
 
     def build(self, state: State, stage: Stage) -> None:
         """Build the teacher, the stage's optimizer and its loss."""

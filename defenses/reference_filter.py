@@ -1,4 +1,4 @@
-"""Reference row: plain training on a part of the images, chosen with the ground truth. It bounds what a filter can reach."""
+"""Oracle baseline: plain training on a subset chosen with the ground truth, an upper bound for every filter."""
 
 from __future__ import annotations
 

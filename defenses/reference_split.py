@@ -1,4 +1,4 @@
-"""Reference row: ASD's MixMatch with one clean pool for the whole run. It bounds what any split can give ASD."""
+"""Oracle baseline: ASD's MixMatch with one fixed clean pool for the whole run, an upper bound for every split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The context of a run, which is all that is fixed and known to the defender; building its model, optimizer and stepper."""
+"""The context of a run (all constants that the defender knows), and builders of model, optimizer and stepper."""
 
 from __future__ import annotations
 

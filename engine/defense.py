@@ -1,4 +1,4 @@
-"""What every defense is: stages of epochs that train a model on images which carry the attacker's labels."""
+"""Base class of all defenses: stages of epochs that train a model on the possibly mislabeled images."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from utils.stages import Stage, locate
 class DefenseBase(ABC):
     """A defense: `class Defense(DefenseBase)` in `defenses/<name>.py`, beside its `Settings`.
 
-    It knows the training images with the labels that they carry, and the images that it is given; never the ground truth. A
-    reference row, which bounds what a defense can reach, has a function `reference_images(config, flags)` in its file: the run
-    calls it with the ground truth (N,) and gives the defense the indices that it returns.
+    It knows the training images with the labels that they carry, and the images that it is given; never the ground truth. An
+    oracle baseline, an upper bound for defenses, defines `reference_images(config, flags)` in its file: the run calls it with
+    the ground truth (N,) and passes the returned indices to the defense.
 
     Between two epochs, everything that it needs later is in the `State`: weights, optimizer, `networks` beside the model,
     `sets` of indices. Random draws are functions of (seed, purpose, epoch). Then resuming is exact.
@@ -37,7 +37,7 @@ class DefenseBase(ABC):
         """Give the state what a stage trains: here a new optimizer and schedule for all weights of the model.
 
         Called before a stage with a new optimizer begins, and before a checkpoint that was written within a stage is loaded.
-        It only builds; what it builds, `enter` or the checkpoint fills.
+        It only allocates; `enter` or the checkpoint then sets the values.
         """
         self.train_with(state, stage, state.model.parameters())
 
@@ -47,7 +47,7 @@ class DefenseBase(ABC):
         state.steps = None  # a captured step holds the tensors of the optimizer before
 
     def enter(self, state: State, stage: Stage) -> None:
-        """Do what a stage begins with, once, before its first epoch: choose images, prune, copy a network. Here: nothing."""
+        """Called once before the first epoch of a stage, e.g. to choose images or prune a network. Default: do nothing."""
         return
 
     def begin_epoch(self, state: State, epoch: int) -> None:

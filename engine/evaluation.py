@@ -23,10 +23,10 @@ class Evaluation(NamedTuple):
     """The figures of a model on the test images.
 
     Attributes:
-        shares: in 0..1, None without the test set: `clean_accuracy` (ACC), clean images that get their label. Of the triggered
-            images: `attack_success_rate` (ASR), those that get the attacker's label; `robust_accuracy` (RA), those that get
-            their original label; `clean_as_target`, those that get the attacker's label even without the trigger, to compare
-            the ASR with.
+        shares: fractions in 0..1, None without the test set. `clean_accuracy` (ACC): clean images classified correctly. Of the
+            triggered images: `attack_success_rate` (ASR): those classified as the attacker wants; `robust_accuracy` (RA):
+            those classified as their original class; `clean_as_target`: those classified as the attacker wants even without
+            the trigger, the baseline of the ASR.
         by_class: what is predicted for the images of each class; None without test images.
     """
 

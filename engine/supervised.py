@@ -1,4 +1,4 @@
-"""Supervised training, one pass over images after another: the virtual model, and training without a defense."""
+"""Supervised training, pass by pass: the virtual model, training without a defense, and the stages of other defenses."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The paper's losses. Imports only torch."""
+"""The losses of ASD and of the other defenses. Imports only torch."""

@@ -1,4 +1,4 @@
-"""Losses of each image against the label it carries: always (B,), the caller reduces (paper section 3.2)."""
+"""Per-image classification losses, (B,) without reduction (paper section 3.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights under the names of other programs: what a record of BackdoorBench holds of the network that was attacked."""
+"""Conversion of weights for other programs: the network as a BackdoorBench record stores it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def exchanged_weights(config: Config, given: str | None) -> tuple[str, dict[str,
     model = build_classifier(network, config.num_classes, config.seed.seed)
     if given is None:
         logger.warning(
-            "warning: --weights: not given: the record has fresh weights, so that only defenses that train from scratch make "
-            "sense (ABL, DBD, NAB, D-ST)"
+            "warning: --weights not given: the record contains untrained weights, so only defenses that train from scratch "
+            "(ABL, DBD, NAB, D-ST) are meaningful"
         )
     else:
         path: Path = user_path(given, "--weights")

@@ -132,7 +132,7 @@ def test_reflections_may_be_of_any_class() -> None:
     assert shown == [set(range(10)) - {3}, set(range(10))]
 
 
-def test_iab_s_generator_is_trained_on_shifted_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_iab_generator_is_trained_on_shifted_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the loss of a step the first tenth of the batch has the label y + 1, all other images have their own."""
     raw = world()
     seen: list[torch.Tensor] = []

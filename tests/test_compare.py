@@ -143,11 +143,11 @@ def data_of(poison: str, seeds: str | None = None) -> str:
     [
         (1, {}, None, "0.980"),
         (1, {}, data_of("aa"), "0.980"),
-        (1, {}, data_of("bb"), "no twin"),
-        (2, {}, data_of("aa"), "no twin"),
-        (1, {"backdoor": {"blend": {"alpha": 0.1}}}, data_of("aa"), "no twin"),
-        (1, {"network": "wide_resnet"}, data_of("aa"), "no twin"),
-        (1, {"dataset": "gtsrb"}, None, "no twin"),
+        (1, {}, data_of("bb"), "no undefended run"),
+        (2, {}, data_of("aa"), "no undefended run"),
+        (1, {"backdoor": {"blend": {"alpha": 0.1}}}, data_of("aa"), "no undefended run"),
+        (1, {"network": "wide_resnet"}, data_of("aa"), "no undefended run"),
+        (1, {"dataset": "gtsrb"}, None, "no undefended run"),
     ],
 )
 def test_a_twin_has_the_same_network_and_poisoned_set(

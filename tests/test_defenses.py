@@ -45,7 +45,7 @@ def test_the_configurations_of_the_table_load(path: Path) -> None:
 
 @pytest.mark.slow
 @every_defense
-def test_a_run_that_is_interrupted_ends_like_one_that_is_not(
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Stopped after any epoch, between stages too, and resumed: weights, optimizer, networks, sets and rows are equal."""
@@ -75,7 +75,7 @@ def test_a_run_that_is_interrupted_ends_like_one_that_is_not(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nad", "fp"])
-def test_what_repairs_a_network_begins_with_the_undefended_one(tmp_path: Path, name: str) -> None:
+def test_repair_defenses_start_from_the_undefended_network(tmp_path: Path, name: str) -> None:
     """Its first stage is `defense: none` bit for bit; a finished run without a defense may be named instead."""
     train_here(*small(tmp_path, "none", "run=plain"))
     train_here(*small(tmp_path, name, "run=whole"))
@@ -131,7 +131,7 @@ def test_local_gradient_ascent_is_flooding(shift: float) -> None:
 
 
 def test_the_isolated_images_have_the_lowest_losses(tmp_path: Path) -> None:
-    """ABL isolates `int(N p)` images: those that a slow sort of plain cross-entropies puts first."""
+    """ABL isolates the `int(N p)` images with the lowest cross-entropy, compared with a plain sort."""
     run = train_here(*small(tmp_path, "abl", "run=whole"))
     settings, _ = small(tmp_path, "abl", "run=whole", "defense.abl.finetune_epochs=0", "defense.abl.unlearn_epochs=0")
     train_here(*small(tmp_path, "abl", "run=first", "defense.abl.finetune_epochs=0", "defense.abl.unlearn_epochs=0"))
@@ -193,7 +193,7 @@ def test_attention_maps() -> None:
     assert attention_distance(one, two).tolist() == pytest.approx(slow)
 
 
-def test_pruning_stops_where_accuracy_does() -> None:
+def test_pruning_respects_the_allowed_accuracy_drop() -> None:
     """k is the largest for which the network without the first k channels loses at most the allowed share, by a slow loop."""
     torch.manual_seed(0)
     features, linear = torch.rand(60, 12), nn.Linear(12, 4)
@@ -239,7 +239,7 @@ def test_the_weights_of_cbd() -> None:
     assert torch.allclose(*(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, slow)), atol=1e-6)
 
 
-def test_the_reference_rows_choose_by_the_truth(tmp_path: Path) -> None:
+def test_oracle_baselines_select_by_ground_truth(tmp_path: Path) -> None:
     """The perfect filter leaves out the poisoned images and nothing else, the random one as many; a pool is half of the set."""
     flags = torch.tensor([0, 1, 0, 2, 0, 0, 1, 0, 0, 0] * 4, dtype=torch.uint8)
 

@@ -284,7 +284,7 @@ def test_exit_codes_of_a_process() -> None:
     assert out["stopped"][2] == 130 and out["stopped"][1].strip().count("\n") == 0 and "x.py: stopped" in out["stopped"][1]
 
 
-def test_a_reader_that_has_gone_is_no_error() -> None:
+def test_a_closed_output_pipe_is_not_an_error() -> None:
     """If the program that reads the output exits, there is no traceback."""
     script = "from utils.cli import command\ndef main():\n    for i in range(99999): print('line', i)\ncommand('x.py', main)\n"
     process = subprocess.Popen(

@@ -146,7 +146,7 @@ from utils.schema import Named, setting
 @dataclass(frozen=True)
 class Settings:
     width: int = setting(2, "pixels of the frame", low=1)
-    helper: Named = setting("colour_mean", "a network of the attacker", choices=NETWORKS)
+    helper: Named = setting("color_mean", "a network of the attacker", choices=NETWORKS)
 
 class Attack(AttackBase):
     def __init__(self, settings, scene):
@@ -191,7 +191,7 @@ class Settings:
     def apply(self, images, draws):
         return torch.where(draws[:, :, None, None] < 0.5, images, 255 - images)
 """,
-    "model/networks/colour_mean.py": """
+    "model/networks/color_mean.py": """
 from dataclasses import dataclass
 from torch import nn
 from model.backbone import finish
@@ -204,7 +204,7 @@ class Settings:
 def build(settings):
     n = settings.channels
     parts = nn.Conv2d(3, n, 3, padding=1), nn.BatchNorm2d(n), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    return finish("colour_mean", nn.Sequential(*parts), n, None, ["0"])
+    return finish("color_mean", nn.Sequential(*parts), n, None, ["0"])
 """,
 }
 
@@ -227,7 +227,7 @@ def test_plugins_are_new_files_without_other_changes(tmp_path: Path) -> None:
     plan = {key: value for key, value in TINY.items() if key != "dataset"} | {
         "dataset_dir": str(tmp_path / "my-tinted-images"),
         "num_classes": 4,
-        "network": {"colour_mean": {"channels": 6}},
+        "network": {"color_mean": {"channels": 6}},
         "backdoor": {"poison_ratio": 0.2, "target_label": 1, "framed": {"width": 3}},
         "transform": {key: {"remaining": {"to_tensor": True}} for key in ("train", "test")},
         "num_epochs": 3,
@@ -247,7 +247,7 @@ def test_plugins_are_new_files_without_other_changes(tmp_path: Path) -> None:
     assert all("framed: the helper gives (2, 4)" in text for text in said)
     saved = tmp_path / "saved" / "plan"
     resolved = yaml.safe_load((saved / "config.yaml").read_text())
-    assert resolved["backdoor"]["framed"] == {"width": 3, "helper": {"colour_mean": {"channels": 5}}}
+    assert resolved["backdoor"]["framed"] == {"width": 3, "helper": {"color_mean": {"channels": 5}}}
     rows = [json.loads(row) for row in (saved / "log" / "metrics.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows] == ["class-aware", "class-agnostic", "meta-split"]
     assert json.loads((saved / "log" / "test.json").read_text())["backdoor_total"] == 15

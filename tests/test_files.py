@@ -191,9 +191,7 @@ def test_two_names_of_the_same_contents(tmp_path: Path, monkeypatch: pytest.Monk
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "latest"]
 
 
-def test_a_further_name_that_cannot_be_written_is_the_one_that_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_error_names_the_second_file_if_that_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the second name fails, the error names it, and the first one is the old file."""
     (tmp_path / "latest").write_text("old")
     (tmp_path / "best").mkdir()

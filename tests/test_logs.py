@@ -102,7 +102,7 @@ def test_every_module_that_logs_is_covered() -> None:
     assert folders and {folder for folder in folders if not folder.endswith(".py")} <= set(logs.PACKAGES)
 
 
-def test_a_full_disk_is_no_silent_loss(tmp_path: Path) -> None:
+def test_a_full_disk_while_logging_is_an_error(tmp_path: Path) -> None:
     """A line that cannot be written to the log or to standard output ends the command with the error of the disk."""
     handler = logs.LogFile(Path("/dev/full"))
     logs.attach(handler)

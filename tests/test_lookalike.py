@@ -48,8 +48,8 @@ def attack_of(plan: Config, tmp_path: Path, network: Any = new_classifier) -> An
 
 
 def test_the_images_that_resemble_the_target_class_are_poisoned(tiny: Path, tmp_path: Path) -> None:
-    """Exactly those of other classes to which the surrogate gives the target label with the lowest losses, by a slow sort;
-    of 20 such images most are among the first 19."""
+    """Poisoned are exactly the images of other classes whose surrogate loss for the target label is lowest, by a plain sort;
+    most of the 20 look-alikes are among the first 19."""
     plan, raw = plan_of(tiny), world()
     attack = attack_of(plan, tmp_path)
     network = load_surrogate("lookalike", attack.settings, attack.scene)
@@ -97,7 +97,7 @@ def test_with_all_to_all_labels_each_image_is_ranked_by_its_own_label(tiny: Path
     assert np.median(values[-20:]) < np.quantile(values[:-20][labels[:-20] == 2], 0.1)
 
 
-def test_a_number_left_to_chance_is_refused(tiny: Path, tmp_path: Path) -> None:
+def test_poison_mode_bernoulli_is_refused(tiny: Path, tmp_path: Path) -> None:
     """poison_mode must be `exact`: the attacker chooses the images, nothing is drawn."""
     plan = plan_of(tiny, more="poison_mode: bernoulli")
     attack = attack_of(plan, tmp_path)

@@ -203,7 +203,7 @@ def test_an_error_of_a_file_has_no_traceback(tmp_path: Path, capsys: pytest.Capt
 # -- Names -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_name_is_found_by_its_letters() -> None:
+def test_names_match_across_unicode_forms() -> None:
     """Names match exactly, or in the other Unicode form if only one name has it."""
     names = Names(["b\u00e9e", "e\u0301t", "x\u00e9", "xe\u0301"])
     assert names.find("be\u0301e") == "b\u00e9e" and names.find("\u00e9t") == "e\u0301t" and names.find("bee") is None

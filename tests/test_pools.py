@@ -212,12 +212,12 @@ def test_pools_of_at_least_a_batch_pass(tiny: Path, overrides: tuple[str, ...]) 
 @pytest.mark.parametrize(
     ("overrides", "key", "pool", "what"),
     [
-        (("semi.loader.batch_size=21",), "global.seed_num/n/t: 2/2/1", "clean pool of epoch 0", "would hold 20 images"),
+        (("semi.loader.batch_size=21",), "global.seed_num: 2", "clean pool of epoch 0", "would hold 20 images"),
         (("global.n=18",), "global.seed_num/n/t: 2/18/1", "polluted pool of epoch 1", "would be empty"),
         (("global.n=999",), "global.seed_num/n/t: 2/999/1", "polluted pool of epoch 1", "would be empty"),
         (("global.n=3", "global.epoch_first=6", "global.epoch_second=6", "global.seed_num=5"), "global.seed_num/n/t",
          "polluted pool of epoch 5", "would be empty"),
-        (("global.seed_num=20",), "global.seed_num/n/t", "polluted pool of epoch 0", "would be empty"),
+        (("global.seed_num=20",), "global.seed_num: 20", "polluted pool of epoch 0", "would be empty"),
         (("global.seed_num=18", "semi.loader.batch_size=50"), "global.seed_num", "polluted pool", "would hold 20 images"),
         (("global.epsilon=0.039",), "global.epsilon: 0.039", "clean pool of epoch 2", "would hold 7 images"),
         (("global.epsilon=0.001",), "global.epsilon: 0.001", "clean pool of epoch 2", "would be empty"),
@@ -250,7 +250,7 @@ def test_a_pool_smaller_than_a_batch_is_refused_at_the_start(
 def test_given_seed_samples_are_named_in_the_refusal(tiny: Path) -> None:
     """If the user gave the seed samples, the error for a pool that is too small names that key and the number of images."""
     plan = config.load(tiny, ["seed_samples=list.txt", "global.n=0"])
-    with pytest.raises(UserError, match=r"seed_samples and global\.n/t: 7 images and 0/1: the clean pool .* 7 images"):
+    with pytest.raises(UserError, match=r"seed_samples: 7 images: the clean pool .* 7 images"):
         check_pool_sizes(plan, LABELS, torch.arange(7))
 
 

@@ -295,7 +295,7 @@ def blocks(ratio: float, target: int = 3) -> tuple[list[tuple[int, int, int]], l
 
 @pytest.mark.parametrize("ratio", [0.1, 0.2])
 @pytest.mark.parametrize("target", range(10))
-def test_cover_images_are_told_by_their_place(tmp_path: Path, ratio: float, target: int) -> None:
+def test_cover_images_are_identified_by_their_position_in_a_block(tmp_path: Path, ratio: float, target: int) -> None:
     """In blocks of 128, images of the target class up to the last relabeled one are poisoned and those beyond are cover images;
     in the last block the ratio decides."""
     rows, expected = blocks(ratio, target)
@@ -345,7 +345,7 @@ def test_limits_and_larger_images(tmp_path: Path) -> None:
     assert np.array_equal(data.train.images[7].permute(1, 2, 0), np.asarray(resized))
 
 
-def test_a_record_becomes_a_set_of_our_own_and_back(tmp_path: Path) -> None:
+def test_records_and_exported_sets_convert_into_each_other(tmp_path: Path) -> None:
     """`python -m data.poison` writes a record as arrays, and arrays as a record; nothing of the set changes."""
     theirs(tmp_path / "r", every_fifth())
     source = on(tmp_path, tmp_path / "r")
@@ -362,7 +362,7 @@ def test_a_record_becomes_a_set_of_our_own_and_back(tmp_path: Path) -> None:
     assert_same(one, prepare(on(tmp_path, tmp_path / "back"), tmp_path / "three"))
 
 
-def test_a_run_notices_another_record(tmp_path: Path) -> None:
+def test_resuming_with_another_record_is_refused(tmp_path: Path) -> None:
     """A run that was begun with one record refuses another, and goes on with the same one elsewhere."""
     theirs(tmp_path / "r", every_fifth())
     prepare(on(tmp_path, tmp_path / "r"), tmp_path / "run")
@@ -576,7 +576,7 @@ HOSTILE: dict[str, bytes] = {
 
 @pytest.mark.parametrize("which", HOSTILE)
 def test_a_malicious_pickle_is_refused(tmp_path: Path, which: str) -> None:
-    """Whatever the pickle asks for or grows to, it is one line with the file's name; the process lives on."""
+    """Whatever the pickle requests or expands to, the result is a one-line error with the file name and no crash."""
     archive(tmp_path / "r/attack_result.pt", HOSTILE[which])
     refused(lambda: record_pickle.read_attack_result(tmp_path / "r/attack_result.pt"), "attack_result.pt")
 
@@ -630,7 +630,7 @@ def test_endless_operations_are_refused(tmp_path: Path, monkeypatch: pytest.Monk
     refused(lambda: record_pickle.read_attack_result(tmp_path / "attack_result.pt"), "more than 1,000 operations")
 
 
-def test_one_long_text_for_many_images_takes_no_memory(tmp_path: Path) -> None:
+def test_a_huge_shared_string_is_refused_without_copying_it(tmp_path: Path) -> None:
     """Labels that are a text of millions of letters, shared by all images, are refused without being taken apart."""
     text = "x" * 20_000_000
     told = theirs(tmp_path / "r", every_fifth())
@@ -697,7 +697,7 @@ def test_the_commands_work_together(tmp_path: Path) -> None:
     assert ".mkdir" in result.stderr and "attack_result.pt" in result.stderr and not trace.exists()
 
 
-def test_an_unknown_data_set_costs_a_line(tmp_path: Path) -> None:
+def test_an_unsupported_data_set_logs_a_warning(tmp_path: Path) -> None:
     """A record of a data set that BackdoorBench does not have is written, with a warning."""
     with logged() as said:
         write(tmp_path, tmp_path / "mine", ATTACKS["badnets"][0])

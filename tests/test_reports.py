@@ -25,6 +25,7 @@ from tensorboard.util import tensor_util
 
 from utils import config, page, plots, runlog
 from utils.confusion import ByClass
+from utils.logs import Screen
 from utils.report import Report, Subject
 from utils.runlog import RunLog, add_finish, add_losses, add_row, add_start, epoch_line, progress, write_metrics
 from utils.suspects import Evidence
@@ -119,6 +120,20 @@ def test_a_bar_passes_every_item_on(total: int) -> None:
     assert list(progress(iter("abc"), "test", 3)) == ["a", "b", "c"]
 
 
+def test_without_a_terminal_progress_is_a_line_each_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a file there is nothing of a short loop, and of a long one whole lines without control characters; a message in
+    between is a line of its own."""
+    handler = Screen()
+    list(progress(range(3), "short", 3))
+    bar: Any = progress(range(4), "long", 4)
+    bar.delay, bar.mininterval = 0, 0
+    for i in bar:
+        handler.emit(logging.makeLogRecord({"msg": f"message {i}"}))
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [f"message {i}" for i in range(4)]
+    assert err and all(line.startswith("long: ") and line.isprintable() for line in err.splitlines())
+
+
 def read_board(folder: Path) -> EventAccumulator:
     """Return TensorBoard's own reader of a folder."""
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0, "images": 0, "tensors": 0})
@@ -171,7 +186,7 @@ def test_tensorboard_shows_the_run(tmp_path: Path, said: list[str]) -> None:
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_tensorboard_forgets_what_a_killed_run_wrote_too_much(tmp_path: Path) -> None:
+def test_tensorboard_events_after_the_last_checkpoint_are_purged(tmp_path: Path) -> None:
     """After resuming from an earlier checkpoint, TensorBoard has each epoch once, with the later value."""
     history = rows(4)
     log = RunLog(tmp_path, 0)

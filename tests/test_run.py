@@ -73,7 +73,7 @@ def test_a_run_has_its_folders_and_its_settings(tiny: Path, tmp_path: Path) -> N
     assert said == []
 
 
-def test_looking_a_run_up_makes_nothing(tiny: Path, tmp_path: Path) -> None:
+def test_locating_a_run_creates_no_files(tiny: Path, tmp_path: Path) -> None:
     """Locating a run creates nothing: testing a checkpoint does not change the run."""
     locate(load(tiny))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.yaml"]

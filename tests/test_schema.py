@@ -154,14 +154,14 @@ def test_a_choice_by_name(raw: Any) -> None:
         ({"saw": {"teeth": 0}}, ["main.saw.teeth", "0", ">= 1"]),
     ],
 )
-def test_a_choice_that_is_none(raw: Any, expected: list[str]) -> None:
+def test_an_invalid_choice_is_refused(raw: Any, expected: list[str]) -> None:
     """Anything but exactly one known name with its own settings is refused with the legal names."""
     line = refused(main=raw)
     for part in expected:
         assert part in line
 
 
-def test_several_keep_their_order_and_may_be_switched() -> None:
+def test_lists_of_choices_keep_their_order_and_entries_can_be_disabled() -> None:
     """Several names keep the order of the file; `true` means the defaults, `false` and null leave one out."""
     row = read(row={"saw": True, "hammer": {"weight": 2}}).row
     assert row == (Named("saw", Saw(40)), Named("hammer", Hammer(2.0)))

@@ -185,7 +185,7 @@ command("x.py", main, kept="All is kept.")
 """
 
 
-def test_a_run_on_several_devices_is_stopped_whole(tmp_path: Path) -> None:
+def test_sigterm_stops_all_processes_of_a_multi_device_run(tmp_path: Path) -> None:
     """SIGTERM to `--gpu 0,1` stops all processes; rank 0 reports it, and the exit code is 143."""
     (tmp_path / "x.py").write_text(DEVICES)
     process = start(tmp_path / "x.py")

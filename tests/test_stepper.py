@@ -106,7 +106,7 @@ def test_a_graph_is_used_only_if_its_trial_is_right(how: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("how", ["twice", "nothing", "refuses"])
-def test_mode_graph_ends_where_the_graph_is_not_right(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mode_graph_fails_if_the_graph_is_wrong(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `runtime.mode: graph` a graph that cannot be used is a one-line error with the remedy."""
     with pytest.raises(UserError, match=r"runtime\.mode: graph: .*set runtime\.mode=eager") as caught:
         trained(how, monkeypatch, insist=True)
@@ -170,7 +170,7 @@ def test_each_kind_of_tensors_is_compared_by_itself(kind: str, wrong: str) -> No
     assert difference(found, expected, before, scatter) != ""
 
 
-def test_what_two_eager_trials_are_apart_is_allowed() -> None:
+def test_a_graph_may_differ_as_much_as_two_eager_trials() -> None:
     """On a nondeterministic device, a graph may differ from an eager trial twice as much as another eager trial, up to a
     limit."""
     before, expected = torch.zeros(2), torch.tensor([1.0, 0.0])

@@ -157,7 +157,7 @@ def test_what_is_not_finished_is_refused(trained: Path, tmp_path: Path, kind: st
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_the_commit_must_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_commit_hash_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The name of a branch is not accepted as a commit, because it may change."""
     monkeypatch.setattr(sys, "argv", ["collect", "--saved=a", "--storage=b", "--run=badnets/asd", "--commit=main"])
     with pytest.raises(UserError, match="--commit main"):
@@ -267,7 +267,7 @@ def test_without_runs_every_planned_one_is_not_run(tmp_path: Path) -> None:
     page = report.page(folder, runs)
     assert len(runs.names) == 34 and "0 of 34 runs" in page and "{{" not in page
     assert all(f"| `{name}` | not run |" in page for name in runs.names)
-    assert "has run 0 of" in " ".join(report.status(runs).split())
+    assert "completed 0 of" in " ".join(report.status(runs).split())
     assert list(report.curves(folder, runs)) == ["authors' code, full size"]
 
 
@@ -336,7 +336,7 @@ def test_the_last_five_epochs_count_too(tmp_path: Path) -> None:
     runs = report.Runs(folder)
     assert report.verdict(runs["blend/asd"], runs) == "missed: ASR excess"
     status = " ".join(report.status(runs).split())
-    assert "met against: none" in status and "missed against: Blend" in status and "has run 1 of" in status
+    assert "are met: none;" in status and "is missed: Blend." in status and "completed 1 of" in status
 
 
 def test_the_picture_puts_stages_side_by_side(tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ def test_a_bad_sweep_file_is_one_line(tmp_path: Path, changes: dict[str, Any], k
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "axes: {a: [1}", "axes: {a: [1]}\naxes: {}"])
-def test_what_is_no_yaml_mapping_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_yaml_mapping_is_refused(tmp_path: Path, text: str) -> None:
     """A sweep file without keys, or with a key twice, is one line."""
     path = tmp_path / "grid.yaml"
     path.write_text(text)
@@ -704,7 +704,7 @@ def test_a_signal_stops_the_children(tmp_path: Path, number: int, code: int) -> 
 
 
 @pytest.mark.slow
-def test_a_run_that_somebody_else_writes_is_a_failed_row(tmp_path: Path) -> None:
+def test_a_run_locked_by_another_process_is_reported_as_failed(tmp_path: Path) -> None:
     """Where ASD.py refuses a run, its own line is in the table."""
     path = write(tmp_path, LISTED)
     plan = read(path, (), ["trigger=good", "seed=1"])

@@ -1,4 +1,4 @@
-"""The command line of both scripts: their options, and how errors end them. Imports torch only when needed."""
+"""Command lines: the options of ASD.py and test.py, and how errors end any command. Imports torch only when needed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def parse_arguments(description: str, argv: Sequence[str] | None, training: bool
     default = "the latest one, if any; False: start over, moving an earlier run aside" if training else "latest_model.pt"
     help = f"name or path of a checkpoint (default: {default})"
     parser.add_argument("--resume", default="", metavar="CHECKPOINT", help=help)
-    parser.add_argument("--gpu", default="0", help="number of the CUDA device, or cpu (default 0)")
+    parser.add_argument(
+        "--gpu", default="0", help="CUDA device number, several for ASD.py (0,1: one process each), or cpu (default 0)"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the YAML")
     parser.add_argument("--amp", action="store_true", help="bf16 convolutions (runtime.amp)")
     if not training:

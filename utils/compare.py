@@ -3,7 +3,7 @@
     python -m utils.compare RUN_FOLDER [RUN_FOLDER ...] [--picture FILE] [--markdown]
 
 A run folder is `<saved_dir>/<run>`. Runs that differ only in their seed are summarized by mean and standard deviation. The
-DER of a run with a defense is computed against its undefended twin: the first of the given runs that has no defense but the
+DER of a run with a defense is computed relative to its undefended baseline: the first given run without a defense that has the
 same network, poisoned set and seed.
 """
 
@@ -117,7 +117,7 @@ def der_text(runs: list[dict[str, Any]], every: list[dict[str, Any]]) -> str:
     rates = [effectiveness(run["rows"][-1], twin["rows"][-1]) for run, twin in pairs if twin]
     known = [rate for rate in rates if rate is not None]
     if not known:
-        return "unknown" if rates else "no twin"
+        return "unknown" if rates else "no undefended run"
     return spread(known, ".3f") + ("" if len(known) == len(runs) else f", of {len(known)} of the runs")
 
 

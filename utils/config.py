@@ -90,7 +90,7 @@ class TransformTrain:
         (), "augmentation of raw images, in this order", choices=transforms("transform.train.primary")
     )
     remaining: tuple[Named, ...] = setting(
-        (), "from bytes to normalized numbers", choices=transforms("transform.train.remaining")
+        (), "conversion of uint8 pixels to normalized floats", choices=transforms("transform.train.remaining")
     )
 
 
@@ -129,7 +129,11 @@ class Backdoor:
         low=1,
         instead_of="target_label",
     )
-    poison_mode: str = setting("bernoulli", "a draw for each image, or an exact count", options=("bernoulli", "exact"))
+    poison_mode: str = setting(
+        "bernoulli",
+        "bernoulli: each image independently with probability poison_ratio; exact: a fixed number of images",
+        options=("bernoulli", "exact"),
+    )
 
     def target_text(self, class_names: Sequence[str]) -> str:
         """Return the label of poisoned images as text: `3 (cat)`, or `y + 1 (all-to-all)` if they are of any class y."""
@@ -213,9 +217,9 @@ class Global:
     epoch_second: int = setting(90, "class-agnostic loss-guided split in the epochs before this one", low=0)
     epoch_third: int = setting(120, "meta-split in the epochs before this one", low=0)
     seed_num: int = setting(10, "clean seed samples of each class that the defender knows", low=0)
-    epsilon: float = setting(0.5, "share of the training set in the clean pool from stage 2 on", above=0, below=1)
+    epsilon: float = setting(0.5, "fraction of the training set in the clean pool from stage 2 on", above=0, below=1)
     t: int = setting(5, "stage 1: the clean pool grows every t epochs", low=1)
-    n: int = setting(10, "stage 1: by n images of each class", low=0)
+    n: int = setting(10, "stage 1: images per class by which the clean pool grows every t epochs", low=0)
     keep_seeds: bool = setting(False, "stages 2 and 3: seed samples are always in the clean pool (not in the paper)")
 
 
@@ -251,7 +255,7 @@ class Runtime:
         "with runtime.compile: merge the 2 and the 3 forward passes of a step into one each, with grouped BN; equal except "
         "under dropout",
     )
-    compile: bool = setting(False, "torch.compile the losses of a MixMatch step: one process only; takes minutes at the start")
+    compile: bool = setting(False, "torch.compile the network: one process only; takes minutes at the start")
     amp: bool = setting(False, "bf16 for the convolutions (also --amp); weights, BN and losses stay fp32")
 
 
@@ -276,7 +280,7 @@ class Config:
     )
     transform: Transform = setting(Transform)
     prefetch: bool = setting(True, "accepted for the authors' YAML files; see data.placement")
-    num_epochs: int = setting(120, "epochs of the run; a defense with its own stages may add to them or not need them", low=1)
+    num_epochs: int = setting(120, "epochs of the run; defenses with stages of their own may add epochs or ignore it", low=1)
     optimizer: Named = setting(Named("Adam", Adam()), "one optimizer for the whole run", choices=OPTIMIZERS)
     lr_scheduler: Named | None = setting(None, "learning rate by epoch; null: constant", choices=SCHEDULERS)
     criterion: Criterion = setting(Criterion)

@@ -7,20 +7,47 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
-PACKAGES = ("__main__", "benchmark", "data", "engine", "loss", "model", "utils")  # loggers of libraries are not touched
+PACKAGES = (
+    "__main__",
+    "ASD",
+    "benchmark",
+    "data",
+    "defenses",
+    "engine",
+    "loss",
+    "model",
+    "utils",
+)  # loggers of libraries are not touched
 
 
 class Screen(logging.Handler):
     """Writes each message to standard output, above the progress bars. An error of the stream ends the command."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one message."""
-        tqdm.write(self.format(record))
+        """Write one message. Only on a terminal are there bars that it must not disturb."""
+        if sys.stderr.isatty():
+            tqdm.write(self.format(record))
+        else:
+            print(self.format(record), flush=True)
+
+
+class ProgressLines:
+    """Standard error for progress bars that are not on a terminal: each state of a bar is a line, and nothing is erased."""
+
+    def write(self, text: str) -> None:
+        """Write the state of a bar, if the text is one."""
+        if state := text.strip():
+            sys.stderr.write(f"{state}\n")
+
+    def flush(self) -> None:
+        """Flush standard error."""
+        sys.stderr.flush()
 
 
 class LogFile(logging.FileHandler):

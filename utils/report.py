@@ -37,7 +37,7 @@ class Subject:
 
 
 class Report:
-    """The report of one run. Only the report and the drawing of the seed samples read the ground truth.
+    """The report of one run. Only the report, the drawing of the seed samples and the oracle baselines read the ground truth.
 
     Args:
         start_epoch: the first epoch that this process trains.
@@ -198,7 +198,7 @@ class Report:
         seconds = sum(r["seconds"] for r in state.history)
         figures = ", ".join(f"{name} {100 * x:.2f} %" for name, x in (("ACC", acc), ("ASR", asr)) if x is not None)
         best = "" if acc is None else f"; best ACC {100 * state.best_acc:.2f} % in epoch {state.best_epoch}"
-        logger.info(f"done{figures and ': '}{figures} after {state.epoch} epochs in {seconds:.0f} s{best}")
+        logger.info(f"done{figures and ': '}{figures} after epoch {state.epoch} in {seconds:.0f} s{best}")
         if acc is not None:
             path = self.run.log / "accuracy.png"
             self.attempt(str(path), plots.draw_accuracy, path, state.history, self.title)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from utils.best_effort import BestEffort
 from utils.files import write_text
-from utils.logs import LogFile, attach, detach
+from utils.logs import LogFile, ProgressLines, attach, detach
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -24,9 +24,11 @@ KINDS = {"clean": 0, "poisoned": 1, "cover": 2}  # ground-truth flags, as in dat
 
 
 def progress(items: Iterable[T], name: str, total: int) -> Iterable[T]:
-    """Wrap a loop in a progress bar; if standard error is not a terminal, it is shown after 10 s and then every 10 s."""
-    wait = 0 if sys.stderr.isatty() else 10
-    return tqdm(items, name, total, leave=False, dynamic_ncols=True, mininterval=max(wait, 0.2), delay=wait)
+    """Wrap a loop in a progress bar; if standard error is not a terminal, in a line after 10 s and then every 10 s."""
+    if sys.stderr.isatty():
+        return tqdm(items, name, total, leave=False, dynamic_ncols=True, mininterval=0.2)
+    form = "{desc}: {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left, {rate_fmt}"
+    return tqdm(items, name, total, leave=False, mininterval=10, delay=10, bar_format=form, file=ProgressLines())
 
 
 class RunLog:

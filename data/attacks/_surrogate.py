@@ -1,4 +1,4 @@
-"""A surrogate: the classifier that an attacker trains on the clean training set, to attack networks that he does not know."""
+"""A surrogate: the classifier that an attacker trains on the clean training set, to attack networks that they do not know."""
 
 from __future__ import annotations
 

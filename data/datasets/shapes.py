@@ -1,4 +1,4 @@
-"""Ten classes of drawn shapes, 32 x 32 RGB: a data set without files, for the demo and the tests.
+"""Ten classes of synthetic shapes, 32 x 32 RGB: a generated data set for the demo and the tests.
 
 Every image shows one shape with random position, size, tilt and color on a shaded, noisy background. The same settings give
 the same images on every machine.

@@ -281,15 +281,15 @@ def status(runs: Runs) -> str:
         ", ".join(SIX[attack] for attack in SIX if verdicts[attack].startswith(word)) or "none" for word in ("met", "missed")
     )
     sentences = (
-        "**Status.** The paper's own figures (ResNet-18 of full width, 120 epochs of 1,024 steps) have not been reproduced: "
-        "that takes a GPU, and no such run has been made.",
-        "[A study](results/study/README.md) at a quarter of the width, which one CPU core can do in hours, has run "
+        "**Status.** The paper's own results (full-width ResNet-18, 120 epochs of 1,024 steps) have not been reproduced: "
+        "that needs a GPU, and no such run has been made.",
+        "[A study](results/study/README.md) with a quarter-width network, feasible on one CPU core, has so far completed "
         f"{len(SIX.keys() & set(both))} of the paper's six attacks with and without ASD.",
         "Its targets are an ACC of at least 83 % and within 5 points of the undefended network, and an ASR at most 3 points "
-        "above the share of the same images that are classified as the target class without a trigger.",
-        f"All targets are met against: {met}; at least one is missed against: {missed}.",
+        "above the fraction of the same images that is classified as the target class even without the trigger.",
+        f"Against these attacks all targets are met: {met}; against these at least one is missed: {missed}.",
         f"ASD without any attack: {verdicts['no_attack']}; against BadNets on GTSRB: {verdicts['gtsrb_badnets']}.",
-        f"Of {len(FURTHER)} attacks that the paper does not have, {len(FURTHER.keys() & set(both))} have been run.",
+        f"Of {len(FURTHER)} further attacks, which are not in the paper, {len(FURTHER.keys() & set(both))} have been run.",
     )
     text = textwrap.fill(" ".join(sentences), 125, break_long_words=False, break_on_hyphens=False)
     return f"{text}\n\n{overview(runs, MAIN)}" if both else text

@@ -30,7 +30,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gpu", default="0", help="CUDA devices, one run at a time on each, e.g. 0,1; or cpu")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time on each device (default 1)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all runs")
-    parser.add_argument("--only", action="append", default=[], metavar="AXIS=VALUE,VALUE", help="leave out other values")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="AXIS=VALUE,VALUE", help="run and report only these values of an axis"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show each run's state and commands, and start nothing")
     parser.add_argument("--report", action="store_true", help="write table and plot of what is there, and start nothing")
     args = parser.parse_args()
@@ -83,4 +85,4 @@ def run(plan: Plan, places: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command("utils.sweep", main, kept="Finished runs and epochs are kept: the same command goes on.")
+    command("utils.sweep", main, kept="Finished runs and epochs are kept; the same command resumes the sweep.")

@@ -1,8 +1,8 @@
 """Become another program that ends with its parent: python child.py PARENT PROGRAM ARGUMENT ...
 
-The kernel sends SIGTERM when the parent is gone, in whatever way (Linux only). Nothing else would: after `kill -9` of a sweep
-its runs would go on training unnoticed. This is a program of its own because it has to be set in the child, and Python
-code between fork and exec is not safe.
+The kernel sends SIGTERM when the parent dies for any reason (Linux only). Without this, the runs of a sweep that was killed by
+`kill -9` would continue unnoticed. It is a separate program because the signal must be requested in the child, and running
+Python code between fork and exec is unsafe.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ class SweepFile:
     axes: Mapping[str, Any] = setting(
         REQUIRED,
         "what the runs differ in. `KEY: [VALUE, ...]`: values of a setting. `NAME: {VALUE: {KEY: ...}, ...}`: named values, "
-        "each a section of settings; its key `config` replaces the YAML of the sweep; the defense starts from the weights of "
-        "the run with the other values of `start: {AXIS: VALUE}`, which is made first",
+        "each a section of settings; its key `config` replaces the YAML of the sweep; with `start: {AXIS: VALUE}` the defense "
+        "starts from the weights of the run that has these values instead, which is trained first",
     )
     name: str | None = setting(None, "first part of the runs' names, and the folder in `saved_dir`; null: name of this file")
     set_: Mapping[str, Any] = setting(dict, "settings of all runs", key="set")
@@ -49,7 +49,7 @@ class SweepFile:
     rows: tuple[str, ...] | None = setting(None, "axes of the table's rows; null: all that are neither columns nor repeats")
     x: str | None = setting(None, "axis along the plot's x axis; null: a heat map of rows and columns")
     cells: tuple[str, ...] = setting(
-        (), f"figures of the first table in one cell, of {', '.join(MEASURES)}; empty: a column each for ACC, ASR, DER"
+        (), f"metrics in each cell of the first table, from {', '.join(MEASURES)}; empty: separate columns for ACC, ASR, DER"
     )
     published: Published | None = setting(None, "figures of others, shown below the first table")
 
@@ -210,10 +210,10 @@ def starts_of(axes: Sequence[Axis], labels: Mapping[str, str]) -> dict[str, str]
 
 
 def check_starts(path: Path, jobs: Sequence[Job], plain: set[str]) -> None:
-    """Refuse a run that starts from one which is not `plain`: part of the sweep and starting by itself."""
+    """Refuse a run whose start run is not in `plain`, the runs of the sweep that have no start run themselves."""
     for job in jobs:
         if job.start and job.start not in plain:
-            raise UserError(f"{path}: {job.name}: start: {job.start}: no run of this sweep that starts by itself")
+            raise UserError(f"{path}: {job.name}: start: {job.start}: must be a run of this sweep that has no `start` itself")
 
 
 def check_table(reader: Reader, file: SweepFile, axes: Sequence[Axis], rows: tuple[str, ...]) -> Published | None:
@@ -335,7 +335,7 @@ def axis_named(axes: Sequence[Axis], name: str, where: str) -> Axis:
 
 
 def labels_named(axis: Axis, labels: Sequence[str], where: str) -> set[str]:
-    """Return labels of an axis after a check that they are."""
+    """Return the labels as a set; raise `UserError` if the axis has no such value."""
     known = [value.label for value in axis.values]
     for label in labels:
         if label not in known:

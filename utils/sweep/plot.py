@@ -13,7 +13,7 @@ from utils.sweep.plan import Plan
 from utils.sweep.status import FAILED, FINISHED
 from utils.sweep.table import Record, Summary, cell_of, runs_text, summary
 
-COLOURS = ("#c1121f", "#2a6f97", "#e09f3e", "#8e5ea2", "#3a7d44", "#6c757d")
+COLORS = ("#c1121f", "#2a6f97", "#e09f3e", "#8e5ea2", "#3a7d44", "#6c757d")
 MARKERS = "osD^vP"
 NAMES = {"ACC": "accuracy (ACC), %", "ASR": "attack success rate (ASR), %", "DER": "defense effectiveness rate (DER)"}
 
@@ -66,7 +66,7 @@ def add_line(axes: Any, values: Sequence[Summary | None], number: int, count: in
     places = np.arange(len(values)) + 0.08 * (number - (count - 1) / 2)
     means = [np.nan if value is None else value.mean for value in values]
     spreads = [np.nan if value is None else value.deviation or 0.0 for value in values]
-    style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "ms": 4, "lw": 1.3}
+    style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "ms": 4, "lw": 1.3}
     axes.errorbar(places, means, spreads, capsize=3, label=label, **style)
 
 
@@ -87,8 +87,8 @@ def draw_heat(path: Path, plan: Plan, records: Sequence[Record]) -> None:
             for (i, j), value in np.ndenumerate(values):
                 text = f"{value:.2f}" if measure == "DER" else f"{value:.1f}"
                 text = text if np.isfinite(value) else "" if not found[i][j] else missing(found[i][j])
-                colour = "white" if value > 0.6 * top else "black"
-                axes.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
+                color = "white" if value > 0.6 * top else "black"
+                axes.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
             axes.set_xticks(range(len(columns)), [", ".join(column) for column in columns])
             axes.set_yticks(range(len(rows)), names)
             axes.set_title(NAMES[measure], fontsize=9)

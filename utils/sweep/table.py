@@ -161,7 +161,7 @@ def figures_text(records: Sequence[Record], measures: Sequence[str]) -> str:
 
 
 def clean_images(config: Config) -> str:
-    """Return how many images a run is told to be clean, or that it reads the ground truth."""
+    """Return how many known clean images a run is given, or that it uses the ground truth."""
     defense = config.defense
     if hasattr(plugins.load(DEFENSES.package, defense.name), "reference_images"):
         return "ground truth"

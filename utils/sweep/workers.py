@@ -115,7 +115,7 @@ class Worker:
         if code:
             mark_failed(self.job, self.reason(code), code, command_text(self.job, self.scripts[0], self.device))
         elif status_of(self.job).state != FINISHED:
-            mark_failed(self.job, "ended without an error, but is not finished", 0, "")
+            mark_failed(self.job, "exited with code 0, but the run is incomplete", 0, "")
         self.process = self.output = None
         return True
 
@@ -174,8 +174,8 @@ def run_all(jobs: Sequence[Job], workers: Sequence[Worker], progress: Progress) 
 
 @contextlib.contextmanager
 def locked(plan: Plan) -> Iterator[None]:
-    """Hold the sweep's folder for the block, so that no second sweep starts the same runs. Where the disk cannot lock, the
-    locks of the runs are all there is.
+    """Hold the sweep's folder for the block, so that no second sweep starts the same runs. On a file system
+    without locks only the locks of the individual runs protect against this.
 
     Raises:
         UserError: another process holds it.
