@@ -56,15 +56,15 @@ def train(session: Session) -> None:
 class Defense(DefenseBase):
     """`defense: asd`: every epoch splits the training set, then trains on both pools."""
 
-    def __init__(self, context: Context, seeds: Tensor) -> None:
-        super().__init__(context, seeds)
-        check_pool_sizes(context.config, context.train_set.labels, seeds)
+    def __init__(self, context: Context, seed_samples: Tensor) -> None:
+        super().__init__(context, seed_samples)
+        check_pool_sizes(context.config, context.train_set.labels, seed_samples)
         self.virtual: State | None = None
 
     def build(self, state: State, stage: Stage) -> None:
         """Build the optimizer, the stepper of the MixMatch steps, and the virtual model."""
         super().build(state, stage)
-        state.steps = mixmatch_steps(self.context, state)
+        state.stepper = mixmatch_steps(self.context, state)
         self.virtual = build_virtual(self.context, state.model)
 
     def train_epoch(self, state: State, epoch: int) -> dict[str, float]:
@@ -75,12 +75,12 @@ class Defense(DefenseBase):
 
 
 def split_pools(
-    context: Context, epoch: int, model: nn.Module, seeds: Tensor, virtual: State | None = None
+    context: Context, epoch: int, model: nn.Module, seed_samples: Tensor, virtual: State | None = None
 ) -> tuple[Tensor, Tensor]:
     """Split the training set for one epoch (paper section 3.2).
 
     Args:
-        seeds: (S,) int64, on the CPU.
+        seed_samples: (S,) int64, on the CPU.
         virtual: preallocated virtual model (see `build_virtual`), used in stage 3 only; None: build a new one.
     Returns:
         the clean pool as sorted indices (P,) int64, and the values (N,) by which the images were ranked; both on the CPU.
@@ -89,7 +89,7 @@ def split_pools(
     g, labels = config.global_, context.train_set.labels.cpu()
     losses = split_losses(context, epoch, "score", model)
     if epoch < g.epoch_first:
-        pool = class_aware_split(losses, labels, seeds, config.num_classes, per_class(epoch, g.n, g.t))
+        pool = class_aware_split(losses, labels, seed_samples, config.num_classes, per_class(epoch, g.n, g.t))
         return pool, losses
     if epoch < g.epoch_second:
         pool, values = class_agnostic_split(losses, g.epsilon), losses
@@ -98,7 +98,7 @@ def split_pools(
         virtual_losses = split_losses(context, epoch, "score virtual", virtual_model)
         pool, values = meta_split(losses, virtual_losses, g.epsilon), losses - virtual_losses
     if g.keep_seeds:
-        pool = torch.cat([pool, seeds]).unique()
+        pool = torch.cat([pool, seed_samples]).unique()
     assert 0 < len(pool) < n
     return pool, values
 
@@ -149,7 +149,7 @@ def build_virtual(context: Context, model: nn.Module) -> State:
     graph = machine.uses_graph(config.runtime.mode)
     virtual = State(virtual_model, build_optimizer(config.meta.optimizer, last_layers, capturable=graph), scheduler=None)
     virtual.parallel = machine.wrap(virtual_model)
-    virtual.steps = supervised_steps(context, virtual)
+    virtual.stepper = supervised_steps(context, virtual)
     return virtual
 
 
@@ -173,7 +173,7 @@ def train_mixmatch(
         lambda_u = ramp_up(epoch, count, s.criterion.mixmatch.lambda_u, s.criterion.mixmatch.rampup_length)  # (S,)
     pools = pools_of(clean_pool, len(context.train_set))
     draws = draw_mixmatch(context.config, epoch, pools, context.train_transform, lambda_u)
-    steps = state.steps or mixmatch_steps(context, state)
+    steps = state.stepper or mixmatch_steps(context, state)
     state.model.train()
     with count_at_end(state.model, FORWARDS * count):
         sums = steps.run(draws.to(context.machine.device), lambda numbers: progress(numbers, "MixMatch", count))

@@ -92,7 +92,7 @@ def mixmatch(pool: int, steps: int, context: Context) -> Work:
     semi = replace(semi, mixmatch=replace(semi.mixmatch, train_iteration=steps))
     context = replace(context, config=replace(context.config, semi=semi))
     state = build_state(context.config, context.machine, len(context.train_set))
-    state.steps = ASD.mixmatch_steps(context, state)  # shared by all calls: the first one captures it
+    state.stepper = ASD.mixmatch_steps(context, state)  # shared by all calls: the first one captures it
     epochs, clean_pool = count(), torch.arange(pool)
     return lambda: ASD.train_mixmatch(context, next(epochs), state, clean_pool)
 

@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from data.digests import digests_of
-from data.sets import RawData, Scene
+from data.sets import AttackContext, RawData
 from utils.errors import UserError
 from utils.files import remove_leftovers, write_atomically
 from utils.manifest import TRAIN
@@ -39,8 +39,8 @@ class AttackBase(ABC):
     cover_target_class = True
 
     @abstractmethod
-    def __init__(self, settings: Any, scene: Scene) -> None:
-        """Check the settings against the scene, and make or load what the attack needs."""
+    def __init__(self, settings: Any, context: AttackContext) -> None:
+        """Check the settings against the context, and make or load what the attack needs."""
 
     @abstractmethod
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
@@ -52,7 +52,7 @@ class AttackBase(ABC):
             split: "train" or "test".
         """
 
-    def preference(self) -> np.ndarray | None:
+    def selection_scores(self) -> np.ndarray | None:
         """Return a score (N,) for each training image; those with the lowest are poisoned. None (default): random choice."""
         return None
 
@@ -98,7 +98,7 @@ def fingerprint(raw: RawData) -> str:
     return digest.hexdigest()
 
 
-def keep_asset(scene: Scene, name: str, depends_on: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
+def keep_asset(context: AttackContext, name: str, depends_on: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
     """Return an asset's arrays: those in the assets' folder if they were made with the same inputs, else new ones, saved there.
 
     The log names the file. A damaged file is detected by its checksum and made again.
@@ -109,14 +109,14 @@ def keep_asset(scene: Scene, name: str, depends_on: Mapping[str, Any], make: Cal
         make: returns new arrays.
     """
     key = json.dumps(depends_on, sort_keys=True)
-    path = scene.assets / f"{name}-{sha256(key.encode()).hexdigest()[:16]}.npz"
+    path = context.assets / f"{name}-{sha256(key.encode()).hexdigest()[:16]}.npz"
     if path.exists():
         kept = read_asset(path, key)
         if kept is not None:
             logger.info(f"{name}: using {path}, made earlier with the same settings")
             return kept
         logger.info(f"{name}: {path} is damaged: making it again")
-    remove_leftovers(scene.assets)
+    remove_leftovers(context.assets)
     arrays = make()
     stored = arrays | {"_key": np.array(key), "_sha256": np.array(checksum(arrays))}
     write_atomically(path, lambda file: np.savez(file, **stored))  # type: ignore[arg-type]

@@ -13,11 +13,11 @@ from utils.draws import numpy_generator
 from utils.errors import UserError
 from utils.files import write_atomically
 
-Preference = Callable[[], np.ndarray | None]
+SelectionScores = Callable[[], np.ndarray | None]
 
 
-def no_preference() -> None:
-    """The preference of an attack that poisons images at random."""
+def random_choice() -> None:
+    """The selection_scores of an attack that poisons images at random."""
 
 
 def label_after(labels: np.ndarray, target_label: int | None, target_shift: int | None, num_classes: int) -> np.ndarray:
@@ -79,19 +79,19 @@ def exact_count(allowed: np.ndarray, ratio: float, clean_label: bool) -> int:
 
 
 def choose_poisoned(
-    config: Config, labels: np.ndarray, clean_label: bool, preference: Preference = no_preference
+    config: Config, labels: np.ndarray, clean_label: bool, selection_scores: SelectionScores = random_choice
 ) -> np.ndarray:
     """Return which images of labels (N,) the configured attack poisons: drawn at random, or those that it prefers.
 
     Args:
-        preference: returns (N,) values, of which the lowest are poisoned, ties by index; or None.
+        selection_scores: returns (N,) values, of which the lowest are poisoned, ties by index; or None.
     Returns:
         as `draw_poisoned`.
     Raises:
         UserError: the attack chooses its images, but `poison_mode` is not `exact`.
     """
     b, allowed = config.attacker, may_be_poisoned(config, labels, clean_label)
-    if b.poison_ratio and (values := preference()) is not None:
+    if b.poison_ratio and (values := selection_scores()) is not None:
         if b.poison_mode != "exact":
             raise UserError(f"backdoor.poison_mode: {b.poison_mode}: {b.attack.name} chooses its images: give exact")
         index, candidates = np.zeros(len(allowed)), np.flatnonzero(allowed)
@@ -120,7 +120,7 @@ def draw_cover(poisoned: np.ndarray, ratio: float, seed: int, allowed: np.ndarra
 
 
 def poison_index(
-    path: Path, labels: np.ndarray, config: Config, clean_label: bool = False, preference: Preference = no_preference
+    path: Path, labels: np.ndarray, config: Config, clean_label: bool = False, selection_scores: SelectionScores = random_choice
 ) -> np.ndarray:
     """Return the run's `poison_idx.npy`, checked against the settings; if the file is missing, choose and store it.
 
@@ -134,7 +134,7 @@ def poison_index(
     b = config.attacker
     allowed = may_be_poisoned(config, labels, clean_label)
     if not path.exists():
-        index = choose_poisoned(config, labels, clean_label, preference)
+        index = choose_poisoned(config, labels, clean_label, selection_scores)
         write_atomically(path, lambda file: np.save(file, index, allow_pickle=False))
         return index
     remedy = "move the file away to draw it again, or start over with --resume False"

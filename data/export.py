@@ -80,7 +80,7 @@ def make(config: Config, device: torch.device, new_classifier: NewClassifier) ->
     """Return the configured data set, poisoned by the configured attack."""
     raw = load_raw(config)
     attack = build_attack(config, raw, device, new_classifier)
-    index = choose_poisoned(config, raw.train_labels, attack.clean_label, attack.preference)
+    index = choose_poisoned(config, raw.train_labels, attack.clean_label, attack.selection_scores)
     parts = {
         "train": poison_images(config, raw, attack, index),
         "clean_test": clean_images(raw),

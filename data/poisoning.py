@@ -9,7 +9,7 @@ import torch
 
 from data.attack import BATCH, AttackBase, NoAttack
 from data.choice import draw_cover, label_after, poison_index
-from data.sets import CLEAN, COVER, POISONED, NewClassifier, Part, RawData, Scene, TestSets, no_network
+from data.sets import CLEAN, COVER, POISONED, AttackContext, NewClassifier, Part, RawData, TestSets, no_network
 from data.table_file import own_copy, read_table
 from utils import plugins
 from utils.config import Backdoor, Config
@@ -34,8 +34,10 @@ def build_attack(
     folder = user_path(config.saved_dir, "saved_dir") / "assets"
     device = device or torch.device("cpu")
     b, shift = config.attacker, config.attacker.target_shift
-    scene = Scene(raw, b.target_label, config.num_classes, config.seed.seed, folder, device, new_classifier, target_shift=shift)
-    attack: AttackBase = module.Attack(config.attack.settings, scene)
+    context = AttackContext(
+        raw, b.target_label, config.num_classes, config.seed.seed, folder, device, new_classifier, target_shift=shift
+    )
+    attack: AttackBase = module.Attack(config.attack.settings, context)
     if attack.clean_label and shift is not None:
         raise UserError(
             f"backdoor.target_shift: {shift}: {config.attack.name} leaves all labels unchanged, so they cannot be "
@@ -47,7 +49,7 @@ def build_attack(
 def poison_training_set(config: Config, raw: RawData, attack: AttackBase, folder: Path, placement: str = "device") -> Part:
     """Return the poisoned training set; which images are poisoned is stored as `poison_idx.npy` in the run's folder."""
     path = folder / "poison_idx.npy"
-    index = poison_index(path, raw.train_labels, config, attack.clean_label, attack.preference)
+    index = poison_index(path, raw.train_labels, config, attack.clean_label, attack.selection_scores)
     return poison_images(config, raw, attack, index, placement)
 
 

@@ -205,7 +205,7 @@ def no_network(network: Named, num_classes: int) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Scene:
+class AttackContext:
     """The data and settings that an attack is built from."""
 
     raw: RawData

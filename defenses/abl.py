@@ -76,13 +76,13 @@ class Defense(DefenseBase):
             loss = ascent_below(self.context, state, self.settings)
         elif stage.name == "unlearn":
             loss = negative(loss)
-        state.steps = supervised_steps(self.context, state, loss, self.view(stage))
+        state.stepper = supervised_steps(self.context, state, loss, self.view(stage))
 
     def view(self, stage: Stage) -> Pipeline:
         """Return the transform of a stage."""
         return self.context.train_transform if stage.name in self.settings.augmented else self.context.eval_transform
 
-    def enter(self, state: State, stage: Stage) -> None:
+    def start_stage(self, state: State, stage: Stage) -> None:
         """After the isolation stage, isolate the images of lowest loss."""
         if stage.name != "isolation" and ISOLATED not in state.sets:
             state.sets[ISOLATED] = isolate(self.context, state, self.settings.isolation_ratio)

@@ -22,7 +22,7 @@ class Settings(DefenseSettings):
         ends = [min(end, last) for end in (g.epoch_first, g.epoch_second)] + [last]
         begins = [0, *ends[:-1]]
         return tuple(
-            Stage(name, end - begin, config.optimizer, config.lr_scheduler, fresh=False)
+            Stage(name, end - begin, config.optimizer, config.lr_scheduler, new_optimizer=False)
             for name, begin, end in zip(("class-aware", "class-agnostic", "meta-split"), begins, ends, strict=True)
         )
 

@@ -59,10 +59,10 @@ class Defense(DefenseBase):
         if stage.name == BIASED:
             part = State(state.networks[BIASED], state.optimizer, None)
             part.parallel = machine.wrap(part.model)
-        self.train_with(state, stage, part.model.parameters())
+        self.set_optimizer(state, stage, part.model.parameters())
         part.optimizer, self.part = state.optimizer, part
         loss = mean_cross_entropy(self.context, part) if stage.name == BIASED else self.deconfounded(state)
-        part.steps = supervised_steps(self.context, part, loss)
+        part.stepper = supervised_steps(self.context, part, loss)
 
     def deconfounded(self, state: State) -> BatchLoss:
         """Return the weighted cross-entropy: `w = CE_b / (CE_b + CE + 1e-8)`, scaled to a mean of 1 in the batch.

@@ -59,7 +59,7 @@ class Settings(DefenseSettings):
         return (
             Stage("simclr", self.simclr_epochs, self.simclr_optimizer, self.simclr_scheduler, "defense.dbd.simclr_optimizer"),
             Stage("head", self.head_epochs, self.optimizer, None, "defense.dbd.optimizer"),
-            Stage("mixmatch", self.mixmatch_epochs, self.optimizer, None, "defense.dbd.optimizer", fresh=False),
+            Stage("mixmatch", self.mixmatch_epochs, self.optimizer, None, "defense.dbd.optimizer", new_optimizer=False),
         )
 
 
@@ -94,10 +94,10 @@ class Defense(DefenseBase):
             state.networks[PROJECTION] = self.build_projection(state.model.linear.in_features).to(device)
         if stage.name == "simclr":
             network = Projected(state.model, state.networks[PROJECTION])
-            self.train_with(state, stage, network.parameters())
+            self.set_optimizer(state, stage, network.parameters())
             self.simclr = State(network, state.optimizer, None)
             self.simclr.parallel = self.context.machine.wrap(network)
-            self.simclr.steps = supervised_steps(self.context, self.simclr, self.contrast, self.two_views)  # type: ignore[arg-type]
+            self.simclr.stepper = supervised_steps(self.context, self.simclr, self.contrast, self.two_views)  # type: ignore[arg-type]
             return
         super().build(state, stage)
         self.prepare_steps(state, stage)
@@ -105,7 +105,7 @@ class Defense(DefenseBase):
     def prepare_steps(self, state: State, stage: Stage) -> None:
         """Give the state what runs the steps of the linear layer or of MixMatch."""
         if stage.name == "mixmatch":
-            state.steps = mixmatch_steps(self.context, state)
+            state.stepper = mixmatch_steps(self.context, state)
             return
         assert isinstance(state.model, Classifier)
         model, linear = state.model, self.context.machine.wrap(state.model.linear)
@@ -119,9 +119,9 @@ class Defense(DefenseBase):
                 logits = linear(features)  # (b, C)
             return symmetric_cross_entropy(logits, labels[index], sce.alpha, sce.beta).sum() / count
 
-        state.steps = supervised_steps(self.context, state, loss)
+        state.stepper = supervised_steps(self.context, state, loss)
 
-    def enter(self, state: State, stage: Stage) -> None:
+    def start_stage(self, state: State, stage: Stage) -> None:
         """The linear layer starts with new weights; MixMatch keeps the optimizer but uses its own steps."""
         assert isinstance(state.model, Classifier)
         if stage.name == "head":

@@ -53,7 +53,7 @@ class Defense(DefenseBase):
         """Build the stage's optimizer, and a loss that holds the pruned columns at 0."""
         super().build(state, stage)
         if stage.name != UNDEFENDED_STAGE:
-            state.steps = supervised_steps(self.context, state, self.held(state))
+            state.stepper = supervised_steps(self.context, state, self.held(state))
 
     def held(self, state: State) -> BatchLoss:
         """Return the mean cross-entropy of the network without the pruned channels."""
@@ -61,20 +61,20 @@ class Defense(DefenseBase):
 
         def loss(inputs: Tensor, index: Tensor, count: int) -> Tensor:
             """Return this process' share of the loss."""
-            silence(state)
+            zero_pruned_columns(state)
             return plain(inputs, index, count)
 
         return loss
 
-    def enter(self, state: State, stage: Stage) -> None:
-        """Choose the channels and silence them, once."""
+    def start_stage(self, state: State, stage: Stage) -> None:
+        """Choose the channels and zero_pruned_columns them, once."""
         if stage.name != "pruned":
             return
         if self.settings.start_run:
             take_weights(self.context, state, self.settings.start_run)
         rank, check = split_clean(self.given, self.context.config.seed.seed)
         state.tables[PRUNED] = self.choose(state, rank, check)
-        silence(state)
+        zero_pruned_columns(state)
 
     def choose(self, state: State, rank: Tensor, check: Tensor) -> Tensor:
         """Return the channels to prune (k,) int64: as many as accuracy on the images `check` allows."""
@@ -97,7 +97,7 @@ class Defense(DefenseBase):
         draws = draw_supervised(context.config.seed.seed, "fp", epoch, len(self.given), context.train_transform)
         state.model.train()
         loss = train_supervised(context, state, stage, draws.of(self.given), self.settings.batch_size)
-        silence(state)
+        zero_pruned_columns(state)
         return {"loss": loss} | self.count(state)
 
     def count(self, state: State) -> dict[str, float]:
@@ -106,7 +106,7 @@ class Defense(DefenseBase):
 
 
 @torch.no_grad()
-def silence(state: State) -> None:
+def zero_pruned_columns(state: State) -> None:
     """Set the linear layer's columns of the pruned channels to 0, in place."""
     assert isinstance(state.model, Classifier)
     weight = state.model.linear.weight  # (C, D)

@@ -69,15 +69,15 @@ class Defense(DefenseBase):
         if stage.name != UNDEFENDED_STAGE and TEACHER not in state.networks:
             state.networks[TEACHER] = copy.deepcopy(state.model)
         trained = state.networks[TEACHER] if stage.name == TEACHER else state.model
-        self.train_with(state, stage, trained.parameters())
+        self.set_optimizer(state, stage, trained.parameters())
         if stage.name == TEACHER:
             self.teacher = State(trained, state.optimizer, None)
             self.teacher.parallel = self.context.machine.wrap(trained)
-            self.teacher.steps = supervised_steps(self.context, self.teacher)
+            self.teacher.stepper = supervised_steps(self.context, self.teacher)
         elif stage.name == "student":
-            state.steps = supervised_steps(self.context, state, self.distillation(state))
+            state.stepper = supervised_steps(self.context, state, self.distillation(state))
 
-    def enter(self, state: State, stage: Stage) -> None:
+    def start_stage(self, state: State, stage: Stage) -> None:
         """Take another run's weights where one is named; the teacher begins as the undefended network."""
         if stage.name == UNDEFENDED_STAGE:
             return

@@ -55,7 +55,7 @@ class Defense(DefenseBase):
     def build(self, state: State, stage: Stage) -> None:
         """Build the optimizer and what runs the steps."""
         super().build(state, stage)
-        state.steps = mixmatch_steps(self.context, state)
+        state.stepper = mixmatch_steps(self.context, state)
 
     def train_epoch(self, state: State, epoch: int) -> dict[str, float]:
         """Train one epoch of MixMatch; return its mean losses."""

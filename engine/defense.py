@@ -37,16 +37,16 @@ class DefenseBase(ABC):
         """Give the state what a stage trains: here a new optimizer and schedule for all weights of the model.
 
         Called before a stage with a new optimizer begins, and before a checkpoint that was written within a stage is loaded.
-        It only allocates; `enter` or the checkpoint then sets the values.
+        It only allocates; `start_stage` or the checkpoint then sets the values.
         """
-        self.train_with(state, stage, state.model.parameters())
+        self.set_optimizer(state, stage, state.model.parameters())
 
-    def train_with(self, state: State, stage: Stage, parameters: Iterable[nn.Parameter]) -> None:
+    def set_optimizer(self, state: State, stage: Stage, parameters: Iterable[nn.Parameter]) -> None:
         """Give the state the stage's optimizer for these parameters, and its schedule."""
         state.optimizer, state.scheduler = build_training(self.context.config, self.context.machine, stage, parameters)
-        state.steps = None  # a captured step holds the tensors of the optimizer before
+        state.stepper = None  # a captured step holds the tensors of the optimizer before
 
-    def enter(self, state: State, stage: Stage) -> None:
+    def start_stage(self, state: State, stage: Stage) -> None:
         """Called once before the first epoch of a stage, e.g. to choose images or prune a network. Default: do nothing."""
         return
 
@@ -54,9 +54,9 @@ class DefenseBase(ABC):
         """Begin the stage whose first epoch this is."""
         stage, first = locate(self.context.config.stages, epoch)
         if first == 0:
-            if epoch == 0 or stage.fresh:
+            if epoch == 0 or stage.new_optimizer:
                 self.build(state, stage)
-            self.enter(state, stage)
+            self.start_stage(state, stage)
 
     @abstractmethod
     def train_epoch(self, state: State, epoch: int) -> dict[str, float]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data.attack import AttackBase
 from data.attacks import adaptive_blend, adaptive_patch
-from data.sets import RawData, Scene
+from data.sets import AttackContext, RawData
 from utils import config
 from utils.draws import numpy_generator
 from utils.errors import UserError
@@ -25,9 +25,9 @@ MODULES = {"adaptive_blend": adaptive_blend, "adaptive_patch": adaptive_patch}
 def make(name: str, height: int = 32, width: int = 32, seed: int = 0, **given: Any) -> Any:
     """The attack of that name for images of the given size."""
     images, labels = np.zeros((1, height, width, 3), np.uint8), np.zeros(1, np.int64)
-    scene = Scene(RawData(images, labels, images, labels, ("one",)), 3, 10, seed, Path("nowhere"))
+    context = AttackContext(RawData(images, labels, images, labels, ("one",)), 3, 10, seed, Path("nowhere"))
     module: Any = MODULES[name]
-    return module.Attack(module.Settings(**given), scene)
+    return module.Attack(module.Settings(**given), context)
 
 
 def noise(count: int, height: int = 32, width: int = 32) -> np.ndarray:

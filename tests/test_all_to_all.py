@@ -21,7 +21,7 @@ from data.attacks import iab, refool
 from data.choice import draw_poisoned, label_after, poison_index
 from data.poisoned_folder import read_set
 from data.poisoning import build_attack, build_test_sets, poison_training_set
-from data.sets import POISONED, RawData, Scene
+from data.sets import POISONED, AttackContext, RawData
 from data.sources import prepare
 from engine import evaluation
 from utils import config
@@ -127,8 +127,8 @@ def test_reflections_may_be_of_any_class() -> None:
     labels = np.arange(50) % 10
     images = np.broadcast_to(labels[:, None, None, None].astype(np.uint8), (50, 8, 8, 3))
     raw = RawData(images, labels, images, labels, tuple("abcdefghij"))
-    one, every = Scene(raw, 3, 10, 0, Path("no")), Scene(raw, None, 10, 0, Path("no"), target_shift=1)
-    shown = [set(np.unique(refool.other_classes(scene, 50)).tolist()) for scene in (one, every)]
+    one, every = AttackContext(raw, 3, 10, 0, Path("no")), AttackContext(raw, None, 10, 0, Path("no"), target_shift=1)
+    shown = [set(np.unique(refool.other_classes(context, 50)).tolist()) for context in (one, every)]
     assert shown == [set(range(10)) - {3}, set(range(10))]
 
 
@@ -142,11 +142,11 @@ def test_the_iab_generator_is_trained_on_shifted_labels(monkeypatch: pytest.Monk
         return logits.sum()
 
     monkeypatch.setattr(iab.F, "cross_entropy", note)
-    scene = Scene(raw, None, 10, 0, Path("no"), target_shift=1)
+    context = AttackContext(raw, None, 10, 0, Path("no"), target_shift=1)
     generator, mask = (iab.EncoderDecoder(channels, 2) for channels in (3, 1))
     surrogate = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
     index = np.arange(50, 80)
-    iab.generator_loss(iab.Settings(), scene, iab.Networks(generator, mask, surrogate), index, index[::-1].copy())
+    iab.generator_loss(iab.Settings(), context, iab.Networks(generator, mask, surrogate), index, index[::-1].copy())
     own = raw.train_labels[index]
     assert seen[0].tolist() == [*((own[:3] + 1) % 10), *own[3:]]
 

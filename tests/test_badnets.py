@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data.attacks.badnets import Attack, Settings
-from data.sets import RawData, Scene
+from data.sets import AttackContext, RawData
 from utils import config
 from utils.errors import UserError
 
@@ -25,7 +25,7 @@ CHECKER = {(4 + i, 4 + j): ((255,) * 3 if (i + j) % 2 == 0 else (0, 0, 0)) for i
 def make(settings: Settings, side: int = 32, seed: int = 0) -> Attack:
     """The attack for images of the given side."""
     images, labels = np.zeros((1, side, side, 3), np.uint8), np.zeros(1, np.int64)
-    return Attack(settings, Scene(RawData(images, labels, images, labels, ("one",)), 3, 10, seed, Path("nowhere")))
+    return Attack(settings, AttackContext(RawData(images, labels, images, labels, ("one",)), 3, 10, seed, Path("nowhere")))
 
 
 def noise(count: int, seed: int = 0, side: int = 32) -> np.ndarray:

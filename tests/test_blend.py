@@ -15,7 +15,7 @@ from PIL import Image
 from data.attack import CACHED
 from data.attacks import blend
 from data.attacks.blend import Attack, Settings
-from data.sets import RawData, Scene
+from data.sets import AttackContext, RawData
 from utils import config
 from utils.errors import UserError
 
@@ -26,7 +26,7 @@ ALPHAS = [0, 1e-9, 0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 1 / 3, 0.4, 0.5, 0.54,
 def make(settings: Settings, height: int = 32, width: int = 32, seed: int = 0) -> Attack:
     """The attack for images of the given size."""
     images, labels = np.zeros((1, height, width, 3), np.uint8), np.zeros(1, np.int64)
-    return Attack(settings, Scene(RawData(images, labels, images, labels, ("one",)), 3, 10, seed, Path("nowhere")))
+    return Attack(settings, AttackContext(RawData(images, labels, images, labels, ("one",)), 3, 10, seed, Path("nowhere")))
 
 
 def noise(count: int, height: int = 32, width: int = 32, seed: int = 0) -> np.ndarray:

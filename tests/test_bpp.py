@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data.attacks import bpp
 from data.attacks.bpp import Attack, Settings
-from data.sets import RawData, Scene
+from data.sets import AttackContext, RawData
 from utils import config
 from utils.draws import numpy_generator
 from utils.errors import UserError
@@ -30,7 +30,7 @@ def make(settings: Settings, images: np.ndarray | None = None, seed: int = 0) ->
     """The attack for a training set of the given images."""
     images = noise(20) if images is None else images
     labels = np.zeros(len(images), np.int64)
-    return Attack(settings, Scene(RawData(images, labels, images, labels, ("one",)), 3, 10, seed, Path("nowhere")))
+    return Attack(settings, AttackContext(RawData(images, labels, images, labels, ("one",)), 3, 10, seed, Path("nowhere")))
 
 
 # -- The reference -----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from data.attacks import badnets, clb
 from data.attacks._surrogate import Adversary, load_surrogate, pgd, rise_and_fall, train_surrogate
 from data.attacks.clb import Attack, Settings, build_trigger, to_uint8
 from data.poisoning import build_test_sets, poison_training_set
-from data.sets import POISONED, RawData, Scene
+from data.sets import POISONED, AttackContext, RawData
 from model.classifier import new_classifier
 from model.networks import resnet18_cifar
 from utils import config
@@ -49,12 +49,12 @@ def world(count: int = 120, side: int = 8, seed: int = 0) -> RawData:
 
 def make(folder: Path, chosen: Settings = QUICK, raw: RawData | None = None, seed: int = 5) -> Attack:
     """The attack on a small world."""
-    return Attack(chosen, Scene(raw or world(), TARGET, 3, seed, folder, new_classifier=new_classifier))
+    return Attack(chosen, AttackContext(raw or world(), TARGET, 3, seed, folder, new_classifier=new_classifier))
 
 
 def victims(attack: Attack) -> tuple[np.ndarray, np.ndarray]:
     """All training images of the target class and their indices."""
-    raw = attack.scene.raw
+    raw = attack.context.raw
     index = np.flatnonzero(raw.train_labels == TARGET)
     return raw.train_images[index], index
 
@@ -115,8 +115,8 @@ def test_block_is_that_of_badnets() -> None:
     """`trigger: block2x2` is BadNets' default patch at the same position."""
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     pattern, mask = build_trigger("block2x2", 32, 32)
-    scene = Scene(RawData(images, np.zeros(4, int), images, np.zeros(4, int), ("a",)), 0, 2, 0, Path("nowhere"))
-    triggered = badnets.Attack(badnets.Settings(pattern="block2x2"), scene).apply(images, np.arange(4), "test")
+    context = AttackContext(RawData(images, np.zeros(4, int), images, np.zeros(4, int), ("a",)), 0, 2, 0, Path("nowhere"))
+    triggered = badnets.Attack(badnets.Settings(pattern="block2x2"), context).apply(images, np.arange(4), "test")
     assert np.array_equal(triggered, np.where(mask[..., None], pattern, images))
 
 
@@ -135,7 +135,7 @@ def test_images_too_small_for_the_trigger_are_a_clear_error(name: str, side: int
 def test_test_images_differ_only_under_the_mask_and_need_no_surrogate(tmp_path: Path, trigger: str, said: list[str]) -> None:
     """Test images get the trigger but no perturbation, so testing a checkpoint trains nothing and writes no assets."""
     attack = make(tmp_path / "assets", replace(QUICK, trigger=trigger))
-    raw = attack.scene.raw.test_images
+    raw = attack.context.raw.test_images
     out = attack.apply(raw, np.arange(len(raw)), "test")
     assert out.dtype == np.uint8
     assert np.array_equal(out[:, ~attack.mask], raw[:, ~attack.mask])
@@ -223,8 +223,8 @@ def test_train_images_stay_within_eps_and_the_loss_rises(tmp_path: Path, eps: fl
     change = np.abs(perturbed.astype(int) - images)
     assert change.max() <= eps
     assert (change > 0).mean() > 0.5  # 20 steps of 1.5 reach every eps: most values were moved
-    risen = cross_entropies(load_surrogate("clb", attack.settings, attack.scene), perturbed, TARGET) > cross_entropies(
-        load_surrogate("clb", attack.settings, attack.scene), images, TARGET
+    risen = cross_entropies(load_surrogate("clb", attack.settings, attack.context), perturbed, TARGET) > cross_entropies(
+        load_surrogate("clb", attack.settings, attack.context), images, TARGET
     )
     assert risen.mean() >= 0.95
     assert f"clb: the surrogate's loss rises for {risen.sum()} of {len(images)} perturbed images" in said
@@ -246,7 +246,7 @@ def test_poisoned_set_changes_no_label_and_a_quarter_of_the_class(tmp_path: Path
     """The set has exactly int(0.25 n) poisoned images, all of the target class; labels and other images are unchanged."""
     plan = config.load(tiny, ["backdoor.poison_ratio=0.25", "backdoor.poison_mode=exact", f"backdoor.target_label={TARGET}"])
     attack = make(tmp_path / "assets")
-    raw = attack.scene.raw
+    raw = attack.context.raw
     poisoned = poison_training_set(plan, raw, attack, tmp_path)
     flags = poisoned.flags
     assert poisoned.labels.tolist() == raw.train_labels.tolist()
@@ -282,8 +282,8 @@ def test_adversarial_training_gives_a_robust_surrogate(tmp_path: Path, training:
     # With 2 channels rounding errors would decide the outcome.
     wider = Named("resnet18_cifar", resnet18_cifar.Settings(width=8, blocks=1))
     chosen = Settings(surrogate=wider, training=training, epochs=8, batch_size=32, learning_rate=0.1)
-    attack = Attack(chosen, Scene(raw, 1, 2, 0, tmp_path, new_classifier=new_classifier))
-    network = load_surrogate("clb", attack.settings, attack.scene)
+    attack = Attack(chosen, AttackContext(raw, 1, 2, 0, tmp_path, new_classifier=new_classifier))
+    network = load_surrogate("clb", attack.settings, attack.context)
     sign = (2 * raw.train_labels - 1)[:, None, None, None]
     turned = (raw.train_images - 8 * sign * RED_LESS_BLUE).astype(np.uint8)  # every tint is now that of the other class
     with torch.no_grad():
@@ -302,7 +302,7 @@ def test_the_adversary_of_the_training(tmp_path: Path, monkeypatch: pytest.Monke
         return images
 
     monkeypatch.setattr(surrogate, "pgd", spy)
-    train_surrogate("clb", replace(QUICK, training=training), make(tmp_path).scene)
+    train_surrogate("clb", replace(QUICK, training=training), make(tmp_path).context)
     assert len(calls) == 2 * (120 // 16)
     starts = []
     for images, adversary, start in calls:
@@ -319,7 +319,7 @@ def test_the_adversary_of_the_training(tmp_path: Path, monkeypatch: pytest.Monke
 def test_perturbing_does_not_change_the_surrogate(tmp_path: Path) -> None:
     """The surrogate is in eval mode without gradients, and perturbing changes neither its weights nor its BN statistics."""
     attack = make(tmp_path)
-    network = load_surrogate("clb", attack.settings, attack.scene)
+    network = load_surrogate("clb", attack.settings, attack.context)
     assert not any(module.training for module in network.modules())
     assert not any(parameter.requires_grad for parameter in network.parameters())
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -330,14 +330,14 @@ def test_perturbing_does_not_change_the_surrogate(tmp_path: Path) -> None:
 
 def test_training_depends_on_the_seed_alone(tmp_path: Path) -> None:
     """The same seed gives the same weights, whatever torch drew before, another seed others; torch's generator is restored."""
-    scene = make(tmp_path).scene
-    first = train_surrogate("clb", QUICK, scene)
+    context = make(tmp_path).context
+    first = train_surrogate("clb", QUICK, context)
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    again = train_surrogate("clb", QUICK, scene)
+    again = train_surrogate("clb", QUICK, context)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(np.array_equal(first[name], again[name]) for name in first)
-    other = train_surrogate("clb", QUICK, replace(scene, seed=6))
+    other = train_surrogate("clb", QUICK, replace(context, seed=6))
     assert not np.array_equal(first["linear.weight"], other["linear.weight"])
 
 
@@ -368,9 +368,9 @@ def test_fewer_images_than_a_batch_train_a_surrogate(tmp_path: Path) -> None:
 def test_assets_are_made_again_only_if_their_inputs_change(tmp_path: Path) -> None:
     """A second run makes nothing; another eps needs new perturbations with the same surrogate; another data set needs both."""
 
-    def made(chosen: Settings = QUICK, **scene: Any) -> set[str]:
+    def made(chosen: Settings = QUICK, **context: Any) -> set[str]:
         with logged() as lines:
-            attack = make(tmp_path, chosen, **scene)
+            attack = make(tmp_path, chosen, **context)
             attack.apply(*victims(attack), "train")
         return {line.partition(":")[0] for line in lines if ": made " in line}
 

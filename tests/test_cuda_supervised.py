@@ -81,7 +81,7 @@ def train_virtual(context: Context, after_epoch: Callable[[], object]) -> tuple[
 def train_undefended(context: Context, after_epoch: Callable[[], object]) -> tuple[list[dict[str, Tensor]], list[float]]:
     """Train two epochs without a defense, the second with another learning rate."""
     state = build_state(context.config, context.machine, N)
-    state.steps = supervised_steps(context, state)
+    state.stepper = supervised_steps(context, state)
     out, losses = [], []
     for epoch in range(2):
         losses.append(none.Defense(context, torch.arange(0)).train_epoch(state, epoch)["loss"])

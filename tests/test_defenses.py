@@ -93,7 +93,7 @@ def test_repair_defenses_start_from_the_undefended_network(tmp_path: Path, name:
 
 def test_stages_and_schedules() -> None:
     """An epoch belongs to the stage that its number falls into; a schedule lasts until the next new optimizer."""
-    parts = [Stage("a", 2, None), Stage("b", 0, None), Stage("c", 3, None), Stage("d", 4, None, fresh=False)]  # type: ignore[arg-type]
+    parts = [Stage("a", 2, None), Stage("b", 0, None), Stage("c", 3, None), Stage("d", 4, None, new_optimizer=False)]  # type: ignore[arg-type]
     assert [locate(parts, e)[0].name for e in range(9)] == [*"aacccdddd"] and [locate(parts, e)[1] for e in range(5)] == [
         0,
         1,

@@ -149,9 +149,9 @@ class Settings:
     helper: Named = setting("color_mean", "a network of the attacker", choices=NETWORKS)
 
 class Attack(AttackBase):
-    def __init__(self, settings, scene):
+    def __init__(self, settings, context):
         self.width = settings.width
-        logits = scene.new_classifier(settings.helper, scene.num_classes)(torch.zeros(2, 3, 16, 16))
+        logits = context.new_classifier(settings.helper, context.num_classes)(torch.zeros(2, 3, 16, 16))
         logging.getLogger(__name__).info(f"framed: the helper gives {tuple(logits.shape)}")
 
     def apply(self, images, index, split):
@@ -288,14 +288,14 @@ class Defense(DefenseBase):
     def build(self, state, stage):
         config, device = self.context.config, self.context.machine.device
         helper = state.networks.setdefault("helper", build_classifier(config.network, config.num_classes, 1).to(device))
-        self.train_with(state, stage, (helper if stage.name == "helper" else state.model).parameters())
+        self.set_optimizer(state, stage, (helper if stage.name == "helper" else state.model).parameters())
         self.trained = helper if stage.name == "helper" else state.model
-        state.steps = supervised_steps(self.context, state, self.loss)
+        state.stepper = supervised_steps(self.context, state, self.loss)
 
     def loss(self, inputs, index, count):
         return cross_entropy(self.trained(inputs), self.context.train_set.labels[index]).sum() / count
 
-    def enter(self, state, stage):
+    def start_stage(self, state, stage):
         if stage.name == "lowest":
             state.sets["lowest"] = self.given.sort().values
             state.model.load_state_dict(state.networks["helper"].state_dict())

@@ -50,7 +50,7 @@ class Settings:
 class Attack(AttackBase):
     clean_label = {clean_label}
 
-    def __init__(self, settings, scene):
+    def __init__(self, settings, context):
         self.strength, self.cover_ratio = settings.strength, settings.cover_ratio
 
     def apply(self, images, index, split):

@@ -19,7 +19,7 @@ import pytest
 from conftest import REPOSITORY
 
 from data.attack import keep_asset
-from data.sets import RawData, Scene
+from data.sets import AttackContext, RawData
 from utils import files, plots
 from utils.errors import UserError
 from utils.files import new_folder, remove_leftovers, write_atomically, write_text
@@ -338,21 +338,21 @@ def test_two_runs_make_the_same_asset(tmp_path: Path) -> None:
     raw = RawData(
         np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1, np.int64), np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1), ("a",)
     )
-    scene = Scene(raw, 0, 1, 0, tmp_path / "assets")
-    scene.assets.mkdir()
-    (scene.assets / f".mask-old.npz.{files.boot()}-0123456789ab.part").write_bytes(b"half")
+    context = AttackContext(raw, 0, 1, 0, tmp_path / "assets")
+    context.assets.mkdir()
+    (context.assets / f".mask-old.npz.{files.boot()}-0123456789ab.part").write_bytes(b"half")
     meet, got = threading.Barrier(2), []
 
     def make() -> dict[str, np.ndarray]:
         meet.wait(10)
         return {"weights": np.arange(100_000)}
 
-    threads = [threading.Thread(target=lambda: got.append(keep_asset(scene, "mask", {"seed": 1}, make))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: got.append(keep_asset(context, "mask", {"seed": 1}, make))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(got) == 2
-    (path,) = scene.assets.iterdir()
-    kept = keep_asset(scene, "mask", {"seed": 1}, lambda: pytest.fail("it is there already"))
+    (path,) = context.assets.iterdir()
+    kept = keep_asset(context, "mask", {"seed": 1}, lambda: pytest.fail("it is there already"))
     assert path.name.startswith("mask-") and np.array_equal(kept["weights"], np.arange(100_000))

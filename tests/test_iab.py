@@ -20,7 +20,7 @@ from data.attacks import iab
 from data.attacks._iab_networks import EncoderDecoder, blend, density_loss, diversity_loss, sharpen
 from data.attacks.iab import Attack, Settings
 from data.datasets import shapes
-from data.sets import RawData, Scene
+from data.sets import AttackContext, RawData
 from model.classifier import new_classifier
 from model.networks.resnet18_cifar import Settings as Network
 from utils import config
@@ -31,13 +31,13 @@ SMALL = Named("resnet18_cifar", Network(width=2, blocks=1))
 QUICK = Settings(mask_epochs=1, generator_epochs=1, batch_size=20, width=2, surrogate=SMALL)
 
 
-def scene(folder: Path, count: int = 60, seed: int = 0, side: int = 32) -> Scene:
-    """A scene of drawn shapes, tiled or cut to the given side."""
+def context(folder: Path, count: int = 60, seed: int = 0, side: int = 32) -> AttackContext:
+    """A context of drawn shapes, tiled or cut to the given side."""
     raw = shapes.load(shapes.Settings(train_size=count, test_size=40), None, False)
     times = -(-side // 32)
     train, test = (np.tile(i, (1, times, times, 1))[:, :side, :side] for i in (raw.train_images, raw.test_images))
     raw = RawData(train, raw.train_labels, test, raw.test_labels, raw.class_names)
-    return Scene(raw, 3, 10, seed, folder, torch.device("cpu"), new_classifier)
+    return AttackContext(raw, 3, 10, seed, folder, torch.device("cpu"), new_classifier)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Attack, list[str]
         surrogate=Named("resnet18_cifar", Network(width=4, blocks=1)),
     )
     with logged() as lines:
-        return Attack(chosen, scene(tmp_path_factory.mktemp("iab"), 600)), lines
+        return Attack(chosen, context(tmp_path_factory.mktemp("iab"), 600)), lines
 
 
 def as_pixels(images: np.ndarray) -> Tensor:
@@ -204,7 +204,7 @@ def test_an_epoch_is_a_shuffle_without_an_incomplete_batch(count: int, size: int
     """Every image occurs at most once per epoch, in full batches; sets smaller than a batch are one batch."""
     images = np.zeros((count, 1, 1, 3), np.uint8)
     labels = np.zeros(count, np.int64)
-    place = Scene(RawData(images, labels, images, labels, ()), 0, 2, 0, Path("nowhere"))
+    place = AttackContext(RawData(images, labels, images, labels, ()), 0, 2, 0, Path("nowhere"))
     batches = list(iab.epoch_batches(place, size, "x", epoch))
     assert {len(b) for b in batches} == {min(size, count)}
     assert len(batches) == count // min(size, count)
@@ -239,7 +239,7 @@ def rms(difference: Tensor) -> Tensor:
 @pytest.mark.usefixtures("_double")
 def test_mask_training_equals_a_plain_loop(tmp_path: Path) -> None:
     """A step minimizes 100 mean(relu(m - 0.032)) + mean(image distance / mask distance) with Adam (0.5, 0.9) 0.01."""
-    place = scene(tmp_path)
+    place = context(tmp_path)
     weights = iab.train_mask_network(QUICK, place)
     with iab.seeded(place.seed, "mask"):
         network = EncoderDecoder(1, 2)
@@ -262,7 +262,7 @@ def test_mask_training_equals_a_plain_loop(tmp_path: Path) -> None:
 def test_generator_training_equals_a_plain_loop(tmp_path: Path) -> None:
     """A tenth of a batch are backdoor images with the target label, another tenth cross images with their own labels; gradients
     do not accumulate over steps."""
-    place = scene(tmp_path)
+    place = context(tmp_path)
     mask_network = EncoderDecoder(1, 2).eval()
     before = {name: w.clone() for name, w in mask_network.state_dict().items()}
     weights = iab.train_generator(QUICK, place, mask_network)
@@ -301,7 +301,7 @@ def test_generator_training_equals_a_plain_loop(tmp_path: Path) -> None:
 def test_divergence_is_refused_in_one_line(tmp_path: Path, changes: dict[str, float], named: str) -> None:
     """Weights that are not finite are an error that names the learning rate to lower, and are not saved."""
     with pytest.raises(UserError, match=rf"backdoor\.iab: epoch \d+ of the .*: lower .*{named}") as error:
-        Attack(dataclasses.replace(QUICK, **changes), scene(tmp_path))
+        Attack(dataclasses.replace(QUICK, **changes), context(tmp_path))
     assert "\n" not in str(error.value)
     assert len(list(tmp_path.glob("iab_*"))) == ("mask_lr" not in changes)
 
@@ -313,7 +313,7 @@ def test_assets_are_a_function_of_the_seed(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(len(results))
         state = torch.get_rng_state()
-        place = scene(tmp_path / name, seed=seed)
+        place = context(tmp_path / name, seed=seed)
         results.append(Attack(QUICK, place).apply(place.raw.test_images, np.arange(40), "test"))
         assert torch.equal(torch.get_rng_state(), state)
     assert np.array_equal(results[0], results[1])
@@ -326,7 +326,7 @@ def test_assets_are_made_again_only_if_their_inputs_change(tmp_path: Path) -> No
 
     def made(changes: dict[str, float], **place: int) -> list[str]:
         with logged() as lines:
-            Attack(dataclasses.replace(QUICK, **changes), scene(tmp_path, **place))
+            Attack(dataclasses.replace(QUICK, **changes), context(tmp_path, **place))
         return [line.partition(":")[0] for line in lines if ": made " in line]
 
     both = ["iab_mask", "iab_generator"]
@@ -345,7 +345,7 @@ def test_assets_are_made_again_only_if_their_inputs_change(tmp_path: Path) -> No
 def test_masks_have_the_right_density_and_differ(trained: tuple[Attack, list[str]]) -> None:
     """Masks cover about 3.2 % of a test image, with values near 0 or 1, and two images have different masks and patterns."""
     attack, _ = trained
-    x = as_pixels(attack.scene.raw.test_images)
+    x = as_pixels(attack.context.raw.test_images)
     with torch.no_grad():
         mask, pattern = sharpen(attack.mask_network(x)), attack.generator(x)
     assert 0.016 < float(mask.mean()) < 0.048
@@ -362,7 +362,7 @@ def test_masks_have_the_right_density_and_differ(trained: tuple[Attack, list[str
 def test_backdoor_images_follow_the_formula(trained: tuple[Attack, list[str]]) -> None:
     """A backdoor image is x + (G(x) - x) m(x), rounded; pixels with mask 0 do not change."""
     attack, _ = trained
-    images = attack.scene.raw.test_images[:6]
+    images = attack.context.raw.test_images[:6]
     before = images.copy()
     images.flags.writeable = False
     out = attack.apply(images, np.arange(6), "test")
@@ -379,9 +379,9 @@ def test_backdoor_images_follow_the_formula(trained: tuple[Attack, list[str]]) -
 def test_cross_images_carry_the_trigger_of_another_image(trained: tuple[Attack, list[str]]) -> None:
     """A cross image is x1 + (G(x2) - x1) m(x2) with x2 another training image, drawn for the index of x1."""
     attack, _ = trained
-    train, index = attack.scene.raw.train_images, np.array([5, 17, 400])
+    train, index = attack.context.raw.train_images, np.array([5, 17, 400])
     out = attack.cover(train[index], index)
-    donor = iab.donors(len(train), attack.scene.seed)
+    donor = iab.donors(len(train), attack.context.seed)
     for i, crossed in zip(index, out, strict=True):
         assert donor[i] != i
         assert abs(slow_stamp(attack, train[i], train[donor[i]]) - crossed).max() < 0.5 + 1e-3
@@ -405,7 +405,7 @@ def test_donors_are_other_images_and_spread_over_the_set(count: int, seed: int) 
 def test_result_does_not_depend_on_the_rest_of_the_batch(trained: tuple[Attack, list[str]], chosen: list[int]) -> None:
     """Each image gets the same bits, whichever images are altered together and in whatever order."""
     attack, _ = trained
-    images, index = attack.scene.raw.train_images[:300], np.array(chosen)
+    images, index = attack.context.raw.train_images[:300], np.array(chosen)
     if not ALL:
         ALL.update(apply=attack.apply(images, np.arange(300), "train"), cover=attack.cover(images, np.arange(300)))
     assert np.array_equal(attack.apply(images[index], index, "train"), ALL["apply"][index])
@@ -422,7 +422,7 @@ def test_networks_always_see_batches_of_one_shape(trained: tuple[Attack, list[st
     networks = (attack.generator, attack.mask_network)
     hooks = [n.register_forward_pre_hook(lambda _, given: shapes_seen.add(tuple(given[0].shape))) for n in networks]
     for count in (1, 256, 300):
-        attack.apply(attack.scene.raw.train_images[:count], np.arange(count), "train")
+        attack.apply(attack.context.raw.train_images[:count], np.arange(count), "train")
     for hook in hooks:
         hook.remove()
     assert shapes_seen == {(256, 3, 32, 32)}
@@ -447,7 +447,7 @@ def test_the_surrogate_follows_the_trigger(trained: tuple[Attack, list[str]]) ->
 def test_large_images(tmp_path: Path) -> None:
     """The attack works at 224 px, where few images are altered at a time, also in the last batch."""
     chosen = dataclasses.replace(QUICK, batch_size=10, surrogate=Named("resnet18_cifar", Network(width=1, blocks=1)))
-    place = scene(tmp_path, count=10, side=224)
+    place = context(tmp_path, count=10, side=224)
     attack = Attack(chosen, place)
     images = place.raw.test_images[:7]
     out = attack.apply(images, np.arange(7), "test")

@@ -136,17 +136,17 @@ def test_one_range_needs_no_remedy() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
 def test_images_are_turned_upright(tmp_path: Path, orientation: int, suffix: str) -> None:
-    """However the camera was held, the scene is upright."""
-    scene = np.random.default_rng(0).integers(0, 256, (5, 8, 3), np.uint8)
-    stored = {  # the pixels in the file, which the orientation turns into the scene
-        1: scene, 2: scene[:, ::-1], 3: scene[::-1, ::-1], 4: scene[::-1], 5: scene.transpose(1, 0, 2),
-        6: np.rot90(scene), 7: scene[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(scene, -1),
+    """However the camera was held, the context is upright."""
+    context = np.random.default_rng(0).integers(0, 256, (5, 8, 3), np.uint8)
+    stored = {  # the pixels in the file, which the orientation turns into the context
+        1: context, 2: context[:, ::-1], 3: context[::-1, ::-1], 4: context[::-1], 5: context.transpose(1, 0, 2),
+        6: np.rot90(context), 7: context[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(context, -1),
     }[orientation]  # fmt: skip
     exif = Image.Exif()
     exif[274] = orientation
     path = tmp_path / f"x.{suffix}"
     Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, lossless=True)
-    assert np.array_equal(read_image(path), scene)
+    assert np.array_equal(read_image(path), context)
 
 
 def test_images_of_more_than_8_bits_are_turned_upright(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_the_images_that_resemble_the_target_class_are_poisoned(tiny: Path, tmp_
     most of the 20 look-alikes are among the first 19."""
     plan, raw = plan_of(tiny), world()
     attack = attack_of(plan, tmp_path)
-    network = load_surrogate("lookalike", attack.settings, attack.scene)
+    network = load_surrogate("lookalike", attack.settings, attack.context)
     ranked = []
     for i in range(COUNT):
         if raw.train_labels[i] != TARGET:
@@ -60,7 +60,7 @@ def test_the_images_that_resemble_the_target_class_are_poisoned(tiny: Path, tmp_
                 logits = network(torch.from_numpy(raw.train_images[i : i + 1].copy()).permute(0, 3, 1, 2).float() / 255)
             ranked.append((torch.nn.functional.cross_entropy(logits, torch.tensor([TARGET])).item(), i))
     expected = {i for _, i in sorted(ranked)[:19]}
-    index = choose_poisoned(plan, raw.train_labels, attack.clean_label, attack.preference)
+    index = choose_poisoned(plan, raw.train_labels, attack.clean_label, attack.selection_scores)
     assert index.dtype == np.float64 and set(np.flatnonzero(index)) == expected
     assert sum(i >= COUNT - 20 for i in expected) >= 15
 
@@ -91,7 +91,7 @@ def test_a_trigger_with_cover_images_keeps_them(tiny: Path, tmp_path: Path) -> N
 def test_with_all_to_all_labels_each_image_is_ranked_by_its_own_label(tiny: Path, tmp_path: Path) -> None:
     """An image of class y is ranked by its loss with y + 1, so that those that look like class 1 precede others of class 0."""
     plan = plan_of(tiny, more="poison_mode: exact, target_shift: 2")  # class 2 becomes class 1
-    values = attack_of(plan, tmp_path).preference()
+    values = attack_of(plan, tmp_path).selection_scores()
     labels = world().train_labels
     assert values.shape == (COUNT,)
     assert np.median(values[-20:]) < np.quantile(values[:-20][labels[:-20] == 2], 0.1)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, run_script
 
-from data.sets import RawData, Scene
+from data.sets import AttackContext, RawData
 from utils import plugins
 from utils.config import Config, documentation, load
 from utils.errors import UserError
@@ -177,8 +177,8 @@ def test_the_example_of_a_new_attack_works(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.syspath_prepend(tmp_path)
     stripe = importlib.import_module("stripe")
     images, labels = np.zeros((2, 8, 8, 3), np.uint8), np.arange(2)
-    scene = Scene(RawData(images, labels, images, labels, ("a", "b")), 0, 2, 7, tmp_path)
-    altered = stripe.Attack(stripe.Settings(column=5), scene).apply(images, labels, "train")
+    context = AttackContext(RawData(images, labels, images, labels, ("a", "b")), 0, 2, 7, tmp_path)
+    altered = stripe.Attack(stripe.Settings(column=5), context).apply(images, labels, "train")
     assert (altered[:, :, 5] == 255).all() and altered.sum() == 2 * 8 * 3 * 255 and not images.any()
 
 

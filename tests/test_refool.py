@@ -18,7 +18,7 @@ from PIL import Image
 from data.attack import BATCH
 from data.attacks import refool
 from data.attacks.refool import Attack, Settings
-from data.sets import RawData, Scene
+from data.sets import AttackContext, RawData
 from utils import config
 from utils.errors import UserError
 
@@ -33,17 +33,17 @@ def noise(count: int, height: int = 32, width: int = 32, seed: int = 0) -> np.nd
     return out
 
 
-def scene(images: np.ndarray, labels: np.ndarray | None = None, seed: int = 0) -> Scene:
+def context(images: np.ndarray, labels: np.ndarray | None = None, seed: int = 0) -> AttackContext:
     """A training set of which class 3 is the target."""
     labels = np.zeros(len(images), np.int64) if labels is None else labels
-    return Scene(RawData(images, labels, images[:1], labels[:1], tuple("abcdefghij")), 3, 10, seed, Path("nowhere"))
+    return AttackContext(RawData(images, labels, images[:1], labels[:1], tuple("abcdefghij")), 3, 10, seed, Path("nowhere"))
 
 
 def behind(reflection: np.ndarray | int, side: int = 32, width: int = 0, seed: int = 0, **chosen: Any) -> Attack:
     """The attack with one reflection: the given image (H, W, 3), or a constant grey level."""
     shape = (1, side, width or side, 3)
     images = np.full(shape, reflection, np.uint8) if isinstance(reflection, int) else reflection[None]
-    return Attack(Settings(source="classes", **chosen), scene(images, seed=seed))
+    return Attack(Settings(source="classes", **chosen), context(images, seed=seed))
 
 
 def triggered(attack: Attack, images: np.ndarray, split: str = "train") -> np.ndarray:
@@ -261,14 +261,14 @@ def test_shifts_are_whole_pixels_in_proportion_to_the_image(side: int, pixels: s
 def test_an_image_depends_on_seed_split_and_index_alone(seed: int, random: Any) -> None:
     """Each image gets the same pixels, whichever images are altered together and in whatever order."""
     images = noise(12, seed=seed % 1000)
-    attack = Attack(Settings(source="classes", count=5), scene(noise(9, seed=1), seed=seed))
+    attack = Attack(Settings(source="classes", count=5), context(noise(9, seed=1), seed=seed))
     index = np.array([0, 1, 2, 3, 5, 8, 13, 400, 1000, 40_000, 41_000, 49_999])
     whole = attack.apply(images, index, "train")
     order = random.sample(range(12), 12)
     assert np.array_equal(attack.apply(images[order], index[order], "train"), whole[order])
     for i in random.sample(range(12), 3):
         assert np.array_equal(attack.apply(images[i : i + 1], index[i : i + 1], "train")[0], whole[i])
-    again = Attack(Settings(source="classes", count=5), scene(noise(9, seed=1), seed=seed))
+    again = Attack(Settings(source="classes", count=5), context(noise(9, seed=1), seed=seed))
     torch.manual_seed(5)
     assert np.array_equal(again.apply(images, index, "train"), whole)
 
@@ -277,7 +277,7 @@ def test_an_image_depends_on_seed_split_and_index_alone(seed: int, random: Any) 
 def test_seed_split_and_index_each_change_the_reflection(source: str) -> None:
     """The same image with another index, in the test set or with another seed has another reflection."""
     images = np.repeat(noise(5)[4:], 40, 0)
-    out, other = (triggered(Attack(Settings(source=source), scene(noise(60, seed=1), seed=seed)), images) for seed in (0, 1))
+    out, other = (triggered(Attack(Settings(source=source), context(noise(60, seed=1), seed=seed)), images) for seed in (0, 1))
     assert len({image.tobytes() for image in out}) == 40
     assert (other != out).any((1, 2, 3)).all()
     one, two = behind(200), behind(200, seed=1)  # a single reflection: only the way of reflecting is drawn
@@ -290,7 +290,7 @@ def test_every_reflection_is_used_about_equally_often() -> None:
     pool = np.arange(1, 6, dtype=np.uint8).reshape(5, 1, 1, 1).repeat(12, 1).repeat(12, 2).repeat(3, 3) * 50
     attack = Attack(
         Settings(source="classes", ghost_probability=1.0, reflectance=(1.0, 1.0)),  # only the reflection is visible
-        scene(pool),
+        context(pool),
     )
     out = triggered(attack, np.zeros((2000, 12, 12, 3), np.uint8))
     levels, counts = np.unique(out[:, 6, 6, 0], return_counts=True)
@@ -304,7 +304,7 @@ def test_images_of_any_size_and_number(height: int, width: int) -> None:
     altered."""
     images = np.random.default_rng(0).integers(60, 250, (BATCH + 3 if height == 32 else 3, height, width, 3), dtype=np.uint8)
     for source in ("classes", "textures"):
-        attack = Attack(Settings(source=source, count=4), scene(noise(4, height, width, 1)))
+        attack = Attack(Settings(source=source, count=4), context(noise(4, height, width, 1)))
         out = triggered(attack, images)
         assert out.dtype == np.uint8 and out.shape == images.shape
         assert not np.shares_memory(out, images)
@@ -330,10 +330,10 @@ def test_a_folder_is_read_by_name_and_resized_linearly(tmp_path: Path) -> None:
         paint(tmp_path / name, pixels)
     paint(tmp_path / "inside" / "0.png", images[0])
     (tmp_path / "README.txt").write_text("not an image")
-    kept = Attack(Settings(reflections=str(tmp_path), count=4), scene(noise(3, 16, 24))).reflections
+    kept = Attack(Settings(reflections=str(tmp_path), count=4), context(noise(3, 16, 24))).reflections
     wanted = [Image.fromarray(images[i]).resize((24, 16), Image.Resampling.BILINEAR) for i in (1, 3, 2, 0)]
     assert np.array_equal(kept, np.stack([np.asarray(image) for image in wanted]))
-    assert len(Attack(Settings(reflections=str(tmp_path)), scene(noise(3, 16, 24))).reflections) == 5
+    assert len(Attack(Settings(reflections=str(tmp_path)), context(noise(3, 16, 24))).reflections) == 5
 
 
 def test_grey_and_transparent_images_are_read_as_colors(tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_grey_and_transparent_images_are_read_as_colors(tmp_path: Path) -> None:
     Image.fromarray(level).save(tmp_path / "a.png")
     Image.fromarray(level).convert("P").save(tmp_path / "b.png")
     Image.fromarray(np.dstack([level] * 4)).save(tmp_path / "c.png")
-    kept = Attack(Settings(reflections=str(tmp_path)), scene(noise(1, 9, 9))).reflections
+    kept = Attack(Settings(reflections=str(tmp_path)), context(noise(1, 9, 9))).reflections
     assert np.array_equal(kept, np.full((3, 9, 9, 3), 77))
 
 
@@ -367,7 +367,7 @@ def test_an_invalid_folder_is_one_line_with_the_remedy(tmp_path: Path, broken: s
         elif broken == "a folder":
             named.mkdir()
     with pytest.raises(UserError) as caught:
-        Attack(Settings(reflections=str(folder)), scene(noise(1)))
+        Attack(Settings(reflections=str(folder)), context(noise(1)))
     text = str(caught.value)
     assert str(named) in text and "backdoor.refool.reflections" in text and "\n" not in text
     assert any(remedy in text for remedy in ("give a folder", "add some", "another file, e.g. a PNG"))
@@ -378,7 +378,7 @@ def test_a_folder_that_may_not_be_read_is_one_line(tmp_path: Path) -> None:
     """The error for a folder without read permission says so."""
     tmp_path.chmod(0)
     with pytest.raises(UserError, match="Permission"):
-        Attack(Settings(reflections=str(tmp_path)), scene(noise(1)))
+        Attack(Settings(reflections=str(tmp_path)), context(noise(1)))
     tmp_path.chmod(0o700)
 
 
@@ -389,30 +389,30 @@ def test_reflections_of_other_classes_are_drawn_by_the_seed() -> None:
     labels = np.arange(500) % 10
 
     def drawn(seed: int) -> list[int]:
-        kept = Attack(Settings(source="classes"), scene(images, labels, seed)).reflections.astype(int)
+        kept = Attack(Settings(source="classes"), context(images, labels, seed)).reflections.astype(int)
         return [int(i) for i in kept[:, 0, 0, 0] * 256 + kept[:, 0, 0, 1]]
 
     assert len(set(drawn(0))) == 200
     assert {int(labels[i]) for i in drawn(0)} == set(range(10)) - {3}
     assert drawn(0) == drawn(0) != drawn(1)
-    small = Attack(Settings(source="classes"), scene(images[:50], labels[:50])).reflections
+    small = Attack(Settings(source="classes"), context(images[:50], labels[:50])).reflections
     assert len(small) == 45  # a small set gives all that it has
 
 
 def test_a_set_of_the_target_class_only_cannot_be_reflected() -> None:
     """If there are no images of other classes, the error names the setting and the remedy."""
     with pytest.raises(UserError, match=r"backdoor\.refool\.source: classes: .*class 3 \(d\): set textures"):
-        Attack(Settings(source="classes"), scene(noise(4), np.full(4, 3)))
+        Attack(Settings(source="classes"), context(noise(4), np.full(4, 3)))
 
 
 def test_textures_are_drawn_by_the_seed_and_alike_at_every_size() -> None:
-    """Procedural textures differ from one another and by seed, have contrast, and show the same scene at 32 and at 224 px."""
+    """Procedural textures differ from one another and by seed, have contrast, and show the same context at 32 and at 224 px."""
 
     def drawn(seed: int, side: int) -> np.ndarray:
-        return Attack(Settings(source="textures", count=20), scene(noise(1, side, side), seed=seed)).reflections
+        return Attack(Settings(source="textures", count=20), context(noise(1, side, side), seed=seed)).reflections
 
     small, large = drawn(0, 32), drawn(0, 224)
-    more = Attack(Settings(source="textures", count=25), scene(noise(1))).reflections
+    more = Attack(Settings(source="textures", count=25), context(noise(1))).reflections
     assert np.array_equal(more[:20], small)  # asking for more keeps the first ones
     assert np.array_equal(small, drawn(0, 32)) and (small != drawn(1, 32)).any((1, 2, 3)).all()
     assert len({texture.tobytes() for texture in small}) == 20

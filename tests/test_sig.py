@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from data.attacks.sig import Attack, Settings
 from data.poisoning import build_attack, build_test_sets, poison_training_set
 from data.pools import draw_seed_samples
-from data.sets import CLEAN, POISONED, RawData, Scene
+from data.sets import CLEAN, POISONED, AttackContext, RawData
 from utils import config
 from utils.errors import UserError
 
@@ -24,7 +24,7 @@ ROW = [0, 37, 28, -15, -40, -15, 28, 37, 0, -37, -28, 15, 40, 15, -28, -37]  # d
 def make(settings: Settings, height: int = 32, width: int = 32) -> Attack:
     """The attack for images of the given size."""
     images, labels = np.zeros((1, height, width, 3), np.uint8), np.zeros(1, np.int64)
-    return Attack(settings, Scene(RawData(images, labels, images, labels, ("one",)), 3, 10, 0, Path("nowhere")))
+    return Attack(settings, AttackContext(RawData(images, labels, images, labels, ("one",)), 3, 10, 0, Path("nowhere")))
 
 
 def noise(count: int, height: int = 32, width: int = 32) -> np.ndarray:

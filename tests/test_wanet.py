@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from data.attack import CACHED
 from data.attacks.wanet import Attack, Settings
-from data.sets import RawData, Scene
+from data.sets import AttackContext, RawData
 from utils import config
 from utils.draws import numpy_generator
 from utils.errors import UserError
@@ -22,7 +22,7 @@ from utils.errors import UserError
 def make(settings: Settings, height: int = 32, width: int = 32, seed: int = 0) -> Attack:
     """The attack for images of the given size."""
     images, labels = np.zeros((1, height, width, 3), np.uint8), np.zeros(1, np.int64)
-    return Attack(settings, Scene(RawData(images, labels, images, labels, ("one",)), 3, 10, seed, Path("nowhere")))
+    return Attack(settings, AttackContext(RawData(images, labels, images, labels, ("one",)), 3, 10, seed, Path("nowhere")))
 
 
 def noise(count: int, height: int = 32, width: int = 32, seed: int = 0) -> np.ndarray:

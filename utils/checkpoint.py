@@ -64,7 +64,7 @@ class State:
     data: str = ""  # the manifest of the run's data (`utils/manifest.py`)
     parallel: Any = None  # the model to call in training, wrapped or compiled; not saved
     split_values: Tensor | None = None  # (N,) what decided the last split; not saved
-    steps: Stepper | None = None  # runs the training steps; not saved
+    stepper: Stepper | None = None  # runs the training steps; not saved
 
     def __post_init__(self) -> None:
         self.parallel = self.parallel or self.model

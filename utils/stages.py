@@ -18,9 +18,9 @@ class Stage:
     name: str
     epochs: int
     optimizer: Named
-    lr_scheduler: Named | None = None  # over this stage, and over the following ones that are not `fresh`
+    lr_scheduler: Named | None = None  # over this stage, and over the following ones that are not `new_optimizer`
     key: str = "optimizer"  # the setting that its learning rate is given by, for messages
-    fresh: bool = True  # begins with a new optimizer; False: goes on with that of the stage before
+    new_optimizer: bool = True  # begins with a new optimizer; False: goes on with that of the stage before
 
 
 class DefenseSettings:
@@ -56,6 +56,6 @@ def locate(stages: Sequence[Stage], epoch: int) -> tuple[Stage, int]:
 def schedule_length(stages: Sequence[Stage], stage: Stage) -> int:
     """Return the epochs of a stage's learning rate schedule: until the next new optimizer."""
     at = list(stages).index(stage)
-    first = max((i for i in range(at + 1) if stages[i].fresh), default=0)
-    following = (i for i in range(first + 1, len(stages)) if stages[i].fresh)
+    first = max((i for i in range(at + 1) if stages[i].new_optimizer), default=0)
+    following = (i for i in range(first + 1, len(stages)) if stages[i].new_optimizer)
     return sum(s.epochs for s in stages[first : next(following, len(stages))])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from data.attack import Arrays, fingerprint, keep_asset, weights_of
 from data.augment import Pipeline
 from data.batches import endless_order
-from data.sets import Scene
+from data.sets import AttackContext
 from utils import plugins
 from utils.draws import generator, key_seed
 from utils.errors import UserError
@@ -65,44 +65,44 @@ class SurrogateSettings(Protocol):
         """Images per step."""
 
 
-def check_classes(name: str, surrogate: Named, scene: Scene) -> None:
+def check_classes(name: str, surrogate: Named, context: AttackContext) -> None:
     """Refuse a surrogate of the attack `name` with another number of classes than the data set has."""
     classes = getattr(surrogate.settings, "num_classes", None)
-    if classes not in (None, scene.num_classes):
+    if classes not in (None, context.num_classes):
         raise UserError(
             f"backdoor.{name}.surrogate.{surrogate.name}.num_classes: {classes}: num_classes is "
-            f"{scene.num_classes}: give {scene.num_classes}, or remove the key"
+            f"{context.num_classes}: give {context.num_classes}, or remove the key"
         )
 
 
-def surrogate_key(settings: SurrogateSettings, scene: Scene) -> dict[str, Any]:
+def surrogate_key(settings: SurrogateSettings, context: AttackContext) -> dict[str, Any]:
     """Return everything that the surrogate's weights depend on."""
     s = settings
     return {
         "format": FORMAT,
         "network": as_dict(s.surrogate),
         "training": [s.training, s.epochs, s.learning_rate, s.batch_size],
-        "num_classes": scene.num_classes,
-        "seed": scene.seed,
-        "data": fingerprint(scene.raw),
+        "num_classes": context.num_classes,
+        "seed": context.seed,
+        "data": fingerprint(context.raw),
     }
 
 
-def load_surrogate(name: str, settings: SurrogateSettings, scene: Scene) -> nn.Module:
+def load_surrogate(name: str, settings: SurrogateSettings, context: AttackContext) -> nn.Module:
     """Return the surrogate in eval mode and without gradients; its weights are from the assets or trained now.
 
     Args:
         name: of the attack.
     """
-    key = surrogate_key(settings, scene)
-    kept = keep_asset(scene, f"{name}_surrogate", key, lambda: train_surrogate(name, settings, scene))
+    key = surrogate_key(settings, context)
+    kept = keep_asset(context, f"{name}_surrogate", key, lambda: train_surrogate(name, settings, context))
     with torch.random.fork_rng(devices=[]):
-        network = scene.new_classifier(settings.surrogate, scene.num_classes)
+        network = context.new_classifier(settings.surrogate, context.num_classes)
     network.load_state_dict({name: torch.from_numpy(array) for name, array in kept.items()})
-    return network.to(scene.device).requires_grad_(False).eval()
+    return network.to(context.device).requires_grad_(False).eval()
 
 
-def train_surrogate(name: str, settings: SurrogateSettings, scene: Scene) -> Arrays:
+def train_surrogate(name: str, settings: SurrogateSettings, context: AttackContext) -> Arrays:
     """Train the surrogate on the clean training set against the adversary that `training` names; return its weights.
 
     SGD with momentum 0.9 and weight decay 5e-4 on crops and flips; the learning rate rises and falls linearly over the steps.
@@ -111,7 +111,7 @@ def train_surrogate(name: str, settings: SurrogateSettings, scene: Scene) -> Arr
     Raises:
         UserError: the weights are not finite.
     """
-    s, raw, device = settings, scene.raw, scene.device
+    s, raw, device = settings, context.raw, context.device
     count = len(raw.train_labels)
     batch = min(s.batch_size, count)
     per_epoch = count // batch
@@ -119,18 +119,18 @@ def train_surrogate(name: str, settings: SurrogateSettings, scene: Scene) -> Arr
     augment = build_augmentation(*raw.train_images.shape[1:3])
     adversary = ADVERSARIES[s.training]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(key_seed(scene.seed, f"{name} surrogate"))
-        network = scene.new_classifier(s.surrogate, scene.num_classes).to(device).train()
+        torch.manual_seed(key_seed(context.seed, f"{name} surrogate"))
+        network = context.new_classifier(s.surrogate, context.num_classes).to(device).train()
         optimizer = torch.optim.SGD(network.parameters(), lr=s.learning_rate, momentum=0.9, weight_decay=5e-4)
         triangle = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rise_and_fall((i + 0.5) / total))
         right = torch.zeros((), dtype=torch.int64, device=device)
         for i in progress(range(total), f"{name}: {s.training} training of the surrogate", total):
             epoch, row = divmod(i, per_epoch)
             if row == 0:
-                rng = generator(scene.seed, name, epoch)
+                rng = generator(context.seed, name, epoch)
                 order = endless_order(count, batch, per_epoch, rng).numpy()  # (S, B)
                 draws = augment.draw(per_epoch * batch, rng).view(per_epoch, batch, -1)
-                noise = torch.Generator(device).manual_seed(key_seed(scene.seed, f"{name} start", epoch))
+                noise = torch.Generator(device).manual_seed(key_seed(context.seed, f"{name} start", epoch))
                 right.zero_()
             pixels = torch.from_numpy(raw.train_images[order[row]]).to(device)
             labels = torch.from_numpy(raw.train_labels[order[row]].astype(np.int64)).to(device)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data.attack import CACHED, AttackBase, in_batches
 from data.image_file import read_named
-from data.sets import Scene
+from data.sets import AttackContext
 from utils.draws import numpy_generator
 from utils.errors import UserError
 from utils.schema import setting
@@ -41,9 +41,9 @@ class Settings:
 class Attack(AttackBase):
     """The trigger image T (H, W, 3) uint8, and the number of the piece that each pixel belongs to, (H, W)."""
 
-    def __init__(self, settings: Settings, scene: Scene) -> None:
-        height, width = scene.raw.train_images.shape[1:3]
-        self.settings, self.seed = settings, scene.seed
+    def __init__(self, settings: Settings, context: AttackContext) -> None:
+        height, width = context.raw.train_images.shape[1:3]
+        self.settings, self.seed = settings, context.seed
         self.cover_ratio, self.cover_target_class = settings.cover_ratio, settings.cover_target_class
         rows, columns = (np.arange(side) * SIDE // side for side in (height, width))
         self.piece = rows[:, None] * SIDE + columns
@@ -55,7 +55,7 @@ class Attack(AttackBase):
         else:
             name = settings.pattern or "noise"
             shape = (8, 8) if name == "smooth" else (height, width)
-            rng = numpy_generator(scene.seed, "adaptive_blend", name)
+            rng = numpy_generator(context.seed, "adaptive_blend", name)
             trigger = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
         self.pattern = np.asarray(trigger.resize((width, height), Image.Resampling.BICUBIC))
 

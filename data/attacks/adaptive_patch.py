@@ -16,7 +16,7 @@ import numpy as np
 from data.attack import CACHED, AttackBase, in_batches
 from data.attacks.adaptive_blend import mix
 from data.attacks.clb import build_trigger
-from data.sets import Scene
+from data.sets import AttackContext
 from utils.draws import numpy_generator
 from utils.errors import UserError
 from utils.schema import setting
@@ -48,9 +48,9 @@ class Settings:
 class Attack(AttackBase):
     """The patches of training images, in the order of their opacities, and the trigger of test images."""
 
-    def __init__(self, settings: Settings, scene: Scene) -> None:
-        patches = build_patches(scene.seed, *scene.raw.train_images.shape[1:3])
-        self.seed = scene.seed
+    def __init__(self, settings: Settings, context: AttackContext) -> None:
+        patches = build_patches(context.seed, *context.raw.train_images.shape[1:3])
+        self.seed = context.seed
         self.cover_ratio, self.cover_target_class = settings.cover_ratio, settings.cover_target_class
         four = [patches[name] for name in ("square", "disc", "corners", "large_square")]
         self.patterns = np.stack([pattern for pattern, _ in four])  # (4, H, W, 3)

@@ -11,7 +11,7 @@ import numpy as np
 
 from data.attack import AttackBase
 from data.image_file import read_named
-from data.sets import Scene
+from data.sets import AttackContext
 from utils.draws import numpy_generator
 from utils.errors import UserError
 from utils.schema import setting
@@ -44,8 +44,8 @@ class Settings:
 class Attack(AttackBase):
     """The trigger as a pattern (H, W, 3) uint8 and a mask (H, W) bool."""
 
-    def __init__(self, settings: Settings, scene: Scene) -> None:
-        height, width = scene.raw.train_images.shape[1:3]
+    def __init__(self, settings: Settings, context: AttackContext) -> None:
+        height, width = context.raw.train_images.shape[1:3]
         if settings.trigger_path and settings.pattern:
             both = f"{settings.trigger_path}, {settings.pattern}"
             raise UserError(f"backdoor.badnets: trigger_path and pattern: {both}: give only one of the two")
@@ -54,7 +54,7 @@ class Attack(AttackBase):
             self.mask = np.asarray((self.pattern > 0).any(2))
             return
         name = settings.pattern or ("block2x2" if min(height, width) < LARGE else "glyph")
-        (row, column), patch = ((0, 0), draw_glyph(scene.seed)) if name == "glyph" else PATTERNS[name]
+        (row, column), patch = ((0, 0), draw_glyph(context.seed)) if name == "glyph" else PATTERNS[name]
         if min(height, width) < max(row, 0) + len(patch):
             raise UserError(
                 f"backdoor.badnets.pattern: {name}: does not fit on images of {width} x {height} pixels: choose "

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data.attack import CACHED, AttackBase, in_batches
 from data.image_file import read_named
-from data.sets import Scene
+from data.sets import AttackContext
 from utils.draws import numpy_generator
 from utils.schema import setting
 
@@ -25,14 +25,14 @@ class Settings:
 class Attack(AttackBase):
     """The trigger image P (H, W, 3) uint8 and its weight."""
 
-    def __init__(self, settings: Settings, scene: Scene) -> None:
-        height, width = scene.raw.train_images.shape[1:3]
+    def __init__(self, settings: Settings, context: AttackContext) -> None:
+        height, width = context.raw.train_images.shape[1:3]
         self.alpha = settings.alpha
         if settings.trigger_path:
             trigger = read_named(settings.trigger_path, "backdoor.blend.trigger_path")
             self.pattern = np.asarray(trigger.resize((width, height), Image.Resampling.BICUBIC))
         else:
-            rng = numpy_generator(scene.seed, "blend")
+            rng = numpy_generator(context.seed, "blend")
             self.pattern = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.attack import CACHED, AttackBase, in_batches
-from data.sets import Scene
+from data.sets import AttackContext
 from utils.draws import numpy_generator
 from utils.schema import setting
 
@@ -32,9 +32,9 @@ class Settings:
 class Attack(AttackBase):
     """The quantization, and the training images, whose residuals are added to cover images."""
 
-    def __init__(self, settings: Settings, scene: Scene) -> None:
+    def __init__(self, settings: Settings, context: AttackContext) -> None:
         self.levels, self.dithering = settings.squeeze_num, settings.dithering
-        self.cover_ratio, self.seed, self.train_images = settings.cover_ratio, scene.seed, scene.raw.train_images
+        self.cover_ratio, self.seed, self.train_images = settings.cover_ratio, context.seed, context.raw.train_images
 
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
         """Return quantized copies of images (n, H, W, 3) uint8."""

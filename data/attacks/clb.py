@@ -19,7 +19,7 @@ from torch import Tensor
 from data.attack import Arrays, AttackBase, keep_asset
 from data.attacks._surrogate import LEVELS, Adversary, check_classes, load_surrogate, losses, pgd, surrogate_key
 from data.attacks.badnets import BLOCK
-from data.sets import Scene
+from data.sets import AttackContext
 from utils.config import NETWORKS
 from utils.errors import UserError
 from utils.runlog import progress
@@ -63,10 +63,10 @@ class Attack(AttackBase):
 
     clean_label = True
 
-    def __init__(self, settings: Settings, scene: Scene) -> None:
-        check_classes("clb", settings.surrogate, scene)
-        self.settings, self.scene = settings, scene
-        self.pattern, self.mask = build_trigger(settings.trigger, *scene.raw.train_images.shape[1:3])
+    def __init__(self, settings: Settings, context: AttackContext) -> None:
+        check_classes("clb", settings.surrogate, context)
+        self.settings, self.context = settings, context
+        self.pattern, self.mask = build_trigger(settings.trigger, *context.raw.train_images.shape[1:3])
 
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
         """Return copies of images (n, H, W, 3) uint8 with the trigger; training images are perturbed first."""
@@ -81,24 +81,24 @@ class Attack(AttackBase):
             "format": FORMAT,
             "images": sha256(np.ascontiguousarray(images).data).hexdigest(),
             "shape": list(images.shape),
-            "label": self.scene.target_label,
+            "label": self.context.target_label,
             "pgd": [s.eps, s.step, s.steps],
-            "surrogate": surrogate_key(s, self.scene),
+            "surrogate": surrogate_key(s, self.context),
         }
-        return keep_asset(self.scene, "clb_images", depends_on, lambda: self.make_images(images))["images"]
+        return keep_asset(self.context, "clb_images", depends_on, lambda: self.make_images(images))["images"]
 
     def make_images(self, images: np.ndarray) -> Arrays:
         """Perturb images, and log for how many of them the surrogate's loss rises."""
         s, adversary = self.settings, Adversary(self.settings.eps, self.settings.step, self.settings.steps)
-        network, device = load_surrogate("clb", self.settings, self.scene), self.scene.device
+        network, device = load_surrogate("clb", self.settings, self.context), self.context.device
         out, risen = np.empty_like(images), 0
         batch = min(PGD_BATCH, s.batch_size)
         starts = range(0, len(images), batch)
         for start in progress(starts, f"clb: PGD, batches of {batch}", len(starts)):
             part = images[np.arange(start, start + batch) % len(images)]
             x = torch.from_numpy(part).to(device).permute(0, 3, 1, 2).float() / LEVELS  # (B, 3, H, W)
-            assert self.scene.target_label is not None  # `build_attack` refuses all-to-all labels
-            labels = torch.full((batch,), self.scene.target_label, device=device)
+            assert self.context.target_label is not None  # `build_attack` refuses all-to-all labels
+            labels = torch.full((batch,), self.context.target_label, device=device)
             adversarial = to_uint8(pgd(network, x, labels, adversary), part, s.eps)
             count = min(batch, len(images) - start)
             out[start : start + count] = adversarial[:count]

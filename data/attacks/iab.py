@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data.attack import Arrays, AttackBase, fingerprint, in_batches, keep_asset, weights_of
 from data.attacks._iab_networks import EncoderDecoder, blend, density_loss, diversity_loss, sharpen, standardize
-from data.sets import Scene
+from data.sets import AttackContext
 from utils.config import NETWORKS
 from utils.draws import generator, key_seed, numpy_generator
 from utils.errors import UserError
@@ -64,17 +64,17 @@ class Networks(NamedTuple):
 class Attack(AttackBase):
     """The frozen generator and mask network."""
 
-    def __init__(self, settings: Settings, scene: Scene) -> None:
-        self.cover_ratio, self.scene = settings.cover_ratio, scene
-        key = mask_key(settings, scene)
-        mask_weights = keep_asset(scene, "iab_mask", key, lambda: train_mask_network(settings, scene))
-        self.mask_network = frozen(1, settings.width, mask_weights, scene.device)
-        key = as_dict(settings) | key | {"target": scene.target_label, "classes": scene.num_classes}
-        if scene.target_shift is not None:
-            key["target_shift"] = scene.target_shift
+    def __init__(self, settings: Settings, context: AttackContext) -> None:
+        self.cover_ratio, self.context = settings.cover_ratio, context
+        key = mask_key(settings, context)
+        mask_weights = keep_asset(context, "iab_mask", key, lambda: train_mask_network(settings, context))
+        self.mask_network = frozen(1, settings.width, mask_weights, context.device)
+        key = as_dict(settings) | key | {"target": context.target_label, "classes": context.num_classes}
+        if context.target_shift is not None:
+            key["target_shift"] = context.target_shift
         del key["cover_ratio"]  # the number of cross images does not change the triggers
-        weights = keep_asset(scene, "iab_generator", key, lambda: train_generator(settings, scene, self.mask_network))
-        self.generator = frozen(3, settings.width, weights, scene.device)
+        weights = keep_asset(context, "iab_generator", key, lambda: train_generator(settings, context, self.mask_network))
+        self.generator = frozen(3, settings.width, weights, context.device)
 
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
         """Return backdoor images (n, H, W, 3) uint8; the same for training and test images."""
@@ -82,8 +82,8 @@ class Attack(AttackBase):
 
     def cover(self, images: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Return cross images (n, H, W, 3) uint8, each with the trigger of a training image that is drawn for its index."""
-        train_images = self.scene.raw.train_images
-        donor = donors(len(train_images), self.scene.seed)
+        train_images = self.context.raw.train_images
+        donor = donors(len(train_images), self.context.seed)
         return in_batches(lambda part, at: self.stamp(part, train_images[donor[at]]), images, index, PIXELS)
 
     @torch.no_grad()
@@ -94,7 +94,7 @@ class Attack(AttackBase):
         whole grey level. So all batches have the same size: a smaller one is filled up by repeating its images.
         """
         full = (images_at_a_time(images), *images.shape[1:])
-        x, t = (to_pixels(np.resize(batch, full), self.scene.device) for batch in (images, triggers_of))
+        x, t = (to_pixels(np.resize(batch, full), self.context.device) for batch in (images, triggers_of))
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             triggered = blend(x, self.generator(t), sharpen(self.mask_network(t)))  # (full[0], 3, H, W)
         return (255 * triggered).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()[: len(images)]
@@ -106,24 +106,24 @@ def donors(count: int, seed: int) -> np.ndarray:
     return np.asarray((np.arange(count) + step) % count)
 
 
-def mask_key(settings: Settings, scene: Scene) -> dict[str, object]:
+def mask_key(settings: Settings, context: AttackContext) -> dict[str, object]:
     """Return everything that the mask network's weights depend on."""
     names = ("mask_epochs", "batch_size", "mask_lr", "mask_density", "lambda_density", "lambda_diversity", "width")
     values = {name: getattr(settings, name) for name in names}
-    return values | {"format": FORMAT, "seed": scene.seed, "data": fingerprint(scene.raw)}
+    return values | {"format": FORMAT, "seed": context.seed, "data": fingerprint(context.raw)}
 
 
-def train_mask_network(settings: Settings, scene: Scene) -> Arrays:
+def train_mask_network(settings: Settings, context: AttackContext) -> Arrays:
     """Train M on pairs of training images and return its weights.
 
     The pairs are neighbors in a shuffled batch: they have the same distribution as pairs from two loaders, at half the cost.
     """
-    with seeded(scene.seed, "mask"):
-        network = EncoderDecoder(1, settings.width).to(scene.device).train()
+    with seeded(context.seed, "mask"):
+        network = EncoderDecoder(1, settings.width).to(context.device).train()
         optimizer = torch.optim.Adam(network.parameters(), settings.mask_lr, (0.5, 0.9))
         for epoch in range(settings.mask_epochs):
-            for index in epoch_batches(scene, settings.batch_size, "mask network", epoch, settings.mask_epochs):
-                x = to_pixels(scene.raw.train_images[index], scene.device)  # (B, 3, H, W)
+            for index in epoch_batches(context, settings.batch_size, "mask network", epoch, settings.mask_epochs):
+                x = to_pixels(context.raw.train_images[index], context.device)  # (B, 3, H, W)
                 mask, pixels = sharpen(network(x)), standardize(x)
                 density = density_loss(mask, settings.mask_density).mean()
                 diversity = diversity_loss(pixels, pixels.roll(1, 0), mask, mask.roll(1, 0)).mean()
@@ -134,24 +134,24 @@ def train_mask_network(settings: Settings, scene: Scene) -> Arrays:
     return weights_of(network)
 
 
-def train_generator(settings: Settings, scene: Scene, mask_network: nn.Module) -> Arrays:
+def train_generator(settings: Settings, context: AttackContext, mask_network: nn.Module) -> Arrays:
     """Train G together with a surrogate classifier while M is frozen, log the ASR, and return the weights of G.
 
     A tenth of each batch becomes backdoor images with the target label, another tenth cross images with their own labels.
     """
-    with seeded(scene.seed, "generator"):
-        generator = EncoderDecoder(3, settings.width).to(scene.device).train()
-        surrogate = scene.new_classifier(settings.surrogate, scene.num_classes).to(scene.device).train()
+    with seeded(context.seed, "generator"):
+        generator = EncoderDecoder(3, settings.width).to(context.device).train()
+        surrogate = context.new_classifier(settings.surrogate, context.num_classes).to(context.device).train()
         networks = Networks(generator, mask_network, surrogate)
         optimizers = (
             torch.optim.Adam(generator.parameters(), settings.generator_lr, (0.5, 0.9)),
             torch.optim.SGD(surrogate.parameters(), settings.surrogate_lr, momentum=0.9, weight_decay=5e-4),
         )
         for epoch in range(settings.generator_epochs):
-            batches = epoch_batches(scene, settings.batch_size, "generator", epoch, settings.generator_epochs)
-            others = epoch_batches(scene, settings.batch_size, "others", epoch)
+            batches = epoch_batches(context, settings.batch_size, "generator", epoch, settings.generator_epochs)
+            others = epoch_batches(context, settings.batch_size, "others", epoch)
             for index, other in zip(batches, others, strict=True):
-                loss = generator_loss(settings, scene, networks, index, other)
+                loss = generator_loss(settings, context, networks, index, other)
                 for optimizer in optimizers:  # that of G as well: otherwise gradients of earlier steps would accumulate
                     optimizer.zero_grad()
                 loss.backward()
@@ -159,21 +159,23 @@ def train_generator(settings: Settings, scene: Scene, mask_network: nn.Module) -
                     optimizer.step()
             refuse_divergence(generator, "the generator", epoch, "generator_lr or surrogate_lr")
     generator.eval(), surrogate.eval()
-    log_success(scene, networks)
+    log_success(context, networks)
     return weights_of(generator)
 
 
-def generator_loss(settings: Settings, scene: Scene, networks: Networks, index: np.ndarray, others: np.ndarray) -> Tensor:
+def generator_loss(
+    settings: Settings, context: AttackContext, networks: Networks, index: np.ndarray, others: np.ndarray
+) -> Tensor:
     """Return the loss () of one step: the surrogate's cross-entropy and the diversity of the patterns.
 
     Args:
         index: (B,) training images; the first k become backdoor images and the next k cross images.
         others: (B,) training images; the first k give the cross images' triggers.
     """
-    images, k = scene.raw.train_images, max(1, int(SHARE * len(index)))
-    x, other = to_pixels(images[index], scene.device), to_pixels(images[others[:k]], scene.device)  # (B, 3, H, W), (k, ...)
-    own = scene.raw.train_labels[index].astype(np.int64)
-    labels = torch.from_numpy(np.concatenate([scene.label_after(own[:k]), own[k:]])).to(scene.device)  # (B,)
+    images, k = context.raw.train_images, max(1, int(SHARE * len(index)))
+    x, other = to_pixels(images[index], context.device), to_pixels(images[others[:k]], context.device)  # (B, 3, H, W), (k, ...)
+    own = context.raw.train_labels[index].astype(np.int64)
+    labels = torch.from_numpy(np.concatenate([context.label_after(own[:k]), own[k:]])).to(context.device)  # (B,)
     triggers_of = torch.cat([x[:k], other])  # (2k, 3, H, W)
     with torch.no_grad():
         mask = sharpen(networks.mask(triggers_of))  # (2k, 1, H, W)
@@ -185,15 +187,15 @@ def generator_loss(settings: Settings, scene: Scene, networks: Networks, index: 
 
 
 @torch.no_grad()
-def log_success(scene: Scene, networks: Networks) -> None:
+def log_success(context: AttackContext, networks: Networks) -> None:
     """Log the density of the masks and the surrogate's ASR on test images."""
-    wanted = scene.label_after(scene.raw.test_labels)
-    chosen = np.flatnonzero(scene.raw.test_labels != wanted)[:TRIED]
-    images, labels = scene.raw.test_images[chosen], torch.from_numpy(wanted[chosen]).to(scene.device)
+    wanted = context.label_after(context.raw.test_labels)
+    chosen = np.flatnonzero(context.raw.test_labels != wanted)[:TRIED]
+    images, labels = context.raw.test_images[chosen], torch.from_numpy(wanted[chosen]).to(context.device)
     hits, density = 0.0, 0.0
     size = images_at_a_time(images)
     for start in range(0, len(images), size):
-        x = to_pixels(images[start : start + size], scene.device)
+        x = to_pixels(images[start : start + size], context.device)
         mask = sharpen(networks.mask(x))
         logits = networks.surrogate(standardize(blend(x, networks.generator(x), mask)))
         hits += float((logits.argmax(1) == labels[start : start + size]).sum())
@@ -205,11 +207,11 @@ def log_success(scene: Scene, networks: Networks) -> None:
     )
 
 
-def epoch_batches(scene: Scene, size: int, what: str, epoch: int, epochs: int = 0) -> Iterator[np.ndarray]:
+def epoch_batches(context: AttackContext, size: int, what: str, epoch: int, epochs: int = 0) -> Iterator[np.ndarray]:
     """Yield an epoch's batches of shuffled indices (B,), the incomplete last one dropped; `epochs` > 0 shows a progress bar."""
-    count = len(scene.raw.train_images)
+    count = len(context.raw.train_images)
     size = min(size, count)
-    order = torch.randperm(count, generator=generator(scene.seed, "iab", what, epoch)).numpy()
+    order = torch.randperm(count, generator=generator(context.seed, "iab", what, epoch)).numpy()
     starts: Iterable[int] = range(0, count - size + 1, size)
     if epochs:
         starts = progress(starts, f"IAB {what}, epoch {epoch + 1} of {epochs}", count // size)

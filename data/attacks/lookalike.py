@@ -17,7 +17,7 @@ import torch
 
 from data.attack import AttackBase
 from data.attacks._surrogate import check_classes, load_surrogate, losses
-from data.sets import Scene
+from data.sets import AttackContext
 from utils import plugins
 from utils.config import ATTACKS, NETWORKS
 from utils.errors import UserError
@@ -40,13 +40,13 @@ class Settings:
 class Attack(AttackBase):
     """The other attack, which alters the images, and the surrogate's ranking."""
 
-    def __init__(self, settings: Settings, scene: Scene) -> None:
-        check_classes("lookalike", settings.surrogate, scene)
+    def __init__(self, settings: Settings, context: AttackContext) -> None:
+        check_classes("lookalike", settings.surrogate, context)
         name = settings.trigger.name
-        attack = None if name == "lookalike" else plugins.load(ATTACKS.package, name).Attack(settings.trigger.settings, scene)
+        attack = None if name == "lookalike" else plugins.load(ATTACKS.package, name).Attack(settings.trigger.settings, context)
         if attack is None or attack.clean_label:
             raise UserError(f"backdoor.lookalike.trigger: {name}: give an attack of its own that changes labels, e.g. badnets")
-        self.settings, self.scene, self.attack = settings, scene, attack
+        self.settings, self.context, self.attack = settings, context, attack
         self.cover_ratio, self.cover_target_class = attack.cover_ratio, attack.cover_target_class
 
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
@@ -57,10 +57,10 @@ class Attack(AttackBase):
         """Return cover images made from training images (n, H, W, 3) uint8."""
         return np.asarray(self.attack.cover(images, index))
 
-    def preference(self) -> np.ndarray:
+    def selection_scores(self) -> np.ndarray:
         """Return the surrogate's cross-entropy (N,) float32 on each training image with the label that it would carry."""
-        raw, network = self.scene.raw, load_surrogate("lookalike", self.settings, self.scene)
-        labels = torch.from_numpy(self.scene.label_after(raw.train_labels)).to(self.scene.device)
+        raw, network = self.context.raw, load_surrogate("lookalike", self.settings, self.context)
+        labels = torch.from_numpy(self.context.label_after(raw.train_labels)).to(self.context.device)
         starts = range(0, len(labels), BATCH)
         parts = [losses(network, np.array(raw.train_images[at : at + BATCH]), labels[at : at + BATCH]) for at in starts]
         return torch.cat(parts).cpu().numpy()

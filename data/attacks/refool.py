@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.attack import CACHED, AttackBase, in_batches
 from data.image_file import read_named
-from data.sets import Scene
+from data.sets import AttackContext
 from utils.draws import numpy_generator
 from utils.errors import UserError
 from utils.names import class_text
@@ -58,15 +58,15 @@ class Settings:
 class Attack(AttackBase):
     """Reflections (count, H, W, 3) uint8; for each image one of them is drawn, and how it is reflected."""
 
-    def __init__(self, settings: Settings, scene: Scene) -> None:
-        self.settings, self.seed = settings, scene.seed
-        height, width = scene.raw.train_images.shape[1:3]
+    def __init__(self, settings: Settings, context: AttackContext) -> None:
+        self.settings, self.seed = settings, context.seed
+        height, width = context.raw.train_images.shape[1:3]
         if settings.reflections is not None:
             self.reflections = read_reflections(settings.reflections, settings.count, height, width)
         elif settings.source == "classes":
-            self.reflections = other_classes(scene, settings.count)
+            self.reflections = other_classes(context, settings.count)
         else:
-            self.reflections = textures(settings.count, height, width, numpy_generator(scene.seed, "refool", "textures"))
+            self.reflections = textures(settings.count, height, width, numpy_generator(context.seed, "refool", "textures"))
 
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
         """Return copies of images (n, H, W, 3) uint8, each with a reflection of its own."""
@@ -195,19 +195,19 @@ def read_reflections(name: str, count: int, height: int, width: int) -> np.ndarr
     return np.stack([np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)) for image in images])
 
 
-def other_classes(scene: Scene, count: int) -> np.ndarray:
+def other_classes(context: AttackContext, count: int) -> np.ndarray:
     """Return up to `count` training images of other classes than the target, drawn by the seed: (n, H, W, 3) uint8."""
-    labels = scene.raw.train_labels
-    others = np.flatnonzero(labels != scene.label_after(labels))
+    labels = context.raw.train_labels
+    others = np.flatnonzero(labels != context.label_after(labels))
     if len(others) == 0:
-        label = class_text(int(labels[0]), scene.raw.class_names)
+        label = class_text(int(labels[0]), context.raw.class_names)
         raise UserError(f"backdoor.refool.source: classes: every training image is of class {label}: set textures")
-    rng = numpy_generator(scene.seed, "refool", "classes")
-    return scene.raw.train_images[np.sort(rng.choice(others, min(count, len(others)), replace=False))]
+    rng = numpy_generator(context.seed, "refool", "classes")
+    return context.raw.train_images[np.sort(rng.choice(others, min(count, len(others)), replace=False))]
 
 
 def textures(count: int, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Return (count, height, width, 3) uint8: tilted rows of lit windows in the dark, the same scene at every size."""
+    """Return (count, height, width, 3) uint8: tilted rows of lit windows in the dark, the same context at every size."""
     y, x = np.mgrid[0:height, 0:width]
     v, u = (y + 0.5) / height, (x + 0.5) / width  # (H, W) in 0..1
     out = np.empty((count, height, width, 3), np.uint8)

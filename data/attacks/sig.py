@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.attack import CACHED, AttackBase, in_batches
-from data.sets import Scene
+from data.sets import AttackContext
 from utils.schema import setting
 
 
@@ -29,9 +29,9 @@ class Settings:
 class Attack(AttackBase):
     """The signal (W, 1) int16, rounded once, so that adding it to an image needs no floating-point arithmetic."""
 
-    def __init__(self, settings: Settings, scene: Scene) -> None:
+    def __init__(self, settings: Settings, context: AttackContext) -> None:
         self.clean_label = settings.label == "clean"
-        self.signal = signal(settings.delta, settings.f, scene.raw.train_images.shape[2])[:, None]
+        self.signal = signal(settings.delta, settings.f, context.raw.train_images.shape[2])[:, None]
 
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
         """Return copies of images (n, H, W, 3) uint8 with the signal added."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.attack import CACHED, AttackBase, in_batches
-from data.sets import Scene
+from data.sets import AttackContext
 from utils.draws import numpy_generator
 from utils.schema import setting
 
@@ -35,14 +35,14 @@ class Attack(AttackBase):
     test.py, a resumed run and another machine have the same grid without a file that could be lost.
     """
 
-    def __init__(self, settings: Settings, scene: Scene) -> None:
-        height, width = scene.raw.train_images.shape[1:3]
+    def __init__(self, settings: Settings, context: AttackContext) -> None:
+        height, width = context.raw.train_images.shape[1:3]
         large = min(height, width) >= LARGE
         k = settings.k or (32 if large else 4)
         s = settings.s if settings.s is not None else (1.0 if large else 0.5)
-        self.cover_ratio, self.seed = settings.cover_ratio, scene.seed
+        self.cover_ratio, self.seed = settings.cover_ratio, context.seed
         self.pixel = 1 / torch.tensor([width, height], dtype=torch.float64)
-        shifts = torch.from_numpy(numpy_generator(scene.seed, "wanet").uniform(-1, 1, (1, 2, k, k)))
+        shifts = torch.from_numpy(numpy_generator(context.seed, "wanet").uniform(-1, 1, (1, 2, k, k)))
         field = F.interpolate(shifts / shifts.abs().mean(), (height, width), mode="bicubic", align_corners=True)[0]
         self.grid = (identity(height, width) + s * field.permute(1, 2, 0) * self.pixel).clamp(-1, 1)
 
