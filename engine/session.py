@@ -201,7 +201,7 @@ def build_defense(context: Context, data: PoisonedData, seeds: Tensor) -> Defens
     """Return the configured defense.
 
     Args:
-        data: its ground truth is for reference rows alone, and only to choose indices.
+        data: its ground truth is for oracle baselines alone, and only to choose indices.
         seeds: (S,) int64, the images known to be clean.
     """
     config, truth = context.config, data.ground_truth

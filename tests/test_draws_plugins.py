@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -369,3 +371,48 @@ def same(one: Any, two: Any) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(two) and all(map(same, one, two))
     return torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+
+
+EXAMPLES = {  # where the documentation says that they belong
+    "data/attacks/stripe.py": "docs/attacks.md",
+    "data/datasets/noise.py": "CONTRIBUTING.md",
+    "defenses/clean_only.py": "docs/defenses.md",
+}
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_documentation_work_as_they_are(tmp_path: Path) -> None:
+    """The attack, the data set and the defense of the documentation, as the files that it names, train together and are tested;
+    every function has types and a docstring, as the checks of this repository demand."""
+    program = tmp_path / "program"
+    for folder in ("data", "defenses", "engine", "loss", "model", "utils"):
+        shutil.copytree(REPOSITORY / folder, program / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for script in ("ASD.py", "test.py"):
+        shutil.copy(REPOSITORY / script, program)
+    for name, document in EXAMPLES.items():
+        text = (REPOSITORY / document).read_text()
+        assert f"`{name}`" in text
+        (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+        (program / name).write_text(code)
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.FunctionDef):
+                assert ast.get_docstring(node) or node.name == "__init__", node.name
+                assert node.returns and all(arg.annotation or arg.arg == "self" for arg in node.args.args), node.name
+    plan = TINY | {
+        "dataset": {"noise": {"train_size": 80, "test_size": 20}},
+        "num_classes": 4,
+        "defense": {"clean_only": {"epochs": 2}},
+    }
+    plan |= {
+        "backdoor": {"poison_ratio": 0.1, "stripe": {"column": 3}},
+        "network": {"resnet18_cifar": {"width": 2, "blocks": 1, "num_classes": 4}},
+    }
+    plan |= {"saved_dir": str(tmp_path / "saved"), "storage_dir": str(tmp_path / "storage")}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
+    for script in ("ASD.py", "test.py"):
+        line = [sys.executable, script, "--config", str(tmp_path / "plan.yaml"), "--gpu", "cpu"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+        done = subprocess.run(line, cwd=program, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(row) for row in (tmp_path / "saved/plan/log/metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["clean only"] * 2
