@@ -11,7 +11,7 @@ DEMO ?=
 demo: $(VENV)/.run
 	$(BIN)/python ASD.py --config config/demo_undefended.yaml --resume False --gpu cpu --set seed.seed=$(SEED) $(DEMO)
 	$(BIN)/python ASD.py --config config/demo.yaml --resume False --gpu cpu --set seed.seed=$(SEED) $(DEMO)
-	$(BIN)/python -m utils.compare demo/saved_data/demo_undefended demo/saved_data/demo --picture demo/comparison.png
+	$(BIN)/python -m utils.compare demo/saved_data/demo_undefended demo/saved_data/demo --plot demo/comparison.png
 	@echo "more plots: demo/saved_data/*/log/*.png"
 
 test: $(VENV)/.test

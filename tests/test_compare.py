@@ -51,15 +51,15 @@ def test_seeds_of_one_setting_are_one_row(
     """Runs that differ only in their seed are one row: mean, standard deviation, minimum and maximum of the last epoch."""
     folders = [make_run(tmp_path / f"a{s}", s, "asd", acc, 0.01 * s) for s, acc in ((1, 0.9), (2, 0.92), (3, 0.94))]
     folders.insert(1, make_run(tmp_path / "none", 1, "none", 0.95, 1.0))
-    run_main(monkeypatch, *folders, "--markdown", "--picture", tmp_path / "c.png")
+    run_main(monkeypatch, *folders, "--markdown", "--plot", tmp_path / "c.png")
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == (
         "| 3 seeds (1, 2, 3) | asd | 92.00 ± 2.00 (90.00 to 94.00) % | 2.00 ± 1.00 (1.00 to 3.00) % "
         "| 98.00 ± 1.00 (97.00 to 99.00) % | 0.970, of 1 of the runs | 1 of 40, 2 of 40, 3 of 40 | 24 ± 2 (22 to 26) |"
     )
     assert lines[3] == "| none | none | 95.00 % | 100.00 % | 0.00 % | - | no split | 22 |"
-    with Image.open(tmp_path / "c.png") as picture:
-        assert picture.format == "PNG" and picture.width > picture.height
+    with Image.open(tmp_path / "c.png") as image:
+        assert image.format == "PNG" and image.width > image.height
 
 
 def test_other_settings_are_other_rows(

@@ -247,7 +247,7 @@ def test_pictures_get_the_labels_that_the_cpu_gives(captured: Outcome, tmp_path:
             arguments = ("--images", tmp_path / "images", "--out", out, "--gpu", gpu, "--set", "loader.batch_size=2")
             code, printed = program("test.py", "--config", captured.folder / "tiny.yaml", *arguments)
         assert code == 0, printed
-        tables.append([row[:2] for row in csv.reader(out.read_text().splitlines())])  # the picture and its label
+        tables.append([row[:2] for row in csv.reader(out.read_text().splitlines())])  # the image and its label
     assert tables[0] == tables[1] and len(tables[0]) == 6
 
 

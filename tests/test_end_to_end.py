@@ -202,10 +202,10 @@ def test_run_keeps_its_yaml_poison_and_pictures(finished: Place) -> None:
         "features.png",
         *splits,
     ):
-        with Image.open(finished.log / name) as picture:
-            picture.load()
-            assert min(picture.size) > 100
-            assert len(np.unique(np.asarray(picture.convert("L")))) > 3  # not empty
+        with Image.open(finished.log / name) as image:
+            image.load()
+            assert min(image.size) > 100
+            assert len(np.unique(np.asarray(image.convert("L")))) > 3  # not empty
 
 
 def test_the_run_keeps_its_confusion_matrix_and_its_page(finished: Place) -> None:

@@ -119,7 +119,7 @@ print("after")
 
 
 def test_a_picture_goes_where_every_output_goes(tmp_path: Path) -> None:
-    """The plot of `utils.compare --picture` follows links and needs no suffix; a folder is refused in one line."""
+    """The plot of `utils.compare --plot` follows links and needs no suffix; a folder is refused in one line."""
     history = [{"epoch": 0, "stage": "undefended", "defense": "none", "clean_accuracy": 0.5, "attack_success_rate": 0.1}]
     (tmp_path / "link").symlink_to("figure")
     plots.draw_comparison(tmp_path / "link", [[history]])

@@ -114,7 +114,7 @@ def test_it_is_compared_without_der(clean: Path, tmp_path: Path, monkeypatch: py
     """In the table all quantities of an attack are unknown, and the plot has the ACC only."""
     folders = [clean / "saved" / defense for defense in DEFENSES]
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        monkeypatch.setattr(sys, "argv", ["compare", *map(str, folders), "--markdown", "--picture", str(tmp_path / "c.png")])
+        monkeypatch.setattr(sys, "argv", ["compare", *map(str, folders), "--markdown", "--plot", str(tmp_path / "c.png")])
         compare.main()
     asd, none = (line.strip("| ").split(" | ") for line in said.getvalue().splitlines()[2:4])
     assert asd[3:7] == ["unknown", "unknown", "unknown", "0 of 100"] and none[3:7] == ["unknown", "unknown", "-", "no split"]

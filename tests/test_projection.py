@@ -73,7 +73,7 @@ def test_the_picture_shows_each_group_in_its_color(tmp_path: Path) -> None:
     truth = {"clean": ~poisoned, "poisoned": poisoned, "cover": np.zeros(50, bool)}
     pools = {"clean pool": poisoned, "polluted pool": ~poisoned}
     plots.draw_features(tmp_path / "f.png", features, {"ground truth": truth, "last split": pools}, "run")
-    with Image.open(tmp_path / "f.png") as picture:
-        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    with Image.open(tmp_path / "f.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
     reddish = (pixels[..., 0] - pixels[..., 2]) > 60
     assert reddish[:, : pixels.shape[1] // 2].sum() > 50 and not reddish[:, pixels.shape[1] // 2 :].any()

@@ -219,7 +219,7 @@ def test_a_run_without_poisoned_images_is_logged(tmp_path: Path) -> None:
     assert "clean_pool_size" not in board.Tags()["scalars"]
 
 
-def picture(path: Path) -> np.ndarray:
+def image(path: Path) -> np.ndarray:
     """Return the pixels of a PNG, whose size fits a screen and a README."""
     with Image.open(path) as image:
         assert image.format == "PNG" and 200 <= image.width <= 2000 and 200 <= image.height <= 1500
@@ -236,7 +236,7 @@ def share_of(pixels: np.ndarray, color: str, opacity: float = 1.0) -> float:
 def test_the_plot_of_accuracy(tmp_path: Path, count: int, defense: str) -> None:
     """ACC and ASR are drawn for runs of any length, also of one epoch, each in its color."""
     plots.draw_accuracy(tmp_path / "a.png", rows(count, defense), "a title")
-    pixels = picture(tmp_path / "a.png")
+    pixels = image(tmp_path / "a.png")
     assert share_of(pixels, plots.CLEAN_COLOR) > 1e-4 and share_of(pixels, plots.POISONED_COLOR) > 1e-4
 
 
@@ -248,7 +248,7 @@ def test_the_plot_of_purity(tmp_path: Path, count: int, poison_share: float) -> 
     for row in history:
         row["poisoned_in_clean_pool"] *= poison_share > 0
     plots.draw_purity(tmp_path / "p.png", history, poison_share, "a title")
-    assert share_of(picture(tmp_path / "p.png"), plots.POISONED_COLOR) > 1e-4
+    assert share_of(image(tmp_path / "p.png"), plots.POISONED_COLOR) > 1e-4
 
 
 @pytest.mark.filterwarnings("error")
@@ -261,7 +261,7 @@ def test_the_plot_of_losses(tmp_path: Path, poisoned: int, values: str) -> None:
     flags = np.zeros(50, np.uint8)
     flags[:poisoned] = 1
     plots.draw_losses(tmp_path / "l.png", plots.Split(losses, flags, np.arange(20)), "split loss", "a title")
-    pixels = picture(tmp_path / "l.png")
+    pixels = image(tmp_path / "l.png")
     if values == "spread" and poisoned in (0, 50):
         assert (share_of(pixels, plots.CLEAN_COLOR, 0.65) > 0.01) == (poisoned == 0)
         assert (share_of(pixels, plots.POISONED_COLOR, 0.65) > 0.01) == (poisoned == 50)
@@ -275,8 +275,8 @@ def test_the_plots_distinguish_cover_images(tmp_path: Path) -> None:
         plots.draw_losses(tmp_path / "l.png", plots.Split(losses + 2 * flags, flags, np.arange(20)), "split loss", "a title")
         history = [row | ({"cover_in_clean_pool": 5} if cover else {}) for row in rows(3)]
         plots.draw_purity(tmp_path / "p.png", history, 0.05, "a title")
-        losses_show = share_of(picture(tmp_path / "l.png"), plots.COVER_COLOR, 0.65) > 0.01
-        purity_shows = share_of(picture(tmp_path / "p.png"), plots.COVER_COLOR) > 1e-4
+        losses_show = share_of(image(tmp_path / "l.png"), plots.COVER_COLOR, 0.65) > 0.01
+        purity_shows = share_of(image(tmp_path / "p.png"), plots.COVER_COLOR) > 1e-4
         assert losses_show == purity_shows == bool(cover)
 
 
@@ -289,7 +289,7 @@ def test_the_plot_of_triggered_images(tmp_path: Path, count: int, side: int) -> 
     after[:, 4:8, 4:8] = 255
     plots.draw_triggered(tmp_path / "t.png", np.stack([before, after]), "a title")
     plots.draw_triggered(tmp_path / "same.png", np.stack([before, before]), "a title")
-    drawn, same = picture(tmp_path / "t.png"), picture(tmp_path / "same.png")
+    drawn, same = image(tmp_path / "t.png"), image(tmp_path / "same.png")
     assert drawn.shape == same.shape and (drawn != same).any()
     changed = np.argwhere((drawn != same).any(2))[:, 1]
     assert changed.min() < drawn.shape[1] / 2 or count == 1
@@ -301,7 +301,7 @@ def test_a_faint_trigger_can_be_seen(tmp_path: Path) -> None:
     before = np.full((2, 32, 32, 3), 100, np.uint8)
     plots.draw_triggered(tmp_path / "t.png", np.stack([before, before + np.uint8(4)]), "a title")
     plots.draw_triggered(tmp_path / "same.png", np.stack([before, before]), "a title")
-    difference = abs(picture(tmp_path / "t.png") - picture(tmp_path / "same.png")).max(2)
+    difference = abs(image(tmp_path / "t.png") - image(tmp_path / "same.png")).max(2)
     shares = {level: float((difference == level).mean()) for level in (4, 40)}
     assert shares[4] > 0.05 and shares[40] == pytest.approx(shares[4], rel=0.1)
 
@@ -337,7 +337,7 @@ def test_plots_are_the_same_for_every_user(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.b", b"\x89PNG"), ("a", b"\x89PNG")])
 def test_the_suffix_of_a_plot_is_its_format(tmp_path: Path, name: str, start: bytes) -> None:
-    """`--picture FILE.pdf` is a PDF; without a known suffix the file is a PNG."""
+    """`--plot FILE.pdf` is a PDF; without a known suffix the file is a PNG."""
     plots.draw_comparison(tmp_path / name, [[rows(2)], [rows(3, "none")]])
     assert (tmp_path / name).read_bytes().startswith(start)
 
@@ -347,7 +347,7 @@ def test_a_name_in_a_plot_is_drawn_literally(tmp_path: Path, name: str) -> None:
     """Names are not read as formulas and cause no errors; different names give different plots."""
     plots.draw_accuracy(tmp_path / "a.png", rows(2), f"class {name}")
     plots.draw_accuracy(tmp_path / "b.png", rows(2), "class ")
-    assert (picture(tmp_path / "a.png") != picture(tmp_path / "b.png")).any()
+    assert (image(tmp_path / "a.png") != image(tmp_path / "b.png")).any()
 
 
 class BrokenDisk:
@@ -448,14 +448,14 @@ def test_suspects_are_written_before_their_picture(tmp_path: Path, monkeypatch: 
 
     def fail(*args: Any) -> None:
         there.append((tmp_path / "suspects.csv").exists())
-        raise ValueError("no picture today")
+        raise ValueError("no image today")
 
     monkeypatch.setattr(plots, "draw_suspects", fail)
     images = SimpleNamespace(fetch=lambda index: torch.zeros(len(index), 3, 4, 4, dtype=torch.uint8))
     report.rank_suspects(e, images)
     report.close()
     assert there == [True] and (tmp_path / "suspects.csv").exists()
-    assert (tmp_path / "asd.log").read_text().count("no picture today") == 1
+    assert (tmp_path / "asd.log").read_text().count("no image today") == 1
 
 
 def test_a_page_that_fails_costs_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:

@@ -216,8 +216,8 @@ def make_run(folder: Path, name: str, acc: float, asr: float = 0.03, seed: int =
 
 def described(path: Path) -> str:
     """Return the Description of a PNG."""
-    with Image.open(path) as picture:
-        return str(picture.info["Description"])
+    with Image.open(path) as image:
+        return str(image.info["Description"])
 
 
 def test_page_picture_and_status_are_the_generated_ones(tmp_path: Path) -> None:

@@ -211,8 +211,8 @@ def test_the_sheet_shows_every_image(tmp_path: Path, count: int, shape: tuple[in
     images[:, :, :, 0] = 200  # one red no caption has
     captions = ["$a_1$ \u2192 a very long name of a class that no place has", "plain"] * count
     plots.draw_suspects(tmp_path / "s.png", images, captions[:count], "run $x: the most suspect")
-    with Image.open(tmp_path / "s.png") as picture:
-        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    with Image.open(tmp_path / "s.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
     red = abs(pixels - (200, 0, 0)).sum(2) < 20
     starts = red & ~np.roll(red, 1, 1)
     assert red.sum() > count * 500

@@ -444,8 +444,8 @@ def test_a_report_of_an_unfinished_sweep(tmp_path: Path) -> None:
     listed = {row[0]: row[1:] for row in found if row[0].startswith("grid/")}
     assert len(listed) == 22 and listed["grid/mix/poison_ratio-0/asd/seed-3"][0] == "epoch 1 of 2"
     assert listed[NAME][:2] == ["failed", "ASD.py: error: x"] and Path(listed[NAME][2]).is_file()
-    with Image.open(plan.folder / "sweep.png") as picture:
-        assert picture.format == "PNG"
+    with Image.open(plan.folder / "sweep.png") as image:
+        assert image.format == "PNG"
 
 
 TABLE: dict[str, Any] = {
@@ -553,8 +553,8 @@ def test_every_choice_of_roles_has_its_report(tmp_path: Path, roles: dict[str, A
     values = [100 * known[f"grid/mix/poison_ratio-0.1/asd/seed-{seed}"]["clean_accuracy"] for seed in seeds]
     text = mean_and_spread(values) if len(values) > 1 else f"{values[0]:.2f}"
     assert text in (plan.folder / "sweep.md").read_text()
-    with Image.open(plan.folder / "sweep.png") as picture:
-        assert picture.format == "PNG"
+    with Image.open(plan.folder / "sweep.png") as image:
+        assert image.format == "PNG"
 
 
 def test_the_time_left_follows_from_the_durations_seen(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_test_py_reports_accuracy_only(own: Path) -> None:
 
 def test_runs_of_unknown_truth_can_be_compared(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """In the table of the comparison, unknown values are `unknown`; the others are plotted."""
-    monkeypatch.setattr(sys, "argv", ["compare", str(own / "saved" / "own"), "--picture", str(tmp_path / "c.png")])
+    monkeypatch.setattr(sys, "argv", ["compare", str(own / "saved" / "own"), "--plot", str(tmp_path / "c.png")])
     compare.main()
     row = capsys.readouterr().out.splitlines()[2]
     assert re.search(r"own +asd +\d+\.\d\d % +unknown +unknown +no twin +unknown of 30", row), row

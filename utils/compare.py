@@ -1,6 +1,6 @@
 """Compare finished runs: a table on the screen, and optionally one plot.
 
-    python -m utils.compare RUN_FOLDER [RUN_FOLDER ...] [--picture FILE] [--markdown]
+    python -m utils.compare RUN_FOLDER [RUN_FOLDER ...] [--plot FILE] [--markdown]
 
 A run folder is `<saved_dir>/<run>`. Runs that differ only in their seed are summarized by mean and standard deviation. The
 DER of a run with a defense is computed relative to its undefended baseline: the first given run without a defense that has the
@@ -154,16 +154,16 @@ def main() -> None:
     """Read the command line, print the table, draw the plot."""
     parser: argparse.ArgumentParser = Parser(prog="utils.compare", description="Compare finished runs.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
-    parser.add_argument("--picture", type=Path, help="also plot ACC and ASR over epochs into this file")
+    parser.add_argument("--plot", type=Path, help="also plot ACC and ASR over epochs into this file")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     args = parser.parse_args()
     groups = group([read_run(folder) for folder in args.folders])
     print(render(table(groups), args.markdown))
-    if args.picture:
+    if args.plot:
         histories = [[run["rows"] for run in runs] for runs in groups]
-        if not BestEffort().attempt(str(args.picture), draw_comparison, args.picture, histories):
-            raise UserError(f"--picture {args.picture}: could not be drawn: see the warning above, or leave the option out")
-        print(f"plot written to {args.picture}")
+        if not BestEffort().attempt(str(args.plot), draw_comparison, args.plot, histories):
+            raise UserError(f"--plot {args.plot}: could not be drawn: see the warning above, or leave the option out")
+        print(f"plot written to {args.plot}")
 
 
 if __name__ == "__main__":
