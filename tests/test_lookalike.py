@@ -21,7 +21,10 @@ from utils.config import Config
 from utils.errors import UserError
 
 TARGET, CLASSES, COUNT = 1, 3, 240
-LOOKALIKE = "lookalike: {trigger: {badnets: {}}, epochs: 3, batch_size: 16, surrogate: {resnet18_cifar: {width: 4, blocks: 1}}}"
+LOOKALIKE = (
+    "lookalike: {share: 1.0, trigger: {badnets: {}}, epochs: 3, batch_size: 16, "
+    "surrogate: {resnet18_cifar: {width: 4, blocks: 1}}}"
+)
 
 
 def world() -> RawData:
@@ -65,6 +68,35 @@ def test_the_images_that_resemble_the_target_class_are_poisoned(tiny: Path, tmp_
     assert sum(i >= COUNT - 20 for i in expected) >= 15
 
 
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_the_others_are_drawn_at_random(tiny: Path, tmp_path: Path, share: float) -> None:
+    """Of the poisoned images `share` are the first in the order of resemblance, but for those that are drawn anyway. The others
+    are drawn by the seed from all images of other classes, and a larger number of images contains a smaller one."""
+    plan = plan_of(tiny, LOOKALIKE.replace("share: 1.0", f"share: {share}"), "poison_mode: exact, poison_ratio: 0.2")
+    attack = attack_of(plan, tmp_path)
+    labels, losses = world().train_labels, attack.losses()
+    index = choose_poisoned(plan, labels, False, attack.selection_scores)
+    chosen = set(np.flatnonzero(index))
+    order = [int(i) for i in np.argsort(losses, kind="stable") if labels[i] != TARGET]
+    first = next(k for k, i in enumerate(order) if i not in chosen)  # so many of the first are all poisoned
+    others = [order.index(i) for i in chosen if i not in order[:first]]
+    assert len(chosen) == 48 and first >= 48 * share - 1
+    assert len(others) == pytest.approx(48 * (1 - share), abs=6 + 48 * share * 0.35)
+    assert np.mean(others) > len(order) / 3  # from all over the order
+    fewer = choose_poisoned(replace_ratio(plan, 0.1), labels, False, attack.selection_scores)
+    assert set(np.flatnonzero(fewer)) < chosen
+    other_seed = replace(plan, seed=replace(plan.seed, seed=99))
+    assert (
+        set(np.flatnonzero(choose_poisoned(other_seed, labels, False, attack_of(other_seed, tmp_path).selection_scores)))
+        != chosen
+    )
+
+
+def replace_ratio(plan: Config, ratio: float) -> Config:
+    """The settings with another ratio."""
+    return replace(plan, backdoor=replace(plan.attacker, poison_ratio=ratio))
+
+
 def test_the_trigger_is_that_of_the_other_attack(tiny: Path, tmp_path: Path) -> None:
     """Poisoned and triggered test images are those that the other attack makes of the same images."""
     plan, raw = plan_of(tiny), world()
@@ -91,7 +123,7 @@ def test_a_trigger_with_cover_images_keeps_them(tiny: Path, tmp_path: Path) -> N
 def test_with_all_to_all_labels_each_image_is_ranked_by_its_own_label(tiny: Path, tmp_path: Path) -> None:
     """An image of class y is ranked by its loss with y + 1, so that those that look like class 1 precede others of class 0."""
     plan = plan_of(tiny, more="poison_mode: exact, target_shift: 2")  # class 2 becomes class 1
-    values = attack_of(plan, tmp_path).selection_scores()
+    values = attack_of(plan, tmp_path).losses()
     labels = world().train_labels
     assert values.shape == (COUNT,)
     assert np.median(values[-20:]) < np.quantile(values[:-20][labels[:-20] == 2], 0.1)

@@ -3,8 +3,10 @@
 ASD takes a low loss for a sign of a clean image: before the network knows the trigger, an image of another class has a high
 loss with the target label, and stays out of the clean pool. This attacker poisons those images of other classes that resemble
 the target class. A surrogate, trained for a few epochs on the clean training set, ranks them by their loss with the label that
-they will carry. Such images enter the clean pool by their looks and bring the trigger with them; once it is learned, their loss
-has little left to fall in the meta-split. The trigger is that of any other attack that changes labels.
+they will carry. Such images enter the clean pool because of this resemblance and bring the trigger with them; once it is
+learned, their loss can hardly drop further in the meta-split. But a network needs no trigger to learn their labels, so an
+attack by such images alone is weak; the other poisoned images, drawn at random, can be learned by the trigger only, and follow
+into the pool once the network knows it. The trigger is that of any other attack that changes labels.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from data.attacks._surrogate import check_classes, load_surrogate, losses
 from data.sets import AttackContext
 from utils import plugins
 from utils.config import ATTACKS, NETWORKS
+from utils.draws import numpy_generator
 from utils.errors import UserError
 from utils.schema import Named, setting
 
@@ -31,6 +34,9 @@ BATCH = 256
 class Settings:
     trigger: Named = setting("badnets", "the attack whose trigger is used", choices=ATTACKS)
     surrogate: Named = setting("resnet18_cifar", "the network that ranks the images", choices=NETWORKS)
+    share: float = setting(
+        0.5, "fraction of the poisoned images chosen by resemblance; the others are drawn at random", above=0, high=1
+    )
     epochs: int = setting(4, "epochs of the surrogate's training; few, as it resembles the defender's network early on", low=1)
     learning_rate: float = setting(0.1, "greatest learning rate of the surrogate's SGD; it rises, then falls to 0", above=0)
     batch_size: int = setting(128, "images per step of the surrogate's training; lower it if memory runs out", low=2)
@@ -58,9 +64,27 @@ class Attack(AttackBase):
         return np.asarray(self.attack.cover(images, index))
 
     def selection_scores(self) -> np.ndarray:
+        """Return (N,) float64: of any number of images with the lowest scores, `share` are those that resemble most the class
+        whose label they would carry, and the others are drawn by the seed."""
+        may = self.context.label_after(self.context.raw.train_labels) != self.context.raw.train_labels
+        scores = np.full(len(may), np.inf)
+        by_resemblance = ranks(self.losses()[may])
+        at_random = numpy_generator(self.context.seed, "lookalike").permutation(len(by_resemblance))
+        share = self.settings.share
+        scores[may] = np.minimum(by_resemblance / share, at_random / (1 - share) if share < 1 else np.inf)
+        return scores
+
+    def losses(self) -> np.ndarray:
         """Return the surrogate's cross-entropy (N,) float32 on each training image with the label that it would carry."""
         raw, network = self.context.raw, load_surrogate("lookalike", self.settings, self.context)
         labels = torch.from_numpy(self.context.label_after(raw.train_labels)).to(self.context.device)
         starts = range(0, len(labels), BATCH)
         parts = [losses(network, np.array(raw.train_images[at : at + BATCH]), labels[at : at + BATCH]) for at in starts]
         return torch.cat(parts).cpu().numpy()
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Return the place (n,) int64 of each value in ascending order, ties by index."""
+    out = np.empty(len(values), np.int64)
+    out[np.argsort(values, kind="stable")] = np.arange(len(values))
+    return out

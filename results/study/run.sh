@@ -67,6 +67,7 @@ run gtsrb_badnets/undefended gtsrb_study defense=none num_epochs=20
 run gtsrb_badnets/asd gtsrb_study
 run wanet_published/undefended cifar10_study_undefended "backdoor={wanet: {}}"
 run wanet_s1/undefended cifar10_study_undefended "backdoor={wanet: {s: 1.0}}"
+run lookalike_all/undefended cifar10_study_undefended "$lookalike" backdoor.lookalike.share=1.0
 run lookalike/undefended cifar10_study_undefended "$lookalike"
 run lookalike/asd cifar10_study "$lookalike"
 run sig/undefended cifar10_study_undefended "$sig"
