@@ -666,6 +666,27 @@ def test_settings_of_place_and_speed_may_change(tmp_path: Path, override: str) -
     assert same(snapshot(fresh), snapshot(state))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "free"),
+    [
+        ("{multi_step: {milestones: [2, 5]}}", True),
+        ("{multi_step: {milestones: [2, 0.5]}}", False),
+        ("{cosine_annealing: {T_max: 6}}", True),
+        ("{cosine_annealing: {}}", False),
+    ],
+)
+def test_a_run_may_be_extended_unless_its_rates_would_change(tmp_path: Path, schedule: str, free: bool) -> None:
+    """num_epochs may change if the learning rates of the finished epochs do not depend on it."""
+    state, settings = make_state(tmp_path, (f"lr_scheduler={schedule}",), steps=1)
+    save(tmp_path / "a.pt", state, settings)
+    other = make_state(tmp_path, (f"lr_scheduler={schedule}", "num_epochs=5"))
+    if free:
+        checkpoint.load(tmp_path / "a.pt", *other)
+        assert same(snapshot(other[0]), snapshot(state))
+    else:
+        assert "num_epochs" in refusal(tmp_path / "a.pt", state, other[1])
+
+
 def test_the_undefended_run_keeps_its_length(tmp_path: Path) -> None:
     """Without ASD the learning rate falls at fractions of `num_epochs`, so this setting must not change."""
     state, settings = make_state(tmp_path, ("defense=none",), steps=1)

@@ -74,6 +74,20 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
 
 
 @pytest.mark.slow
+def test_an_extended_run_equals_one_of_that_length(tmp_path: Path) -> None:
+    """With rates that do not depend on it, num_epochs may be raised when a run is finished: the result is that of a run that had
+    it from the start, bit for bit."""
+    rates = "lr_scheduler={multi_step: {milestones: [2], gamma: 0.25}}"
+    longer = (rates, "num_epochs=5", "global.epoch_third=5")
+    train_here(*small(tmp_path, "asd", "run=whole", *longer))
+    train_here(*small(tmp_path, "asd", "run=extended", rates, "num_epochs=3", "global.epoch_third=3"))
+    train_here(*small(tmp_path, "asd", "run=extended", *longer))
+    whole, extended = last(tmp_path, "whole"), last(tmp_path, "extended")
+    for key in whole.keys() - {"config"}:
+        assert same(whole[key], extended[key]), key
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nad", "fp"])
 def test_repair_defenses_start_from_the_undefended_network(tmp_path: Path, name: str) -> None:
     """Its first stage is `defense: none` bit for bit; a finished run without a defense may be named instead."""

@@ -336,8 +336,8 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
         return
     then, now = flatten(completed(saved["config"])), flatten(config)
     free = [*FREE, *(stand_ins if saved.get("data") else ())]
-    if any(stage.lr_scheduler for stage in read_config(config).stages):
-        free.remove("num_epochs")  # a schedule may depend on it; a run with a constant rate may be extended
+    if any(stage.lr_scheduler and stage.lr_scheduler.settings.follows_length for stage in read_config(config).stages):
+        free.remove("num_epochs")  # any other run may be extended
     for key in [*now, *(k for k in then if k not in now)]:
         if any(key == f or key.startswith(f + ".") for f in free) or then.get(key) == now.get(key):
             continue

@@ -49,11 +49,21 @@ class MultiStep:
     )
     gamma: float = setting(0.1, "factor at each milestone", above=0)
 
+    @property
+    def follows_length(self) -> bool:
+        """Whether the rates change if the run has another number of epochs."""
+        return any(milestone < 1 for milestone in self.milestones)
+
 
 @dataclass(frozen=True)
 class CosineAnnealing:
     T_max: int | None = setting(None, "epochs from the first rate to eta_min; null: num_epochs", low=1)
     eta_min: float = setting(0.0, "the last learning rate", low=0)
+
+    @property
+    def follows_length(self) -> bool:
+        """Whether the rates change if the run has another number of epochs."""
+        return self.T_max is None
 
 
 OPTIMIZERS = Choices(table={"Adam": Adam, "SGD": SGD})
