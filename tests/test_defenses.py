@@ -75,8 +75,8 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
 
 @pytest.mark.slow
 def test_an_extended_run_equals_one_of_that_length(tmp_path: Path) -> None:
-    """With rates that do not depend on it, num_epochs may be raised when a run is finished: the result is that of a run that had
-    it from the start, bit for bit."""
+    """With rates that do not depend on it, num_epochs may be raised when a run is finished: the result is that of a run that
+    had it from the start, bit for bit."""
     rates = "lr_scheduler={multi_step: {milestones: [2], gamma: 0.25}}"
     longer = (rates, "num_epochs=5", "global.epoch_third=5")
     train_here(*small(tmp_path, "asd", "run=whole", *longer))
