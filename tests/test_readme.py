@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from conftest import REPOSITORY, run_script
 
 from data.sets import AttackContext, RawData
@@ -191,3 +192,11 @@ def test_no_file_has_a_path_of_a_machine() -> None:
         path = REPOSITORY / name
         if path.suffix in (".py", ".md", ".yaml", ".toml", ".txt", ".jsonl", ".json") and name != "tests/test_readme.py":
             assert not re.search(r"(?<![\w.])/(root|home)/\w", path.read_text(errors="ignore")), name
+
+
+def test_the_public_ci_runs_the_same_command() -> None:
+    """The workflow of the public CI runs .ci/run, on the oldest supported Python too."""
+    workflow = yaml.safe_load((REPOSITORY / ".github/workflows/ci.yml").read_text())
+    job = workflow["jobs"]["test"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert "3.10" in job["strategy"]["matrix"]["python"] and "Python 3.10" in README

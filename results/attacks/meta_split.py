@@ -77,7 +77,7 @@ def main() -> None:
         virtual = ASD.train_virtual_model(longer, epoch, model)
         virtual_losses = ASD.split_losses(context, epoch, "score virtual", virtual)
         show(f"fall after {epochs} virtual epochs", meta_split(losses, virtual_losses, epsilon), losses - virtual_losses)
-        figures = evaluate(context, virtual, tests)
+        figures = evaluate(context, virtual, tests).shares
         acc, asr = figures["clean_accuracy"] or 0, figures["attack_success_rate"] or 0
         print(f"virtual model: ACC {100 * acc:.1f} %, ASR {100 * asr:.1f} %", flush=True)
 

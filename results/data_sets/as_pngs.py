@@ -56,8 +56,8 @@ def main() -> None:
     overrides = ["dataset=folder", f"dataset_dir={args.folder}", f"saved_dir={args.folder}/saved"]
     c = config.load(ROOT / "config/attack_study.yaml", [*overrides, "data.test_limit=null"])
     found = load_raw(c)
-    for part in ("train_images", "train_labels", "test_images", "test_labels"):
-        assert np.array_equal(getattr(found, part), getattr(wanted, part)), part
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        assert np.array_equal(getattr(found, name), getattr(wanted, name)), name
     print("60,000 images and labels are equal", flush=True)
     machine, results = Machine(torch.device("cpu")), []
     for raw, placement in ((wanted, "device"), (found, "device"), (found, "host"), (found, "disk")):
