@@ -99,10 +99,8 @@ class Device(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
-        there = device is not None and device.type in (
-            "cuda",
-            "meta",
-        )  # meta: C++ makes a number, as in the backward of a clamp
+        # A number that C++ makes in a backward pass, e.g. of a clamp, is on its own idea of the device.
+        there = device is not None and (device.type == "cuda" or (func is aten.scalar_tensor.default and device.type == "meta"))
         if there or any(isinstance(t, CudaTensor) for t in tensors_in(args, kwargs)):
             return self.run(func, args, kwargs)
         return func(*args, **kwargs)

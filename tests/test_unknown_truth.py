@@ -163,7 +163,7 @@ def test_runs_of_unknown_truth_can_be_compared(own: Path, tmp_path: Path, monkey
     monkeypatch.setattr(sys, "argv", ["compare", str(own / "saved" / "own"), "--plot", str(tmp_path / "c.png")])
     compare.main()
     row = capsys.readouterr().out.splitlines()[2]
-    assert re.search(r"own +asd +\d+\.\d\d % +unknown +unknown +no twin +unknown of 30", row), row
+    assert re.search(r"own +asd +\d+\.\d\d % +unknown +unknown +no undefended run +unknown of 30", row), row
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 
