@@ -178,7 +178,7 @@ def main():
     torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 2)
     torch.cuda.set_device = lambda number: None
     machine.start_processes("0,1", lambda count: None)
-    print("ready", flush=True)
+    os.write(1, b"ready\\n")  # at once: two processes write it
     time.sleep(60)
 
 command("x.py", main, kept="All is kept.")
@@ -189,6 +189,6 @@ def test_sigterm_stops_all_processes_of_a_multi_device_run(tmp_path: Path) -> No
     """SIGTERM to `--gpu 0,1` stops all processes; rank 0 reports it, and the exit code is 143."""
     (tmp_path / "x.py").write_text(DEVICES)
     process = start(tmp_path / "x.py")
-    assert process.stdout is not None and process.stdout.readline().startswith("ready")  # two processes write it
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
     code, error = signalled(process, signal.SIGTERM)
     assert code == 143 and error.count("x.py: stopped. All is kept.") == 1 and "Traceback" not in error
