@@ -211,17 +211,23 @@ def build(settings):
 }
 
 
+def copy_program(folder: Path) -> Path:
+    """Return a copy of the program, without its documentation and tests, that a test may add files to."""
+    program = folder / "program"
+    for folder in ("data", "defenses", "engine", "loss", "model", "utils"):
+        shutil.copytree(REPOSITORY / folder, program / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for script in ("ASD.py", "test.py"):
+        shutil.copy(REPOSITORY / script, program)
+    return program
+
+
 @pytest.mark.slow
 def test_plugins_are_new_files_without_other_changes(tmp_path: Path) -> None:
     """An attack that builds a network, a data set, a network and a transform are four new files; no other file changes.
 
     ASD.py trains with them in all stages, test.py tests the checkpoint, and `python -m data.poison` writes the poisoned set.
     """
-    program = tmp_path / "program"
-    for folder in ("data", "defenses", "engine", "loss", "model", "utils"):
-        shutil.copytree(REPOSITORY / folder, program / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for script in ("ASD.py", "test.py"):
-        shutil.copy(REPOSITORY / script, program)
+    program = copy_program(tmp_path)
     for name, text in DROPPED.items():
         assert not (program / name).exists()
         (program / name).write_text(text)
@@ -314,11 +320,7 @@ class Defense(DefenseBase):
 @pytest.mark.slow
 def test_a_dropped_in_defense_trains_and_resumes(tmp_path: Path) -> None:
     """A defense is one new file: with stages, networks and index sets of its own it trains, is tested, and resumes exactly."""
-    program = tmp_path / "program"
-    for folder in ("data", "defenses", "engine", "loss", "model", "utils"):
-        shutil.copytree(REPOSITORY / folder, program / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for script in ("ASD.py", "test.py"):
-        shutil.copy(REPOSITORY / script, program)
+    program = copy_program(tmp_path)
     (program / "defenses" / "two_stages.py").write_text(DEFENSE)
     plan = TINY | {"defense": {"two_stages": {"last": 1}}}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
@@ -384,11 +386,7 @@ EXAMPLES = {  # where the documentation says that they belong
 def test_the_examples_of_the_documentation_work_as_they_are(tmp_path: Path) -> None:
     """The attack, the data set and the defense of the documentation, as the files that it names, train together and are tested;
     every function has types and a docstring, as the checks of this repository demand."""
-    program = tmp_path / "program"
-    for folder in ("data", "defenses", "engine", "loss", "model", "utils"):
-        shutil.copytree(REPOSITORY / folder, program / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for script in ("ASD.py", "test.py"):
-        shutil.copy(REPOSITORY / script, program)
+    program = copy_program(tmp_path)
     for name, document in EXAMPLES.items():
         text = (REPOSITORY / document).read_text()
         assert f"`{name}`" in text

@@ -11,7 +11,6 @@ into the pool once the network knows it. The trigger is that of any other attack
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +25,6 @@ from utils.draws import numpy_generator
 from utils.errors import UserError
 from utils.schema import Named, setting
 
-logger = logging.getLogger(__name__)
 BATCH = 256
 
 

@@ -170,8 +170,9 @@ def read(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) ->
     if len(folders) > 1:
         raise UserError(f"{path}: saved_dir: {', '.join(map(str, folders))}: must be the same for all runs; give it in `set`")
     check_starts(path, jobs, {run_name(name, axes, labels) for labels in every if not starts_of(axes, labels)})
-    plan = Plan(path, name, folders.pop() / name, axes, tuple(jobs), rows, file.columns, file.repeats, file.x, file.cells)
-    return replace(plan, published=check_table(reader, file, axes, rows))
+    check_table(reader, file, axes, rows)
+    roles = rows, file.columns, file.repeats, file.x, file.cells, file.published
+    return Plan(path, name, folders.pop() / name, axes, tuple(jobs), *roles)
 
 
 def build_job(sweep: str, axes: Sequence[Axis], labels: dict[str, str], file: Source, overrides: Sequence[str]) -> Job:
@@ -216,13 +217,13 @@ def check_starts(path: Path, jobs: Sequence[Job], plain: set[str]) -> None:
             raise UserError(f"{path}: {job.name}: start: {job.start}: must be a run of this sweep that has no `start` itself")
 
 
-def check_table(reader: Reader, file: SweepFile, axes: Sequence[Axis], rows: tuple[str, ...]) -> Published | None:
-    """Return the published figures after a check that they name rows and columns, and that `cells` names figures."""
+def check_table(reader: Reader, file: SweepFile, axes: Sequence[Axis], rows: tuple[str, ...]) -> None:
+    """Check that `cells` names figures, and that the published ones name rows and columns."""
     for i, name in enumerate(file.cells):
         if name not in MEASURES:
             reader.fail(f"cells[{i}]", name, f"unknown; {nearest(name, MEASURES)}")
     if file.published is None:
-        return None
+        return
     at = "published.figures"
     if (len(rows), len(file.columns)) != (1, 1):
         reader.fail(at, file.published.figures, "needs a sweep with one axis in rows and one in columns")
@@ -232,7 +233,6 @@ def check_table(reader: Reader, file: SweepFile, axes: Sequence[Axis], rows: tup
         if not isinstance(cells, Mapping) or not all(isinstance(text, str) for text in cells.values()):
             reader.fail(join(at, str(label)), cells, "give {COLUMN: TEXT}")
         labels_named(axis_named(axes, column, at), [str(name) for name in cells], f"{reader.where(at)}: {join(at, str(label))}")
-    return file.published
 
 
 # -- The parts of a sweep file -----------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def head_table(plan: Plan, records: Sequence[Record]) -> list[tuple[str, ...]]:
         cells = []
         for column in columns:
             found = cell_of(records, axes, (*row, *column))
-            cells += [cell_text(found, measure) for measure in measures[column]]
+            cells += [cell_text(found, [measure]) for measure in measures[column]]
         out.append((*row, *cells))
     return out
 
@@ -147,17 +147,8 @@ def compact_table(plan: Plan, records: Sequence[Record]) -> list[tuple[str, ...]
     ]
     for row in plan.combinations(plan.rows):
         found = [cell_of(records, axes, (*row, *column)) for column in columns]
-        out.append((*row, *(figures_text(cell, plan.cells) for cell in found)))
+        out.append((*row, *(cell_text(cell, plan.cells) for cell in found)))
     return [*out, ("seconds", *blank, *(summary_text(found, "seconds") for found in given))]
-
-
-def figures_text(records: Sequence[Record], measures: Sequence[str]) -> str:
-    """Return figures of a cell, joined by slashes; where runs are missing, how many there are."""
-    done = [record for record in records if record.status.state == FINISHED]
-    if not done:
-        return cell_text(records, measures[0])
-    text = " / ".join(summary_text(done, measure) for measure in measures)
-    return text if len(done) == len(records) else f"{text} ({len(done)} of {len(records)} runs)"
 
 
 def clean_images(config: Config) -> str:
@@ -178,14 +169,14 @@ def published_table(plan: Plan) -> list[tuple[str, ...]]:
     return [(row, *columns), *((name, *(figures.get(name, {}).get(c, NOTHING) for c in columns)) for name in plan.labels(row))]
 
 
-def cell_text(records: Sequence[Record], measure: str) -> str:
-    """Return a figure of a cell; where runs are missing, how many there are."""
+def cell_text(records: Sequence[Record], measures: Sequence[str]) -> str:
+    """Return figures of a cell, joined by slashes; where runs are missing, how many there are."""
     if not records:
         return ""  # skipped
     done = sum(record.status.state == FINISHED for record in records)
     if not done:
         return "failed" if any(record.status.state == FAILED for record in records) else "not finished"
-    text = summary_text(records, measure)
+    text = " / ".join(summary_text(records, measure) for measure in measures)
     return text if done == len(records) else f"{text} ({done} of {len(records)} runs)"
 
 

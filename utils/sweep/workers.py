@@ -155,9 +155,7 @@ def run_all(jobs: Sequence[Job], workers: Sequence[Worker], progress: Progress) 
                 if worker.job is not None and worker.poll():
                     progress.ended(worker.number, worker.job, time.monotonic() - worker.started)
                     worker.job = None
-                open_runs = {job.name for job in (*queue, *(w.job for w in workers)) if job}
-                ready = next((job for job in queue if job.start not in open_runs), None)
-                if worker.job is None and ready:
+                if worker.job is None and (ready := next_job(queue, workers)):
                     queue.remove(ready)
                     worker.begin(ready)
                     progress.began(worker.number, ready)
@@ -170,6 +168,12 @@ def run_all(jobs: Sequence[Job], workers: Sequence[Worker], progress: Progress) 
         for worker in workers:
             worker.wait(deadline)
         progress.close()
+
+
+def next_job(queue: Sequence[Job], workers: Sequence[Worker]) -> Job | None:
+    """Return the first job that does not start from a run which is still waiting or in progress."""
+    unfinished = {job.name for job in (*queue, *(worker.job for worker in workers)) if job}
+    return next((job for job in queue if job.start not in unfinished), None)
 
 
 @contextlib.contextmanager
