@@ -32,7 +32,8 @@ run() {
 # The attacks. IAB's generator and CLB's surrogate are made from the same data first, scaled down with the rest.
 badnets="backdoor={badnets: {}}"
 wanet="backdoor={poison_ratio: 0.1, wanet: {s: 1.0}}"  # weaker ones do not reach an undefended ASR of 90 %
-clb="backdoor={poison_ratio: 0.25, poison_mode: exact, clb: {training: fast, epochs: 15, surrogate: {resnet18_cifar: {width: 16}}}}"
+clb="backdoor={poison_ratio: 0.25, poison_mode: exact, clb: {training: fast, epochs: 10, \
+surrogate: {resnet18_cifar: {width: 16, blocks: 1}}}}"
 blend="backdoor={blend: {}}"
 refool="backdoor={refool: {}}"
 iab="backdoor={iab: {width: 16, batch_size: 64, mask_epochs: 1, mask_lr: 0.003, generator_epochs: 1, \
