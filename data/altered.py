@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from data.poisoned_folder import FORMAT, PARTS, VERSION, StoredSet, count, describe, named_settings
+from data.poisoned_folder import PARTS, StoredSet, description_of, named_settings
 from data.sets import CLEAN, Listing, Part, RawData
 from data.table_file import own_copy
 from utils.config import Backdoor
@@ -53,19 +51,12 @@ class Altered:
         labels = raw.test_labels.astype(np.int64)
         clean = Part(raw.test_images, labels, labels, np.full(m, CLEAN, np.uint8), np.arange(m))
         parts = dict(zip(PARTS, (train, clean, self.test), strict=True))
-        text = json.dumps(self.description(parts, raw.class_names), indent=2) + "\n"
+        settings = {
+            "source": self.source, "backdoor": as_dict(self.backdoor), "dataset": as_dict(self.dataset),
+            "data": {"train_limit": None, "test_limit": None}, "seed": None, "num_classes": self.num_classes,
+            "transform_pre": named_settings(self.pre), "class_names": list(raw.class_names),
+        }  # fmt: skip  # what nobody knows is null
         return StoredSet(
             train, clean, self.test, self.backdoor, self.num_classes, raw.class_names, named_settings(self.pre), self.folder,
-            text, self.described_by,
+            description_of(parts, settings), self.described_by,
         )  # fmt: skip
-
-    def description(self, parts: dict[str, Part], class_names: tuple[str, ...]) -> dict[str, Any]:
-        """Return what `set.json` says of the set; settings that nobody knows are null or left out."""
-        arrays = ("images", "labels", "original_labels", "flags", "indices")
-        return {
-            "format": FORMAT, "version": VERSION, "source": self.source, "backdoor": as_dict(self.backdoor),
-            "dataset": as_dict(self.dataset), "data": {"train_limit": None, "test_limit": None}, "seed": None,
-            "num_classes": self.num_classes, "transform_pre": named_settings(self.pre), "class_names": list(class_names),
-            "counts": {name: count(part) for name, part in parts.items()},
-            "files": {f"{name}.npz": {key: describe(getattr(part, key)) for key in arrays} for name, part in parts.items()},
-        }  # fmt: skip

@@ -31,6 +31,7 @@ from utils.schema import Named, as_dict
 FORMAT, VERSION = "poisoned set", 2
 DESCRIPTION, SHEET = "set.json", "contact_sheet.png"
 PARTS = ("train", "clean_test", "backdoor_test")
+FILES = {name: f"{name}.npz" for name in PARTS}
 ARRAYS = {"images": "uint8", "labels": "int64", "original_labels": "int64", "flags": "uint8", "indices": "int64"}
 KINDS = {"clean": CLEAN, "poisoned": POISONED, "cover": COVER}
 KEYS: dict[str, type | tuple[type, ...]] = {
@@ -79,20 +80,32 @@ def write_set(out: Path, parts: Mapping[str, Part], settings: Mapping[str, Any],
     Raises:
         UserError: the folder cannot be written.
     """
-    described: dict[str, Any] = {"format": FORMAT, "version": VERSION, **settings, "counts": {}, "files": {}}
     try:
         with new_folder(out) as part_folder:
             for name in PARTS:
-                arrays = {key: np.ascontiguousarray(getattr(parts[name], key), dtype) for key, dtype in ARRAYS.items()}
                 with open(part_folder / f"{name}.npz", "wb") as file:
-                    write_durably(file, partial(np.savez, **arrays))  # type: ignore[arg-type]
-                described["counts"][name] = count(parts[name])
-                described["files"][f"{name}.npz"] = {key: describe(array) for key, array in arrays.items()}
+                    write_durably(file, partial(np.savez, **arrays_of(parts[name])))  # type: ignore[arg-type]
             draw_sheet(part_folder / SHEET)
             with open(part_folder / DESCRIPTION, "wb") as file:
-                write_durably(file, lambda file: file.write((json.dumps(described, indent=2) + "\n").encode()))
+                write_durably(file, lambda file: file.write(description_of(parts, settings).encode()))
     except OSError as error:
         raise cannot_write(f"--out {out}", error) from None
+
+
+def description_of(parts: Mapping[str, Part], settings: Mapping[str, Any]) -> str:
+    """Return the text of `set.json`.
+
+    Args:
+        parts, settings: as in `write_set`.
+    """
+    files = {f"{name}.npz": {key: describe(array) for key, array in arrays_of(parts[name]).items()} for name in PARTS}
+    counts = {name: count(parts[name]) for name in PARTS}
+    return json.dumps({"format": FORMAT, "version": VERSION, **settings, "counts": counts, "files": files}, indent=2) + "\n"
+
+
+def arrays_of(part: Part) -> dict[str, np.ndarray]:
+    """Return the arrays of a part with the types of `ARRAYS`, in C order."""
+    return {key: np.ascontiguousarray(getattr(part, key), dtype) for key, dtype in ARRAYS.items()}
 
 
 def count(part: Part) -> dict[str, int]:
@@ -173,34 +186,42 @@ def read_part(path: Path, described: object) -> Part:
     return Part(**arrays)
 
 
-def contradiction(parts: Mapping[str, Part], backdoor: Backdoor, num_classes: int) -> str | None:
-    """Return what makes the arrays inconsistent, or None: checksums that match do not mean that the contents make sense."""
+def contradiction(
+    parts: Mapping[str, Part], backdoor: Backdoor, num_classes: int, called: Mapping[str, str] = FILES
+) -> str | None:
+    """Return what makes the arrays inconsistent, or None: checksums that match do not mean that the contents make sense.
+
+    Args:
+        called: what the parts are called in messages.
+    """
     sides = {part.images.shape[1:] for part in parts.values()}
-    for name, part in parts.items():
+    for key, part in parts.items():
+        name = called[key]
         n = part.images.shape[0] if part.images.ndim == 4 and part.images.shape[3] == 3 else 0
         if n == 0 or len(sides) > 1:
-            return f"{name}.npz: images {part.images.shape}: must be (n, H, W, 3), n > 0, with one size in all files"
+            return f"{name}: images {part.images.shape}: must be (n, H, W, 3), n > 0, with one size in all parts"
         if any(getattr(part, key).shape != (n,) for key in ARRAYS if key != "images"):
-            return f"{name}.npz: not every array has one entry for each of the {n} images"
+            return f"{name}: not every array has one entry for each of the {n} images"
         if (np.diff(part.indices) <= 0).any() or part.indices[0] < 0:
-            return f"{name}.npz: indices: must ascend and not be negative"
-        for key in ("labels", "original_labels"):
-            labels = getattr(part, key)
+            return f"{name}: indices: must ascend and not be negative"
+        for array in ("labels", "original_labels"):
+            labels = getattr(part, array)
             if labels.min() < 0 or labels.max() >= num_classes:
-                return f"{name}.npz: {key}: {labels.min()} to {labels.max()}: there are {num_classes} classes"
+                return f"{name}: {array}: {labels.min()} to {labels.max()}: there are {num_classes} classes"
         if part.flags.max() > COVER:
-            return f"{name}.npz: flags: {part.flags.max()}: must be 0 clean, 1 poisoned or 2 cover"
+            return f"{name}: flags: {part.flags.max()}: must be 0 clean, 1 poisoned or 2 cover"
         wanted = label_after(part.original_labels, backdoor.target_label, backdoor.target_shift, num_classes)
         if (part.labels != np.where(part.flags == POISONED, wanted, part.original_labels)).any():
             target = backdoor.target_text(())
-            return f"{name}.npz: labels: poisoned images do not carry class {target}, or others lack their original label"
+            return f"{name}: labels: poisoned images do not carry class {target}, or others lack their original label"
     clean, triggered = parts["clean_test"], parts["backdoor_test"]
     if (clean.flags != CLEAN).any():
-        return "clean_test.npz: flags: contains images that are not clean"
+        return f"{called['clean_test']}: flags: contains images that are not clean"
     if (triggered.flags != POISONED).any() or (triggered.labels == triggered.original_labels).any():
-        return "backdoor_test.npz: contains images without the trigger or of the target class, which the ASR must not count"
+        what = "contains images without the trigger or of the target class, which the ASR must not count"
+        return f"{called['backdoor_test']}: {what}"
     if not np.isin(triggered.indices, clean.indices).all():
-        return "backdoor_test.npz: indices: some are not in clean_test.npz"
+        return f"{called['backdoor_test']}: indices: some are not in {called['clean_test']}"
     return None
 
 

@@ -47,8 +47,8 @@ class Evidence:
         The score is the product of two factors: the margin by which the final model prefers another label, mapped to 0..1,
         and the share of epochs that the image was outside the clean pool. Poisoned images have both: the model confidently
         predicts another label, and the splits keep them out. Hard clean images lack the first; the clean half that stages 2
-        and 3 leave out lacks the second. Measured for each attack in results/attacks: as good as the margin alone where that
-        is perfect, better where the splits work, worse where the meta-split fails.
+        and 3 leave out lacks the second. `suspects.json` has the quality of the score and of its parts, so that each
+        run shows whether the product is the better measure.
         """
         margin = (1 + self.rival_probability - self.own_probability) / 2
         outside = 1 - self.epochs / (self.epochs.max(initial=0) + 1.0)

@@ -3,7 +3,7 @@
     python -m results.data_sets.as_pngs --cifar10 dataset/cifar-10-batches-py --folder /tmp/pngs
 
 Fails unless both give the same images, labels, poisoned indices and split losses of the untrained network of
-config/attack_study.yaml, for every `data.placement`.
+config/cifar10_study.yaml, for every `data.placement`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     wanted = write(cifar10.load(cifar10.Settings(), args.cifar10, False), args.folder)
     overrides = ["dataset=folder", f"dataset_dir={args.folder}", f"saved_dir={args.folder}/saved"]
-    c = config.load(ROOT / "config/attack_study.yaml", [*overrides, "data.test_limit=null"])
+    c = config.load(ROOT / "config/cifar10_study.yaml", overrides)
     found = load_raw(c)
     for name in ("train_images", "train_labels", "test_images", "test_labels"):
         assert np.array_equal(getattr(found, name), getattr(wanted, name)), name

@@ -10,21 +10,25 @@ poisoned set, computes its losses and splits. Appends one JSON row for each (nam
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 import ASD
 from data.pools import meta_split
-from engine.context import build_context
+from data.sets import ImageSet, TestSets
+from data.sources import prepare
+from engine.context import build_context, build_state
 from engine.evaluation import evaluate
-from results.attacks.meta_split import build
-from utils import config
+from model.classifier import new_classifier
+from utils import checkpoint, config
 from utils.cli import Parser, command
 from utils.config import Config
-from utils.machine import choose_machine
+from utils.machine import Machine, choose_machine
 
 
 def main() -> None:
@@ -47,6 +51,26 @@ def main() -> None:
         with open(args.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(row, flush=True)
+
+
+class Subject(NamedTuple):
+    """The model and the data of one meta-split."""
+
+    model: nn.Module
+    train_set: ImageSet
+    tests: TestSets
+    poisoned: Tensor  # (N,) bool, the ground truth
+
+
+def build(c: Config, base: Path, machine: Machine) -> Subject:
+    """Return the configuration's poisoned set with the weights of the checkpoint `base`; nothing stays on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = prepare(c, Path(folder), machine.device, new_classifier=new_classifier)
+    assert data.ground_truth is not None
+    train_set = data.train.to(machine.device)
+    model = build_state(c, machine, len(train_set)).model
+    checkpoint.load_weights(model, checkpoint.read(base), base)
+    return Subject(model, train_set, data.tests.to(machine.device), data.ground_truth.poisoned())
 
 
 def measure(c: Config, base: Path, gpu: str) -> dict[str, Any]:
