@@ -21,9 +21,10 @@ from conftest import REPOSITORY, TINY, run_script
 from PIL import Image
 
 import ASD
-from results.study import collect, report
+from results.study import collect, report, restore
 from utils import config
 from utils.errors import UserError
+from utils.sweep import plan, status
 
 STUDY = REPOSITORY / "results" / "study"
 CIFAR10 = Path(os.environ.get("CIFAR10", REPOSITORY / "dataset" / "cifar-10-batches-py"))
@@ -123,6 +124,23 @@ def test_kept_weights_give_the_figures_of_the_card(trained: Path, tmp_path: Path
     call(load_tester(), "--config", tmp_path / run / "config.yaml", "--resume", tmp_path / f"{run}.pt", "--gpu", "cpu", *there)
     tested = json.loads((tmp_path / "saved" / run / "log/test.json").read_text())
     assert {key: tested[key] for key in collect.FIGURES} == {key: card[key] for key in collect.FIGURES}
+
+
+def test_a_stored_run_becomes_a_run_folder_again(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the folders that restore.py writes, test.py gives the figures of the card, and a sweep with that run's settings
+    counts it as finished. An existing folder is left alone."""
+    card = json.loads(keep(trained, "badnets/asd", tmp_path / "study").read_text())
+    monkeypatch.setattr(restore, "HERE", tmp_path / "study")
+    folder = restore.restore("badnets/asd", "table/asd", tmp_path / "saved", tmp_path / "storage")
+    call(load_tester(), "--config", folder / "config.yaml", "--gpu", "cpu")
+    tested = json.loads((folder / "log/test.json").read_text())
+    assert {key: tested[key] for key in collect.FIGURES} == {key: card[key] for key in collect.FIGURES}
+    raw = {"config": str(folder / "config.yaml"), "axes": {"defense": {"asd": {}}}}
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(raw))
+    (job,) = plan.read(tmp_path / "table.yaml").jobs
+    assert job.name == "table/asd" and status.status_of(job).state == status.FINISHED
+    with pytest.raises(UserError, match="exists"):
+        restore.restore("badnets/asd", "table/asd", tmp_path / "saved", tmp_path / "storage")
 
 
 def damage(folder: Path, kind: str) -> None:
