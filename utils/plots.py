@@ -170,7 +170,7 @@ def draw_features(path: Path, features: Tensor, groups: dict[str, dict[str, np.n
             axes.set_ylabel(f"component 2 ({100 * shares[1]:.0f} %)")
             axes.grid(alpha=0.25)
             axes.legend(fontsize=8, markerscale=3)
-        figure.suptitle(f"{title}: penultimate features", fontsize=10)
+        figure.suptitle(f"{title}: penultimate features", fontsize=10, wrap=True)
 
 
 def draw_comparison(path: Path, groups: list[list[list[dict[str, Any]]]]) -> None:
