@@ -269,6 +269,7 @@ def page(folder: Path, runs: Runs) -> str:
         "cost": per_run(("seed", "steps", "minutes", "processor", "commit", "files"), runs.names, runs, cost_rows),
         "what_decides": what_decides(folder / "what_decides.jsonl"),
         "trials": trials(folder / "trials"),
+        "trials_iab": trials(folder / "trials" / "iab"),
     }  # fmt: skip
     return re.sub(r"\{\{(\w+)\}\}", lambda found: pieces[found[1]], (folder / "page.md").read_text(encoding="utf-8"))
 
