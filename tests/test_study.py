@@ -283,7 +283,7 @@ def test_without_runs_every_planned_one_is_not_run(tmp_path: Path) -> None:
     folder = make_study(tmp_path / "study")
     runs = report.Runs(folder)
     page = report.page(folder, runs)
-    assert len(runs.names) == 35 and "0 of 35 runs" in page and "{{" not in page
+    assert len(runs.names) == 36 and "0 of 36 runs" in page and "{{" not in page
     assert all(f"| `{name}` | not run |" in page for name in runs.names)
     assert "completed 0 of" in " ".join(report.status(runs).split())
     assert list(report.curves(folder, runs)) == ["authors' code, full size"]
@@ -336,7 +336,7 @@ def test_targets(tmp_path: Path, attack: str, twin: tuple[float, float], own: tu
     make_run(folder, f"{attack}/undefended", *twin)
     make_run(folder, f"{attack}/asd", *own)
     runs = report.Runs(folder)
-    assert report.verdict(runs[f"{attack}/asd"], runs) == expected
+    assert report.verdict(attack, runs) == expected
     assert expected in report.overview(runs, report.TITLES)
     assert ("**missed**" in report.page(folder, runs)) == expected.startswith("missed")
 
@@ -345,16 +345,29 @@ def test_the_last_five_epochs_count_too(tmp_path: Path) -> None:
     """A run that satisfies a bound only in its last epoch misses the target; without the undefended run there is no verdict."""
     folder = make_study(tmp_path / "study")
     make_run(folder, "blend/asd", 0.85)
-    assert report.verdict(report.Runs(folder)["blend/asd"], report.Runs(folder)) == "undefended not run"
+    assert report.verdict("blend", report.Runs(folder)) == "undefended not run"
     make_run(folder, "blend/undefended", 0.88, 1.0)
     path = folder / "blend/asd/metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[-3]["attack_success_rate"] = 0.5
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = report.Runs(folder)
-    assert report.verdict(runs["blend/asd"], runs) == "missed: ASR excess"
+    assert report.verdict("blend", runs) == "missed: ASR excess"
     status = " ".join(report.status(runs).split())
     assert "are met: none;" in status and "is missed: Blend." in status and "completed 1 of" in status
+
+
+def test_a_run_that_was_stopped_counts_as_missed(tmp_path: Path) -> None:
+    """Until it is run in full, the figures of its last epoch stand in the table and the status."""
+    folder = make_study(tmp_path / "study")
+    shutil.copytree(STUDY / "trials" / "iab", folder / "trials" / "iab")
+    runs = report.Runs(folder)
+    assert report.verdict("iab", runs) == "missed: stopped after 6 epochs"
+    assert "| IAB | not run | - | 72.75 | 93.33 | 3.09 | missed: stopped after 6 epochs |" in report.overview(runs, report.MAIN)
+    assert "is missed: IAB." in " ".join(report.status(runs).split())
+    for defense in ("undefended", "asd"):
+        make_run(folder, f"iab/{defense}", 0.88, 1.0 if defense == "undefended" else 0.02)
+    assert report.verdict("iab", report.Runs(folder)) == "met"
 
 
 def test_the_picture_puts_stages_side_by_side(tmp_path: Path) -> None:
@@ -401,7 +414,13 @@ def test_run_sh_makes_every_run_with_settings_that_load(tmp_path: Path) -> None:
     commands = [command for command in planned_commands(tmp_path) if command[0] == "ASD.py"]
     kept = {path.relative_to(STUDY).with_suffix("").as_posix() for path in STUDY.glob("*/*.json")}
     attacks: dict[str, list[Any]] = {}
-    known = {*report.TITLES, "wanet_published", "wanet_s1", "lookalike_all"}  # the others show why attacks are not weaker
+    known = {
+        *report.TITLES,
+        "wanet_published",
+        "wanet_s1",
+        "clb_eps8",
+        "lookalike_all",
+    }  # why attacks are as strong
     for command in commands:
         sets = [word for before, word in pairwise(command) if before == "--set"]
         c = config.load(REPOSITORY / command[command.index("--config") + 1], sets)
@@ -410,7 +429,7 @@ def test_run_sh_makes_every_run_with_settings_that_load(tmp_path: Path) -> None:
         attacks.setdefault(attack, []).append(c.backdoor)
     assert {str(name) for name in attacks} | {name.partition("/")[0] for name in kept} == known
     assert all(backdoor == found[0] for found in attacks.values() for backdoor in found)
-    assert len(commands) + len(kept) >= 35
+    assert len(commands) + len(kept) >= 36
 
 
 def test_run_sh_makes_the_named_runs_alone(tmp_path: Path) -> None:

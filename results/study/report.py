@@ -42,6 +42,7 @@ KEYS = ("clean_accuracy", "attack_success_rate", "clean_as_target", "robust_accu
 NAMES = ("ACC", "ASR", "without trigger", "RA")
 LAST = 5  # final epochs to average over
 NOT_RUN, NONE = "not run", "-"
+STOPPED = {"iab": "trials/iab/n800_seed100.jsonl"}  # runs with ASD that were stopped because the attack had succeeded
 Row = dict[str, Any]
 Cells = tuple[str, ...]
 
@@ -73,12 +74,12 @@ class Runs(dict[str, Run]):
     def __init__(self, folder: Path) -> None:
         for card in sorted(folder.glob("*/*.json")):
             name, kept = f"{card.parent.name}/{card.stem}", card.with_suffix("")
-            rows = [json.loads(line) for line in (kept / "metrics.jsonl").read_text().splitlines()]
             ranked = kept / suspects.QUALITY
-            self[name] = Run(name, read(card), rows, read(ranked) if ranked.exists() else None)
+            self[name] = Run(name, read(card), rows_of(kept / "metrics.jsonl"), read(ranked) if ranked.exists() else None)
         planned = re.findall(r"^run (\S+)", (folder / "run.sh").read_text(), re.MULTILINE)
         self.names = list(dict.fromkeys([*planned, *self]))
         self.defended = [name for name in self.names if not name.endswith("/undefended")]
+        self.stopped = {attack: rows_of(folder / file) for attack, file in STOPPED.items() if (folder / file).exists()}
 
     def of(self, attack: str) -> tuple[Run | None, Run | None]:
         """Return the runs without and with ASD against an attack, for the first seed."""
@@ -88,6 +89,11 @@ class Runs(dict[str, Run]):
 def read(path: Path) -> Any:
     """Return the contents of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def rows_of(path: Path) -> list[Row]:
+    """Return the rows of a `metrics.jsonl`."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def percents(row: Row, keys: Sequence[str] = KEYS) -> Row:
@@ -137,8 +143,11 @@ def judge(run: Run, runs: Runs) -> list[tuple[Target, list[float]]]:
     return [(target, [target.value(*pair) for pair in pairs]) for target in targets(run.attack) if pairs]
 
 
-def verdict(run: Run | None, runs: Runs) -> str:
-    """Return whether all targets of a run are met."""
+def verdict(attack: str, runs: Runs) -> str:
+    """Return whether the run with ASD against an attack meets all targets."""
+    run = runs.of(attack)[1]
+    if run is None and attack in runs.stopped:
+        return f"missed: stopped after {len(runs.stopped[attack])} epochs"
     found = judge(run, runs) if run else []
     missed = [target.name for target, values in found if not target.holds(values)]
     if not found:
@@ -167,8 +176,9 @@ def overview(runs: Runs, titles: dict[str, str]) -> str:
     for attack, title in titles.items():
         twin, own = runs.of(attack)
         left = cells(twin.ends[0], KEYS[:2]) if twin else (NOT_RUN, NONE)
-        right = cells(own.ends[0], KEYS[:3]) if own else (NOT_RUN, NONE, NONE)
-        table.append((title, *left, *right, verdict(own, runs)))
+        last = own.ends[0] if own else percents(runs.stopped[attack][-1]) if attack in runs.stopped else None
+        right = cells(last, KEYS[:3]) if last else (NOT_RUN, NONE, NONE)
+        table.append((title, *left, *right, verdict(attack, runs)))
     return render(table, markdown=True)
 
 
@@ -238,7 +248,7 @@ def what_decides(path: Path) -> str:
 
 def trials(folder: Path) -> str:
     """Return the trial runs of the settings side by side, epoch by epoch."""
-    found = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(folder.glob("*.jsonl"))}
+    found = {path.stem: rows_of(path) for path in sorted(folder.glob("*.jsonl"))}
     table: list[Cells] = [("epoch", *(f"{name}: ACC / ASR / without trigger; poisoned in the pool" for name in found))]
     for epoch in range(max(map(len, found.values()), default=0)):
         cells = []
@@ -277,7 +287,7 @@ def page(folder: Path, runs: Runs) -> str:
 def status(runs: Runs) -> str:
     """Return the paragraph on what has been reproduced, and the table of results if there are any."""
     both = [attack for attack in TITLES if None not in runs.of(attack)]
-    verdicts = {attack: verdict(runs.of(attack)[1], runs) for attack in TITLES}
+    verdicts = {attack: verdict(attack, runs) for attack in TITLES}
     met, missed = (
         ", ".join(SIX[attack] for attack in SIX if verdicts[attack].startswith(word)) or "none" for word in ("met", "missed")
     )
