@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data.poisoned_folder import PARTS, StoredSet, set_of_others
+from data.poisoned_folder import PARTS, StoredSet, description_of, named_settings
 from data.sets import CLEAN, Listing, Part, RawData
 from data.table_file import own_copy
 from utils.config import Backdoor
 from utils.errors import UserError
-from utils.schema import Named
+from utils.schema import Named, as_dict
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,12 @@ class Altered:
         labels = raw.test_labels.astype(np.int64)
         clean = Part(raw.test_images, labels, labels, np.full(m, CLEAN, np.uint8), np.arange(m))
         parts = dict(zip(PARTS, (train, clean, self.test), strict=True))
-        return set_of_others(
-            parts, self.backdoor, self.dataset, self.pre, raw.class_names, self.num_classes, self.source,
-            self.folder / self.described_by,
+        settings = {
+            "source": self.source, "backdoor": as_dict(self.backdoor), "dataset": as_dict(self.dataset),
+            "data": {"train_limit": None, "test_limit": None}, "seed": None, "num_classes": self.num_classes,
+            "transform_pre": named_settings(self.pre), "class_names": list(raw.class_names),
+        }  # fmt: skip  # what nobody knows is null
+        return StoredSet(
+            train, clean, self.test, self.backdoor, self.num_classes, raw.class_names, named_settings(self.pre), self.folder,
+            description_of(parts, settings), self.described_by,
         )  # fmt: skip

@@ -103,29 +103,6 @@ def description_of(parts: Mapping[str, Part], settings: Mapping[str, Any]) -> st
     return json.dumps({"format": FORMAT, "version": VERSION, **settings, "counts": counts, "files": files}, indent=2) + "\n"
 
 
-def set_of_others(
-    parts: Mapping[str, Part], backdoor: Backdoor, dataset: Named, pre: tuple[Named, ...], class_names: tuple[str, ...],
-    num_classes: int, source: str, described_by: Path,
-) -> StoredSet:  # fmt: skip
-    """Return a set that another program has poisoned; in its `set.json`, what nobody knows is null.
-
-    Args:
-        source: where it comes from.
-        described_by: the file that says what was altered.
-    """
-    transforms = named_settings(pre)
-    settings = {
-        "source": source, "backdoor": as_dict(backdoor), "dataset": as_dict(dataset),
-        "data": {"train_limit": None, "test_limit": None}, "seed": None, "num_classes": num_classes,
-        "transform_pre": transforms, "class_names": list(class_names),
-    }  # fmt: skip
-    train, test, triggered = (parts[name] for name in PARTS)
-    text = description_of(parts, settings)
-    return StoredSet(
-        train, test, triggered, backdoor, num_classes, class_names, transforms, described_by.parent, text, described_by.name
-    )
-
-
 def arrays_of(part: Part) -> dict[str, np.ndarray]:
     """Return the arrays of a part with the types of `ARRAYS`, in C order."""
     return {key: np.ascontiguousarray(getattr(part, key), dtype) for key, dtype in ARRAYS.items()}
