@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ import torch
 import yaml
 
 from utils.logs import attach, detach
+
+# In the background of a shell Ctrl-C is ignored, and so it would be in every command that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in REPOSITORY.glob("config/**/*.yaml") if path.parent.name != "sweeps")  # of ASD.py

@@ -14,18 +14,13 @@ from conftest import REPOSITORY
 SIGNALS = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
 
 
-def hear() -> None:
-    """Enable Ctrl-C as for a command in a terminal: the tests may run where it is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def start(*command: object, folder: Path | None = None, ignore: bool = False, **environment: str) -> subprocess.Popen[str]:
+def start(*command: object, folder: Path | None = None, **environment: str) -> subprocess.Popen[str]:
     """Start Python; modules in `folder` take precedence over all others."""
     paths = os.pathsep.join(map(str, (*([folder] if folder else []), REPOSITORY)))
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=None if ignore else hear,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
