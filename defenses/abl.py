@@ -21,7 +21,7 @@ from loss.supervised import cross_entropy
 from utils.checkpoint import State
 from utils.config import OPTIMIZERS, SCHEDULERS, SGD, Config, MultiStep
 from utils.schema import Named, setting
-from utils.stages import DefenseSettings, Stage, locate
+from utils.stages import METHOD, DefenseSettings, Stage, locate
 
 ISOLATED = "isolated"
 
@@ -33,6 +33,7 @@ def sgd(lr: float) -> Named:
 
 @dataclass(frozen=True)
 class Settings(DefenseSettings):
+    unread = (*METHOD, "undefended")
     isolation_epochs: int = setting(20, "epochs of the isolation stage", low=1)
     isolation_optimizer: Named = setting(sgd(0.1), "optimizer of the isolation stage", choices=OPTIMIZERS)
     gamma: float = setting(0.5, "the loss at which gradient ascent begins", low=0)

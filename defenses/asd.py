@@ -15,6 +15,7 @@ class Settings(DefenseSettings):
     """ASD's settings have sections of their own in the YAML, as in the authors' files: `global`, `split`, `semi`, `meta`."""
 
     needs_clean = True
+    unread = ("undefended",)
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """The split is a function of the epoch (paper section 3.2); one optimizer trains throughout."""

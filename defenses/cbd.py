@@ -18,7 +18,7 @@ from model.classifier import build_classifier
 from utils.checkpoint import State
 from utils.config import OPTIMIZERS, SCHEDULERS, SGD, Config, MultiStep
 from utils.schema import Named, setting
-from utils.stages import DefenseSettings, Stage
+from utils.stages import METHOD, DefenseSettings, Stage
 
 BIASED = "biased"
 PLAN = Named("SGD", SGD(lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True))
@@ -27,6 +27,7 @@ FLOOR = 1e-8  # of the sum of both losses
 
 @dataclass(frozen=True)
 class Settings(DefenseSettings):
+    unread = (*METHOD, "undefended")
     biased_epochs: int = setting(5, "epochs of the biased network", low=1)
     clean_epochs: int = setting(100, "epochs of the clean network", low=1)
     optimizer: Named = setting(PLAN, "optimizer of both networks", choices=OPTIMIZERS)

@@ -20,7 +20,7 @@ from model.classifier import Classifier, Features
 from utils.checkpoint import State
 from utils.config import OPTIMIZERS, SGD, Config
 from utils.schema import Named, setting
-from utils.stages import DefenseSettings, Stage
+from utils.stages import METHOD, DefenseSettings, Stage
 
 PRUNED = "pruned channels"
 
@@ -28,6 +28,7 @@ PRUNED = "pruned channels"
 @dataclass(frozen=True)
 class Settings(DefenseSettings):
     needs_clean = True
+    unread = METHOD
     start_run: str | None = setting(None, START_HELP)
     accuracy_drop: float = setting(0.04, "accuracy that pruning may cost, measured on half of the clean images", low=0, high=1)
     finetune_epochs: int = setting(10, "epochs on the clean images after pruning", low=0)

@@ -22,7 +22,7 @@ from model.feature_maps import collect_maps
 from utils.checkpoint import State
 from utils.config import OPTIMIZERS, SCHEDULERS, SGD, Config, MultiStep
 from utils.schema import Named, Reader, setting
-from utils.stages import DefenseSettings, Stage
+from utils.stages import METHOD, DefenseSettings, Stage
 
 TEACHER = "teacher"
 PLAN = Named("SGD", SGD(lr=0.01, momentum=0.9, weight_decay=5e-4))
@@ -31,6 +31,7 @@ PLAN = Named("SGD", SGD(lr=0.01, momentum=0.9, weight_decay=5e-4))
 @dataclass(frozen=True)
 class Settings(DefenseSettings):
     needs_clean = True
+    unread = METHOD
     start_run: str | None = setting(None, START_HELP)
     teacher_epochs: int = setting(10, "epochs of the teacher", low=0)
     teacher_optimizer: Named = setting(PLAN, "optimizer of the teacher", choices=OPTIMIZERS)

@@ -8,12 +8,14 @@ from defenses._start import train_undefended, undefended_stage
 from engine.defense import DefenseBase
 from utils.checkpoint import State
 from utils.config import Config
-from utils.stages import DefenseSettings, Stage
+from utils.stages import METHOD, DefenseSettings, Stage
 
 
 @dataclass(frozen=True)
 class Settings(DefenseSettings):
     """The settings are those of the section `undefended`."""
+
+    unread = METHOD
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """All epochs are alike."""

@@ -14,13 +14,14 @@ from utils.checkpoint import State
 from utils.config import Config
 from utils.draws import generator
 from utils.schema import setting
-from utils.stages import DefenseSettings, Stage
+from utils.stages import METHOD, DefenseSettings, Stage
 
 
 @dataclass(frozen=True)
 class Settings(DefenseSettings):
     """Optimizer, schedule and batch size are those of the section `undefended`."""
 
+    unread = METHOD
     removes: str = setting(
         "poisoned", "what is left out: the poisoned images, or as many images drawn at random", options=("poisoned", "random")
     )

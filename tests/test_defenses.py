@@ -87,6 +87,33 @@ def test_an_extended_run_equals_one_of_that_length(tmp_path: Path) -> None:
         assert same(whole[key], extended[key]), key
 
 
+OTHER = {
+    "optimizer": "{SGD: {lr: 0.3}}", "lr_scheduler": "{multi_step: {milestones: [1], gamma: 0.1}}", "meta.epoch": 2,
+    "semi.loader.batch_size": 4, "semi.criterion.mixmatch.lambda_u": 75, "semi.mixmatch.alpha": 0.3,
+    "semi.mixmatch.train_iteration": 2, "semi.mixmatch.temperature": 0.9, "global.epoch_first": 2, "global.epoch_second": 3,
+    "global.t": 3, "global.n": 1, "global.epsilon": 0.3, "global.keep_seeds": True,
+    "undefended.batch_size": 32, "undefended.optimizer": "{Adam: {lr: 0.01}}", "undefended.lr_scheduler": None,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SMALL if plugins.settings("defenses", name).unread])
+def test_settings_that_a_defense_does_not_read_may_change(tmp_path: Path, name: str) -> None:
+    """With other values of all of them a run has the same weights and rows, so a run may be resumed with them."""
+    settings, path = small(tmp_path, name, "run=before")
+    below = {key: [k for k in OTHER if k == key or k.startswith(f"{key}.")] for key in settings.defense.settings.unread}
+    assert all(below.values())
+    others = [f"{key}={'null' if OTHER[key] is None else OTHER[key]}" for keys in below.values() for key in keys]
+    train_here(settings, path)
+    train_here(*small(tmp_path, name, "run=after", *others))
+    before, after = last(tmp_path, "before"), last(tmp_path, "after")
+    for key in before.keys() - {"config"}:
+        assert same(before[key], after[key]), key
+    train_here(*small(tmp_path, name, "run=before", *others))
+    with pytest.raises(UserError, match=r"loader\.batch_size"):
+        train_here(*small(tmp_path, name, "run=before", "loader.batch_size=32"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nad", "fp"])
 def test_repair_defenses_start_from_the_undefended_network(tmp_path: Path, name: str) -> None:

@@ -325,7 +325,9 @@ def check_state(state: State, count: int) -> None:
 
 
 def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, Any], stand_ins: Collection[str] = ()) -> None:
-    """Refuse a checkpoint with a different configuration, except for `FREE`; the authors' checkpoints store none.
+    """Refuse a checkpoint with a different configuration; the authors' checkpoints store none.
+
+    The settings in `FREE`, and those that the defense does not read, may differ.
 
     Args:
         saved: contents of the checkpoint.
@@ -335,8 +337,9 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
     if not isinstance(saved.get("config"), dict):
         return
     then, now = flatten(completed(saved["config"])), flatten(config)
-    free = [*FREE, *(stand_ins if saved.get("data") else ())]
-    if any(stage.lr_scheduler and stage.lr_scheduler.settings.follows_length for stage in read_config(config).stages):
+    wanted = read_config(config)
+    free = [*FREE, *wanted.defense.settings.unread, *(stand_ins if saved.get("data") else ())]
+    if any(stage.lr_scheduler and stage.lr_scheduler.settings.follows_length for stage in wanted.stages):
         free.remove("num_epochs")  # any other run may be extended
     for key in [*now, *(k for k in then if k not in now)]:
         if any(key == f or key.startswith(f + ".") for f in free) or then.get(key) == now.get(key):

@@ -9,6 +9,11 @@ from typing import Any
 from utils.schema import Named, Reader
 
 UNDEFENDED = "none"  # the value of `defense` that means training without one: the twin that other runs are compared with
+# What only ASD, and methods that train with its MixMatch, read.
+METHOD = (
+    "optimizer", "lr_scheduler", "semi", "meta", "global.epoch_first", "global.epoch_second", "global.t", "global.n",
+    "global.epsilon", "global.keep_seeds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,12 @@ class DefenseSettings:
 
     Attributes:
         needs_clean: the defender is given images known to be clean: `global.seed_num` of each class, or `seed_samples`.
+        unread: keys and sections of the configuration that the defense does not read: they may change without making it
+            another run.
     """
 
     needs_clean = False
+    unread: tuple[str, ...] = ()
 
     def stages(self, config: Any) -> tuple[Stage, ...]:
         """Return the stages in order, some of which may have no epochs; `config` is the whole `Config`."""
