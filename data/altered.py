@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from data.poisoned_folder import PARTS, StoredSet, description_of, named_settings
+from data.poisoned_folder import PARTS, Origin, StoredSet
 from data.sets import CLEAN, Listing, Part, RawData
 from data.table_file import own_copy
-from utils.config import Backdoor
 from utils.errors import UserError
-from utils.schema import Named, as_dict
 
 
 @dataclass(frozen=True)
@@ -20,15 +17,9 @@ class Altered:
     """What an attacker hands over beside a clean data set."""
 
     clean: RawData | Listing
-    dataset: Named  # its name and settings
-    pre: tuple[Named, ...]  # the transforms that bring its images to the size of the altered ones
     train: Part  # altered training images alone; indices: their places in the clean data set
     test: Part  # triggered test images
-    backdoor: Backdoor
-    num_classes: int
-    source: str  # where they come from, for set.json
-    folder: Path
-    described_by: str  # the file in the folder that says what was altered
+    origin: Origin
 
     def over(self, raw: RawData, placement: str) -> StoredSet:
         """Return the poisoned set: the decoded images of `clean`, with the altered ones in their places.
@@ -36,11 +27,12 @@ class Altered:
         Raises:
             UserError: images were left out while decoding, so that places have moved, or sizes differ.
         """
+        folder = self.origin.folder
         if len(raw.train_labels) != len(self.clean.train_labels) or len(raw.test_labels) != len(self.clean.test_labels):
-            raise UserError(f"{self.folder}: images of the clean data set were left out: the places of all others have moved")
+            raise UserError(f"{folder}: images of the clean data set were left out: the places of all others have moved")
         shape, needed = raw.train_images.shape[1:], self.train.images.shape[1:]
         if shape != needed or raw.test_images.shape[1:] != needed:
-            raise UserError(f"{self.folder}: altered images are {needed[1]} x {needed[0]}, clean ones {shape[1]} x {shape[0]}")
+            raise UserError(f"{folder}: altered images are {needed[1]} x {needed[0]}, clean ones {shape[1]} x {shape[0]}")
         n, m = len(raw.train_labels), len(raw.test_labels)
         train = Part(
             own_copy(raw.train_images, placement), raw.train_labels.astype(np.int64), raw.train_labels.astype(np.int64),
@@ -50,13 +42,4 @@ class Altered:
         train.images[at], train.labels[at], train.flags[at] = self.train.images, self.train.labels, self.train.flags
         labels = raw.test_labels.astype(np.int64)
         clean = Part(raw.test_images, labels, labels, np.full(m, CLEAN, np.uint8), np.arange(m))
-        parts = dict(zip(PARTS, (train, clean, self.test), strict=True))
-        settings = {
-            "source": self.source, "backdoor": as_dict(self.backdoor), "dataset": as_dict(self.dataset),
-            "data": {"train_limit": None, "test_limit": None}, "seed": None, "num_classes": self.num_classes,
-            "transform_pre": named_settings(self.pre), "class_names": list(raw.class_names),
-        }  # fmt: skip  # what nobody knows is null
-        return StoredSet(
-            train, clean, self.test, self.backdoor, self.num_classes, raw.class_names, named_settings(self.pre), self.folder,
-            description_of(parts, settings), self.described_by,
-        )  # fmt: skip
+        return self.origin.stored(dict(zip(PARTS, (train, clean, self.test), strict=True)))

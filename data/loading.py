@@ -33,7 +33,7 @@ def load_data(config: Config) -> tuple[RawData, StoredSet | None]:
     module = plugins.load(PACKAGE, dataset.name)
     data: RawData | Listing | StoredSet | Altered = module.load(dataset.settings, config.dataset_dir, config.download)
     if isinstance(data, Altered):
-        data = data.over(decode(config, data.clean, [step.settings for step in data.pre]), config.data.placement)
+        data = data.over(decode(config, data.clean, [step.settings for step in data.origin.pre]), config.data.placement)
     data = data.cut(config.data.train_limit, config.data.test_limit)
     if isinstance(data, StoredSet):
         refuse_disagreement(config, data)

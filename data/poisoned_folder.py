@@ -69,6 +69,33 @@ class StoredSet:
         return RawData(train.images, train.labels, test.images, test.labels, self.class_names)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What is known, beside the images, of a set that another program has poisoned."""
+
+    source: str  # what wrote it, for set.json
+    dataset: Named  # its name and settings
+    backdoor: Backdoor
+    num_classes: int
+    class_names: tuple[str, ...]
+    pre: tuple[Named, ...]  # the transforms that brought its images to their size
+    folder: Path
+    described_by: str  # the file in the folder that says what the set is
+
+    def stored(self, parts: Mapping[str, Part]) -> StoredSet:
+        """Return the set with the parts of these names (`PARTS`); what nobody knows is null in its description."""
+        settings = {
+            "source": self.source, "backdoor": as_dict(self.backdoor), "dataset": as_dict(self.dataset),
+            "data": {"train_limit": None, "test_limit": None}, "seed": None, "num_classes": self.num_classes,
+            "transform_pre": named_settings(self.pre), "class_names": list(self.class_names),
+        }  # fmt: skip
+        train, test, triggered = (parts[name] for name in PARTS)
+        return StoredSet(
+            train, test, triggered, self.backdoor, self.num_classes, self.class_names, named_settings(self.pre),
+            self.folder, description_of(parts, settings), self.described_by,
+        )  # fmt: skip
+
+
 def write_set(out: Path, parts: Mapping[str, Part], settings: Mapping[str, Any], draw_sheet: Callable[[Path], None]) -> None:
     """Write the folder, whole or not at all.
 

@@ -70,9 +70,7 @@ def command(name: str, main: Callable[[], None], kept: str = "") -> NoReturn:
             if rank() > 0:
                 sys.exit(exit_code(stop))  # rank 0 reports it
             fail(f"\n{name}: stopped. {kept}".rstrip(), exit_code(stop))
-    if (
-        rank() > 0
-    ):  # it is done, while rank 0 may still be writing; torch's threads sometimes abort a process that ends normally
+    if rank() > 0:  # done, while rank 0 may still be writing; torch's threads sometimes abort a process that ends normally
         sys.stderr.flush()
         os._exit(0)
     sys.exit(0)

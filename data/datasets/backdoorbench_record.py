@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.altered import Altered
+from data.poisoned_folder import Origin
 from data.record_read import Hints, Record, read_record
 from data.sets import Listing, RawData
 from data.transforms import resize
@@ -54,10 +55,11 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> Altered
     fits = isinstance(clean, RawData) and clean.train_images.shape[1:3] == size
     # Listed images are resized as BackdoorBench resizes them: another way would tell clean images from altered ones.
     pre = () if fits else (Named("resize", resize.Settings(size)),)
-    return Altered(
-        clean, settings.clean, pre, record.train, record.test, record.backdoor, record.num_classes, "BackdoorBench record",
-        folder, record.source,
+    origin = Origin(
+        "BackdoorBench record", settings.clean, record.backdoor, record.num_classes, clean.class_names, pre, folder,
+        record.source,
     )  # fmt: skip
+    return Altered(clean, record.train, record.test, origin)
 
 
 def read(settings: Settings, folder: Path, clean: RawData | Listing) -> Record:

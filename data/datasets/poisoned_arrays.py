@@ -21,12 +21,12 @@ import numpy as np
 
 from data import sets
 from data.choice import label_after
-from data.poisoned_folder import PARTS, StoredSet, contradiction, description_of
+from data.poisoned_folder import PARTS, Origin, StoredSet, contradiction
 from data.sets import Part
 from utils.config import Backdoor
 from utils.errors import UserError
 from utils.paths import require_file, user_path
-from utils.schema import Named, as_dict, setting
+from utils.schema import Named, setting
 
 POISONED = True  # the set has its ground truth
 # The array's type: its number of dimensions, numpy's `dtype.kind`s, and their name for messages.
@@ -69,15 +69,8 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> StoredS
     if wrong is not None:
         raise UserError(f"{path}: {wrong}: write the file again")
     names = names or tuple(map(str, range(classes)))
-    described = {
-        "source": "arrays", "backdoor": as_dict(backdoor), "dataset": {"poisoned_arrays": as_dict(settings)},
-        "data": {"train_limit": None, "test_limit": None}, "seed": None, "num_classes": classes, "transform_pre": {},
-        "class_names": list(names),
-    }  # fmt: skip
-    train, test, triggered = (parts[name] for name in PARTS)
-    return StoredSet(
-        train, test, triggered, backdoor, classes, names, {}, path.parent, description_of(parts, described), path.name
-    )
+    origin = Origin("arrays", Named("poisoned_arrays", settings), backdoor, classes, names, (), path.parent, path.name)
+    return origin.stored(parts)
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
