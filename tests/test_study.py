@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import math
@@ -394,6 +395,23 @@ def test_a_readme_without_a_place_is_refused(text: str) -> None:
     assert report.insert(f"a\n{report.BEGIN}\nold\n{report.END}\nb", "new") == f"a\n{report.BEGIN}\nnew\n{report.END}\nb"
 
 
+def test_the_table_of_defenses_has_the_figures_of_the_study() -> None:
+    """Its columns without a defense and with ASD are the stored runs, and its page shows the figures of its CSV."""
+    folder = REPOSITORY / "results/sweeps/study_table"
+    page = (folder / "README.md").read_text()
+    with open(folder / "sweep.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    finished = [row for row in rows if row["state"] == "finished"]
+    assert len(rows) == 24 and page.count("not run |") == len(rows) - len(finished)
+    for row in finished:
+        figures = [float(row[key]) for key in ("clean_accuracy", "attack_success_rate")]
+        assert " / ".join(f"{100 * share:.1f}" for share in figures) in page
+        if row["defense"] in ("none", "asd"):
+            run = "undefended" if row["defense"] == "none" else "asd"
+            card = json.loads((STUDY / row["attack"] / f"{run}.json").read_text())
+            assert figures == [card["clean_accuracy"], card["attack_success_rate"]]
+
+
 # -- The commands ------------------------------------------------------------------------------------------------------
 
 
@@ -414,7 +432,13 @@ def test_run_sh_makes_every_run_with_settings_that_load(tmp_path: Path) -> None:
     commands = [command for command in planned_commands(tmp_path) if command[0] == "ASD.py"]
     kept = {path.relative_to(STUDY).with_suffix("").as_posix() for path in STUDY.glob("*/*.json")}
     attacks: dict[str, list[Any]] = {}
-    strengths = {"wanet_published", "wanet_s1", "clb_eps8", "clb_eps16", "lookalike_all"}  # they show why the attacks are not weaker
+    strengths = {
+        "wanet_published",
+        "wanet_s1",
+        "clb_eps8",
+        "clb_eps16",
+        "lookalike_all",
+    }  # why attacks are not weaker
     known = strengths | {*report.TITLES}
     for command in commands:
         sets = [word for before, word in pairwise(command) if before == "--set"]
