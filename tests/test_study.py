@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
 import json
 import math
@@ -410,6 +411,20 @@ def test_the_table_of_defenses_has_the_figures_of_the_study() -> None:
             run = "undefended" if row["defense"] == "none" else "asd"
             card = json.loads((STUDY / row["attack"] / f"{run}.json").read_text())
             assert figures == [card["clean_accuracy"], card["attack_success_rate"]]
+
+
+def test_the_table_of_defenses_is_the_report_of_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the commands of its page restore gives the same table, and counts as finished."""
+    folder, saved = REPOSITORY / "results/sweeps/study_table", tmp_path / "saved"
+    for attack in ("badnets", "blend", "wanet"):
+        for run, name in (("undefended", "none"), ("asd", "asd")):
+            restore.restore(f"{attack}/{run}", f"study_table/{attack}/{name}", saved, tmp_path / "storage")
+    shutil.copytree(folder / "runs", saved / "study_table", dirs_exist_ok=True)
+    sweep = str(REPOSITORY / "config/sweeps/study_table.yaml")
+    monkeypatch.setattr(sys, "argv", ["utils.sweep", sweep, "--report", "--set", f"saved_dir={saved}"])
+    importlib.import_module("utils.sweep.__main__").main()
+    for name in ("sweep.csv", "sweep.md"):
+        assert (saved / "study_table" / name).read_text() == (folder / name).read_text()
 
 
 # -- The commands ------------------------------------------------------------------------------------------------------
