@@ -413,16 +413,15 @@ def test_the_table_of_defenses_has_the_figures_of_the_study() -> None:
             assert figures == [card["clean_accuracy"], card["attack_success_rate"]]
 
 
-def test_the_table_of_defenses_is_the_report_of_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_defenses_is_the_report_of_its_runs(tmp_path: Path) -> None:
     """What the commands of its page restore gives the same table, and counts as finished."""
     folder, saved = REPOSITORY / "results/sweeps/study_table", tmp_path / "saved"
     for attack in ("badnets", "blend", "wanet"):
         for run, name in (("undefended", "none"), ("asd", "asd")):
             restore.restore(f"{attack}/{run}", f"study_table/{attack}/{name}", saved, tmp_path / "storage")
     shutil.copytree(folder / "runs", saved / "study_table", dirs_exist_ok=True)
-    sweep = str(REPOSITORY / "config/sweeps/study_table.yaml")
-    monkeypatch.setattr(sys, "argv", ["utils.sweep", sweep, "--report", "--set", f"saved_dir={saved}"])
-    importlib.import_module("utils.sweep.__main__").main()
+    sweep = importlib.import_module("utils.sweep.__main__")
+    call(sweep, REPOSITORY / "config/sweeps/study_table.yaml", "--report", "--set", f"saved_dir={saved}")
     for name in ("sweep.csv", "sweep.md"):
         assert (saved / "study_table" / name).read_text() == (folder / name).read_text()
 
@@ -447,13 +446,8 @@ def test_run_sh_makes_every_run_with_settings_that_load(tmp_path: Path) -> None:
     commands = [command for command in planned_commands(tmp_path) if command[0] == "ASD.py"]
     kept = {path.relative_to(STUDY).with_suffix("").as_posix() for path in STUDY.glob("*/*.json")}
     attacks: dict[str, list[Any]] = {}
-    strengths = {
-        "wanet_published",
-        "wanet_s1",
-        "clb_eps8",
-        "clb_eps16",
-        "lookalike_all",
-    }  # why attacks are not weaker
+    # The runs that show why attacks are not weaker.
+    strengths = {"wanet_published", "wanet_s1", "clb_eps8", "clb_eps16", "lookalike_all"}
     known = strengths | {*report.TITLES}
     for command in commands:
         sets = [word for before, word in pairwise(command) if before == "--set"]
