@@ -16,8 +16,8 @@ from benchmark import workload
 from benchmark.workload import Work, in_runtime, timed
 from engine.context import Context
 from utils.best_effort import BestEffort
-from utils.config import Loader, Runtime
 from utils.machine import has_bf16
+from utils.settings import Loader, Runtime
 
 IMAGES, STEPS, SIDE = 50_000, 200, 8192  # training images, steps of an epoch, side of the matrices of `product_tflops`
 

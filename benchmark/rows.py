@@ -17,8 +17,8 @@ from benchmark.reference import MixMatchScript, Script
 from benchmark.workload import Work, first, in_runtime, timed
 from data.pools import class_agnostic_split, pools_of
 from engine.context import Context
-from utils.config import Runtime
 from utils.machine import has_bf16
+from utils.settings import Runtime
 
 AGAIN = ", again"
 Make = Callable[[], Work]  # prepares the work

@@ -21,10 +21,11 @@ from data.transforms import normalize, random_crop, random_horizontal_flip, to_t
 from engine.context import Context, build_context, build_state
 from model.classifier import Classifier, build_classifier
 from model.networks import resnet18_cifar
-from utils.config import Backdoor, Config, Loader, Runtime, Semi, SemiLoader, Transform, TransformTest, TransformTrain
+from utils.config import Config
 from utils.draws import generator
 from utils.machine import Machine
 from utils.schema import Named
+from utils.settings import Backdoor, Loader, Runtime, Semi, SemiLoader, Transform, TransformTest, TransformTrain
 
 CLASSES = 10
 SIDE = 32

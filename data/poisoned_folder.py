@@ -22,11 +22,12 @@ import numpy as np
 
 from data.choice import label_after
 from data.sets import CLEAN, COVER, POISONED, Part, RawData
-from utils.config import Backdoor, Config
+from utils.config import Config
 from utils.errors import UserError
 from utils.files import cannot_write, new_folder, write_atomically, write_durably, write_text
 from utils.paths import require_file
 from utils.schema import Named, as_dict
+from utils.settings import Backdoor
 
 FORMAT, VERSION = "poisoned set", 2
 DESCRIPTION, SHEET = "set.json", "contact_sheet.png"

@@ -12,9 +12,10 @@ from data.choice import draw_cover, label_after, poison_index
 from data.sets import CLEAN, COVER, POISONED, AttackContext, NewClassifier, Part, RawData, TestSets, no_network
 from data.table_file import own_copy, read_table
 from utils import plugins
-from utils.config import Backdoor, Config
+from utils.config import Config
 from utils.errors import UserError
 from utils.paths import user_path
+from utils.settings import Backdoor
 
 ATTACKS = "data.attacks"
 

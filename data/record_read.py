@@ -22,10 +22,10 @@ from data.choice import label_after
 from data.image_file import BROKEN, open_image, reason
 from data.record_pickle import Numbers, read_attack_result
 from data.sets import COVER, POISONED, Part
-from utils.config import Backdoor
 from utils.errors import UserError
 from utils.paths import exists, is_dir, is_folder, require_file, visible
 from utils.schema import Named
+from utils.settings import Backdoor
 
 RESULT, TRAIN, TEST = "attack_result.pt", "bd_train_dataset", "bd_test_dataset"
 KEYS = ("model_name", "num_classes", "model", "data_path", "img_size", "clean_data", "bd_train", "bd_test")

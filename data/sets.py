@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from data.choice import label_after
-from utils.config import Backdoor
 from utils.schema import Named
+from utils.settings import Backdoor
 
 CLEAN, POISONED, COVER = 0, 1, 2  # ground-truth flags; a cover image is altered and keeps its label
 

@@ -12,6 +12,7 @@ from engine.context import Context
 from engine.supervised import train_supervised
 from utils import checkpoint
 from utils.checkpoint import State
+from utils.compatibility import refuse_other_data
 from utils.config import Config
 from utils.draws import generator
 from utils.run import LATEST, locate
@@ -49,7 +50,7 @@ def take_weights(context: Context, state: State, start_run: str) -> None:
     config = context.config
     path = locate(replace(config, run=start_run)).checkpoints / LATEST
     saved = checkpoint.read(path)
-    checkpoint.refuse_other_data(path, saved, state.data)
+    refuse_other_data(path, saved, state.data)
     checkpoint.load_weights(state.model, saved, path)
 
 

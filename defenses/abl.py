@@ -19,8 +19,9 @@ from engine.evaluation import infer
 from engine.supervised import BatchLoss, image_losses, mean_cross_entropy, supervised_steps, train_supervised
 from loss.supervised import cross_entropy
 from utils.checkpoint import State
-from utils.config import OPTIMIZERS, SCHEDULERS, SGD, Config, MultiStep
+from utils.config import Config
 from utils.schema import Named, setting
+from utils.settings import OPTIMIZERS, SCHEDULERS, SGD, MultiStep
 from utils.stages import METHOD, DefenseSettings, Stage, locate
 
 ISOLATED = "isolated"

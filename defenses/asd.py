@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ASD import Defense as Defense
 from utils.config import Config
-from utils.schema import Reader
+from utils.reader import Reader
 from utils.stages import DefenseSettings, Stage
 
 

@@ -16,8 +16,9 @@ from engine.defense import DefenseBase
 from engine.supervised import BatchLoss, image_losses, mean_cross_entropy, supervised_steps, train_supervised
 from model.classifier import build_classifier
 from utils.checkpoint import State
-from utils.config import OPTIMIZERS, SCHEDULERS, SGD, Config, MultiStep
+from utils.config import Config
 from utils.schema import Named, setting
+from utils.settings import OPTIMIZERS, SCHEDULERS, SGD, MultiStep
 from utils.stages import METHOD, DefenseSettings, Stage
 
 BIASED = "biased"
@@ -42,13 +43,13 @@ class Settings(DefenseSettings):
         """The biased network, then the clean one, which is the model."""
         key = "defense.cbd.optimizer"
         return (
-            Stage(BIASED, self.biased_epochs, self.optimizer, None, key),
+            Stage(BIASED, self.biased_epochs, self.optimizer, None, key, keeps_model=True),
             Stage("clean", self.clean_epochs, self.optimizer, self.lr_scheduler, key),
         )
 
 
 class Defense(DefenseBase):
-    """Two networks, one after the other; while the biased one is trained, the (untrained) model is evaluated."""
+    """Two networks, one after the other; in the epochs of the biased one, the rows have the figures of the untrained model."""
 
     def build(self, state: State, stage: Stage) -> None:
         """Build the biased network, the stage's optimizer and its loss."""

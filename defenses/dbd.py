@@ -22,9 +22,10 @@ from loss.mixmatch import ramp_up
 from loss.supervised import symmetric_cross_entropy
 from model.classifier import Classifier
 from utils.checkpoint import State
-from utils.config import OPTIMIZERS, SCHEDULERS, SGD, Adam, Config, CosineAnnealing, transforms
+from utils.config import Config
 from utils.draws import generator, key_seed
 from utils.schema import Named, setting
+from utils.settings import OPTIMIZERS, SCHEDULERS, SGD, Adam, CosineAnnealing, transforms
 from utils.stages import DefenseSettings, Stage, locate
 
 PROJECTION = "projection"

@@ -18,8 +18,9 @@ from engine.supervised import BatchLoss, mean_cross_entropy, supervised_steps, t
 from loss.supervised import cross_entropy
 from model.classifier import Classifier, Features
 from utils.checkpoint import State
-from utils.config import OPTIMIZERS, SGD, Config
+from utils.config import Config
 from utils.schema import Named, setting
+from utils.settings import OPTIMIZERS, SGD
 from utils.stages import METHOD, DefenseSettings, Stage
 
 PRUNED = "pruned channels"

@@ -20,8 +20,10 @@ from loss.attention import attention_distance
 from model.classifier import Classifier
 from model.feature_maps import collect_maps
 from utils.checkpoint import State
-from utils.config import OPTIMIZERS, SCHEDULERS, SGD, Config, MultiStep
-from utils.schema import Named, Reader, setting
+from utils.config import Config
+from utils.reader import Reader
+from utils.schema import Named, setting
+from utils.settings import OPTIMIZERS, SCHEDULERS, SGD, MultiStep
 from utils.stages import METHOD, DefenseSettings, Stage
 
 TEACHER = "teacher"
@@ -51,7 +53,7 @@ class Settings(DefenseSettings):
         key = "defense.nad"
         return (
             undefended_stage(config, self.start_run),
-            Stage("teacher", self.teacher_epochs, self.teacher_optimizer, None, f"{key}.teacher_optimizer"),
+            Stage(TEACHER, self.teacher_epochs, self.teacher_optimizer, None, f"{key}.teacher_optimizer", keeps_model=True),
             Stage("student", self.student_epochs, self.student_optimizer, self.student_scheduler, f"{key}.student_optimizer"),
         )
 
@@ -62,7 +64,7 @@ class Settings(DefenseSettings):
 
 
 class Defense(DefenseBase):
-    """The model is the undefended network: it is evaluated while the teacher is trained, then becomes the student."""
+    """The model is the undefended network: it stays as it is while the teacher is trained, then becomes the student."""
 
     def build(self, state: State, stage: Stage) -> None:
         """Build the teacher, the stage's optimizer and its loss."""

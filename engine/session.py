@@ -18,13 +18,13 @@ from data.sets import PoisonedData, TestSets
 from data.sources import prepare
 from engine.context import Context, build_context, build_state
 from engine.defense import DefenseBase
-from engine.evaluation import class_probabilities, collect_evidence, evaluate, training_features
+from engine.evaluation import Evaluation, class_probabilities, collect_evidence, evaluate, training_features
 from model.classifier import new_classifier
 from utils import checkpoint, config, manifest, plugins, stages
 from utils.checkpoint import State
-from utils.config import DEFENSES, Config, check_processes
+from utils.compatibility import refuse_other_settings
+from utils.config import Config, check_processes
 from utils.confusion import FILE as CONFUSION
-from utils.confusion import ByClass
 from utils.draws import key_seed
 from utils.errors import UserError
 from utils.evidence import FILE as EVIDENCE
@@ -33,6 +33,7 @@ from utils.plots import FEATURES
 from utils.report import Report, Subject
 from utils.run import BEST, LATEST, Run, locate, make_ready, open_run
 from utils.schema import as_dict, stand_ins
+from utils.settings import DEFENSES
 from utils.suspects import CSV as SUSPECTS
 
 
@@ -50,7 +51,8 @@ class Session:
     def __post_init__(self) -> None:
         self.trains = self.state.epoch < self.context.config.epochs
         self.started = time.monotonic()
-        self.by_class: ByClass | None = None  # of the last epoch
+        self.evaluation: Evaluation | None = None  # of the last epoch
+        self.evaluated = ""  # the stage of that epoch
 
     def epochs(self) -> Iterator[int]:
         """Yield the 0-based numbers of the remaining epochs; call `finish_epoch` at the end of each."""
@@ -70,7 +72,7 @@ class Session:
         """
         context, state = self.context, self.state
         context.machine.average_buffers(state.model)
-        figures, self.by_class = evaluate(context, state.model, self.tests)
+        figures = self.evaluate().shares
         self.check_losses(losses)
         if self.report and state.split_values is not None:
             self.report.split(state.epoch, state.clean_pool, state.split_values)
@@ -80,6 +82,13 @@ class Session:
         state.epoch += 1
         if self.report:
             save(context.config, state, self.writer, self.report)
+
+    def evaluate(self) -> Evaluation:
+        """Return the figures of the model in this epoch."""
+        stage = stages.locate(self.context.config.stages, self.state.epoch)[0]
+        if self.evaluation is None or not (stage.keeps_model and stage.name == self.evaluated):
+            self.evaluation, self.evaluated = evaluate(self.context, self.state.model, self.tests), stage.name
+        return self.evaluation
 
     def check_losses(self, losses: dict[str, float]) -> None:
         """Raise `UserError` if a loss is not finite: the weights are useless then, but the last checkpoint is intact."""
@@ -119,7 +128,7 @@ class Session:
             if report:
                 report.rank_suspects(evidence, context.train_set)
         if not self.trains and not (run.log / CONFUSION).exists():
-            self.by_class = evaluate(context, state.model, self.tests).by_class
+            self.evaluation = evaluate(context, state.model, self.tests)
         drawn = self.trains or not (run.log / FEATURES).exists()
         kept = context.config.evidence and (self.trains or not (run.saved / EVIDENCE).exists())
         if drawn or kept:
@@ -130,7 +139,7 @@ class Session:
                 probabilities = class_probabilities(state.model, features)  # (N, C)
                 report.keep_evidence(features, probabilities, context.train_set.labels.cpu())
         if report:
-            report.conclude(state, self.by_class)
+            report.conclude(state, self.evaluation.by_class if self.evaluation else None)
 
 
 @contextlib.contextmanager
@@ -170,7 +179,7 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, stack
     if resume is not None:
         saved = checkpoint.read(resume)
         names = {key for key, _, _ in stand_ins(config)}
-        checkpoint.refuse_other_settings(resume, saved, as_dict(config), names)  # before any data is decoded or written
+        refuse_other_settings(resume, saved, as_dict(config), names)  # before any data is decoded or written
     with machine.first_alone():  # rank 0 writes the run's files, the other ranks read them
         data = prepare(config, run.saved, machine.device, machine.world_size, new_classifier)
         seeds = choose_seed_samples(config, data, run.saved)

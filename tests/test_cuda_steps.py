@@ -26,8 +26,8 @@ from data.pools import pools_of
 from engine.context import build_state
 from loss.mixmatch import ramp_up
 from model.optimizer import build_optimizer, build_scheduler
-from utils.config import SGD, Adam, MixMatch, MultiStep, Runtime
 from utils.schema import Named
+from utils.settings import SGD, Adam, MixMatch, MultiStep, Runtime
 from utils.stepper import TRIAL, Stepper, changed_tensors
 
 PRODUCTS = {"aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm", "aten::bmm"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,19 +14,25 @@ from torch import Tensor, nn
 from training import SMALL, last, same, small, train_here
 
 from data.pools import draw_seed_samples
-from data.sets import GroundTruth
+from data.sets import GroundTruth, TestSets
 from defenses import abl, cbd, fp, reference_filter, reference_split
 from defenses._start import split_clean
+from engine import session
+from engine.context import Context
+from engine.evaluation import Evaluation, evaluate
 from engine.session import Session
 from loss.attention import attention_distance, attention_map
 from loss.contrastive import nt_xent
 from loss.mixmatch import ramp_up
 from loss.supervised import cross_entropy
 from utils import config, plugins
+from utils.confusion import FILE as CONFUSION
 from utils.errors import UserError
 from utils.machine import Machine
+from utils.run import locate as locate_run
 from utils.stages import Stage, locate, schedule_length
 
+FIGURES = ("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target")
 every_defense = pytest.mark.parametrize("name", SMALL)
 
 
@@ -71,6 +78,27 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     resumed = last(tmp_path, "cut")
     for key in whole.keys() - {"config"}:
         assert same(whole[key], resumed[key]), key
+
+
+@pytest.mark.parametrize("name", ["cbd", "nad"])
+def test_a_model_that_stays_as_it_is_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """While another network is trained, the figures of the first epoch are those of the stage, and the matrices are kept."""
+    settings, path = small(tmp_path, name, f"run={name}")
+    calls: list[str] = []
+
+    def counted(context: Context, model: nn.Module, tests: TestSets) -> Evaluation:
+        calls.append("evaluated")
+        return evaluate(context, model, tests)
+
+    monkeypatch.setattr(session, "evaluate", counted)
+    train_here(settings, path)
+    assert len(calls) == settings.epochs - 1
+    rows = last(tmp_path, name)["history"]
+    kept = {tuple(row[key] for key in FIGURES) for row in rows if row["stage"] in ("biased", "teacher")}
+    assert len(kept) == 1
+    assert len({row["clean_accuracy"] for row in rows}) > 1
+    confusion = locate_run(settings).log / CONFUSION
+    assert json.loads(confusion.read_text())["epoch"] == settings.epochs - 1
 
 
 @pytest.mark.slow

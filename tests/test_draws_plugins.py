@@ -142,7 +142,7 @@ import logging
 from dataclasses import dataclass
 import torch
 from data.attack import AttackBase
-from utils.config import NETWORKS
+from utils.settings import NETWORKS
 from utils.schema import Named, setting
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ from engine.defense import DefenseBase
 from engine.supervised import supervised_steps, train_supervised
 from loss.supervised import cross_entropy
 from model.classifier import build_classifier
-from utils.config import OPTIMIZERS, SGD
+from utils.settings import OPTIMIZERS, SGD
 from utils.schema import Named, setting
 from utils.stages import DefenseSettings, Stage
 

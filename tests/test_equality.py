@@ -23,7 +23,7 @@ from engine.context import Context, build_state
 from loss.mixmatch import ramp_up
 from model.grouped_norm import group
 from model.optimizer import build_optimizer
-from utils.config import MixMatch, Runtime
+from utils.settings import MixMatch, Runtime
 from utils.stepper import Stepper, changed_tensors
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -21,6 +21,7 @@ from data.loading import load_raw
 from data.sets import PoisonedData
 from data.sources import prepare
 from utils import checkpoint, config, manifest
+from utils.compatibility import refuse_other_settings
 from utils.errors import UserError
 from utils.manifest import Row
 from utils.schema import as_dict, stand_ins
@@ -214,9 +215,9 @@ def test_a_trigger_file_is_identified_by_its_contents(tmp_path: Path) -> None:
     keys = {key for key, _, _ in stand_ins(settings["a"])}
     assert keys == {"dataset", "dataset_dir", "seed_samples", "backdoor.badnets.trigger_path"}
     saved = {"config": as_dict(settings["a"]), "data": first.manifest}
-    checkpoint.refuse_other_settings(tmp_path, saved, as_dict(settings["b"]), keys)
+    refuse_other_settings(tmp_path, saved, as_dict(settings["b"]), keys)
     with pytest.raises(UserError, match="trigger_path"):  # without a manifest the path is compared
-        checkpoint.refuse_other_settings(tmp_path, saved | {"data": ""}, as_dict(settings["b"]), keys)
+        refuse_other_settings(tmp_path, saved | {"data": ""}, as_dict(settings["b"]), keys)
 
 
 def test_a_folder_of_reflections_is_identified_by_its_images(tmp_path: Path) -> None:

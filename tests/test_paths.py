@@ -21,12 +21,12 @@ from data.datasets import cifar10, cifar100, folder, gtsrb, poisoned_set
 from data.image_file import read_named
 from data.loading import name_of_folder
 from utils import cli, config, paths
-from utils.config import Backdoor
 from utils.errors import UserError
 from utils.names import Names, class_text
 from utils.report import Report, Subject
 from utils.run import Run, locate
 from utils.schema import Named
+from utils.settings import Backdoor
 
 NOBODY = "~nobody-of-this-name/x"
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from utils import config, plugins, schema
 from utils.errors import UserError
-from utils.schema import Choices, Named, Reader, as_dict, setting
+from utils.reader import Reader
+from utils.schema import Choices, Named, as_dict, setting
 
 
 @dataclass(frozen=True)

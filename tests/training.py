@@ -22,9 +22,9 @@ SMALL: dict[str, dict[str, Any]] = {  # a few epochs of every stage
     "none": {},
     "asd": {},
     "abl": {"isolation_epochs": 2, "isolation_ratio": 0.1, "finetune_epochs": 2, "unlearn_epochs": 1, "batch_size": 32},
-    "nad": {"teacher_epochs": 1, "student_epochs": 2, "batch_size": 16},
+    "nad": {"teacher_epochs": 2, "student_epochs": 2, "batch_size": 16},
     "fp": {"finetune_epochs": 1},
-    "cbd": {"biased_epochs": 1, "clean_epochs": 2, "lr_scheduler": None},
+    "cbd": {"biased_epochs": 2, "clean_epochs": 2, "lr_scheduler": None},
     "dbd": {
         "simclr_epochs": 2, "simclr_batch_size": 32, "head_epochs": 1, "mixmatch_epochs": 2, "projection_dim": 8,
         "simclr_transform": {"random_resize_crop": {"size": 32}, "random_horizontal_flip": {}, "random_grayscale": {"p": 0.2}},

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from utils import confusion, evidence, page, plots, suspects
-from utils.checkpoint import State, flatten
-from utils.config import Backdoor, Config, to_yaml
+from utils.checkpoint import State
+from utils.compatibility import flatten
+from utils.config import Config, to_yaml
 from utils.confusion import ByClass
 from utils.files import write_text
 from utils.machine import Machine
 from utils.run import Run
 from utils.runlog import KINDS, RunLog, add_finish, add_losses, add_row, add_start, write_metrics
 from utils.schema import as_dict
+from utils.settings import Backdoor
 from utils.suspects import Evidence
 
 logger = logging.getLogger(__name__)

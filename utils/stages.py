@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.schema import Named, Reader
+from utils.reader import Reader
+from utils.schema import Named
 
 UNDEFENDED = "none"  # the value of `defense` that means training without one: the twin that other runs are compared with
 # What only ASD, and methods that train with its MixMatch, read.
@@ -26,6 +27,7 @@ class Stage:
     lr_scheduler: Named | None = None  # over this stage, and over the following ones that are not `new_optimizer`
     key: str = "optimizer"  # the setting that its learning rate is given by, for messages
     new_optimizer: bool = True  # begins with a new optimizer; False: goes on with that of the stage before
+    keeps_model: bool = False  # trains another network, so that the model is evaluated once in the stage
 
 
 class DefenseSettings:

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from data.attack import Arrays, AttackBase, fingerprint, in_batches, keep_asset, weights_of
 from data.attacks._iab_networks import EncoderDecoder, blend, density_loss, diversity_loss, sharpen, standardize
 from data.sets import AttackContext
-from utils.config import NETWORKS
 from utils.draws import generator, key_seed, numpy_generator
 from utils.errors import UserError
 from utils.runlog import progress
 from utils.schema import Named, as_dict, setting
+from utils.settings import NETWORKS
 
 logger = logging.getLogger(__name__)
 FORMAT = 1  # of the assets; changed when the same settings give other assets

@@ -23,10 +23,10 @@ from data import sets
 from data.choice import label_after
 from data.poisoned_folder import PARTS, Origin, StoredSet, contradiction
 from data.sets import Part
-from utils.config import Backdoor
 from utils.errors import UserError
 from utils.paths import require_file, user_path
 from utils.schema import Named, setting
+from utils.settings import Backdoor
 
 POISONED = True  # the set has its ground truth
 # The array's type: its number of dimensions, numpy's `dtype.kind`s, and their name for messages.

@@ -16,8 +16,9 @@ from utils.config import Config
 from utils.errors import UserError, nearest
 from utils.layers import read_yaml
 from utils.paths import is_file, user_path
+from utils.reader import Reader
 from utils.run import Run, locate
-from utils.schema import REQUIRED, Reader, join, setting
+from utils.schema import REQUIRED, join, setting
 
 MEASURES = ("ACC", "ASR", "ASR without trigger", "RA", "DER", "seconds")
 

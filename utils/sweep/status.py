@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from utils.checkpoint import refuse_other_settings
+from utils.compatibility import refuse_other_settings
 from utils.errors import UserError
 from utils.files import write_text
 from utils.schema import as_dict, stand_ins

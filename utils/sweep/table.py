@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from utils import plugins
 from utils.compare import effectiveness, render
-from utils.config import DEFENSES, Config
+from utils.config import Config
+from utils.settings import DEFENSES
 from utils.stages import UNDEFENDED
 from utils.sweep.plan import MEASURES, Job, Plan, shown
 from utils.sweep.status import FAILED, FINISHED, OUTPUT, Status

@@ -1,0 +1,104 @@
+"""Whether a run may resume from a checkpoint: its data must be the same, and its settings, except those that change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from utils.config import Config
+from utils.errors import UserError
+from utils.manifest import differences, other_data
+from utils.reader import Reader
+from utils.schema import as_dict
+
+# Settings that may differ between the run that wrote a checkpoint and the run that resumes from it.
+FREE = (
+    "run", "saved_dir", "storage_dir", "dataset_dir", "download", "prefetch", "num_epochs", "global.epoch_third", "runtime",
+    "sync_bn", "criterion", "seed.deterministic", "seed.benchmark", "loader.num_workers", "loader.pin_memory",
+    "semi.loader.num_workers", "semi.loader.pin_memory", "data.placement", "data.cache_dir", "evidence",
+)  # fmt: skip
+
+
+def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, Any], stand_ins: Collection[str] = ()) -> None:
+    """Refuse a checkpoint with a different configuration; the authors' checkpoints store none.
+
+    The settings in `FREE`, and those that the defense does not read, may differ.
+
+    Args:
+        saved: contents of the checkpoint.
+        stand_ins: settings that name files which the manifest compares by content (`utils.schema.stand_ins`). They are
+            compared as text if the checkpoint, being of an earlier version, has no manifest.
+    """
+    if not isinstance(saved.get("config"), dict):
+        return
+    then, now = flatten(completed(saved["config"])), flatten(config)
+    wanted = read_config(config)
+    free = [*FREE, *wanted.defense.settings.unread, *(stand_ins if saved.get("data") else ())]
+    if any(stage.lr_scheduler and stage.lr_scheduler.settings.follows_length for stage in wanted.stages):
+        free.remove("num_epochs")  # any other run may be extended
+    for key in [*now, *(k for k in then if k not in now)]:
+        if any(key == f or key.startswith(f + ".") for f in free) or then.get(key) == now.get(key):
+            continue
+        key, before, after = chosen_differently(key, then, now) or (key, then.get(key), now.get(key))
+        raise UserError(
+            f"{path}: was written with {key}: {before!r}, but the configuration has {after!r}: set it back, or "
+            "start a new run: --resume False, or --set run=NAME without --resume"
+        )
+
+
+def chosen_differently(key: str, then: dict[str, Any], now: dict[str, Any]) -> tuple[str, str, str] | None:
+    """Return the section above a key, and the names chosen there, if it chooses another name (an optimizer, a defense)."""
+    section = key
+    while section:
+        before, after = (names_below(section, settings) for settings in (then, now))
+        if before - after and after - before:
+            return section, ", ".join(sorted(before - after)), ", ".join(sorted(after - before))
+        section = section.rpartition(".")[0]
+    return None
+
+
+def names_below(section: str, settings: dict[str, Any]) -> set[str]:
+    """Return the names of the keys of a section; of a choice without settings, the name that is chosen."""
+    if section in settings:
+        return {settings[section]} if isinstance(settings[section], str) else set()
+    return {key[len(section) + 1 :].split(".")[0] for key in settings if key.startswith(section + ".")}
+
+
+def read_config(config: dict[str, Any]) -> Config:
+    """Return a stored configuration, with the defaults of settings that were added since it was written."""
+    read: Config = Reader(lambda key: "").section(Config, config)
+    return read
+
+
+def completed(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration, completed by the defaults of settings that were added later."""
+    try:
+        complete: dict[str, Any] = as_dict(read_config(config))
+    except UserError:  # it has a setting that no longer exists: the comparison names it
+        return config
+    return complete
+
+
+def refuse_other_data(path: Path, saved: dict[str, Any], data: str) -> None:
+    """Refuse a checkpoint of other data. Checkpoints of earlier versions and of the authors have no manifest.
+
+    Args:
+        data: the manifest of this run.
+    """
+    known = saved.get("data")
+    changed = differences(known, data) if isinstance(known, str) and known and data else []
+    if changed:
+        raise other_data(str(path), "was written", changed)
+
+
+def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Return {"a.b": value} for nested dictionaries; an empty dictionary is a value."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        at = f"{path}.{key}" if path else str(key)
+        if isinstance(value, dict) and value:
+            out |= flatten(value, at)
+        else:
+            out[at] = value
+    return out
