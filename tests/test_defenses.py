@@ -196,7 +196,7 @@ def test_local_gradient_ascent_is_flooding(shift: float) -> None:
     assert torch.allclose(torch.autograd.grad(loss, logits)[0], flooding)
     loss = abl.ascent_below(context, state, abl.Settings(unit="example"))(torch.zeros(0), index, 20)
     slow = sum((1 if x > 0.5 else -1) * x for x in cross_entropy(logits, labels)) / 20
-    assert float(loss) == pytest.approx(float(slow))
+    assert float(loss.detach()) == pytest.approx(float(slow.detach()))
 
 
 def test_the_isolated_images_have_the_lowest_losses(tmp_path: Path) -> None:
