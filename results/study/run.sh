@@ -38,7 +38,7 @@ run() {
 # The attacks. IAB's generator and CLB's surrogate are made from the same data first, scaled down with the rest.
 badnets="backdoor={badnets: {}}"
 wanet="backdoor={poison_ratio: 0.1, wanet: {s: 1.0}}"  # weaker ones do not reach an undefended ASR of 90 %
-clb="backdoor={poison_ratio: 0.5, poison_mode: exact, clb: {eps: 16, training: fast, epochs: 10, \
+clb="backdoor={poison_ratio: 0.25, poison_mode: exact, clb: {eps: 32, training: fast, epochs: 10, \
 surrogate: {resnet18_cifar: {width: 16, blocks: 1}}}}"  # weaker ones do not reach an undefended ASR of 95 %
 blend="backdoor={blend: {}}"
 refool="backdoor={refool: {}}"
@@ -74,8 +74,9 @@ run gtsrb_badnets/undefended gtsrb_study defense=none num_epochs=20
 run gtsrb_badnets/asd gtsrb_study
 run wanet_published/undefended cifar10_study_undefended "backdoor={wanet: {}}"
 run wanet_s1/undefended cifar10_study_undefended "backdoor={wanet: {s: 1.0}}"
-run clb_eps8/undefended cifar10_study_undefended "$clb" backdoor.poison_ratio=0.25 backdoor.clb.eps=8
-run clb_eps16/undefended cifar10_study_undefended "$clb" backdoor.poison_ratio=0.25
+run clb_eps8/undefended cifar10_study_undefended "$clb" backdoor.clb.eps=8
+run clb_eps16/undefended cifar10_study_undefended "$clb" backdoor.clb.eps=16
+run clb_half/undefended cifar10_study_undefended "$clb" backdoor.clb.eps=16 backdoor.poison_ratio=0.5
 run lookalike_all/undefended cifar10_study_undefended "$lookalike" backdoor.lookalike.share=1.0
 run lookalike/undefended cifar10_study_undefended "$lookalike"
 run lookalike/asd cifar10_study "$lookalike"
