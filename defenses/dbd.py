@@ -26,13 +26,14 @@ from utils.config import Config
 from utils.draws import generator, key_seed
 from utils.schema import Named, setting
 from utils.settings import OPTIMIZERS, SCHEDULERS, SGD, Adam, CosineAnnealing, transforms
-from utils.stages import DefenseSettings, Stage, locate
+from utils.stages import SPLITS, DefenseSettings, Stage, locate
 
 PROJECTION = "projection"
 
 
 @dataclass(frozen=True)
 class Settings(DefenseSettings):
+    unread = (*SPLITS, "optimizer", "lr_scheduler", "undefended")
     simclr_transform: tuple[Named, ...] = setting(
         (),
         "augmentation of the views of SimCLR, in this order; empty: transform.train.primary",

@@ -17,13 +17,14 @@ from utils.config import Config
 from utils.draws import generator
 from utils.errors import UserError
 from utils.schema import setting
-from utils.stages import DefenseSettings, Stage
+from utils.stages import SPLITS, DefenseSettings, Stage
 
 
 @dataclass(frozen=True)
 class Settings(DefenseSettings):
     """Optimizer, schedule, MixMatch and the size of the pool (`global.epsilon`) are ASD's."""
 
+    unread = (*SPLITS, "undefended")
     pool: str = setting("clean", "where the pool is drawn from: the clean images, or all of them", options=("clean", "random"))
 
     def stages(self, config: Config) -> tuple[Stage, ...]:

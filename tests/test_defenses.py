@@ -125,7 +125,7 @@ OTHER = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SMALL if plugins.settings("defenses", name).unread])
+@every_defense
 def test_settings_that_a_defense_does_not_read_may_change(tmp_path: Path, name: str) -> None:
     """With other values of all of them a run has the same weights and rows, so a run may be resumed with them."""
     settings, path = small(tmp_path, name, "run=before")

@@ -10,11 +10,9 @@ from utils.reader import Reader
 from utils.schema import Named
 
 UNDEFENDED = "none"  # the value of `defense` that means training without one: the twin that other runs are compared with
-# What only ASD, and methods that train with its MixMatch, read.
-METHOD = (
-    "optimizer", "lr_scheduler", "semi", "meta", "global.epoch_first", "global.epoch_second", "global.t", "global.n",
-    "global.epsilon", "global.keep_seeds",
-)  # fmt: skip
+# What only ASD reads; and what only ASD and methods that train with its MixMatch read.
+SPLITS = ("meta", "global.epoch_first", "global.epoch_second", "global.t", "global.n", "global.keep_seeds")
+METHOD = (*SPLITS, "optimizer", "lr_scheduler", "semi", "global.epsilon")
 
 
 @dataclass(frozen=True)
