@@ -286,7 +286,8 @@ def test_without_runs_every_planned_one_is_not_run(tmp_path: Path) -> None:
     runs = report.Runs(folder)
     page = report.page(folder, runs)
     assert len(runs.names) == 38 and "0 of 38 runs" in page and "{{" not in page
-    assert all(f"| `{name}` | not run |" in page for name in runs.names)
+    planned = ", ".join(f"`{name}`" for name in runs.names)
+    assert f"Planned, but not finished: {planned}." in " ".join(page.split()) and "| `" not in page
     assert "completed 0 of" in " ".join(report.status(runs).split())
     assert list(report.curves(folder, runs)) == ["authors' code, full size"]
 
@@ -311,9 +312,9 @@ def test_figures_of_the_files_stand_on_the_page(tmp_path: Path) -> None:
         "| `badnets/asd` | mean of the last 5 | 86.00 | 2.60 | 2.00 | 80.00 | - |",
         "| `badnets/undefended` | end of undefended, epoch 20 | 88.00 | 99.99 | 2.00 | 80.00 | - |",
         "| `badnets/asd-7` | 2262 | 0.9877 | 0.7500 | 0.9900 |",
-        "| `badnets/asd-102` | not run | - | - | - | - | - |",
     ):
         assert line in page, line
+    assert "`badnets/asd-102`" in page and "| `badnets/asd-102`" not in page
     assert "| `badnets/asd-101` | 101 | 21,000 | 360 | an abacus | 012345678 |" in page
     assert "| BadNets | 100, 101, 7 | 86.67 ± 3.06 (84.00 to 90.00) |" in page
 

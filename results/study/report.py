@@ -164,10 +164,9 @@ def cells(row: Row, keys: Iterable[str] = KEYS) -> Cells:
 
 
 def per_run(head: Cells, names: list[str], runs: Runs, rows: Callable[[Run], Sequence[Cells]]) -> str:
-    """Return a table with the `rows` of each run; the first column, which `rows` does not include, is the run's name."""
-    absent = [(NOT_RUN, *[NONE] * (len(head) - 1))]
-    table = [(f"`{name}`", *row) for name in names for row in (rows(runs[name]) if name in runs else []) or absent]
-    return render([("run", *head), *table], markdown=True)
+    """Return a table with the `rows` of each stored run; the first column, which `rows` does not include, is the run's name."""
+    table = [(f"`{name}`", *row) for name in names if name in runs for row in rows(runs[name])]
+    return render([("run", *head), *table], markdown=True) if table else "No such run is finished yet."
 
 
 def overview(runs: Runs, titles: dict[str, str]) -> str:
@@ -263,10 +262,17 @@ def trials(folder: Path) -> str:
 # -- Page, paragraph, plot ---------------------------------------------------------------------------------------------
 
 
+def missing(runs: Runs) -> str:
+    """Return the names of the planned runs that are not finished."""
+    found = ", ".join(f"`{name}`" for name in runs.names if name not in runs)
+    return textwrap.fill(f"Planned, but not finished: {found or 'none'}.", 124, break_long_words=False, break_on_hyphens=False)
+
+
 def page(folder: Path, runs: Runs) -> str:
     """Return the page of the study: `page.md` with `{{name}}` replaced by the tables."""
     pieces = {
-        "progress": f"{len(runs)} of {len(runs.names)} runs are finished.",
+        "progress": f"{len(runs)} of {len(runs.names)} runs are finished",
+        "missing": missing(runs),
         "authors": "{setting} ({source})".format_map(read(folder / "authors_run.json")),
         "overview": overview(runs, MAIN),
         "further": overview(runs, FURTHER),
