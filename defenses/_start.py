@@ -15,6 +15,8 @@ from utils.checkpoint import State
 from utils.compatibility import refuse_other_data
 from utils.config import Config
 from utils.draws import generator
+from utils.errors import UserError
+from utils.paths import is_file
 from utils.run import LATEST, locate
 from utils.stages import Stage
 
@@ -48,7 +50,9 @@ def take_weights(context: Context, state: State, start_run: str) -> None:
         UserError: there is no such run, or it is of another network or other data.
     """
     config = context.config
-    path = locate(replace(config, run=start_run)).checkpoints / LATEST
+    path, key = locate(replace(config, run=start_run)).checkpoints / LATEST, f"defense.{config.defense.name}.start_run"
+    if not is_file(path, key):
+        raise UserError(f"{key}: {start_run}: no such run ({path} is missing): train it first, or leave the key out")
     saved = checkpoint.read(path)
     refuse_other_data(path, saved, state.data)
     checkpoint.load_weights(state.model, saved, path)

@@ -287,7 +287,7 @@ def test_without_runs_every_planned_one_is_not_run(tmp_path: Path) -> None:
     page = report.page(folder, runs)
     assert len(runs.names) == 38 and "0 of 38 runs" in page and "{{" not in page
     planned = ", ".join(f"`{name}`" for name in runs.names)
-    assert f"Planned, but not finished: {planned}." in " ".join(page.split())
+    assert f"Planned, but not run yet: {planned}." in " ".join(page.split())
     assert all(f"| `{name}` |" not in page for name in runs.names)
     assert "completed 0 of" in " ".join(report.status(runs).split())
     assert list(report.curves(folder, runs)) == ["authors' code, full size"]

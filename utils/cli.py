@@ -47,7 +47,7 @@ def parse_arguments(description: str, argv: Sequence[str] | None, training: bool
     args = parser.parse_args(argv)
     for flag in TORCHRUN_FLAGS:
         if getattr(args, flag[2:].replace("-", "_")) is not None:
-            raise UserError(f"{flag}: is no longer an option: start several processes with torchrun, which sets it")
+            raise UserError(f"{flag}: is not an option: start several processes with torchrun, which sets it")
     if args.amp:
         args.set.append("runtime.amp=true")
     return args

@@ -2,8 +2,8 @@
 # All runs of the study, from the repository root: sh results/study/run.sh [RUN ...]
 #
 # Without names, all of them in the order below; with names, those alone, so that several shells can share the work. A run that
-# was interrupted goes on where it stopped, and one that is kept already is skipped. The commit that a run was begun with is the
-# one that its card has. Places may be changed by these variables:
+# was interrupted is resumed, and one whose results are stored already is skipped. The card of a run records the commit that it
+# was started with. Paths can be set by these variables:
 #   PYTHON, DEVICE (cpu, or the number of a CUDA device), CIFAR10, GTSRB (data sets), SAVED, STORAGE (logs, checkpoints)
 set -eu
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

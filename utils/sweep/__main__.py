@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
         "--only", action="append", default=[], metavar="AXIS=VALUE,VALUE", help="run and report only these values of an axis"
     )
     parser.add_argument("--dry-run", action="store_true", help="show each run's state and commands, and start nothing")
-    parser.add_argument("--report", action="store_true", help="write table and plot of what is there, and start nothing")
+    parser.add_argument("--report", action="store_true", help="write table and plot of the finished runs, and start nothing")
     args = parser.parse_args()
     if args.dry_run and args.report:
         raise UserError("--dry-run --report: give one of the two")

@@ -59,7 +59,7 @@ def devices(gpu: str, workers: int) -> list[str]:
     """
     numbers = device_numbers(gpu)
     if numbers and not torch.cuda.is_available():
-        logger.info("no CUDA device here: running on the CPU (--gpu cpu asks for it)")
+        logger.info("no CUDA device found: running on the CPU (--gpu cpu selects it explicitly)")
         numbers = []
     if numbers and max(numbers) >= (there := torch.cuda.device_count()):
         raise UserError(f"--gpu {gpu}: there are {there} CUDA devices: give 0 to {there - 1}")
