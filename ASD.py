@@ -34,7 +34,7 @@ from utils.checkpoint import State
 from utils.cli import command, parse_arguments
 from utils.errors import UserError
 from utils.runlog import progress
-from utils.stages import Stage
+from utils.stages import Stage, locate
 from utils.stepper import Stepper
 
 
@@ -111,10 +111,11 @@ def split_losses(context: Context, epoch: int, purpose: str, model: nn.Module) -
     losses = symmetric_cross_entropy(logits, train_set.labels, sce.alpha, sce.beta).cpu()  # (N,)
     wrong = torch.nonzero(~torch.isfinite(losses)).squeeze(1)
     if len(wrong):
+        key = "meta.optimizer" if "virtual" in purpose else locate(config.stages, epoch)[0].key
         raise UserError(
             f"epoch {epoch}: the split loss of {len(wrong)} of {len(losses)} images is not finite (first: image "
-            f"{int(wrong[0])}): lower the learning rate of {'meta.optimizer' if 'virtual' in purpose else 'optimizer'}; "
-            "the last checkpoint is kept"
+            f"{int(wrong[0])}): lower the learning rate of {key} in a new run (--set run=NAME); the checkpoint of the epoch "
+            "before is kept"
         )
     return losses
 

@@ -12,13 +12,14 @@ from engine.context import Context
 from engine.supervised import train_supervised
 from utils import checkpoint
 from utils.checkpoint import State
-from utils.compatibility import refuse_other_data
+from utils.compatibility import read_config, refuse_other_data
 from utils.config import Config
 from utils.draws import generator
 from utils.errors import UserError
 from utils.paths import is_file
+from utils.reader import Reader
 from utils.run import LATEST, locate
-from utils.stages import Stage
+from utils.stages import UNDEFENDED, Stage
 
 UNDEFENDED_STAGE = "undefended"
 START_HELP = "name of a finished run without a defense to start from; null: train one first, for num_epochs"
@@ -29,6 +30,12 @@ def undefended_stage(config: Config, start_run: str | None) -> Stage:
     plan = config.undefended
     epochs = 0 if start_run else config.num_epochs
     return Stage(UNDEFENDED_STAGE, epochs, plan.optimizer, plan.lr_scheduler, "undefended.optimizer")
+
+
+def check_clean(config: Config, reader: Reader) -> None:
+    """Refuse a defense that is given no clean images."""
+    if config.global_.seed_num < 1 and config.seed_samples is None:
+        reader.fail("global.seed_num", config.global_.seed_num, f"{config.defense.name} needs clean images: give at least 1")
 
 
 def train_undefended(context: Context, state: State, epoch: int, images: Tensor | None = None) -> dict[str, float]:
@@ -44,17 +51,23 @@ def train_undefended(context: Context, state: State, epoch: int, images: Tensor 
 
 
 def take_weights(context: Context, state: State, start_run: str) -> None:
-    """Load the weights of the last epoch of another run, which must have trained on the same data.
+    """Load the last weights of a finished run without a defense on the same data.
 
     Raises:
-        UserError: there is no such run, or it is of another network or other data.
+        UserError: there is no such run, it has a defense, is not finished, or is of another network or other data.
     """
     config = context.config
     path, key = locate(replace(config, run=start_run)).checkpoints / LATEST, f"defense.{config.defense.name}.start_run"
     if not is_file(path, key):
         raise UserError(f"{key}: {start_run}: no such run ({path} is missing): train it first, or leave the key out")
     saved = checkpoint.read(path)
-    refuse_other_data(path, saved, state.data)
+    if isinstance(saved.get("config"), dict):  # the authors' checkpoints have none
+        started, done = read_config(saved["config"]), saved.get("epoch", -1) + 1
+        if started.defense.name != UNDEFENDED:
+            raise UserError(f"{key}: {start_run}: has defense: {started.defense.name}: name a run without a defense")
+        if done < started.epochs:
+            raise UserError(f"{key}: {start_run}: has finished {done} of {started.epochs} epochs: resume it first")
+    refuse_other_data(path, saved, state.data, whole=False)  # that run is given no clean images
     checkpoint.load_weights(state.model, saved, path)
 
 

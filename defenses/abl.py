@@ -20,6 +20,7 @@ from engine.supervised import BatchLoss, image_losses, mean_cross_entropy, super
 from loss.supervised import cross_entropy
 from utils.checkpoint import State
 from utils.config import Config
+from utils.errors import UserError
 from utils.schema import Named, setting
 from utils.settings import OPTIMIZERS, SCHEDULERS, SGD, MultiStep
 from utils.stages import METHOD, DefenseSettings, Stage, locate
@@ -69,6 +70,16 @@ class Settings(DefenseSettings):
 
 class Defense(DefenseBase):
     """The three stages of ABL on one network."""
+
+    def __init__(self, context: Context, given: Tensor) -> None:
+        super().__init__(context, given)
+        s, n, least = self.settings, len(context.train_set), 2 * context.machine.world_size
+        isolated = int(n * s.isolation_ratio)
+        if s.unlearn_epochs and isolated < least:
+            raise UserError(
+                f"defense.abl.isolation_ratio: {s.isolation_ratio}: isolates {isolated} of {n} images, but a training step "
+                f"needs {least}: raise it, or set unlearn_epochs to 0"
+            )
 
     def build(self, state: State, stage: Stage) -> None:
         """Build the stage's optimizer and its loss."""

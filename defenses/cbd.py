@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data.batches import draw_supervised
+from engine.context import place
 from engine.defense import DefenseBase
 from engine.supervised import BatchLoss, image_losses, mean_cross_entropy, supervised_steps, train_supervised
 from model.classifier import build_classifier
@@ -56,7 +57,7 @@ class Defense(DefenseBase):
         config, machine = self.context.config, self.context.machine
         if BIASED not in state.networks:
             biased = build_classifier(config.network, config.num_classes, config.seed.seed + 1)
-            state.networks[BIASED] = biased.to(machine.device).to(memory_format=machine.memory_format)
+            state.networks[BIASED] = place(biased, config, machine)
         part = state
         if stage.name == BIASED:
             part = State(state.networks[BIASED], state.optimizer, None)

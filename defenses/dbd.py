@@ -14,7 +14,7 @@ from ASD import mixmatch_steps, split_losses, train_mixmatch
 from data.augment import Pipeline
 from data.batches import SupervisedDraws, draw_supervised
 from data.pools import check_share, class_agnostic_split
-from engine.context import Context
+from engine.context import Context, place
 from engine.defense import DefenseBase
 from engine.supervised import supervised_steps, train_supervised
 from loss.contrastive import nt_xent
@@ -91,9 +91,9 @@ class Defense(DefenseBase):
     def build(self, state: State, stage: Stage) -> None:
         """Build the projection head, the stage's optimizer and its stepper."""
         assert isinstance(state.model, Classifier)
-        device = self.context.machine.device
+        config, machine = self.context.config, self.context.machine
         if PROJECTION not in state.networks:
-            state.networks[PROJECTION] = self.build_projection(state.model.linear.in_features).to(device)
+            state.networks[PROJECTION] = place(self.build_projection(state.model.linear.in_features), config, machine)
         if stage.name == "simclr":
             network = Projected(state.model, state.networks[PROJECTION])
             self.set_optimizer(state, stage, network.parameters())

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from data.batches import draw_supervised
-from defenses._start import START_HELP, UNDEFENDED_STAGE, split_clean, take_weights, train_undefended, undefended_stage
+from defenses._start import (
+    START_HELP,
+    UNDEFENDED_STAGE,
+    check_clean,
+    split_clean,
+    take_weights,
+    train_undefended,
+    undefended_stage,
+)
 from engine.defense import DefenseBase
 from engine.evaluation import infer
 from engine.supervised import BatchLoss, mean_cross_entropy, supervised_steps, train_supervised
@@ -19,11 +27,13 @@ from loss.supervised import cross_entropy
 from model.classifier import Classifier, Features
 from utils.checkpoint import State
 from utils.config import Config
+from utils.reader import Reader
 from utils.schema import Named, setting
 from utils.settings import OPTIMIZERS, SGD
 from utils.stages import METHOD, DefenseSettings, Stage
 
 PRUNED = "pruned channels"
+ROUNDING = 1e-6  # images: `drop` times their number is often whole, but not as a float
 
 
 @dataclass(frozen=True)
@@ -47,14 +57,20 @@ class Settings(DefenseSettings):
             Stage("finetune", self.finetune_epochs, self.finetune_optimizer, None, key),
         )
 
+    def check(self, config: Config, reader: Reader) -> None:
+        """There are clean images."""
+        check_clean(config, reader)
+
 
 class Defense(DefenseBase):
     """Pruning a channel of the last stage means zeroing its column of the linear layer, whose input is the channel means."""
 
+    pruned: Tensor | None = None  # (k,) int64, the pruned channels, on the device
+
     def build(self, state: State, stage: Stage) -> None:
         """Build the stage's optimizer, and a loss that holds the pruned columns at 0."""
         super().build(state, stage)
-        if stage.name != UNDEFENDED_STAGE:
+        if stage.name == "finetune":
             state.stepper = supervised_steps(self.context, state, self.held(state))
 
     def held(self, state: State) -> BatchLoss:
@@ -63,20 +79,20 @@ class Defense(DefenseBase):
 
         def loss(inputs: Tensor, index: Tensor, count: int) -> Tensor:
             """Return this process' share of the loss."""
-            zero_pruned_columns(state)
+            self.zero_pruned_columns(state)
             return plain(inputs, index, count)
 
         return loss
 
     def start_stage(self, state: State, stage: Stage) -> None:
-        """Choose the channels and zero_pruned_columns them, once."""
+        """Choose the channels and zero their columns of the linear layer, once."""
         if stage.name != "pruned":
             return
         if self.settings.start_run:
             take_weights(self.context, state, self.settings.start_run)
         rank, check = split_clean(self.given, self.context.config.seed.seed)
         state.tables[PRUNED] = self.choose(state, rank, check)
-        zero_pruned_columns(state)
+        self.zero_pruned_columns(state)
 
     def choose(self, state: State, rank: Tensor, check: Tensor) -> Tensor:
         """Return the channels to prune (k,) int64: as many as accuracy on the images `check` allows."""
@@ -99,20 +115,20 @@ class Defense(DefenseBase):
         draws = draw_supervised(context.config.seed.seed, "fp", epoch, len(self.given), context.train_transform)
         state.model.train()
         loss = train_supervised(context, state, stage, draws.of(self.given), self.settings.batch_size)
-        zero_pruned_columns(state)
+        self.zero_pruned_columns(state)
         return {"loss": loss} | self.count(state)
+
+    @torch.no_grad()
+    def zero_pruned_columns(self, state: State) -> None:
+        """Set the linear layer's columns of the pruned channels to 0, in place."""
+        assert isinstance(state.model, Classifier)
+        if self.pruned is None:  # once, not in each step: a captured step cannot copy from the host
+            self.pruned = state.tables[PRUNED].to(self.context.machine.device)
+        state.model.linear.weight.index_fill_(1, self.pruned, 0.0)
 
     def count(self, state: State) -> dict[str, float]:
         """Return the row's figure of how many channels are pruned."""
         return {"channels_pruned": len(state.tables[PRUNED])}
-
-
-@torch.no_grad()
-def zero_pruned_columns(state: State) -> None:
-    """Set the linear layer's columns of the pruned channels to 0, in place."""
-    assert isinstance(state.model, Classifier)
-    weight = state.model.linear.weight  # (C, D)
-    weight.index_fill_(1, state.tables[PRUNED].to(weight.device), 0.0)
 
 
 @torch.no_grad()
@@ -125,9 +141,9 @@ def prunable(features: Tensor, labels: Tensor, linear: torch.nn.Linear, order: T
     """
     weight, bias = linear.weight.cpu().float(), linear.bias.cpu().float()
     logits, best = features @ weight.T + bias, 0
-    floor = float((logits.argmax(1) == labels).float().mean()) - drop
+    least = int((logits.argmax(1) == labels).sum()) - drop * len(labels) - ROUNDING
     for k, channel in enumerate(order.tolist(), 1):
         logits -= features[:, channel, None] * weight[None, :, channel]
-        if float((logits.argmax(1) == labels).float().mean()) >= floor:
+        if int((logits.argmax(1) == labels).sum()) >= least:
             best = k
     return best

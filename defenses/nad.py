@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from data.batches import draw_supervised
-from defenses._start import START_HELP, UNDEFENDED_STAGE, take_weights, train_undefended, undefended_stage
+from defenses._start import START_HELP, UNDEFENDED_STAGE, check_clean, take_weights, train_undefended, undefended_stage
 from engine.defense import DefenseBase
 from engine.supervised import BatchLoss, image_losses, supervised_steps, train_supervised
 from loss.attention import attention_distance
-from model.classifier import Classifier
+from model.classifier import Classifier, new_classifier
 from model.feature_maps import collect_maps
 from utils.checkpoint import State
 from utils.config import Config
+from utils.errors import nearest
 from utils.reader import Reader
 from utils.schema import Named, setting
 from utils.settings import OPTIMIZERS, SCHEDULERS, SGD, MultiStep
@@ -58,7 +59,13 @@ class Settings(DefenseSettings):
         )
 
     def check(self, config: Config, reader: Reader) -> None:
-        """Each layer has a weight."""
+        """There are clean images; each layer is one of the network's, and has a weight."""
+        check_clean(config, reader)
+        with torch.device("meta"):  # no memory, no random number
+            known = [name for name, _ in new_classifier(config.network, config.num_classes).backbone.named_modules() if name]
+        for name in self.layers:
+            if name not in known:
+                reader.fail("defense.nad.layers", name, f"the network has no such part; {nearest(name, known)}")
         if len(self.layers) != len(self.betas):
             reader.fail("defense.nad.betas", list(self.betas), f"give {len(self.layers)} numbers, one for each of layers")
 

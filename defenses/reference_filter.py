@@ -25,7 +25,7 @@ class Settings(DefenseSettings):
     removes: str = setting(
         "poisoned", "what is left out: the poisoned images, or as many images drawn at random", options=("poisoned", "random")
     )
-    keeps_cover: bool = setting(True, "removes: poisoned: train on the cover images")
+    keeps_cover: bool = setting(False, "removes: poisoned: train on the cover images too")
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """All epochs are alike."""

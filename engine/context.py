@@ -48,10 +48,7 @@ def build_transforms(config: Config, images: ImageSet) -> tuple[Pipeline, Pipeli
 
 def build_state(config: Config, machine: Machine, count: int) -> State:
     """Return the state before the first epoch on `count` images: fresh weights, optimizer, schedule."""
-    model: nn.Module = build_classifier(config.network, config.num_classes, config.seed.seed)
-    model = model.to(machine.device).to(memory_format=machine.memory_format)
-    if config.sync_bn and machine.world_size > 1:
-        model = synchronize(model, machine.device)
+    model = place(build_classifier(config.network, config.num_classes, config.seed.seed), config, machine)
     if config.runtime.merged:
         model = group(model)
     stage, _ = locate(config.stages, 0)
@@ -59,6 +56,12 @@ def build_state(config: Config, machine: Machine, count: int) -> State:
     state = State(model, optimizer, scheduler, epochs_in_clean_pool=torch.zeros(count, dtype=torch.int32))
     state.parallel = machine.compiled(model) if config.runtime.compile else machine.wrap(model)
     return state
+
+
+def place(network: nn.Module, config: Config, machine: Machine) -> nn.Module:
+    """Return a network on the machine's device and in its memory format, its BN synchronized if `sync_bn` is set."""
+    network = network.to(machine.device).to(memory_format=machine.memory_format)
+    return synchronize(network, machine.device) if config.sync_bn and machine.world_size > 1 else network
 
 
 def build_training(

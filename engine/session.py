@@ -71,7 +71,8 @@ class Session:
             UserError: the loss is not finite.
         """
         context, state = self.context, self.state
-        context.machine.average_buffers(state.model)
+        for network in (state.model, *state.networks.values()):
+            context.machine.average_buffers(network)
         figures = self.evaluate().shares
         self.check_losses(losses)
         if self.report and state.split_values is not None:
@@ -95,8 +96,8 @@ class Session:
         if not torch.isfinite(torch.tensor(list(losses.values()))).all():
             key = stages.locate(self.context.config.stages, self.state.epoch)[0].key
             raise UserError(
-                f"epoch {self.state.epoch}: the training loss is not finite: lower the learning rate of {key}; "
-                "the last checkpoint is kept"
+                f"epoch {self.state.epoch}: the training loss is not finite: lower the learning rate of {key} in a new run "
+                "(--set run=NAME); the checkpoint of the epoch before is kept"
             )
 
     def row(self, losses: dict[str, float], figures: dict[str, float | None]) -> dict[str, object]:

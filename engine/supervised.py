@@ -20,13 +20,14 @@ BatchLoss = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def train_supervised(context: Context, state: State, name: str, draws: SupervisedDraws, batch: int) -> float:
-    """Train for one pass over the drawn images, by `state.stepper` or else with cross-entropy; return the mean loss.
+    """Train for one pass over the drawn images, by `state.stepper` or else, from then on, with cross-entropy; return the mean
+    loss.
 
     The model stays in the mode that it is in, train or eval.
     """
     machine = context.machine
     full, last = draws.to(machine.device).cut(batch, least=2 * machine.world_size)
-    steps = state.stepper or supervised_steps(context, state)
+    steps = state.stepper = state.stepper or supervised_steps(context, state)
     total = torch.zeros(1, device=machine.device)
     with count_at_end(state.model, len(full.order) + (len(last.order) > 0)):
         if len(full.order):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from utils.schema import Named
 
+ROUNDING = 1e-9  # epochs: 0.29 * 100 is 28.999... as a float
+
 
 def build_optimizer(chosen: Named, parameters: Iterable[nn.Parameter], capturable: bool = False) -> torch.optim.Optimizer:
     """Return torch's Adam or SGD over the parameters.
@@ -44,6 +46,6 @@ def build_scheduler(
         return None
     s = chosen.settings
     if chosen.name == "multi_step":
-        epochs = [int(m * num_epochs) if m < 1 else int(m) for m in s.milestones]
+        epochs = [int(m * num_epochs + ROUNDING) if m < 1 else int(m) for m in s.milestones]
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, epochs, s.gamma)
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, s.T_max or num_epochs, s.eta_min)

@@ -31,11 +31,11 @@ class SumOverProcesses(torch.autograd.Function):
         return SumOverProcesses.forward(ctx, gradient)
 
 
-class CpuSyncBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d with statistics over the rows of all processes."""
+class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalization with statistics over the rows of all processes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize (B, C, H, W) by the statistics of the whole batch."""
+        """Normalize (B, C, ...) by the statistics of the whole batch."""
         if not self.training:
             return super().forward(x)
         assert self.running_mean is not None
@@ -43,7 +43,8 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         count = values.new_full((1,), values.numel() / values.shape[1])
-        local = torch.cat([values.sum((0, 2, 3)), (values * values).sum((0, 2, 3)), count])  # (2C + 1,)
+        others, channels = (0, *range(2, x.ndim)), (-1, *(1,) * (x.ndim - 2))
+        local = torch.cat([values.sum(others), (values * values).sum(others), count])  # (2C + 1,)
         total = SumOverProcesses.apply(local)
         n = total[-1]
         mean, square = (total[:-1] / n).chunk(2)  # (C,), (C,)
@@ -54,8 +55,16 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
             self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), momentum)
             self.running_var.lerp_((variance.detach() * n / (n - 1)).to(self.running_var.dtype), momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        out = values * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        out = values * scale.view(channels) + (self.bias - mean * scale).view(channels)
         return out.to(x.dtype)
+
+
+class CpuSyncBatchNorm1d(CpuSyncBatchNorm, nn.BatchNorm1d):
+    """Of features (B, C)."""
+
+
+class CpuSyncBatchNorm2d(CpuSyncBatchNorm, nn.BatchNorm2d):
+    """Of feature maps (B, C, H, W)."""
 
 
 def synchronize(model: nn.Module, device: torch.device) -> nn.Module:
@@ -65,8 +74,9 @@ def synchronize(model: nn.Module, device: torch.device) -> nn.Module:
         return converted
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.BatchNorm2d) and not isinstance(child, CpuSyncBatchNorm2d):
-                twin = CpuSyncBatchNorm2d(child.num_features, child.eps, child.momentum)
+            if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)) and not isinstance(child, CpuSyncBatchNorm):
+                kind = CpuSyncBatchNorm1d if isinstance(child, nn.BatchNorm1d) else CpuSyncBatchNorm2d
+                twin = kind(child.num_features, child.eps, child.momentum)
                 twin.load_state_dict(child.state_dict())
                 setattr(parent, name, twin.to(child.weight.device, child.weight.dtype))
     return model

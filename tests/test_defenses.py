@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -26,10 +28,12 @@ from loss.contrastive import nt_xent
 from loss.mixmatch import ramp_up
 from loss.supervised import cross_entropy
 from utils import config, plugins
+from utils.compatibility import refuse_other_settings
 from utils.confusion import FILE as CONFUSION
 from utils.errors import UserError
 from utils.machine import Machine
 from utils.run import locate as locate_run
+from utils.schema import as_dict
 from utils.stages import Stage, locate, schedule_length
 
 FIGURES = ("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target")
@@ -154,10 +158,72 @@ def test_repair_defenses_start_from_the_undefended_network(tmp_path: Path, name:
     train_here(*small(tmp_path, name, "run=short", f"defense.{name}.start_run=plain"))
     short = last(tmp_path, "short")
     assert len(short["history"]) == len(whole["history"]) - 3
-    with pytest.raises(UserError, match="nowhere"):
-        train_here(*small(tmp_path, name, "run=lost", f"defense.{name}.start_run=nowhere"))
     with pytest.raises(UserError, match="other"):
         train_here(*small(tmp_path, name, "run=other", f"defense.{name}.start_run=plain", "backdoor.poison_ratio=0.2"))
+    clean = tmp_path / "clean.txt"
+    poisoned = np.load(tmp_path / "saved" / "plain" / "poison_idx.npy")
+    clean.write_text("".join(f"{i}\n" for i in np.flatnonzero(poisoned == 0)[:60]))
+    train_here(*small(tmp_path, name, "run=named", f"defense.{name}.start_run=plain", f"seed_samples={clean}"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nad", "fp"])
+def test_only_a_finished_run_without_a_defense_provides_the_weights(tmp_path: Path, name: str) -> None:
+    """Any other run is refused in one line that names the key and says what is wrong with it."""
+    train_here(*small(tmp_path, "none", "run=short"))
+    train_here(*small(tmp_path, "asd", "run=defended"))
+    checkpoint = tmp_path / "storage" / "short" / "checkpoint/latest_model.pt"
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save(saved | {"epoch": 1}, checkpoint)
+    for run, reason in (("nowhere", "no such run"), ("defended", "has defense: asd"), ("short", "has finished 2 of 3 epochs")):
+        with pytest.raises(UserError, match=rf"defense\.{name}\.start_run: {run}: {reason}") as caught:
+            train_here(*small(tmp_path, name, "run=repaired", f"defense.{name}.start_run={run}"))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_another_length_may_not_move_finished_epochs_to_another_stage(tmp_path: Path) -> None:
+    """`num_epochs` may change on resuming only as long as every finished epoch stays in its stage; of NAD it is the length of
+    the first of three."""
+    rates = "undefended.lr_scheduler=null"
+    train_here(*small(tmp_path, "nad", "run=whole", rates))
+    with pytest.raises(UserError, match="num_epochs: 3, but the configuration has 4"):
+        train_here(*small(tmp_path, "nad", "run=whole", rates, "num_epochs=4"))
+    saved = last(tmp_path, "whole")
+    now = as_dict(small(tmp_path, "nad", rates, "num_epochs=4")[0])
+    refuse_other_settings(tmp_path, saved | {"epoch": 2}, now)  # within the first stage
+    with pytest.raises(UserError, match="num_epochs"):
+        refuse_other_settings(tmp_path, saved | {"epoch": 3}, now)
+
+
+@pytest.mark.parametrize("name", ["cbd", "nad"])
+def test_the_statistics_of_every_network_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """On several processes not only the model is the same on all of them at the end of an epoch."""
+    averaged: list[int] = []
+    monkeypatch.setattr(Machine, "average_buffers", lambda _, network: averaged.append(id(network)))
+    settings, path = small(tmp_path, name, f"run={name}")
+    train_here(settings, path)
+    first = settings.stages[0].epochs if name == "nad" else 0  # epochs without a second network
+    assert len(averaged) == 2 * settings.epochs - first and len(set(averaged)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "expected"),
+    [
+        ("abl", "defense.abl.isolation_ratio=0.001", "isolates 0 of 200 images, but a training step needs 2"),
+        ("nad", "global.seed_num=0", "nad needs clean images"),
+        ("fp", "global.seed_num=0", "fp needs clean images"),
+        ("nad", "defense.nad.layers=[layer2, layer3, layer7]", "the network has no such part; did you mean layer"),
+    ],
+)
+def test_what_a_defense_cannot_work_with_is_refused_at_the_start(
+    tmp_path: Path, name: str, setting: str, expected: str
+) -> None:
+    """In one line that names the key, before anything is trained, and not after the stages before."""
+    with pytest.raises(UserError, match=rf"{re.escape(setting.partition('=')[0])}: .*{expected}") as caught:
+        train_here(*small(tmp_path, name, setting))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_stages_and_schedules() -> None:
@@ -280,6 +346,19 @@ def test_pruning_respects_the_allowed_accuracy_drop() -> None:
     assert fp.prunable(features, labels, linear, order, 1.0) == 12
 
 
+def test_a_drop_of_exactly_the_allowed_share_is_kept() -> None:
+    """Pruning the first of two channels costs 50 of 1,250 images, which are 4 %: it is pruned, the second one is not."""
+    features = torch.zeros(1250, 2)
+    features[:50, 0], features[50:, 1] = 1, 1
+    linear = nn.Linear(2, 2)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))
+        linear.bias.copy_(torch.tensor([0.5, 0.0]))
+    labels = torch.ones(1250, dtype=torch.int64)
+    assert fp.prunable(features, labels, linear, torch.arange(2), 0.04) == 1
+    assert fp.prunable(features, labels, linear, torch.arange(2), 0.039) == 0
+
+
 @pytest.mark.slow
 def test_pruned_channels_stay_pruned(tmp_path: Path) -> None:
     """After fine-tuning the columns are still 0, and no others; the rows say how many."""
@@ -317,8 +396,8 @@ def test_oracle_baselines_select_by_ground_truth(tmp_path: Path) -> None:
         found: list[int] = module.reference_images(c, flags).tolist()
         return found
 
-    assert chosen(reference_filter, "reference_filter") == [i for i in range(40) if flags[i] != 1]
-    assert chosen(reference_filter, "reference_filter", keeps_cover="false") == [i for i in range(40) if flags[i] == 0]
+    assert chosen(reference_filter, "reference_filter") == [i for i in range(40) if flags[i] == 0]
+    assert chosen(reference_filter, "reference_filter", keeps_cover="true") == [i for i in range(40) if flags[i] != 1]
     random = chosen(reference_filter, "reference_filter", removes="random")
     assert len(random) == 32 and sorted(set(random)) == random and any(flags[i] == 1 for i in random)
     pool = chosen(reference_split, "reference_split")

@@ -102,14 +102,15 @@ from utils.machine import choose_machine
 
 machine = choose_machine("cpu", False)
 torch.manual_seed(0)
-net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).double()
+layers = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2), nn.BatchNorm1d(2)
+net = nn.Sequential(*layers).double()
 images = torch.randn(7, 2, 6, 6, dtype=torch.float64)
 model = machine.wrap(synchronize(net, machine.device))
 mine = machine.shard(7)
 out = machine.all_gather(model(images[mine]), 7)
-(out.square().sum() / 7 * machine.world_size).backward()
+(out.pow(3).sum() / 7 * machine.world_size).backward()
 grads = torch.cat([p.grad.flatten() for p in net.parameters()])
-plain = [t.clone() for t in (net[1].running_mean, net[1].running_var)]
+plain = [torch.cat([getattr(net[i], name) for i in (1, 5)]) for name in ("running_mean", "running_var")]
 net[1].running_mean.add_(machine.rank)
 machine.average_buffers(net)
 torch.save([out.detach(), grads, *plain, net[1].running_mean], f"{sys.argv[1]}/{machine.rank}.pt")
@@ -127,16 +128,19 @@ def test_gradients_and_statistics_are_those_of_one_process(tmp_path: Path) -> No
     done = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).double()
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2), nn.BatchNorm1d(2)
+    ).double()
     images = torch.randn(7, 2, 6, 6, dtype=torch.float64)
     out = net(images)
-    (out.square().sum() / 7).backward()
+    (out.pow(3).sum() / 7).backward()
     grads = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     for rank in range(2):
         got_out, got_grads, mean, variance, averaged = torch.load(tmp_path / f"{rank}.pt")
         assert torch.allclose(got_out, out.detach(), rtol=1e-10)
         assert torch.allclose(got_grads, grads, rtol=1e-9, atol=1e-12)
-        assert torch.allclose(mean, net[1].running_mean) and torch.allclose(variance, net[1].running_var)
+        for name, found in (("running_mean", mean), ("running_var", variance)):
+            assert torch.allclose(found, torch.cat([net.get_buffer(f"{i}.{name}") for i in (1, 5)]))
         assert torch.allclose(averaged, net[1].running_mean + 0.5)  # the mean of + 0 and + 1
 
 
@@ -196,6 +200,8 @@ def test_a_batch_that_cannot_be_shared_is_refused(tiny: Path) -> None:
     check_processes(settings, 2)
     with pytest.raises(UserError, match=r"semi\.loader\.batch_size: 9: .*multiple of 2"):
         check_processes(load(tiny, ["semi.loader.batch_size=9"]), 2)
+    with pytest.raises(UserError, match=r"defense\.dbd\.simclr_batch_size: 33: .*multiple of 2"):
+        check_processes(load(tiny, ["defense={dbd: {simclr_batch_size: 33}}"]), 2)
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,13 @@ def rates(chosen: Named | None, num_epochs: int, rate: float = 0.1) -> list[floa
 
 @pytest.mark.parametrize(
     ("milestones", "gamma", "num_epochs", "falls_at"),
-    [((0.5, 0.75), 0.1, 8, (4, 6)), ((3.0, 5.0), 0.5, 7, (3, 5)), ((0.34, 1.0), 0.2, 10, (1, 3)), ((0.5,), 0.1, 5, (2,))],
+    [
+        ((0.5, 0.75), 0.1, 8, (4, 6)),
+        ((3.0, 5.0), 0.5, 7, (3, 5)),
+        ((0.34, 1.0), 0.2, 10, (1, 3)),
+        ((0.5,), 0.1, 5, (2,)),
+        ((0.7,), 0.1, 90, (63,)),
+    ],
 )
 def test_multi_step_falls_at_epochs_or_fractions(
     milestones: tuple[float, ...], gamma: float, num_epochs: int, falls_at: tuple[int, ...]

@@ -23,7 +23,7 @@ SMALL: dict[str, dict[str, Any]] = {  # a few epochs of every stage
     "asd": {},
     "abl": {"isolation_epochs": 2, "isolation_ratio": 0.1, "finetune_epochs": 2, "unlearn_epochs": 1, "batch_size": 32},
     "nad": {"teacher_epochs": 2, "student_epochs": 2, "batch_size": 16},
-    "fp": {"finetune_epochs": 1},
+    "fp": {"finetune_epochs": 1, "batch_size": 8},
     "cbd": {"biased_epochs": 2, "clean_epochs": 2, "lr_scheduler": None},
     "dbd": {
         "simclr_epochs": 2, "simclr_batch_size": 32, "head_epochs": 1, "mixmatch_epochs": 2, "projection_dim": 8,

@@ -35,8 +35,8 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
     then, now = flatten(completed(saved["config"])), flatten(config)
     wanted = read_config(config)
     free = [*FREE, *wanted.defense.settings.unread, *(stand_ins if saved.get("data") else ())]
-    if any(stage.lr_scheduler and stage.lr_scheduler.settings.follows_length for stage in wanted.stages):
-        free.remove("num_epochs")  # any other run may be extended
+    if not may_have_other_length(saved, wanted):
+        free.remove("num_epochs")
     for key in [*now, *(k for k in then if k not in now)]:
         if any(key == f or key.startswith(f + ".") for f in free) or then.get(key) == now.get(key):
             continue
@@ -45,6 +45,27 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
             f"{path}: was written with {key}: {before!r}, but the configuration has {after!r}: set it back, or "
             "start a new run: --resume False, or --set run=NAME without --resume"
         )
+
+
+def may_have_other_length(saved: dict[str, Any], wanted: Config) -> bool:
+    """Whether a run may resume from a checkpoint although its `num_epochs` is another one.
+
+    Its learning rates must not follow the length, and the finished epochs must belong to the same stages.
+    """
+    if any(stage.lr_scheduler and stage.lr_scheduler.settings.follows_length for stage in wanted.stages):
+        return False
+    try:
+        before = stage_names(read_config(saved["config"]))
+    except UserError:  # it has a setting that no longer exists: the comparison names it
+        return True
+    epoch = saved.get("epoch")  # 0-based, of the last one that is finished; absent: all are
+    done = epoch + 1 if isinstance(epoch, int) else len(before)
+    return all(then == now for then, now in zip(before[:done], stage_names(wanted), strict=False))
+
+
+def stage_names(config: Config) -> list[str]:
+    """Return the name of the stage of each epoch."""
+    return [stage.name for stage in config.stages for _ in range(stage.epochs)]
 
 
 def chosen_differently(key: str, then: dict[str, Any], now: dict[str, Any]) -> tuple[str, str, str] | None:
@@ -80,14 +101,15 @@ def completed(config: dict[str, Any]) -> dict[str, Any]:
     return complete
 
 
-def refuse_other_data(path: Path, saved: dict[str, Any], data: str) -> None:
+def refuse_other_data(path: Path, saved: dict[str, Any], data: str, whole: bool = True) -> None:
     """Refuse a checkpoint of other data. Checkpoints of earlier versions and of the authors have no manifest.
 
     Args:
         data: the manifest of this run.
+        whole: refuse inputs that only one of the two has as well, e.g. seed samples.
     """
     known = saved.get("data")
-    changed = differences(known, data) if isinstance(known, str) and known and data else []
+    changed = differences(known, data, whole) if isinstance(known, str) and known and data else []
     if changed:
         raise other_data(str(path), "was written", changed)
 

@@ -200,6 +200,8 @@ def check_processes(config: Config, processes: int) -> None:
         "semi.loader.batch_size": config.semi.loader.batch_size,
         "undefended.batch_size": config.undefended.batch_size,
     }
+    own = as_dict(config.defense.settings)
+    sizes |= {f"defense.{config.defense.name}.{key}": size for key, size in own.items() if key.endswith("batch_size")}
     for key, size in sizes.items():
         if size % processes:
             raise UserError(f"{key}: {size}: must be a multiple of {processes}, the number of processes")

@@ -36,7 +36,9 @@ class SGD:
 @dataclass(frozen=True)
 class MultiStep:
     milestones: tuple[float, ...] = setting(
-        REQUIRED, "epochs at which the rate falls; a number under 1 is a fraction of num_epochs", above=0
+        REQUIRED,
+        "epochs at which the rate falls; a number under 1 is a fraction of those that the schedule spans",
+        above=0,
     )
     gamma: float = setting(0.1, "factor at each milestone", above=0)
 
@@ -48,7 +50,7 @@ class MultiStep:
 
 @dataclass(frozen=True)
 class CosineAnnealing:
-    T_max: int | None = setting(None, "epochs from the first rate to eta_min; null: num_epochs", low=1)
+    T_max: int | None = setting(None, "epochs from the first rate to eta_min; null: all that the schedule spans", low=1)
     eta_min: float = setting(0.0, "the last learning rate", low=0)
 
     @property

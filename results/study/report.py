@@ -313,7 +313,7 @@ def status(runs: Runs) -> str:
         f"last epoch and as the mean of the last {LAST}.",
         f"Against these attacks all targets are met: {met}; against these at least one is missed: {missed}.",
         f"ASD without any attack: {verdicts['no_attack']}; against BadNets on GTSRB: {verdicts['gtsrb_badnets']}.",
-        f"Of {len(FURTHER)} further attacks, which are not in the paper, {len(FURTHER.keys() & set(both))} have a run with ASD.",
+        f"Of {len(FURTHER)} attacks that are not in the paper, {len(FURTHER.keys() & set(both))} have a run with ASD.",
     )
     text = textwrap.fill(" ".join(sentences), 125, break_long_words=False, break_on_hyphens=False)
     return f"{text}\n\n{overview(runs, MAIN)}" if both else text
