@@ -60,9 +60,25 @@ class StoredSet:
     described_by: str = DESCRIPTION  # the file in the folder that says what the set is
 
     def cut(self, train: int | None, test: int | None) -> StoredSet:
-        """Return the images that come from the data set's first `train` and `test` images (None: all); nothing is copied."""
-        clean, backdoor = self.clean_test.first(test), self.backdoor_test.first(test)
-        return replace(self, train=self.train.first(train), clean_test=clean, backdoor_test=backdoor)
+        """Return the images that come from the data set's first `train` and `test` images (None: all); nothing is copied.
+
+        Raises:
+            UserError: a limit leaves none of the training, clean test or triggered test images.
+        """
+
+        def kept(part: Part, key: str, limit: int | None, kind: str) -> Part:
+            few = part.first(limit)
+            if len(part) and not len(few):
+                least = part.indices[0] + 1
+                raise UserError(f"data.{key}: {limit}: keeps no {kind} image of {self.folder}: must be at least {least}")
+            return few
+
+        return replace(
+            self,
+            train=kept(self.train, "train_limit", train, "training"),
+            clean_test=kept(self.clean_test, "test_limit", test, "clean test"),
+            backdoor_test=kept(self.backdoor_test, "test_limit", test, "triggered test"),
+        )
 
     def raw(self) -> RawData:
         """Return the training images as the attacker left them, and the clean test images."""

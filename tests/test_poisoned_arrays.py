@@ -107,6 +107,17 @@ def test_optional_arrays_and_other_labels(tiny: Path, mine: Arrays) -> None:
     assert np.array_equal(stored.backdoor_test.labels, (mine["test_labels"] + 1) % 10)
 
 
+def test_a_limit_that_leaves_no_images_is_refused(tiny: Path, mine: Arrays) -> None:
+    """The line names the limit and the least value that leaves an image of each kind; that value works."""
+    first = int(mine["triggered_indices"][8])
+    for name in ("triggered_images", "triggered_indices"):
+        mine[name] = mine[name][8:]
+    with pytest.raises(UserError, match=rf"^data\.test_limit: {first}: keeps no triggered .*: must be at least {first + 1}$"):
+        load_data(plan(tiny, mine, f"data.test_limit={first}")[0])
+    stored = load_data(plan(tiny, mine, f"data.test_limit={first + 1}")[0])[1]
+    assert stored is not None and len(stored.clean_test) == first + 1 and len(stored.backdoor_test) == 1
+
+
 def without(name: str) -> Callable[[Arrays], None]:
     """Remove an array."""
     return lambda arrays: arrays.pop(name)
