@@ -98,9 +98,17 @@ class Origin:
     pre: tuple[Named, ...]  # the transforms that brought its images to their size
     folder: Path
     described_by: str  # the file in the folder that says what the set is
+    called: tuple[str, ...]  # what the parts of the names `PARTS` are called there
 
     def stored(self, parts: Mapping[str, Part]) -> StoredSet:
-        """Return the set with the parts of these names (`PARTS`); what nobody knows is null in its description."""
+        """Return the set with the parts of these names (`PARTS`); what nobody knows is null in its description.
+
+        Raises:
+            UserError: the parts are inconsistent, e.g. an image that the ASR must not count is among the triggered ones.
+        """
+        wrong = contradiction(parts, self.backdoor, self.num_classes, dict(zip(PARTS, self.called, strict=True)))
+        if wrong is not None:
+            raise UserError(f"{self.folder / self.described_by}: {wrong}: write the set again")
         settings = {
             "source": self.source, "backdoor": as_dict(self.backdoor), "dataset": as_dict(self.dataset),
             "data": {"train_limit": None, "test_limit": None}, "seed": None, "num_classes": self.num_classes,
@@ -267,6 +275,16 @@ def contradiction(
     if not np.isin(triggered.indices, clean.indices).all():
         return f"{called['backdoor_test']}: indices: some are not in {called['clean_test']}"
     return None
+
+
+def refuse_reserved(name: str, key: str) -> None:
+    """Raise UserError if an attack has the name of another key of `backdoor`, beside which `set.json` names it.
+
+    Args:
+        key: the setting that names the attack.
+    """
+    if name in PLAIN:
+        raise UserError(f"{key}: {name}: is a key of `backdoor` (as {', '.join(PLAIN)} are): give the attack another name")
 
 
 def backdoor_of(path: Path, described: dict[str, Any]) -> Backdoor:

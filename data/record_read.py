@@ -21,7 +21,7 @@ from PIL import Image
 from data.choice import label_after
 from data.image_file import BROKEN, open_image, reason
 from data.record_pickle import read_attack_result
-from data.sets import COVER, POISONED, Part
+from data.sets import COVER, MOST_CLASSES, POISONED, Part
 from utils.errors import UserError
 from utils.paths import exists, is_dir, is_folder, require_file, visible
 from utils.schema import Named
@@ -113,7 +113,7 @@ def checked_result(path: Path) -> Mapping[str, Any]:
     sides = [side for side in size if type(side) is int] if isinstance(size, (tuple, list)) else []
     if len(sides) != 3 or sides[2] != 3 or not all(0 < side <= LARGEST for side in sides):
         raise UserError(f"{path}: img_size: {brief(size)}: expected height, width and 3")
-    if type(classes) is not int or not 1 < classes < 10**6:
+    if type(classes) is not int or not 1 < classes <= MOST_CLASSES:
         raise UserError(f"{path}: num_classes: {brief(classes)}: expected a number of classes")
     return told | {"img_size": tuple(sides[:2])}
 

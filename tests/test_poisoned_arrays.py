@@ -163,11 +163,24 @@ def test_a_file_with_a_fault_is_refused_in_one_line(tiny: Path, mine: Arrays, da
     assert "\n" not in line and "mine.npz" in line and text in line, line
 
 
+def test_one_wrong_label_does_not_decide_the_number_of_classes(tiny: Path, mine: Arrays) -> None:
+    """Without class names a label that no data set has is refused with its array and value, instead of naming as many classes."""
+    del mine["class_names"]
+    mine["train_original_labels"][7] = 10**9
+    with pytest.raises(
+        UserError, match=r"mine\.npz: train_original_labels: the largest is 1000000000: must be less than 1000000$"
+    ):
+        read(tiny, mine)
+
+
 def test_settings_with_a_fault_are_refused(tiny: Path, mine: Arrays) -> None:
     """A missing file, a file of another kind, a pickle, no target or two: one line each, and nothing in a file is run."""
     for settings, text in (({"target_label": None}, "needs either"), ({"target_shift": 2}, "needs either")):
         with pytest.raises(UserError, match=text):
             read(tiny, mine, **settings)
+    for name in ("target_label", "target_shift", "poison_ratio", "poison_mode"):
+        with pytest.raises(UserError, match=f"^dataset.poisoned_arrays.attack: {name}: .*another name$"):
+            read(tiny, mine, attack=name)
     settings, _ = plan(tiny, mine, "dataset_dir=nothing.npz")
     with pytest.raises(UserError, match=r"nothing\.npz: no such file"):
         load_data(settings)
