@@ -83,6 +83,11 @@ def manifest_of(config: Config, raw: RawData) -> str:
     return to_text([*rows, *(Row(INPUT, key, "", digest_of_named(value, key)) for key, value in files)])
 
 
+def digest_of_manifest(config: Config, raw: RawData) -> str:
+    """Return the digest of `manifest_of`: that of all inputs of a poisoned set but the settings."""
+    return short(manifest_of(config, raw).encode("utf-8", "surrogateescape"))
+
+
 def digests_of(raw: RawData, part: str) -> tuple[str, ...]:
     """Return the digests of the training or the test images; computed unless they came with a table."""
     known, images = (raw.train_digests, raw.train_images) if part == TRAIN else (raw.test_digests, raw.test_images)

@@ -39,6 +39,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "backdoor": dict, "dataset": dict, "data": dict, "seed": (int, type(None)), "num_classes": int, "class_names": list,
     "transform_pre": dict, "counts": dict, "files": dict,
 }  # fmt: skip
+INPUTS = "inputs"  # optional key: `digest_of_manifest` of the data that the set was made from
 # The keys of `backdoor` besides the attack (poison_ratio etc.) with their types.
 PLAIN = {key: get_args(kind) or (kind,) for key, kind in get_type_hints(Backdoor).items() if kind is not Named}
 REMEDY = "make the set again with python -m data.poison, under another name"
@@ -50,7 +51,9 @@ class StoredSet:
 
     train: Part
     clean_test: Part
-    backdoor_test: Part  # triggered test images of other classes than the target, with the label that the attacker wants
+    # Triggered test images of other classes than the target, with the label that the attacker wants; may be empty if no training
+    # image is poisoned.
+    backdoor_test: Part
     backdoor: Backdoor
     num_classes: int
     class_names: tuple[str, ...]
@@ -127,7 +130,7 @@ def write_set(out: Path, parts: Mapping[str, Part], settings: Mapping[str, Any],
     Args:
         out: absent, or an empty folder.
         parts: by the names of `PARTS`.
-        settings: those that the set was made with, the `KEYS` except for counts and files; JSON's types.
+        settings: those that the set was made with, the `KEYS` except for counts and files, and `INPUTS`; JSON's types.
         draw_sheet: draws the contact sheet into the given file.
     Raises:
         UserError: the folder cannot be written.
@@ -247,13 +250,17 @@ def contradiction(
         called: what the parts are called in messages.
     """
     sides = {part.images.shape[1:] for part in parts.values()}
+    attacked = (parts["train"].flags == POISONED).any()
     for key, part in parts.items():
         name = called[key]
-        n = part.images.shape[0] if part.images.ndim == 4 and part.images.shape[3] == 3 else 0
-        if n == 0 or len(sides) > 1:
-            return f"{name}: images {part.images.shape}: must be (n, H, W, 3), n > 0, with one size in all parts"
+        n = part.images.shape[0] if part.images.ndim == 4 and part.images.shape[3] == 3 else -1
+        least = 0 if key == "backdoor_test" and not attacked else 1
+        if n < least or len(sides) > 1:
+            return f"{name}: images {part.images.shape}: must be (n, H, W, 3), n >= {least}, with one size in all parts"
         if any(getattr(part, key).shape != (n,) for key in ARRAYS if key != "images"):
             return f"{name}: not every array has one entry for each of the {n} images"
+        if n == 0:
+            continue
         if (np.diff(part.indices) <= 0).any() or part.indices[0] < 0:
             return f"{name}: indices: must ascend and not be negative"
         for array in ("labels", "original_labels"):
@@ -383,9 +390,11 @@ def named_settings(steps: tuple[Named, ...]) -> dict[str, Any]:
     return {step.name: as_dict(step.settings) for step in steps}
 
 
-def holds_same_set(folder: Path, settings: dict[str, Any]) -> bool:
-    """Return whether a folder contains a poisoned set that was made with these settings.
+def holds_same_set(folder: Path, settings: dict[str, Any], inputs: Callable[[], str]) -> bool:
+    """Return whether a folder contains a poisoned set that was made with these settings, from the same data.
 
+    Args:
+        inputs: returns the value of `INPUTS`; called only if the settings are equal and the set has one.
     Raises:
         UserError: the set is damaged.
     """
@@ -393,4 +402,6 @@ def holds_same_set(folder: Path, settings: dict[str, Any]) -> bool:
         return False
     read_set(folder)
     _, described = read_description(folder)
-    return all(described.get(key) == value for key, value in settings.items())
+    if any(described.get(key) != value for key, value in settings.items()):
+        return False
+    return INPUTS not in described or described[INPUTS] == inputs()
