@@ -51,8 +51,8 @@ class StoredSet:
 
     train: Part
     clean_test: Part
-    # Triggered test images of other classes than the target, with the label that the attacker wants; may be empty if no training
-    # image is poisoned.
+    # Triggered test images of other classes than the target, with the label that the attacker wants; may be empty if no
+    # training image is poisoned.
     backdoor_test: Part
     backdoor: Backdoor
     num_classes: int

@@ -164,7 +164,7 @@ def test_a_file_with_a_fault_is_refused_in_one_line(tiny: Path, mine: Arrays, da
 
 
 def test_one_wrong_label_does_not_decide_the_number_of_classes(tiny: Path, mine: Arrays) -> None:
-    """Without class names a label that no data set has is refused with its array and value, instead of naming as many classes."""
+    """Without class names a label that no data set has is refused with its array and value, and no class is named for it."""
     del mine["class_names"]
     mine["train_original_labels"][7] = 10**9
     with pytest.raises(
