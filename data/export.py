@@ -103,7 +103,7 @@ def convert(config: Config) -> Made:
     parts = {name: getattr(stored, name) for name in PARTS}
     described = json.loads(stored.description)
     settings = {key: described[key] for key in (*KEYS, "source", INPUTS) if key in described and key not in ("counts", "files")}
-    settings["backdoor"] = as_dict(stored.backdoor)  # of a set of version 1, set.json has not all keys
+    settings["backdoor"] = as_dict(stored.backdoor)  # set.json of version 1 lacks target_shift
     limits = {"train_limit": config.data.train_limit, "test_limit": config.data.test_limit}
     given = {key: limit for key, limit in limits.items() if limit is not None}
     if given:
