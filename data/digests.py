@@ -17,6 +17,7 @@ from data.sets import RawData
 from utils.config import Config
 from utils.errors import UserError
 from utils.manifest import INPUT, TEST, TRAIN, Row, to_text, with_input
+from utils.paths import named_path
 from utils.schema import stand_ins
 from utils.suspects import class_name
 
@@ -47,25 +48,25 @@ def file_digest(path: Path) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def digest_of_named(name: str) -> str:
+def digest_of_named(name: str, key: str) -> str:
     """Return the digest of the file, or of the files directly in the folder, that a setting names.
 
-    The name of the file or folder does not count; the names of the files in the folder count for their order only. A relative
-    path may also start at the project's folder, as in `data.image_file.read_named`.
+    The name of the file or folder does not count; the names of the files in the folder count for their order only.
 
+    Args:
+        name: a path, as in `utils.paths.named_path`.
+        key: the setting, for the error.
     Raises:
-        UserError: a file cannot be read.
+        UserError: there is no such file or folder, or a file cannot be read.
     """
-    path = Path(name).expanduser()
-    if not path.exists() and not path.is_absolute():
-        path = Path(__file__).resolve().parents[1] / name
+    path = named_path(name, key)
     try:
         files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")) if path.is_dir() else [path]
     except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror}): make it readable") from None
+        raise UserError(f"{key}: {name}: cannot be read ({error.strerror}): make it readable") from None
     parts = [file_digest(file) for file in files]
     if None in parts:
-        raise UserError(f"{files[parts.index(None)]}: cannot be read: make it readable")
+        raise UserError(f"{key}: {files[parts.index(None)]}: cannot be read: make it readable")
     return parts[0] if len(files) == 1 and not path.is_dir() else short(repr(parts).encode())  # type: ignore[return-value]
 
 
@@ -79,7 +80,12 @@ def manifest_of(config: Config, raw: RawData) -> str:
         *image_rows(TEST, raw.test_names, raw.test_labels, raw.class_names, digests_of(raw, TEST)),
     ]
     files = [(key, value) for key, kind, value in stand_ins(config) if kind == "files" and value is not None]
-    return to_text([*rows, *(Row(INPUT, key, "", digest_of_named(value)) for key, value in files)])
+    return to_text([*rows, *(Row(INPUT, key, "", digest_of_named(value, key)) for key, value in files)])
+
+
+def digest_of_manifest(config: Config, raw: RawData) -> str:
+    """Return the digest of `manifest_of`: that of all inputs of a poisoned set but the settings."""
+    return short(manifest_of(config, raw).encode("utf-8", "surrogateescape"))
 
 
 def digests_of(raw: RawData, part: str) -> tuple[str, ...]:

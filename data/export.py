@@ -16,14 +16,16 @@ import torch
 from data.attack import AttackBase
 from data.choice import choose_poisoned
 from data.contact_sheet import Group, columns, draw_contact_sheet
+from data.digests import digest_of_manifest
 from data.loading import dataset_of, load_data, load_raw
-from data.poisoned_folder import KEYS, PARTS, StoredSet, count, holds_same_set, settings_of_set, write_set
+from data.poisoned_folder import INPUTS, KEYS, PARTS, StoredSet, count, holds_same_set, settings_of_set, write_set
 from data.poisoning import build_attack, clean_images, poison_images, training_caption, trigger_images
 from data.sets import COVER, POISONED, NewClassifier, Part, RawData, no_network
 from utils.best_effort import BestEffort
 from utils.config import Config
 from utils.errors import UserError
 from utils.paths import exists, is_dir
+from utils.schema import as_dict
 
 logger = logging.getLogger(__name__)
 Shown = tuple[str, Part, Part, int, str]  # title, images, what they were made of, flag of those to show, name of the row
@@ -42,7 +44,8 @@ def write_arrays(out: Path, made: Made) -> None:
     """Write a set as arrays (`data/poisoned_folder.py`)."""
 
     def draw_sheet(path: Path) -> None:
-        BestEffort().attempt(path.name, draw_contact_sheet, path, made.groups)
+        if made.groups:
+            BestEffort().attempt(path.name, draw_contact_sheet, path, made.groups)
 
     write_set(out, made.parts, made.settings, draw_sheet)
 
@@ -62,10 +65,11 @@ def export(
     started = time.monotonic()
     if exists(out, "--out") and (not is_dir(out, "--out") or any(out.iterdir())):
         known = write is write_arrays and not config.poisoned_already
-        if known and holds_same_set(out, settings_of_set(config, dataset_of(config))):
+        settings = settings_of_set(config, dataset_of(config)) if known else {}
+        if known and holds_same_set(out, settings, lambda: digest_of_manifest(config, load_raw(config))):
             logger.info(f"{out}: contains this set already, made with the same settings; its files match set.json")
             return
-        raise UserError(f"--out {out}: not empty, and not a set made with the same settings: give another name")
+        raise UserError(f"--out {out}: not empty, and not a set made with the same settings and data: give another name")
     made = convert(config) if config.poisoned_already and config.backdoor is None else make(config, device, new_classifier)
     write(out, made)
     counts = count(made.parts["train"])
@@ -81,12 +85,14 @@ def make(config: Config, device: torch.device, new_classifier: NewClassifier) ->
     raw = load_raw(config)
     attack = build_attack(config, raw, device, new_classifier)
     index = choose_poisoned(config, raw.train_labels, attack.clean_label, attack.selection_scores)
+    clean = clean_images(raw)
     parts = {
         "train": poison_images(config, raw, attack, index),
-        "clean_test": clean_images(raw),
-        "backdoor_test": trigger_images(config, raw, attack),
+        "clean_test": clean,
+        "backdoor_test": trigger_images(config, raw, attack) if config.attacker.poison_ratio else clean.first(0),
     }
-    settings = settings_of_set(config, dataset_of(config)) | {"class_names": list(raw.class_names)}
+    settings = settings_of_set(config, dataset_of(config))
+    settings |= {"class_names": list(raw.class_names), INPUTS: digest_of_manifest(config, raw)}
     return Made(parts, settings, sheet_groups(config, raw, attack, parts["train"], parts["backdoor_test"]))
 
 
@@ -96,9 +102,13 @@ def convert(config: Config) -> Made:
     assert isinstance(stored, StoredSet)
     parts = {name: getattr(stored, name) for name in PARTS}
     described = json.loads(stored.description)
-    settings = {key: described[key] for key in (*KEYS, "source") if key in described and key not in ("counts", "files")}
+    settings = {key: described[key] for key in (*KEYS, "source", INPUTS) if key in described and key not in ("counts", "files")}
+    settings["backdoor"] = as_dict(stored.backdoor)  # set.json of version 1 lacks target_shift
     limits = {"train_limit": config.data.train_limit, "test_limit": config.data.test_limit}
-    settings["data"] |= {key: limit for key, limit in limits.items() if limit is not None}
+    given = {key: limit for key, limit in limits.items() if limit is not None}
+    if given:
+        settings["data"] |= given
+        settings.pop(INPUTS, None)  # the set was made from more images
     clean, title = stored.clean_test, f"triggered test images, labeled {stored.backdoor.target_text(stored.class_names)}"
     shown = [(title, stored.backdoor_test, clean, POISONED, "triggered")]
     return Made(parts, settings, groups_of(stored.backdoor.attack.name, stored.class_names, shown))

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from utils.errors import UserError
-from utils.paths import exists, require_file, user_path
+from utils.paths import named_path, require_file
 
 # Pillow's warnings do not name the file, and what they warn of does not change the pixels: damaged EXIF, 90 to 179 megapixels
 # (more is an error). `catch_warnings` around each read would not be thread-safe, and images are read in threads.
@@ -48,11 +48,7 @@ def read_named(name: str, key: str) -> Image.Image:
     Raises:
         UserError: the file does not exist or cannot be read as an image.
     """
-    path = user_path(name, key)
-    if not exists(path, key) and not path.is_absolute():
-        path = Path(__file__).resolve().parents[1] / name
-    if not exists(path, key):
-        raise UserError(f"{name}: no such image file: correct {key}, or remove it to use the built-in default")
+    path = named_path(name, key)
     try:
         return read_image(path)
     except BROKEN as error:

@@ -40,12 +40,7 @@ def main(new_classifier: NewClassifier, weights_of: WeightsOf | None = None) -> 
     """
     parser = Parser(prog="data.poison", description="Write a poisoned data set into a folder.", allow_abbrev=False)
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="YAML", help=f"settings (default {DEFAULT_CONFIG})")
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="new or empty folder, or one that has the same set: it is verified",
-    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the set: new, empty, or that of the same set")
     parser.add_argument("--format", default=FORMATS[0], choices=FORMATS, help="arrays (default), or a record of BackdoorBench")
     parser.add_argument("--weights", metavar="CHECKPOINT", help="of a run without a defense on this set, for the record")
     parser.add_argument("--gpu", default="0", help="number of the CUDA device on which assets of the attack are made, or cpu")

@@ -39,6 +39,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "backdoor": dict, "dataset": dict, "data": dict, "seed": (int, type(None)), "num_classes": int, "class_names": list,
     "transform_pre": dict, "counts": dict, "files": dict,
 }  # fmt: skip
+INPUTS = "inputs"  # optional key: `digest_of_manifest` of the data that the set was made from
 # The keys of `backdoor` besides the attack (poison_ratio etc.) with their types.
 PLAIN = {key: get_args(kind) or (kind,) for key, kind in get_type_hints(Backdoor).items() if kind is not Named}
 REMEDY = "make the set again with python -m data.poison, under another name"
@@ -50,7 +51,9 @@ class StoredSet:
 
     train: Part
     clean_test: Part
-    backdoor_test: Part  # triggered test images of other classes than the target, with the label that the attacker wants
+    # Triggered test images of other classes than the target, with the label that the attacker wants; may be empty if no
+    # training image is poisoned.
+    backdoor_test: Part
     backdoor: Backdoor
     num_classes: int
     class_names: tuple[str, ...]
@@ -60,9 +63,25 @@ class StoredSet:
     described_by: str = DESCRIPTION  # the file in the folder that says what the set is
 
     def cut(self, train: int | None, test: int | None) -> StoredSet:
-        """Return the images that come from the data set's first `train` and `test` images (None: all); nothing is copied."""
-        clean, backdoor = self.clean_test.first(test), self.backdoor_test.first(test)
-        return replace(self, train=self.train.first(train), clean_test=clean, backdoor_test=backdoor)
+        """Return the images that come from the data set's first `train` and `test` images (None: all); nothing is copied.
+
+        Raises:
+            UserError: a limit leaves none of the training, clean test or triggered test images.
+        """
+
+        def kept(part: Part, key: str, limit: int | None, kind: str) -> Part:
+            few = part.first(limit)
+            if len(part) and not len(few):
+                least = part.indices[0] + 1
+                raise UserError(f"data.{key}: {limit}: keeps no {kind} image of {self.folder}: must be at least {least}")
+            return few
+
+        return replace(
+            self,
+            train=kept(self.train, "train_limit", train, "training"),
+            clean_test=kept(self.clean_test, "test_limit", test, "clean test"),
+            backdoor_test=kept(self.backdoor_test, "test_limit", test, "triggered test"),
+        )
 
     def raw(self) -> RawData:
         """Return the training images as the attacker left them, and the clean test images."""
@@ -82,9 +101,17 @@ class Origin:
     pre: tuple[Named, ...]  # the transforms that brought its images to their size
     folder: Path
     described_by: str  # the file in the folder that says what the set is
+    called: tuple[str, ...]  # what the parts of the names `PARTS` are called there
 
     def stored(self, parts: Mapping[str, Part]) -> StoredSet:
-        """Return the set with the parts of these names (`PARTS`); what nobody knows is null in its description."""
+        """Return the set with the parts of these names (`PARTS`); what nobody knows is null in its description.
+
+        Raises:
+            UserError: the parts are inconsistent, e.g. an image that the ASR must not count is among the triggered ones.
+        """
+        wrong = contradiction(parts, self.backdoor, self.num_classes, dict(zip(PARTS, self.called, strict=True)))
+        if wrong is not None:
+            raise UserError(f"{self.folder / self.described_by}: {wrong}: write the set again")
         settings = {
             "source": self.source, "backdoor": as_dict(self.backdoor), "dataset": as_dict(self.dataset),
             "data": {"train_limit": None, "test_limit": None}, "seed": None, "num_classes": self.num_classes,
@@ -103,7 +130,7 @@ def write_set(out: Path, parts: Mapping[str, Part], settings: Mapping[str, Any],
     Args:
         out: absent, or an empty folder.
         parts: by the names of `PARTS`.
-        settings: those that the set was made with, the `KEYS` except for counts and files; JSON's types.
+        settings: those that the set was made with, the `KEYS` except for counts and files, and `INPUTS`; JSON's types.
         draw_sheet: draws the contact sheet into the given file.
     Raises:
         UserError: the folder cannot be written.
@@ -223,13 +250,17 @@ def contradiction(
         called: what the parts are called in messages.
     """
     sides = {part.images.shape[1:] for part in parts.values()}
+    attacked = (parts["train"].flags == POISONED).any()
     for key, part in parts.items():
         name = called[key]
-        n = part.images.shape[0] if part.images.ndim == 4 and part.images.shape[3] == 3 else 0
-        if n == 0 or len(sides) > 1:
-            return f"{name}: images {part.images.shape}: must be (n, H, W, 3), n > 0, with one size in all parts"
+        n = part.images.shape[0] if part.images.ndim == 4 and part.images.shape[3] == 3 else -1
+        least = 0 if key == "backdoor_test" and not attacked else 1
+        if n < least or len(sides) > 1:
+            return f"{name}: images {part.images.shape}: must be (n, H, W, 3), n >= {least}, with one size in all parts"
         if any(getattr(part, key).shape != (n,) for key in ARRAYS if key != "images"):
             return f"{name}: not every array has one entry for each of the {n} images"
+        if n == 0:
+            continue
         if (np.diff(part.indices) <= 0).any() or part.indices[0] < 0:
             return f"{name}: indices: must ascend and not be negative"
         for array in ("labels", "original_labels"):
@@ -251,6 +282,16 @@ def contradiction(
     if not np.isin(triggered.indices, clean.indices).all():
         return f"{called['backdoor_test']}: indices: some are not in {called['clean_test']}"
     return None
+
+
+def refuse_reserved(name: str, key: str) -> None:
+    """Raise UserError if an attack has the name of another key of `backdoor`, beside which `set.json` names it.
+
+    Args:
+        key: the setting that names the attack.
+    """
+    if name in PLAIN:
+        raise UserError(f"{key}: {name}: is a key of `backdoor` (as {', '.join(PLAIN)} are): give the attack another name")
 
 
 def backdoor_of(path: Path, described: dict[str, Any]) -> Backdoor:
@@ -349,9 +390,11 @@ def named_settings(steps: tuple[Named, ...]) -> dict[str, Any]:
     return {step.name: as_dict(step.settings) for step in steps}
 
 
-def holds_same_set(folder: Path, settings: dict[str, Any]) -> bool:
-    """Return whether a folder contains a poisoned set that was made with these settings.
+def holds_same_set(folder: Path, settings: dict[str, Any], inputs: Callable[[], str]) -> bool:
+    """Return whether a folder contains a poisoned set that was made with these settings, from the same data.
 
+    Args:
+        inputs: returns the value of `INPUTS`; called only if the settings are equal and the set has one.
     Raises:
         UserError: the set is damaged.
     """
@@ -359,4 +402,6 @@ def holds_same_set(folder: Path, settings: dict[str, Any]) -> bool:
         return False
     read_set(folder)
     _, described = read_description(folder)
-    return all(described.get(key) == value for key, value in settings.items())
+    if any(described.get(key) != value for key, value in settings.items()):
+        return False
+    return INPUTS not in described or described[INPUTS] == inputs()

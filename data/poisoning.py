@@ -28,7 +28,10 @@ def build_attack(
     Args:
         device: where assets are made; None: the CPU.
         new_classifier: the function of `model.classifier`, for attacks that train a network.
+    Raises:
+        UserError: the settings do not fit each other or the data, or the ASR cannot be measured on the test images.
     """
+    check_test_images(config, raw)  # first: an attack may train networks for hours
     if not config.attacker.poison_ratio:
         return NoAttack()
     module = plugins.load(ATTACKS, config.attack.name)
@@ -45,6 +48,18 @@ def build_attack(
             "all-to-all: remove the key, or choose an attack that changes labels"
         )
     return attack
+
+
+def check_test_images(config: Config, raw: RawData) -> None:
+    """Raise UserError if there are no test images, or none that the attack could turn into another class."""
+    if len(raw.test_labels) == 0:
+        raise UserError(f"dataset_dir: {config.dataset_dir}: no test images: add some, or train with backdoor: null")
+    if config.attacker.poison_ratio and (raw.test_labels == wanted_labels(config, raw.test_labels)).all():
+        target = config.attacker.target_text(raw.class_names)
+        raise UserError(
+            f"backdoor.target_label: {target}: every test image is of that class, so there is no success "
+            "rate: give another class, or add test images of other classes"
+        )
 
 
 def poison_training_set(config: Config, raw: RawData, attack: AttackBase, folder: Path, placement: str = "device") -> Part:
@@ -85,12 +100,7 @@ def build_test_sets(config: Config, raw: RawData, attack: AttackBase, placement:
 
     The backdoor test set consists of new images: with placement `disk` it is in host memory. With `poison_ratio: 0` there is
     none, since there is no success rate without an attack.
-
-    Raises:
-        UserError: the data set has no test images.
     """
-    if len(raw.test_labels) == 0:
-        raise UserError(f"dataset_dir: {config.dataset_dir}: no test images: add some, or train with backdoor: null")
     triggered = trigger_images(config, raw, attack) if config.attacker.poison_ratio else None
     return test_sets(clean_images(raw, placement), triggered, placement)
 
@@ -117,12 +127,6 @@ def trigger_images(config: Config, raw: RawData, attack: AttackBase) -> Part:
     """
     wanted = wanted_labels(config, raw.test_labels)
     others = np.flatnonzero(raw.test_labels != wanted)
-    if len(others) == 0:
-        target = config.attacker.target_text(raw.class_names)
-        raise UserError(
-            f"backdoor.target_label: {target}: every test image is of that class, so there is no success "
-            "rate: give another class, or add test images of other classes"
-        )
     n = len(others)
     images = np.empty((n, *raw.test_images.shape[1:]), np.uint8)
     for start in range(0, n, BATCH):  # not all at once, which would copy the whole test set

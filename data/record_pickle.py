@@ -11,13 +11,13 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from data.unpickle import ArrayUnpickler, check_structure
+from data.unpickle import ALLOWED, NOT_NUMBERS, ArrayUnpickler, Maker, NumberType, check_structure
 from utils.errors import UserError
 from utils.paths import require_file
 
@@ -28,56 +28,6 @@ BROKEN = (
     pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, TypeError, LookupError,
     AttributeError, ImportError, OSError, OverflowError, MemoryError, RuntimeError,
 )  # fmt: skip
-
-
-class Maker:
-    """What a name in the pickle stands for: it can be called, and the pickle cannot change it."""
-
-    __slots__ = ("make",)
-    make: Callable[..., Any]
-
-    def __init__(self, make: Callable[..., Any]) -> None:
-        object.__setattr__(self, "make", make)
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.make(*arguments)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise TypeError("a function has no state")
-
-    def __setstate__(self, state: Any) -> None:
-        raise TypeError("a function has no state")
-
-
-class NumberType:
-    """A type of numbers, as numpy.dtype pickles it."""
-
-    __slots__ = ("dtype",)
-    KNOWN = ("b1", "u1", "i1", "i2", "i4", "i8", "f4", "f8")
-
-    def __init__(self, name: Any, *_: Any) -> None:
-        if name not in self.KNOWN:
-            raise ValueError("has an array that is not of numbers")
-        self.dtype = np.dtype(name)
-
-    def __setstate__(self, state: Any) -> None:
-        self.dtype = self.dtype.newbyteorder(state[1] if state[1] in ("<", ">") else "=")
-
-
-class Numbers:
-    """An array of numbers in one dimension."""
-
-    __slots__ = ("values",)
-
-    def __init__(self, values: np.ndarray | None = None) -> None:
-        self.values = np.zeros(0) if values is None else values
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, kind, _, contents = state
-        values = np.frombuffer(contents, kind.dtype)
-        if shape != (len(values),):
-            raise ValueError("has an array whose size is not that of its contents")
-        self.values = values
 
 
 class Ignored(dict[Any, Any]):
@@ -94,19 +44,12 @@ def make_scalar(kind: NumberType, contents: bytes) -> int | float:
     return number
 
 
-def make_array(items: list[int | float], name: str) -> Numbers:
+def make_array(items: list[int | float], name: str) -> np.ndarray:
     """Return the array of a call of numpy.array, as `data/record_write.py` has it."""
     if not all(type(item) in (int, float) for item in items):
-        raise ValueError("has an array that is not of numbers")
+        raise ValueError(NOT_NUMBERS)
     kinds = {"int64": np.int64, "float64": np.float64}
-    return Numbers(np.array(items, kinds[name]))
-
-
-def make_bytes(text: str, encoding: str) -> bytes:
-    """Return the bytes that protocol 2 of Python 3 writes as text."""
-    if encoding != "latin1":
-        raise ValueError("has bytes in another encoding than latin1")
-    return text.encode("latin1")
+    return np.array(items, kinds[name])
 
 
 def nothing(*_: Any) -> None:
@@ -116,16 +59,11 @@ def nothing(*_: Any) -> None:
 class RecordUnpickler(ArrayUnpickler):
     """Builds plain values, numbers and arrays of numbers; tensors become None."""
 
-    allowed: ClassVar[dict[tuple[str, str], Any]] = {
-        ("numpy", "ndarray"): None,  # only handed over; it cannot be called
-        ("numpy", "dtype"): Maker(NumberType),
+    allowed: ClassVar[Mapping[tuple[str, str], Any]] = {
+        **ALLOWED,
         ("numpy", "array"): Maker(make_array),
-        **{
-            (f"numpy.{core}.multiarray", name): Maker(make)
-            for core in ("core", "_core")
-            for name, make in (("_reconstruct", lambda *_: Numbers()), ("scalar", make_scalar))
-        },
-        ("_codecs", "encode"): Maker(make_bytes),
+        ("numpy.core.multiarray", "scalar"): Maker(make_scalar),
+        ("numpy._core.multiarray", "scalar"): Maker(make_scalar),
         ("collections", "OrderedDict"): Maker(lambda *_: Ignored()),
         ("torch._utils", "_rebuild_tensor_v2"): Maker(nothing),
         ("torch._utils", "_rebuild_parameter"): Maker(nothing),
@@ -144,7 +82,7 @@ class RecordUnpickler(ArrayUnpickler):
 
 
 def read_attack_result(path: Path) -> Any:
-    """Return the contents of `attack_result.pt`: numpy scalars as numbers, arrays as `Numbers`, tensors as None.
+    """Return the contents of `attack_result.pt`: numpy scalars as numbers, tensors as None.
 
     Raises:
         UserError: missing, not a zip file of torch.save, too large, or one that asks for anything but numbers.

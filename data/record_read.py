@@ -20,8 +20,8 @@ from PIL import Image
 
 from data.choice import label_after
 from data.image_file import BROKEN, open_image, reason
-from data.record_pickle import Numbers, read_attack_result
-from data.sets import COVER, POISONED, Part
+from data.record_pickle import read_attack_result
+from data.sets import COVER, MOST_CLASSES, POISONED, Part
 from utils.errors import UserError
 from utils.paths import exists, is_dir, is_folder, require_file, visible
 from utils.schema import Named
@@ -113,7 +113,7 @@ def checked_result(path: Path) -> Mapping[str, Any]:
     sides = [side for side in size if type(side) is int] if isinstance(size, (tuple, list)) else []
     if len(sides) != 3 or sides[2] != 3 or not all(0 < side <= LARGEST for side in sides):
         raise UserError(f"{path}: img_size: {brief(size)}: expected height, width and 3")
-    if type(classes) is not int or not 1 < classes < 10**6:
+    if type(classes) is not int or not 1 < classes <= MOST_CLASSES:
         raise UserError(f"{path}: num_classes: {brief(classes)}: expected a number of classes")
     return told | {"img_size": tuple(sides[:2])}
 
@@ -138,13 +138,13 @@ def entries_of(state: Any, count: int, where: str) -> Entries:
         raise UserError(f"{where}: data_dict: {brief(wrong[0])}: expected an index with the label carried and the original one")
     if not pairs:
         raise UserError(f"{where}: data_dict: is empty: no image was altered")
-    if not isinstance(indicator, Numbers):
+    if not isinstance(indicator, np.ndarray) or indicator.ndim != 1:
         raise UserError(f"{where}: poison_indicator: {brief(indicator)}: expected an array of 0 and 1")
-    indicated, rows = indicator.values, [(index, *labels) for index, labels in pairs]
-    if len(indicated) != count:
-        raise UserError(f"{where}: poison_indicator: is of {len(indicated)} images: the clean data set has {count}")
+    rows = [(index, *labels) for index, labels in pairs]
+    if len(indicator) != count:
+        raise UserError(f"{where}: poison_indicator: is of {len(indicator)} images: the clean data set has {count}")
     table = np.asarray(sorted(rows), np.int64).reshape(-1, 3)
-    if not np.array_equal(np.flatnonzero(indicated), table[:, 0]):
+    if not np.array_equal(np.flatnonzero(indicator), table[:, 0]):
         raise UserError(f"{where}: poison_indicator: does not name the images of data_dict")
     return Entries(table[:, 0].copy(), table[:, 2].copy(), table[:, 1].copy())
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from data.export import Made
 from data.record_read import KEYS, RESULT, TEST, TRAIN
-from data.sets import CLEAN, Part
+from data.sets import CLEAN, POISONED, Part
 from utils import plugins
 from utils.errors import UserError
 from utils.files import cannot_write, new_folder, write_durably
@@ -46,11 +46,14 @@ def write_record(out: Path, made: Made, model: Model) -> None:
     Args:
         out: absent, or an empty folder. The paths in the record are `./record/<its name>/...`.
     Raises:
-        UserError: the set is a part of a data set, or the folder cannot be written.
+        UserError: the set is a part of a data set or has no poisoned images, or the folder cannot be written.
     """
     for key, limit in made.settings["data"].items():
         if limit is not None:
             raise UserError(f"data.{key}: {limit}: a record counts images by their place in the whole data set: leave it out")
+    if not (made.parts["train"].flags == POISONED).any():
+        ratio = made.settings["backdoor"]["poison_ratio"]
+        raise UserError(f"backdoor.poison_ratio: {ratio}: no training image is poisoned, and a record must have some: raise it")
     clean_data = name_of_data(made)
     train, test = made.parts["train"], made.parts["backdoor_test"]
     altered = train.flags != CLEAN

@@ -16,6 +16,7 @@ from utils.schema import Named
 from utils.settings import Backdoor
 
 CLEAN, POISONED, COVER = 0, 1, 2  # ground-truth flags; a cover image is altered and keeps its label
+MOST_CLASSES = 10**6  # of a file that another program wrote; the names of more could fill the memory
 
 
 @dataclass(frozen=True)

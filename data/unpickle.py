@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
 import io
 import pickle
 import pickletools
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,16 +15,7 @@ import numpy as np
 from utils.errors import UserError
 from utils.paths import require_file
 
-RECONSTRUCT = np.zeros(0).__reduce__()[0]  # the function that rebuilds arrays, in whichever module this numpy has it
-# All globals that a pickled numpy array of numbers needs, under the module names of old and new numpy.
-ALLOWED = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,
-    ("_codecs", "encode"): codecs.encode,  # bytes in protocol 2 pickles of Python 3
-}
-
+NOT_NUMBERS = "has an array that is not of numbers"
 OPERATIONS = 6_000_000  # of a pickle; a record of BackdoorBench has 25 for each image
 DEPTH = 100  # how deeply values may be nested; a record of BackdoorBench has 10 levels
 STORES, FETCHES = ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"), ("BINGET", "LONG_BINGET", "GET")
@@ -35,6 +25,70 @@ GROWS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # cha
 SHAPES = {
     code.name: (len(code.stack_before), len(code.stack_after), code.name in GROWS, pickletools.markobject in code.stack_before)
     for code in pickletools.opcodes
+}
+
+
+class Maker:
+    """What a name in the pickle stands for: it can be called, and the pickle cannot change it."""
+
+    __slots__ = ("make",)
+    make: Callable[..., Any]
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        object.__setattr__(self, "make", make)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.make(*arguments)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise TypeError("a function has no state")
+
+    def __setstate__(self, state: Any) -> None:
+        raise TypeError("a function has no state")
+
+
+class NumberType:
+    """A type of numbers, as numpy.dtype pickles it.
+
+    The state of a real dtype may declare fields that hold objects; the array's bytes would then be taken for their addresses.
+    """
+
+    __slots__ = ("dtype",)
+    KNOWN = ("b1", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
+
+    def __init__(self, name: Any, *_: Any) -> None:
+        if name not in self.KNOWN:
+            raise ValueError(NOT_NUMBERS)
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1] if state[1] in ("<", ">") else "=")
+
+
+class NumberArray(np.ndarray):
+    """An array whose pickled state has a `NumberType`."""
+
+    def __setstate__(self, state: Any) -> None:
+        version, shape, kind, fortran, contents = state
+        if not isinstance(kind, NumberType):
+            raise ValueError(NOT_NUMBERS)
+        super().__setstate__((version, shape, kind.dtype, fortran, contents))
+
+
+def make_bytes(text: str, encoding: str) -> bytes:
+    """Return the bytes that protocol 2 of Python 3 writes as text."""
+    if encoding != "latin1":
+        raise ValueError("has bytes in another encoding than latin1")
+    return text.encode("latin1")
+
+
+# All globals that a pickled numpy array of numbers needs, under the module names of old and new numpy.
+ALLOWED: Mapping[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): None,  # only handed over; it cannot be called
+    ("numpy", "dtype"): Maker(NumberType),
+    ("numpy.core.multiarray", "_reconstruct"): Maker(lambda *_: NumberArray(0, np.uint8)),
+    ("numpy._core.multiarray", "_reconstruct"): Maker(lambda *_: NumberArray(0, np.uint8)),
+    ("_codecs", "encode"): Maker(make_bytes),
 }
 
 

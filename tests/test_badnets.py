@@ -177,7 +177,7 @@ def test_trigger_path_is_found_from_any_working_directory(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (None, "no such image file"),
+        (None, "no such file"),
         (b"", "not a readable image"),
         (b"this is text", "not a readable image"),
         ("cut", "not a readable image"),

@@ -165,17 +165,31 @@ def test_a_twin_has_the_same_network_and_poisoned_set(
     assert capsys.readouterr().out.splitlines()[2].split(" | ")[5] == der
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "text", "no settings"])
+DAMAGES = {
+    "missing": ("log/metrics.jsonl", None),
+    "empty": ("log/metrics.jsonl", ""),
+    "text": ("log/metrics.jsonl", "hello\n"),
+    "numbers": ("log/metrics.jsonl", "1\n2\n"),
+    "other columns": ("log/metrics.jsonl", '{"epoch": 0}\n'),
+    "no settings": ("config.yaml", None),
+    "empty settings": ("config.yaml", ""),
+    "a list of settings": ("config.yaml", "- run\n- seed\n"),
+    "no YAML": ("config.yaml", "run: [\nseed: }\n"),
+    "no seed": ("config.yaml", "run: a\n"),
+    "a number for the section seed": ("config.yaml", "run: a\nseed: 1\n"),
+    "an empty section seed": ("config.yaml", "run: a\nseed: {}\n"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     """A folder that is not a finished run is refused in one line with the folder and the remedy."""
     folder = make_run(tmp_path / "run", 1, "asd", 0.5, 0.5)
-    metrics = folder / "log" / "metrics.jsonl"
-    if damage == "missing":
-        metrics.unlink()
-    elif damage == "no settings":
-        (folder / "config.yaml").unlink()
+    name, text = DAMAGES[damage]
+    if text is None:
+        (folder / name).unlink()
     else:
-        metrics.write_text({"empty": "", "text": "hello\n"}[damage])
+        (folder / name).write_text(text)
     with pytest.raises(UserError, match=str(folder)) as error:
         run_main(monkeypatch, folder)
     assert "\n" not in str(error.value)

@@ -233,6 +233,49 @@ def test_an_invalid_pickle_is_one_line(tmp_path: Path, content: bytes) -> None:
     assert "unpack the data set again" in refused(tmp_path, "data_batch_3")
 
 
+class Pickled:
+    """What is pickled as a call with a state."""
+
+    def __init__(self, *reduced: Any) -> None:
+        self.reduced = reduced
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.reduced
+
+
+def addresses(name: str, count: int) -> Pickled:
+    """An array whose type, by its state, has a field of objects: numpy takes its bytes for their addresses (here 0)."""
+    kind = Pickled(np.dtype, (name, False, True), (3, "|", None, ("f0",), {"f0": (np.dtype("O"), 0)}, 8, 1, 0))
+    rebuild = np.zeros(0).__reduce__()[0]
+    return Pickled(rebuild, (np.ndarray, (0,), b"b"), (1, (count,), kind, False, bytes(8 * count)))
+
+
+@pytest.mark.parametrize("name", ["V8", "u8"])
+@pytest.mark.parametrize("protocol", range(5))
+def test_a_file_cannot_make_numpy_read_at_an_address(tmp_path: Path, name: str, protocol: int) -> None:
+    """An array whose type is declared to hold objects is refused while the file is read, before it is used, in both CIFAR
+    sets."""
+    write(tmp_path / "10")
+    write100(tmp_path / "100")
+    for folder, file, key, load_it in (
+        (tmp_path / "10", "data_batch_1", "labels", load),
+        (tmp_path / "100", "train", "fine_labels", load100),
+    ):
+        (folder / file).write_bytes(pickle.dumps({"data": DATA, key: addresses(name, 4)}, protocol))
+        with pytest.raises(UserError, match=f"{file}: .*an array that is not of numbers.*unpack"):
+            load_it(folder)
+
+
+@pytest.mark.parametrize("kind", ["<u2", ">u2", ">i4", "<i8", "uint64"])
+@pytest.mark.parametrize("protocol", range(5))
+def test_labels_are_read_from_arrays_of_any_integers(tmp_path: Path, kind: str, protocol: int) -> None:
+    """Size, sign and byte order of the labels' type do not matter."""
+    batches = write(tmp_path)
+    labels = np.array(batches[0]["labels"], kind)
+    (tmp_path / NAMES[0]).write_bytes(pickle.dumps(batches[0] | {"labels": labels}, protocol))
+    assert load(tmp_path).train_labels[: len(labels)].tolist() == batches[0]["labels"]
+
+
 @pytest.mark.parametrize("dump", [python2, dumps], ids=["python 2", "python 3"])
 def test_a_truncated_batch_is_refused(tmp_path: Path, dump: Callable[[Any], bytes]) -> None:
     """A file truncated at any byte is an error that names it, never a smaller data set."""
@@ -275,7 +318,8 @@ DATA, TEN = np.zeros((4, 3072), np.uint8), [0, 1, 2, 9]
         ({"data": DATA, "labels": [0, 1, None, 3]}, "label None is not in 0..9"),
         ({"data": DATA, "labels": [0, 1, 2**70, 3]}, "is not in 0..9"),
         ({"data": DATA, "labels": ["x" * 9999, 1, 2, 3]}, "is not in 0..9"),
-        ({"data": DATA, "labels": np.array([0.0, 1, 2, 3])}, "is not in 0..9"),
+        ({"data": DATA, "labels": np.array([0.0, 1, 2, 3])}, "labels is float64 instead of integers"),
+        ({"data": DATA, "labels": np.array([True, False, True, True])}, "labels is bool instead of integers"),
         ({"data": DATA, "labels": np.zeros((4, 10, 10), int)}, "no labels for 4 images"),
     ],
 )

@@ -276,6 +276,34 @@ def test_an_existing_set_is_not_changed(tiny: Path, tmp_path: Path) -> None:
     refused(lambda: write(tiny, out), "train.npz", "another name")
 
 
+def test_a_set_of_other_data_is_not_taken_for_the_same(tiny: Path, tmp_path: Path) -> None:
+    """With equal settings a set is another one if an image of the data set or the trigger's file has other contents; data that
+    moved are the same, and a set of an earlier version, which has no digest of its data, is verified by its settings."""
+    rng = np.random.default_rng(0)
+    tree, trigger = tmp_path / "tree", tmp_path / "trigger.png"
+    for i in range(24):
+        path = tree / ("train" if i < 16 else "test") / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(1, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(rng.integers(1, 256, (32, 32, 3), dtype=np.uint8)).save(trigger)
+    attack = f"backdoor={{badnets: {{trigger_path: {trigger}}}, poison_ratio: 0.5, target_label: 1}}"
+    options = ("dataset=folder", f"dataset_dir={tree}", "num_classes=2", "network.resnet18_cifar.num_classes=null", attack)
+    out, _ = write(tiny, tmp_path / "set", *options)
+    before = contents(out)
+    shutil.copytree(tree, tmp_path / "moved")
+    _, said = write(tiny, out, *options, f"dataset_dir={tmp_path / 'moved'}")
+    assert "same settings" in said[-1]
+    for path in (trigger, tree / "train/a/0.png"):
+        kept = path.read_bytes()
+        Image.new("RGB", (32, 32), (1, 2, 3)).save(path)
+        refused(lambda: write(tiny, out, *options), f"--out {out}", "same settings and data", "another name")
+        path.write_bytes(kept)
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(trigger)
+    assert contents(out) == before
+    with_keys(inputs=None)(out)
+    assert "same settings" in write(tiny, out, *options)[1][-1]
+
+
 def test_a_folder_with_other_contents_is_not_changed(tiny: Path, tmp_path: Path) -> None:
     """Nothing is written into a folder with other contents; an empty folder is used, and missing parents are created."""
     full, empty, plain = tmp_path / "full", tmp_path / "empty", tmp_path / "plain"
@@ -670,8 +698,21 @@ def test_a_set_is_copied_as_it_is(tiny: Path, good: Path, tmp_path: Path) -> Non
     assert json.loads((good / "set.json").read_text()) == json.loads((tmp_path / "copy" / "set.json").read_text())
     export.export(stored(tiny, good, "data.train_limit=25"), tmp_path / "part", torch.device("cpu"))
     said = json.loads((tmp_path / "part" / "set.json").read_text())
-    assert said["data"] == {"train_limit": 25, "test_limit": None}
+    assert said["data"] == {"train_limit": 25, "test_limit": None} and "inputs" not in said
     assert np.array_equal(arrays(tmp_path / "part", "train.npz")["images"], arrays(good, "train.npz")["images"][:25])
+
+
+def test_a_set_of_version_1_is_copied_into_one_of_this_version(tiny: Path, good: Path, tmp_path: Path) -> None:
+    """A set from before all-to-all labels is read, and written again as a set that is read."""
+    shutil.copytree(good, tmp_path / "old")
+    described = json.loads((good / "set.json").read_text())
+    described.pop("inputs")
+    described["backdoor"].pop("target_shift")
+    (tmp_path / "old" / "set.json").write_text(json.dumps(described | {"version": 1}))
+    export.export(stored(tiny, tmp_path / "old"), tmp_path / "new", torch.device("cpu"))
+    old, new = read_set(tmp_path / "old"), read_set(tmp_path / "new")
+    assert new.backdoor == old.backdoor and new.backdoor.target_shift is None
+    assert json.loads(new.description)["backdoor"] == json.loads((good / "set.json").read_text())["backdoor"]
 
 
 def test_the_commands_work_together(tiny: Path, tmp_path: Path) -> None:

@@ -339,6 +339,26 @@ def test_assets_are_made_again_only_if_their_inputs_change(tmp_path: Path) -> No
     assert made({}, count=61) == both
 
 
+def test_a_surrogate_with_another_number_of_classes_is_refused(tmp_path: Path) -> None:
+    """A `num_classes` of the surrogate that is not the data set's is an error with both numbers, before anything is trained."""
+    network = Named("resnet18_cifar", Network(width=2, blocks=1, num_classes=7))
+    with pytest.raises(UserError, match=r"backdoor\.iab\.surrogate\.resnet18_cifar\.num_classes: 7: .* 10"):
+        Attack(dataclasses.replace(QUICK, surrogate=network), context(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target_class", [False, True])
+def test_training_ends_without_test_images_of_other_classes(tmp_path: Path, target_class: bool) -> None:
+    """The networks are trained although there is no image to measure the surrogate's ASR on; no ASR is logged."""
+    whole = context(tmp_path)
+    images, labels = np.zeros((3, 32, 32, 3) if target_class else (0, 0, 0, 3), np.uint8), np.full(3 * target_class, 3)
+    raw = dataclasses.replace(whole.raw, test_images=images, test_labels=labels)
+    with logged() as lines:
+        attack = Attack(QUICK, dataclasses.replace(whole, raw=raw))
+    assert attack.apply(raw.train_images[:2], np.arange(2), "train").shape == (2, 32, 32, 3)
+    assert not any("ASR" in line for line in lines)
+
+
 # -- The frozen attack -------------------------------------------------------------------------------------------------
 
 

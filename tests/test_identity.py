@@ -228,12 +228,37 @@ def test_a_folder_of_reflections_is_identified_by_its_images(tmp_path: Path) -> 
         Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{i}.png")
     shutil.copytree(folder, tmp_path / "b")
     (tmp_path / "b/.DS_Store").write_text("x")
-    known = digests.digest_of_named(str(folder))
-    assert digests.digest_of_named(str(tmp_path / "b")) == known
+    known = digests.digest_of_named(str(folder), "key")
+    assert digests.digest_of_named(str(tmp_path / "b"), "key") == known
     Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "b/1.png")
-    assert digests.digest_of_named(str(tmp_path / "b")) != known
-    with pytest.raises(UserError, match="cannot be read"):
-        digests.digest_of_named(str(tmp_path / "nowhere"))
+    assert digests.digest_of_named(str(tmp_path / "b"), "key") != known
+
+
+@pytest.mark.parametrize(
+    ("key", "attack"), [("backdoor.badnets.trigger_path", "badnets"), ("backdoor.refool.reflections", "refool")]
+)
+def test_a_file_that_a_setting_names_is_found_or_refused_with_the_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, attack: str
+) -> None:
+    """A path that does not exist, or starts at the home folder of an unknown user, is one line with the setting and the path as
+    it is written there; the remedy for the latter works, with a file or folder whose name begins with ~."""
+    data = draw_set(tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+
+    def run_with(value: str) -> PoisonedData:
+        return prepare(attacked(tmp_path, data, {attack: {key.rpartition(".")[2]: value}}), tmp_path / "run")
+
+    for value, remedy in (("nowhere/x.png", f"correct {key}"), ("~nobody-of-this-name/x.png", "./~nobody-of-this-name/x.png")):
+        with pytest.raises(UserError) as caught:
+            run_with(value)
+        line = str(caught.value)
+        assert "\n" not in line and key in line and f"{value}: " in line and remedy in line, line
+    path = tmp_path / "~nobody-of-this-name/x.png"
+    path.parent.mkdir()
+    if attack == "refool":
+        path.mkdir()
+    Image.new("RGB", (20, 20), (9, 0, 0)).save(path / "1.png" if attack == "refool" else path)
+    assert key in run_with("./~nobody-of-this-name/x.png").manifest
 
 
 def test_other_poisoned_images_are_other_data(tmp_path: Path) -> None:

@@ -20,9 +20,13 @@ from training import train_here
 
 from data.export import export
 from data.loading import load_raw
+from data.poisoned_folder import read_set, write_set
 from data.poisoning import ATTACKS, build_attack, build_test_sets, poison_training_set
+from data.record_write import write_record
+from data.sets import POISONED, Part
 from data.sources import prepare
 from utils import compare, config, plugins
+from utils.errors import UserError
 
 DEFENSES = ("asd", "none")
 
@@ -122,15 +126,42 @@ def test_it_is_compared_without_der(clean: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_an_exported_set_without_poisoned_images_has_no_success_rate(clean: Path, tmp_path: Path) -> None:
-    """`python -m data.poison` writes such a set, and a run on it is tested on clean images only."""
-    settings = config.load(clean / "none.yaml")
-    export(settings, tmp_path / "set", torch.device("cpu"))
-    own = config.load(
-        clean / "none.yaml", ["dataset=poisoned_set", f"dataset_dir={tmp_path / 'set'}", "backdoor=null", "run=other"]
-    )
-    data = prepare(own, tmp_path)
-    assert data.tests.clean is not None and data.tests.backdoor is None
-    assert data.ground_truth is not None and not data.ground_truth.poisoned().any()
+    """`python -m data.poison` writes such a set without triggered test images, and without a warning; a run on it is tested on
+    clean images only, and it can be copied. A record of BackdoorBench cannot be without poisoned images."""
+    settings, cpu = config.load(clean / "none.yaml"), torch.device("cpu")
+    with logged() as said:
+        export(settings, tmp_path / "set", cpu)
+    assert len(said) == 1 and "0 poisoned" in said[0] and "0 triggered test images" in said[0]
+    with np.load(tmp_path / "set" / "backdoor_test.npz") as file:
+        assert file["images"].shape == (0, 32, 32, 3) and file["labels"].shape == (0,)
+
+    def on(folder: str) -> config.Config:
+        own = ["dataset=poisoned_set", f"dataset_dir={tmp_path / folder}", "backdoor=null", "run=other", "data.test_limit=20"]
+        return config.load(clean / "none.yaml", own)
+
+    export(on("set"), tmp_path / "copy", cpu)
+    for folder in ("set", "copy"):
+        data = prepare(on(folder), tmp_path / f"on {folder}")
+        assert data.tests.clean is not None and len(data.tests.clean) == 20 and data.tests.backdoor is None
+        assert data.ground_truth is not None and not data.ground_truth.poisoned().any()
+    with pytest.raises(UserError, match=r"backdoor\.poison_ratio: 0(\.0)?: no training image is poisoned, and a record"):
+        export(settings, tmp_path / "record", cpu, write=lambda out, made: write_record(out, made, ("", {})))
+    assert not (tmp_path / "record").exists()
+
+
+def test_a_set_of_an_earlier_version_without_poisoned_images_is_read(clean: Path, tmp_path: Path) -> None:
+    """Such a set has test images that are marked as triggered, which are not tested."""
+    export(config.load(clean / "none.yaml"), tmp_path / "set", torch.device("cpu"))
+    stored = read_set(tmp_path / "set")
+    others = np.flatnonzero(stored.clean_test.labels != 3)
+    marked = Part(
+        stored.clean_test.images[others], np.full(len(others), 3), stored.clean_test.labels[others],
+        np.full(len(others), POISONED, np.uint8), others,
+    )  # fmt: skip
+    parts = {"train": stored.train, "clean_test": stored.clean_test, "backdoor_test": marked}
+    write_set(tmp_path / "old", parts, json.loads(stored.description), lambda path: None)
+    own = ["dataset=poisoned_set", f"dataset_dir={tmp_path / 'old'}", "backdoor=null", "run=other"]
+    assert prepare(config.load(clean / "none.yaml", own), tmp_path / "run").tests.backdoor is None
 
 
 @pytest.mark.parametrize("name", plugins.names(ATTACKS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.choice import draw_poisoned, poison_index
-from data.poisoning import build_attack, build_test_sets
+from data.export import export
+from data.loading import load_raw
+from data.poisoning import ATTACKS, build_attack, build_test_sets
 from data.pools import draw_seed_samples
 from data.sets import CLEAN, POISONED, PoisonedData, RawData
-from data.sources import from_attack
-from utils import config
+from data.sources import from_attack, prepare, prepare_tests
+from utils import config, plugins
 from utils.config import Config
 from utils.errors import UserError
 
@@ -364,6 +367,26 @@ def test_a_test_set_of_the_target_class_alone_is_refused(plan: Config, tmp_path:
     only = RawData(raw.train_images, raw.train_labels, raw.test_images, np.full(90, 3), raw.class_names)
     with pytest.raises(UserError, match=r"backdoor\.target_label: 3 \(d\): every test image is of that class"):
         build_test_sets(plan, only, build_attack(plan, only))
+
+
+@pytest.mark.parametrize("name", plugins.names(ATTACKS))
+def test_no_attack_is_built_where_its_success_cannot_be_measured(tiny: Path, tmp_path: Path, name: str) -> None:
+    """Without test images, or with images of the target class alone, training, testing and `python -m data.poison` are refused
+    before the attack trains a network."""
+    label = load_raw(config.load(tiny)).test_labels[0]
+    plan = config.load(tiny, ["data.test_limit=1", f"backdoor={{{name}: {{}}, target_label: {label}}}"])
+    device = torch.device("cpu")
+    for work in (
+        lambda: prepare(plan, tmp_path / "run", device),
+        lambda: prepare_tests(plan, device),
+        lambda: export(plan, tmp_path / "set", device),
+    ):
+        with pytest.raises(UserError, match="every test image is of that class"):
+            work()
+    raw = world()
+    with pytest.raises(UserError, match="no test images"):
+        build_attack(plan, replace(raw, test_images=raw.test_images[:0], test_labels=raw.test_labels[:0]), device)
+    assert not (tmp_path / "saved_data" / "assets").exists() and not (tmp_path / "set").exists()
 
 
 @pytest.mark.parametrize("seed", [0, 7, 100])

@@ -107,6 +107,17 @@ def test_optional_arrays_and_other_labels(tiny: Path, mine: Arrays) -> None:
     assert np.array_equal(stored.backdoor_test.labels, (mine["test_labels"] + 1) % 10)
 
 
+def test_a_limit_that_leaves_no_images_is_refused(tiny: Path, mine: Arrays) -> None:
+    """The line names the limit and the least value that leaves an image of each kind; that value works."""
+    first = int(mine["triggered_indices"][8])
+    for name in ("triggered_images", "triggered_indices"):
+        mine[name] = mine[name][8:]
+    with pytest.raises(UserError, match=rf"^data\.test_limit: {first}: keeps no triggered .*: must be at least {first + 1}$"):
+        load_data(plan(tiny, mine, f"data.test_limit={first}")[0])
+    stored = load_data(plan(tiny, mine, f"data.test_limit={first + 1}")[0])[1]
+    assert stored is not None and len(stored.clean_test) == first + 1 and len(stored.backdoor_test) == 1
+
+
 def without(name: str) -> Callable[[Arrays], None]:
     """Remove an array."""
     return lambda arrays: arrays.pop(name)
@@ -152,11 +163,24 @@ def test_a_file_with_a_fault_is_refused_in_one_line(tiny: Path, mine: Arrays, da
     assert "\n" not in line and "mine.npz" in line and text in line, line
 
 
+def test_one_wrong_label_does_not_decide_the_number_of_classes(tiny: Path, mine: Arrays) -> None:
+    """Without class names a label that no data set has is refused with its array and value, and no class is named for it."""
+    del mine["class_names"]
+    mine["train_original_labels"][7] = 10**9
+    with pytest.raises(
+        UserError, match=r"mine\.npz: train_original_labels: the largest is 1000000000: must be less than 1000000$"
+    ):
+        read(tiny, mine)
+
+
 def test_settings_with_a_fault_are_refused(tiny: Path, mine: Arrays) -> None:
     """A missing file, a file of another kind, a pickle, no target or two: one line each, and nothing in a file is run."""
     for settings, text in (({"target_label": None}, "needs either"), ({"target_shift": 2}, "needs either")):
         with pytest.raises(UserError, match=text):
             read(tiny, mine, **settings)
+    for name in ("target_label", "target_shift", "poison_ratio", "poison_mode"):
+        with pytest.raises(UserError, match=f"^dataset.poisoned_arrays.attack: {name}: .*another name$"):
+            read(tiny, mine, attack=name)
     settings, _ = plan(tiny, mine, "dataset_dir=nothing.npz")
     with pytest.raises(UserError, match=r"nothing\.npz: no such file"):
         load_data(settings)

@@ -402,6 +402,29 @@ def item(key: str, value: Any) -> Callable[[Path], object]:
     return told_anew(bd_train=change)
 
 
+def first_triggered(change: Callable[[int, int], list[int]]) -> Callable[[Path], object]:
+    """Return what changes the labels, carried and own, of the first triggered image."""
+
+    def first(part: dict[str, Any]) -> None:
+        entry = next(iter(part["bd_data_container"]["data_dict"].values()))
+        entry["other_info"] = change(*entry["other_info"])
+
+    return told_anew(bd_test=first)
+
+
+def in_target(folder: Path) -> None:
+    """Add a test image of the target class to the triggered ones."""
+    i = int(np.flatnonzero(RAW.test_labels == 3)[0])
+    (folder / "bd_test_dataset/3").mkdir()
+    Image.fromarray(RAW.test_images[i]).save(folder / f"bd_test_dataset/3/{i}.png")
+
+    def add(part: dict[str, Any]) -> None:
+        part["bd_data_container"]["data_dict"][i] = {"path": "x", "other_info": [3, 3]}
+        part["poison_indicator"][i] = 1
+
+    told_anew(bd_test=add)(folder)
+
+
 LABEL = int(RAW.train_labels[20])
 PNG = f"bd_train_dataset/{LABEL}/20.png"
 
@@ -442,6 +465,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no labels": (item(20, {"path": "x"}), ("other_info",)),
     "a text for an index": (item("20", {"path": "x", "other_info": [3, 1]}), ("data_dict: '20'",)),
     "an unchanged image of another class": (item(20, {"path": "x", "other_info": [LABEL, LABEL]}), ("image 20", "unchanged")),
+    "no class for a label": (told_anew(num_classes=10**6 + 1), ("num_classes: 1000001",)),
+    "a triggered image with its own label": (
+        first_triggered(lambda carried, own: [own, own]),
+        ("bd_test_dataset", "do not carry class 3"),
+    ),
+    "a triggered image of the target class": (in_target, ("bd_test_dataset", "target class", "ASR must not count")),
     "no poisoned set": (told_anew(bd_train=None), ("bd_train: None",)),
     "of the first version": (told_anew(bd_train={"x": torch.zeros(3), "y": [1]}), ("bd_train", "first version")),
     "pickled images": (told_anew(bd_train={"x": [SMALL]}), ("first version",)),
@@ -479,6 +508,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, damage: str) -> None:
     assert not (tmp_path / "run" / "set.json").exists()
 
 
+def test_labels_below_0_are_refused(tmp_path: Path) -> None:
+    """A record whose images all carry -1 has no target class."""
+    theirs(tmp_path / "r", every_fifth(-1), -1)
+    refused(lambda: prepare(on(tmp_path, tmp_path / "r"), tmp_path / "run"), tmp_path / "r", "labels: -1")
+
+
 PNG_DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "an index out of range": (lambda part: shutil.copy(part / f"{LABEL}/20.png", part / f"{LABEL}/300.png"), ("300", "0..299")),
     "another label": (lambda part: shutil.move(part / f"{LABEL}/20.png", part / f"{(LABEL + 1) % 10}"), ("image 20",)),
@@ -508,6 +543,10 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     theirs(tmp_path / "r", every_fifth())
     refused(lambda: prepare(on(tmp_path, tmp_path / "none"), tmp_path / "run"), "record", "no such folder")
     refused(lambda: prepare(on(tmp_path, tmp_path / "r", attack="a b"), tmp_path / "run"), "attack")
+    for name in ("target_label", "target_shift", "poison_ratio", "poison_mode"):
+        refused(
+            lambda name=name: prepare(on(tmp_path, tmp_path / "r", attack=name), tmp_path / "run"), f"record.attack: {name}: "
+        )
     (tmp_path / "r/attack_result.pt").unlink()
     refused(lambda: prepare(on(tmp_path, tmp_path / "r", target_label=10), tmp_path / "run"), "target_label: 10", "0..9")
     inner = {"backdoorbench_record": {"record": str(tmp_path / "r"), "attack": "badnet", "clean": CLEAN, "target_label": 3}}

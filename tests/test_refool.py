@@ -323,13 +323,14 @@ def paint(path: Path, pixels: np.ndarray) -> Path:
 
 
 def test_a_folder_is_read_by_name_and_resized_linearly(tmp_path: Path) -> None:
-    """The first `count` images in order of their names are used, whatever their size, kind and date; other files are
-    ignored."""
+    """The first `count` images in order of their names are used, whatever their size, kind and date; other and hidden
+    files are ignored."""
     images = noise(5, 40, 50, 3)
     for name, pixels in zip(("d.png", "a.PNG", "c.bmp", "b.ppm", "e.webp"), images, strict=True):
         paint(tmp_path / name, pixels)
     paint(tmp_path / "inside" / "0.png", images[0])
     (tmp_path / "README.txt").write_text("not an image")
+    (tmp_path / "._a.png").write_text("not an image: macOS leaves such files on other disks")
     kept = Attack(Settings(reflections=str(tmp_path), count=4), context(noise(3, 16, 24))).reflections
     wanted = [Image.fromarray(images[i]).resize((24, 16), Image.Resampling.BILINEAR) for i in (1, 3, 2, 0)]
     assert np.array_equal(kept, np.stack([np.asarray(image) for image in wanted]))
@@ -370,7 +371,7 @@ def test_an_invalid_folder_is_one_line_with_the_remedy(tmp_path: Path, broken: s
         Attack(Settings(reflections=str(folder)), context(noise(1)))
     text = str(caught.value)
     assert str(named) in text and "backdoor.refool.reflections" in text and "\n" not in text
-    assert any(remedy in text for remedy in ("give a folder", "add some", "another file, e.g. a PNG"))
+    assert any(remedy in text for remedy in ("give a folder", "correct backdoor", "add some", "another file, e.g. a PNG"))
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="the superuser may read everything")

@@ -28,18 +28,30 @@ from utils.stages import UNDEFENDED
 HEAD = ("run", "defense", "ACC", "ASR", "RA", "DER", "poisoned in the clean pool", "seconds")
 
 
+# What every line of metrics.jsonl has.
+COLUMNS = {
+    "epoch", "defense", "clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_pool_size", "poisoned_in_clean_pool",
+    "seconds",
+}  # fmt: skip
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """Return a run's name, settings without the seed, rows of `metrics.jsonl`, and digest of its data (None: not recorded)."""
     try:
         data = data_digest(folder / manifest.FILE)
         rows = [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
         settings = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}: not the folder of a run ({error}): give <saved_dir>/<run>") from None
+        if not isinstance(settings, dict) or not isinstance(settings.get("seed"), dict) or "seed" not in settings["seed"]:
+            raise ValueError("config.yaml: no settings with a seed")
+        if not all(isinstance(row, dict) and row.keys() >= COLUMNS for row in rows):
+            raise ValueError(f"log/metrics.jsonl: a line without {', '.join(sorted(COLUMNS))}")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        what = " ".join(str(error).split())
+        raise UserError(f"{folder}: not the folder of a run ({what}): give <saved_dir>/<run>") from None
     if not rows:
         raise UserError(f"{folder}: the run has not finished an epoch yet")
     seed = settings.pop("seed")["seed"]
-    settings.pop("run")
+    settings.pop("run", None)
     return {"name": folder.name, "seed": seed, "settings": settings, "rows": rows, "data": data}
 
 

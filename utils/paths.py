@@ -9,6 +9,7 @@ from pathlib import Path
 
 from utils.errors import UserError
 
+PROJECT = Path(__file__).resolve().parents[1]
 # Files that are not regular, by the function that recognizes them. Reading some of these would block forever.
 KINDS = {
     stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device",
@@ -42,6 +43,21 @@ def user_path(name: str | Path, key: str) -> Path:
         raise UserError(
             f"{key}: {name}: unknown home folder {path.parts[0]}: give the full path, or ./{name} if the name begins with ~"
         ) from None
+
+
+def named_path(name: str, key: str) -> Path:
+    """Return the file or folder that a setting names; a relative path may also start at the project's folder.
+
+    Args:
+        key: the setting, for the error.
+    Raises:
+        UserError: there is none, or its home folder is unknown.
+    """
+    path = user_path(name, key)
+    for candidate in (path, PROJECT / path):
+        if exists(candidate, key):
+            return candidate
+    raise UserError(f"{name}: no such file or folder: correct {key}, or remove it to use the built-in default")
 
 
 def look(path: Path, key: str) -> os.stat_result | None:

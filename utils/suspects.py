@@ -45,8 +45,9 @@ class Evidence:
         """Return the score (N,) in 0..1 and the measures that it is compared with, each (N,); high values are suspect.
 
         The score is the product of two factors: the margin by which the final model prefers another label, mapped to 0..1,
-        and the share of epochs that the image was outside the clean pool. Poisoned images have both: the model confidently
-        predicts another label, and the splits keep them out. Hard clean images lack the first; the clean half that stages 2
+        and 1 - e / (max e + 1), where e is the number of epochs that the image was in the clean pool and max e that of the
+        image that was there most often. Poisoned images have both: the model confidently predicts another label, and the
+        splits keep them out. Hard clean images lack the first; the clean half that stages 2
         and 3 leave out lacks the second. `suspects.json` has the quality of the score and of its parts, so that each
         run shows whether the product is the better measure.
         """

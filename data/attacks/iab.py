@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from data.attack import Arrays, AttackBase, fingerprint, in_batches, keep_asset, weights_of
 from data.attacks._iab_networks import EncoderDecoder, blend, density_loss, diversity_loss, sharpen, standardize
+from data.attacks._surrogate import check_classes
 from data.sets import AttackContext
 from utils.draws import generator, key_seed, numpy_generator
 from utils.errors import UserError
@@ -65,6 +66,7 @@ class Attack(AttackBase):
     """The frozen generator and mask network."""
 
     def __init__(self, settings: Settings, context: AttackContext) -> None:
+        check_classes("iab", settings.surrogate, context)
         self.cover_ratio, self.context = settings.cover_ratio, context
         key = mask_key(settings, context)
         mask_weights = keep_asset(context, "iab_mask", key, lambda: train_mask_network(settings, context))
@@ -188,9 +190,11 @@ def generator_loss(
 
 @torch.no_grad()
 def log_success(context: AttackContext, networks: Networks) -> None:
-    """Log the density of the masks and the surrogate's ASR on test images."""
+    """Log the density of the masks and the surrogate's ASR on test images, if there are any of other classes."""
     wanted = context.label_after(context.raw.test_labels)
     chosen = np.flatnonzero(context.raw.test_labels != wanted)[:TRIED]
+    if not len(chosen):
+        return
     images, labels = context.raw.test_images[chosen], torch.from_numpy(wanted[chosen]).to(context.device)
     hits, density = 0.0, 0.0
     size = images_at_a_time(images)
@@ -200,7 +204,7 @@ def log_success(context: AttackContext, networks: Networks) -> None:
         logits = networks.surrogate(standardize(blend(x, networks.generator(x), mask)))
         hits += float((logits.argmax(1) == labels[start : start + size]).sum())
         density += float(mask.mean((1, 2, 3)).sum())
-    n = max(len(images), 1)
+    n = len(images)
     logger.info(
         f"iab: masks cover {100 * density / n:.1f} % of a test image; the surrogate, which must also resist the triggers of "
         f"other images, has ASR {100 * hits / n:.1f} %"

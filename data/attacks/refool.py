@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from data.sets import AttackContext
 from utils.draws import numpy_generator
 from utils.errors import UserError
 from utils.names import class_text
-from utils.paths import user_path
+from utils.paths import is_dir, named_path, visible
 from utils.runlog import progress
 from utils.schema import setting
 
@@ -122,7 +123,8 @@ def out_of_focus(r: Tensor, x: Tensor, sigma: Tensor, attenuation: Tensor) -> Te
     Args:
         r, x: (n, C, H, W) reflection and image, linear light.
         sigma: (n,) in pixels.
-        attenuation: (n,) how many times the mean excess of a channel is subtracted.
+        attenuation: (n,) how many times the mean excess of a channel is subtracted: how much r + x exceeds 1, on average over
+            the pixels where it does.
     """
     r = move(r, *(gaussian(side, sigma) for side in r.shape[2:]))
     both = r + x
@@ -184,11 +186,10 @@ def whole_between(bounds: tuple[float, ...], side: int, uniform: Tensor) -> Tens
 def read_reflections(name: str, count: int, height: int, width: int) -> np.ndarray:
     """Read the first `count` images of a folder in order of their names, resized linearly: (n, height, width, 3) uint8."""
     key = "backdoor.refool.reflections"
-    folder = user_path(name, key)
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    except OSError as error:
-        raise UserError(f"{key}: {name}: cannot be read ({error.strerror}): give a folder of images") from None
+    folder = named_path(name, key)
+    if not is_dir(folder, key):
+        raise UserError(f"{key}: {name}: is not a folder: give a folder of images")
+    paths = [path for path in map(Path, visible(folder)) if path.suffix.lower() in SUFFIXES]
     if not paths:
         raise UserError(f"{key}: {name}: contains no image files: add some ({', '.join(SUFFIXES)})")
     images = progress((read_named(str(path), key) for path in paths[:count]), "reflections", len(paths[:count]))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.altered import Altered
-from data.poisoned_folder import Origin
-from data.record_read import Hints, Record, read_record
+from data.poisoned_folder import Origin, refuse_reserved
+from data.record_read import TEST, TRAIN, Hints, Record, read_record
 from data.sets import Listing, RawData
 from data.transforms import resize
 from utils import plugins
@@ -41,8 +41,9 @@ class Settings:
 def load(settings: Settings, dataset_dir: str | None, download: bool) -> Altered:
     """Read the record, and list the clean data set."""
     at = "dataset.backdoorbench_record"
-    if not re.fullmatch(r"[\w-]+", settings.attack) or settings.attack in ("poison_ratio", "poison_mode"):
+    if not re.fullmatch(r"[\w-]+", settings.attack):
         raise UserError(f"{at}.attack: {settings.attack!r:.80}: must be a plain name, e.g. badnet")
+    refuse_reserved(settings.attack, f"{at}.attack")
     folder = user_path(settings.record, f"{at}.record")
     if not is_dir(folder, f"{at}.record"):
         raise UserError(f"{at}.record: {settings.record}: no such folder: give the one that holds attack_result.pt")
@@ -57,7 +58,7 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> Altered
     pre = () if fits else (Named("resize", resize.Settings(size)),)
     origin = Origin(
         "BackdoorBench record", settings.clean, record.backdoor, record.num_classes, clean.class_names, pre, folder,
-        record.source,
+        record.source, (TRAIN, "clean test images", TEST),
     )  # fmt: skip
     return Altered(clean, record.train, record.test, origin)
 

@@ -93,6 +93,8 @@ def read_batch(path: Path, name: str = "CIFAR-10", key: str = "labels", classes:
     count = len(labels) if isinstance(labels, list) or (isinstance(labels, np.ndarray) and labels.ndim == 1) else "no"
     if count != len(images):
         raise UserError(f"{path}: {count} labels for {len(images)} images: unpack the data set again")
+    if isinstance(labels, np.ndarray) and labels.dtype.kind not in "iu":
+        raise UserError(f"{path}: {key} is {labels.dtype} instead of integers: unpack the data set again")
     for label in labels:
         if not (isinstance(label, (int, np.integer)) and 0 <= label < classes):
             raise UserError(f"{path}: label {label!r:.40} is not in 0..{classes - 1}: unpack the data set again")

@@ -21,8 +21,8 @@ import numpy as np
 
 from data import sets
 from data.choice import label_after
-from data.poisoned_folder import PARTS, Origin, StoredSet, contradiction
-from data.sets import Part
+from data.poisoned_folder import PARTS, Origin, StoredSet, refuse_reserved
+from data.sets import MOST_CLASSES, Part
 from utils.errors import UserError
 from utils.paths import require_file, user_path
 from utils.schema import Named, setting
@@ -57,20 +57,22 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> StoredS
         raise UserError("dataset_dir: missing: give the .npz file with the arrays")
     if (settings.target_label is None) == (settings.target_shift is None):
         raise UserError(f"{at}: needs either target_label, the label that the attacker wants, or target_shift")
+    refuse_reserved(settings.attack, f"{at}.attack")
     path = user_path(dataset_dir, "dataset_dir")
     arrays = read(path)
     names = tuple(map(str, arrays["class_names"])) if "class_names" in arrays else None
-    labels = [arrays[key] for key in ("train_labels", "train_original_labels", "test_labels")]
-    classes = len(names) if names is not None else max(int(part.max()) for part in labels) + 1
+    largest, key = max((int(arrays[key].max()), key) for key in ("train_labels", "train_original_labels", "test_labels"))
+    if largest >= MOST_CLASSES:
+        raise UserError(f"{path}: {key}: the largest is {largest}: must be less than {MOST_CLASSES}")
+    classes = len(names) if names is not None else largest + 1
     backdoor = attack_of(settings, arrays)
     wanted = label_after(arrays["test_labels"], settings.target_label, settings.target_shift, classes)
-    parts = parts_of(arrays, wanted)
-    wrong = contradiction(parts, backdoor, classes, dict(zip(PARTS, ("train", "test", "triggered"), strict=True)))
-    if wrong is not None:
-        raise UserError(f"{path}: {wrong}: write the file again")
     names = names or tuple(map(str, range(classes)))
-    origin = Origin("arrays", Named("poisoned_arrays", settings), backdoor, classes, names, (), path.parent, path.name)
-    return origin.stored(parts)
+    origin = Origin(
+        "arrays", Named("poisoned_arrays", settings), backdoor, classes, names, (), path.parent, path.name,
+        ("train", "test", "triggered"),
+    )  # fmt: skip
+    return origin.stored(parts_of(arrays, wanted))
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
