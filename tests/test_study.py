@@ -289,7 +289,7 @@ def test_without_runs_every_planned_one_is_not_run(tmp_path: Path) -> None:
     planned = ", ".join(f"`{name}`" for name in runs.names)
     assert f"Planned, but not run yet: {planned}." in " ".join(page.split())
     assert all(f"| `{name}` |" not in page for name in runs.names)
-    assert "completed 0 of" in " ".join(report.status(runs).split())
+    assert "finished for 0 of" in " ".join(report.status(runs).split())
     assert list(report.curves(folder, runs)) == ["authors' code, full size"]
 
 
@@ -358,7 +358,7 @@ def test_the_last_five_epochs_count_too(tmp_path: Path) -> None:
     runs = report.Runs(folder)
     assert report.verdict("blend", runs) == "missed: ASR excess"
     status = " ".join(report.status(runs).split())
-    assert "are met: none;" in status and "is missed: Blend." in status and "completed 1 of" in status
+    assert "are met: none;" in status and "is missed: Blend." in status and "finished for 1 of" in status
 
 
 def test_a_run_that_was_stopped_counts_as_missed(tmp_path: Path) -> None:

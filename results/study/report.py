@@ -42,7 +42,8 @@ KEYS = ("clean_accuracy", "attack_success_rate", "clean_as_target", "robust_accu
 NAMES = ("ACC", "ASR", "without trigger", "RA")
 LAST = 5  # final epochs to average over
 NOT_RUN, NONE = "not run", "-"
-STOPPED = {"iab": "trials/iab/n800_seed100.jsonl"}  # runs with ASD that were stopped because the attack had succeeded
+# Runs with ASD that were stopped because the attack had succeeded.
+STOPPED = {"iab": "trials/iab/n800_seed100.jsonl", "clb": "trials/clb/n800.jsonl"}
 Row = dict[str, Any]
 Cells = tuple[str, ...]
 
@@ -287,6 +288,7 @@ def page(folder: Path, runs: Runs) -> str:
         "what_decides": what_decides(folder / "what_decides.jsonl"),
         "trials": trials(folder / "trials"),
         "trials_iab": trials(folder / "trials" / "iab"),
+        "trials_clb": trials(folder / "trials" / "clb"),
     }  # fmt: skip
     return re.sub(r"\{\{(\w+)\}\}", lambda found: pieces[found[1]], (folder / "page.md").read_text(encoding="utf-8"))
 
@@ -298,11 +300,8 @@ def status(runs: Runs) -> str:
     met, missed = (
         ", ".join(SIX[attack] for attack in SIX if verdicts[attack].startswith(word)) or "none" for word in ("met", "missed")
     )
-    stopped = "".join(
-        f"; against {TITLES[attack]} ASD was stopped after {len(rows)} epochs, when the attack had succeeded"
-        for attack, rows in runs.stopped.items()
-        if f"{attack}/asd" not in runs
-    )
+    early = " and ".join(TITLES[attack] for attack in runs.stopped if f"{attack}/asd" not in runs)
+    stopped = early and f"; against {early} ASD was stopped early, when the attack had succeeded"
     sentences = (
         "**Status.** The paper's own results (full-width ResNet-18, 120 epochs of 1,024 steps) have not been reproduced: "
         "that needs a GPU, and no such run has been made.",

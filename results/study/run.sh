@@ -76,7 +76,6 @@ run wanet_published/undefended cifar10_study_undefended "backdoor={wanet: {}}"
 run wanet_s1/undefended cifar10_study_undefended "backdoor={wanet: {s: 1.0}}"
 run clb_eps8/undefended cifar10_study_undefended "$clb" backdoor.clb.eps=8
 run clb_eps16/undefended cifar10_study_undefended "$clb" backdoor.clb.eps=16
-run clb_eps16/asd cifar10_study "$clb" backdoor.clb.eps=16
 run clb_half/undefended cifar10_study_undefended "$clb" backdoor.clb.eps=16 backdoor.poison_ratio=0.5
 run lookalike_all/undefended cifar10_study_undefended "$lookalike" backdoor.lookalike.share=1.0
 run lookalike/undefended cifar10_study_undefended "$lookalike"
