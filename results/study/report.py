@@ -304,7 +304,7 @@ def status(runs: Runs) -> str:
     stopped = early and f"; against {early} ASD was stopped early, when the attack had succeeded"
     sentences = (
         "**Status.** The paper's own results (full-width ResNet-18, 120 epochs of 1,024 steps) have not been reproduced: "
-        "that needs a GPU, and no such run has been made.",
+        "that needs a GPU, and nothing has been run on one yet.",
         "In [a study](results/study/README.md) with a quarter-width network, feasible on one CPU core, both runs, with and "
         f"without ASD, are finished for {len(SIX.keys() & set(both))} of the paper's six attacks{stopped}.",
         "The targets are an ACC of at least 83 % and within 5 points of the undefended network, and an ASR at most 3 points "
