@@ -166,7 +166,7 @@ def read(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) ->
     chosen_labels = [labels for labels in every if all(labels[axis] in those for axis, those in kept.items())]
     jobs = [build_job(name, axes, labels, source, overrides) for labels in chosen_labels]
     if not jobs:
-        raise UserError(f"{path}: no run is left after `skip` and --only")
+        raise UserError(f"{path}: skip: no run is left after it and --only")
     folders = {user_path(job.config.saved_dir, "saved_dir") for job in jobs}
     if len(folders) > 1:
         raise UserError(f"{path}: saved_dir: {', '.join(map(str, folders))}: must be the same for all runs; give it in `set`")
