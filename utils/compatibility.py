@@ -32,10 +32,14 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
     """
     if not isinstance(saved.get("config"), dict):
         return
-    then, now = flatten(completed(saved["config"])), flatten(config)
+    try:
+        written = read_config(saved["config"])
+    except UserError:  # it has a setting that no longer exists: the comparison names it
+        written = None
+    then, now = flatten(as_dict(written) if written else saved["config"]), flatten(config)
     wanted = read_config(config)
     free = [*FREE, *wanted.defense.settings.unread, *(stand_ins if saved.get("data") else ())]
-    if not may_have_other_length(saved, wanted):
+    if not may_have_other_length(written, saved.get("epoch"), wanted):
         free.remove("num_epochs")
     for key in [*now, *(k for k in then if k not in now)]:
         if any(key == f or key.startswith(f + ".") for f in free) or then.get(key) == now.get(key):
@@ -47,18 +51,20 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
         )
 
 
-def may_have_other_length(saved: dict[str, Any], wanted: Config) -> bool:
+def may_have_other_length(written: Config | None, epoch: Any, wanted: Config) -> bool:
     """Whether a run may resume from a checkpoint although its `num_epochs` is another one.
 
     Its learning rates must not follow the length, and the finished epochs must belong to the same stages.
+
+    Args:
+        written: the configuration of the checkpoint; None: it has settings that no longer exist.
+        epoch: 0-based, of the last epoch that is finished; None: all are.
     """
     if any(stage.lr_scheduler and stage.lr_scheduler.settings.follows_length for stage in wanted.stages):
         return False
-    try:
-        before = stage_names(read_config(saved["config"]))
-    except UserError:  # it has a setting that no longer exists: the comparison names it
+    if written is None:
         return True
-    epoch = saved.get("epoch")  # 0-based, of the last one that is finished; absent: all are
+    before = stage_names(written)
     done = epoch + 1 if isinstance(epoch, int) else len(before)
     return all(then == now for then, now in zip(before[:done], stage_names(wanted), strict=False))
 
@@ -90,15 +96,6 @@ def read_config(config: dict[str, Any]) -> Config:
     """Return a stored configuration, with the defaults of settings that were added since it was written."""
     read: Config = Reader(lambda key: "").section(Config, config)
     return read
-
-
-def completed(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a stored configuration, completed by the defaults of settings that were added later."""
-    try:
-        complete: dict[str, Any] = as_dict(read_config(config))
-    except UserError:  # it has a setting that no longer exists: the comparison names it
-        return config
-    return complete
 
 
 def refuse_other_data(path: Path, saved: dict[str, Any], data: str, whole: bool = True) -> None:
