@@ -14,6 +14,7 @@ import yaml
 
 from utils.errors import UserError
 from utils.layers import parse_override, read_with_base
+from utils.paths import PROJECT
 from utils.reader import Reader
 from utils.schema import REQUIRED, Named, as_dict, describe, setting
 from utils.settings import (
@@ -215,7 +216,7 @@ def check_processes(config: Config, processes: int) -> None:
 def run_name(path: Path) -> str:
     """Return the run's name: `a/b` for config/a/b.yaml; the file name of a YAML outside config/."""
     stem = path.resolve().with_suffix("")
-    for folder in (Path.cwd().resolve() / "config", Path(__file__).resolve().parents[1] / "config"):
+    for folder in (Path.cwd().resolve() / "config", PROJECT / "config"):
         if stem.is_relative_to(folder):
             return stem.relative_to(folder).as_posix()
     return path.stem

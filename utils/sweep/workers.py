@@ -12,7 +12,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import IO
 
 import torch
@@ -20,6 +19,7 @@ import torch
 from utils.errors import UserError
 from utils.files import try_lock
 from utils.machine import device_numbers
+from utils.paths import PROJECT
 from utils.sweep import child
 from utils.sweep.plan import Job, Plan, shown
 from utils.sweep.progress import Progress
@@ -27,7 +27,6 @@ from utils.sweep.status import FINISHED, OUTPUT, forget_failure, last_line, mark
 
 logger = logging.getLogger(__name__)
 SCRIPTS = ("ASD.py", "test.py")
-ROOT = Path(__file__).resolve().parents[2]
 LOCK = ".sweep.lock"
 POLL = 0.2  # seconds between looks at the children
 PATIENCE = 60.0  # seconds that a child has to stop
@@ -40,7 +39,7 @@ def environment(device: str) -> dict[str, str]:
 
 def command_of(job: Job, script: str, device: str) -> list[str]:
     """Return the command that trains or tests a run."""
-    return [sys.executable, shown(ROOT / script), *job.arguments(device)]
+    return [sys.executable, shown(PROJECT / script), *job.arguments(device)]
 
 
 def command_text(job: Job, script: str, device: str) -> str:
