@@ -32,10 +32,10 @@ from model.forward import forward
 from model.optimizer import build_optimizer, restart
 from utils.checkpoint import State
 from utils.cli import command, parse_arguments
+from utils.config.stages import Stage, locate
 from utils.errors import UserError
-from utils.runlog import progress
-from utils.stages import Stage, locate
-from utils.stepper import Stepper
+from utils.reporting.runlog import progress
+from utils.runtime.stepper import Stepper
 
 
 def main() -> None:

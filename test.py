@@ -27,15 +27,16 @@ from engine.context import build_context
 from engine.evaluation import evaluate
 from model.classifier import build_classifier, new_classifier
 from model.inference import predict
-from utils import checkpoint, config, confusion
+from utils import checkpoint, config
 from utils.cli import command, parse_arguments
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import write_atomically, write_text
-from utils.machine import Machine, choose_machine, set_determinism
 from utils.names import class_text
 from utils.paths import is_dir, user_path
+from utils.reporting import confusion
 from utils.run import LATEST, Run, locate
+from utils.runtime.machine import Machine, choose_machine, set_determinism
 
 
 class Loaded(NamedTuple):

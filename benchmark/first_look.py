@@ -15,9 +15,9 @@ from torch.utils.benchmark import timer
 from benchmark import workload
 from benchmark.workload import Work, in_runtime, timed
 from engine.context import Context
-from utils.best_effort import BestEffort
-from utils.machine import has_bf16
-from utils.settings import Loader, Runtime
+from utils.config.settings import Loader, Runtime
+from utils.reporting.best_effort import BestEffort
+from utils.runtime.machine import has_bf16
 
 IMAGES, STEPS, SIDE = 50_000, 200, 8192  # training images, steps of an epoch, side of the matrices of `product_tflops`
 

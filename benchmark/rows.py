@@ -17,8 +17,8 @@ from benchmark.reference import MixMatchScript, Script
 from benchmark.workload import Work, first, in_runtime, timed
 from data.pools import class_agnostic_split, pools_of
 from engine.context import Context
-from utils.machine import has_bf16
-from utils.settings import Runtime
+from utils.config.settings import Runtime
+from utils.runtime.machine import has_bf16
 
 AGAIN = ", again"
 Make = Callable[[], Work]  # prepares the work

@@ -24,7 +24,7 @@ from benchmark.workload import make_context
 from utils.cli import Parser
 from utils.errors import UserError
 from utils.files import write_text
-from utils.machine import has_bf16, processor
+from utils.runtime.machine import has_bf16, processor
 
 HEAD = f"{'row':28s} {'variant':30s} {'ms':>10s} {'ratio (min to max)':28s} against"
 

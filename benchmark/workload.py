@@ -22,10 +22,10 @@ from engine.context import Context, build_context, build_state
 from model.classifier import Classifier, build_classifier
 from model.networks import resnet18_cifar
 from utils.config import Config
+from utils.config.schema import Named
+from utils.config.settings import Backdoor, Loader, Runtime, Semi, SemiLoader, Transform, TransformTest, TransformTrain
 from utils.draws import generator
-from utils.machine import Machine
-from utils.schema import Named
-from utils.settings import Backdoor, Loader, Runtime, Semi, SemiLoader, Transform, TransformTest, TransformTrain
+from utils.runtime.machine import Machine
 
 CLASSES = 10
 SIDE = 32

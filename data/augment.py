@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.schema import Named
+from utils.config.schema import Named
 
 # How many float32 numbers a transform works on at a time. This bounds the memory, and on a CPU the numbers stay in the cache,
 # which is 1.2 to 2.5 times faster than 32 images of 224 px at once. A GPU needs few and large kernels.

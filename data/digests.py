@@ -15,11 +15,11 @@ import numpy as np
 
 from data.sets import RawData
 from utils.config import Config
+from utils.config.schema import stand_ins
 from utils.errors import UserError
 from utils.manifest import INPUT, TEST, TRAIN, Row, to_text, with_input
 from utils.paths import named_path
-from utils.schema import stand_ins
-from utils.suspects import class_name
+from utils.reporting.suspects import class_name
 
 CHUNK = 1 << 20  # bytes of a file that are read at a time
 

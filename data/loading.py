@@ -6,16 +6,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data.altered import Altered
-from data.poisoned_folder import StoredSet, refuse_disagreement
+from data.io.tables import to_raw
+from data.poisoned_sets.agreement import refuse_disagreement
+from data.poisoned_sets.altered import Altered
+from data.poisoned_sets.stored import StoredSet
 from data.sets import Listing, RawData
-from data.tables import to_raw
 from utils import plugins
 from utils.config import Config
+from utils.config.schema import Named
 from utils.errors import UserError
 from utils.names import class_text
 from utils.paths import is_file, user_path
-from utils.schema import Named
 
 PACKAGE = "data.datasets"
 

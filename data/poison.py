@@ -16,17 +16,17 @@ if __name__ == "__main__":  # before the imports, which take seconds
 from collections.abc import Callable
 from functools import partial
 
-from data.export import export, write_arrays
+from data.poisoned_sets.export import export, write_arrays
+from data.poisoned_sets.record_write import Model, write_record
 from data.poisoning import ATTACKS
-from data.record_write import Model, write_record
 from data.sets import NewClassifier
 from utils import plugins
 from utils.cli import DEFAULT_CONFIG, Parser, command
 from utils.config import Config
 from utils.config import load as load_config
 from utils.errors import UserError
-from utils.machine import choose_device, set_determinism
 from utils.paths import user_path
+from utils.runtime.machine import choose_device, set_determinism
 
 FORMATS = ("npz", "backdoorbench")
 WeightsOf = Callable[[Config, "str | None"], Model]

@@ -9,13 +9,13 @@ import torch
 
 from data.attack import BATCH, AttackBase, NoAttack
 from data.choice import draw_cover, label_after, poison_index
+from data.io.table_file import own_copy, read_table
 from data.sets import CLEAN, COVER, POISONED, AttackContext, NewClassifier, Part, RawData, TestSets, no_network
-from data.table_file import own_copy, read_table
 from utils import plugins
 from utils.config import Config
+from utils.config.settings import Backdoor
 from utils.errors import UserError
 from utils.paths import user_path
-from utils.settings import Backdoor
 
 ATTACKS = "data.attacks"
 

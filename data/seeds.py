@@ -39,7 +39,7 @@ def choose_seed_samples(config: Config, data: PoisonedData, folder: Path) -> Ten
         return torch.zeros(0, dtype=torch.int64)
     labels = data.train.labels
     if config.seed_samples is None:
-        assert data.ground_truth is not None  # if it is unknown, utils/config.py requires `seed_samples`
+        assert data.ground_truth is not None  # if it is unknown, the configuration requires `seed_samples`
         return draw_seed_samples(labels, data.ground_truth, config.num_classes, config.global_.seed_num, config.seed.seed)
     source = user_path(config.seed_samples, "seed_samples")
     names = data.names or tuple(map(str, range(len(labels))))

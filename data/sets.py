@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from data.choice import label_after
-from utils.schema import Named
-from utils.settings import Backdoor
+from utils.config.schema import Named
+from utils.config.settings import Backdoor
 
 CLEAN, POISONED, COVER = 0, 1, 2  # ground-truth flags; a cover image is altered and keeps its label
 MOST_CLASSES = 10**6  # of a file that another program wrote; the names of more could fill the memory
@@ -52,7 +52,7 @@ class Mapped(np.ndarray):
 
 @dataclass(frozen=True)
 class Listing:
-    """A data set as image files of any format and size, which `data/tables.py` decodes."""
+    """A data set as image files of any format and size, which `data/io/tables.py` decodes."""
 
     name: str  # of the data set, as in `dataset: folder`
     root: Path

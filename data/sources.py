@@ -11,12 +11,13 @@ import torch
 
 from data.attack import AttackBase
 from data.digests import manifest_of, with_poisoned
+from data.io.placement import choose_placement
+from data.io.table_file import read_table
 from data.loading import load_data
-from data.placement import choose_placement
-from data.poisoned_folder import StoredSet, examples_of, keep_with_run
+from data.poisoned_sets.agreement import keep_with_run
+from data.poisoned_sets.stored import StoredSet, examples_of
 from data.poisoning import build_attack, build_test_sets, clean_images, poison_training_set, test_sets, training_caption
 from data.sets import POISONED, NewClassifier, PoisonedData, RawData, TestSets, no_network, to_set
-from data.table_file import read_table
 from utils import manifest
 from utils.config import Config
 

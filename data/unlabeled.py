@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.image_file import depth_line, printable, read_prepared, unreadable_lines
-from data.threads import in_threads
+from data.io.image_file import depth_line, printable, read_prepared, unreadable_lines
+from data.io.threads import in_threads
 from utils.errors import UserError
 from utils.paths import is_dir, is_folder, visible
-from utils.suspects import class_name
+from utils.reporting.suspects import class_name
 
 HEAD = ("path", "label", "confidence", "label_2", "confidence_2", "label_3", "confidence_3")
 

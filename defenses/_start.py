@@ -12,14 +12,14 @@ from engine.context import Context
 from engine.supervised import train_supervised
 from utils import checkpoint
 from utils.checkpoint import State
-from utils.compatibility import read_config, refuse_other_data
 from utils.config import Config
+from utils.config.compatibility import read_config, refuse_other_data
+from utils.config.reader import Reader
+from utils.config.stages import UNDEFENDED, Stage
 from utils.draws import generator
 from utils.errors import UserError
 from utils.paths import is_file
-from utils.reader import Reader
 from utils.run import LATEST, locate
-from utils.stages import UNDEFENDED, Stage
 
 UNDEFENDED_STAGE = "undefended"
 START_HELP = "name of a finished run without a defense to start from; null: train one first, for num_epochs"

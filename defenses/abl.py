@@ -20,10 +20,10 @@ from engine.supervised import BatchLoss, image_losses, mean_cross_entropy, super
 from loss.supervised import cross_entropy
 from utils.checkpoint import State
 from utils.config import Config
+from utils.config.schema import Named, setting
+from utils.config.settings import OPTIMIZERS, SCHEDULERS, SGD, MultiStep
+from utils.config.stages import METHOD, DefenseSettings, Stage, locate
 from utils.errors import UserError
-from utils.schema import Named, setting
-from utils.settings import OPTIMIZERS, SCHEDULERS, SGD, MultiStep
-from utils.stages import METHOD, DefenseSettings, Stage, locate
 
 ISOLATED = "isolated"
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ASD import Defense as Defense
 from utils.config import Config
-from utils.reader import Reader
-from utils.stages import DefenseSettings, Stage
+from utils.config.reader import Reader
+from utils.config.stages import DefenseSettings, Stage
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from engine.supervised import BatchLoss, image_losses, mean_cross_entropy, super
 from model.classifier import build_classifier
 from utils.checkpoint import State
 from utils.config import Config
-from utils.schema import Named, setting
-from utils.settings import OPTIMIZERS, SCHEDULERS, SGD, MultiStep
-from utils.stages import METHOD, DefenseSettings, Stage
+from utils.config.schema import Named, setting
+from utils.config.settings import OPTIMIZERS, SCHEDULERS, SGD, MultiStep
+from utils.config.stages import METHOD, DefenseSettings, Stage
 
 BIASED = "biased"
 PLAN = Named("SGD", SGD(lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True))

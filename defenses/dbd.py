@@ -23,10 +23,10 @@ from loss.supervised import symmetric_cross_entropy
 from model.classifier import Classifier
 from utils.checkpoint import State
 from utils.config import Config
+from utils.config.schema import Named, setting
+from utils.config.settings import OPTIMIZERS, SCHEDULERS, SGD, Adam, CosineAnnealing, transforms
+from utils.config.stages import SPLITS, DefenseSettings, Stage, locate
 from utils.draws import generator, key_seed
-from utils.schema import Named, setting
-from utils.settings import OPTIMIZERS, SCHEDULERS, SGD, Adam, CosineAnnealing, transforms
-from utils.stages import SPLITS, DefenseSettings, Stage, locate
 
 PROJECTION = "projection"
 

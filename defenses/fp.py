@@ -27,10 +27,10 @@ from loss.supervised import cross_entropy
 from model.classifier import Classifier, Features
 from utils.checkpoint import State
 from utils.config import Config
-from utils.reader import Reader
-from utils.schema import Named, setting
-from utils.settings import OPTIMIZERS, SGD
-from utils.stages import METHOD, DefenseSettings, Stage
+from utils.config.reader import Reader
+from utils.config.schema import Named, setting
+from utils.config.settings import OPTIMIZERS, SGD
+from utils.config.stages import METHOD, DefenseSettings, Stage
 
 PRUNED = "pruned channels"
 ROUNDING = 1e-6  # images: `drop` times their number is often whole, but not as a float

@@ -21,11 +21,11 @@ from model.classifier import Classifier, new_classifier
 from model.feature_maps import collect_maps
 from utils.checkpoint import State
 from utils.config import Config
+from utils.config.reader import Reader
+from utils.config.schema import Named, setting
+from utils.config.settings import OPTIMIZERS, SCHEDULERS, SGD, MultiStep
+from utils.config.stages import METHOD, DefenseSettings, Stage
 from utils.errors import nearest
-from utils.reader import Reader
-from utils.schema import Named, setting
-from utils.settings import OPTIMIZERS, SCHEDULERS, SGD, MultiStep
-from utils.stages import METHOD, DefenseSettings, Stage
 
 TEACHER = "teacher"
 PLAN = Named("SGD", SGD(lr=0.01, momentum=0.9, weight_decay=5e-4))

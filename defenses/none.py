@@ -8,7 +8,7 @@ from defenses._start import train_undefended, undefended_stage
 from engine.defense import DefenseBase
 from utils.checkpoint import State
 from utils.config import Config
-from utils.stages import METHOD, DefenseSettings, Stage
+from utils.config.stages import METHOD, DefenseSettings, Stage
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from defenses._start import train_undefended, undefended_stage
 from engine.defense import DefenseBase
 from utils.checkpoint import State
 from utils.config import Config
+from utils.config.schema import setting
+from utils.config.stages import METHOD, DefenseSettings, Stage
 from utils.draws import generator
-from utils.schema import setting
-from utils.stages import METHOD, DefenseSettings, Stage
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from engine.context import Context
 from engine.defense import DefenseBase
 from utils.checkpoint import State
 from utils.config import Config
+from utils.config.schema import setting
+from utils.config.stages import SPLITS, DefenseSettings, Stage
 from utils.draws import generator
 from utils.errors import UserError
-from utils.schema import setting
-from utils.stages import SPLITS, DefenseSettings, Stage
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from model.optimizer import build_optimizer, build_scheduler
 from model.sync_norm import synchronize
 from utils.checkpoint import State
 from utils.config import Config
+from utils.config.stages import Stage, locate, schedule_length
 from utils.errors import UserError
-from utils.machine import Machine
-from utils.stages import Stage, locate, schedule_length
-from utils.stepper import Stepper
+from utils.runtime.machine import Machine
+from utils.runtime.stepper import Stepper
 
 
 @dataclass(frozen=True)

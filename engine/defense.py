@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine.context import Context, build_training
 from utils.checkpoint import State
-from utils.stages import Stage, locate
+from utils.config.stages import Stage, locate
 
 
 class DefenseBase(ABC):

@@ -14,9 +14,9 @@ from loss.supervised import symmetric_cross_entropy
 from model.classifier import Classifier, Features
 from model.inference import predict
 from utils.checkpoint import State
-from utils.confusion import ByClass, confusion_matrix
-from utils.runlog import progress
-from utils.suspects import Evidence
+from utils.reporting.confusion import ByClass, confusion_matrix
+from utils.reporting.runlog import progress
+from utils.reporting.suspects import Evidence
 
 
 class Evaluation(NamedTuple):

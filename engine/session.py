@@ -20,21 +20,21 @@ from engine.context import Context, build_context, build_state
 from engine.defense import DefenseBase
 from engine.evaluation import Evaluation, class_probabilities, collect_evidence, evaluate, training_features
 from model.classifier import new_classifier
-from utils import checkpoint, config, manifest, plugins, stages
+from utils import checkpoint, config, manifest, plugins
 from utils.checkpoint import State
-from utils.compatibility import refuse_other_settings
-from utils.config import Config, check_processes
-from utils.confusion import FILE as CONFUSION
+from utils.config import Config, check_processes, stages
+from utils.config.compatibility import refuse_other_settings
+from utils.config.schema import as_dict, stand_ins
+from utils.config.settings import DEFENSES
 from utils.draws import key_seed
 from utils.errors import UserError
-from utils.evidence import FILE as EVIDENCE
-from utils.machine import Machine, choose_machine, set_determinism, start_processes
-from utils.plots import FEATURES
-from utils.report import Report, Subject
+from utils.reporting.confusion import FILE as CONFUSION
+from utils.reporting.evidence import FILE as EVIDENCE
+from utils.reporting.plots import FEATURES
+from utils.reporting.report import Report, Subject
+from utils.reporting.suspects import CSV as SUSPECTS
 from utils.run import BEST, LATEST, Run, locate, make_ready, open_run
-from utils.schema import as_dict, stand_ins
-from utils.settings import DEFENSES
-from utils.suspects import CSV as SUSPECTS
+from utils.runtime.machine import Machine, choose_machine, set_determinism, start_processes
 
 
 @dataclass

@@ -13,8 +13,8 @@ from engine.context import Context, build_stepper
 from loss.supervised import cross_entropy
 from model.batch_counters import count_at_end
 from utils.checkpoint import State
-from utils.runlog import progress
-from utils.stepper import Stepper
+from utils.reporting.runlog import progress
+from utils.runtime.stepper import Stepper
 
 BatchLoss = Callable[[Tensor, Tensor, int], Tensor]
 

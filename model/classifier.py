@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import plugins
-from utils.schema import Named
+from utils.config.schema import Named
 
 
 class Classifier(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.grouped_norm import is_grouped, rows_per_group
-from utils.machine import Machine
+from utils.runtime.machine import Machine
 
 
 def forward(model: nn.Module, batches: Sequence[Tensor], machine: Machine) -> list[Tensor]:

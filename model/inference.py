@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from utils.machine import Machine
+from utils.runtime.machine import Machine
 
 
 @torch.no_grad()

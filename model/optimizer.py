@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.schema import Named
+from utils.config.schema import Named
 
 ROUNDING = 1e-9  # epochs: 0.29 * 100 is 28.999... as a float
 

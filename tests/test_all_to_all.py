@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training import train_here
 
-from data import export
 from data.attacks import iab, refool
 from data.choice import draw_poisoned, label_after, poison_index
-from data.poisoned_folder import read_set
+from data.poisoned_sets import export
+from data.poisoned_sets.folder import read_set
 from data.poisoning import build_attack, build_test_sets, poison_training_set
 from data.sets import POISONED, AttackContext, RawData
 from data.sources import prepare

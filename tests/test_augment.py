@@ -31,8 +31,8 @@ from data.transforms import (
     resize,
 )
 from utils import config, plugins
+from utils.config.schema import Named
 from utils.errors import UserError
-from utils.schema import Named
 
 MODES = ("constant", "edge", "reflect", "symmetric")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)

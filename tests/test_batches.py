@@ -20,7 +20,7 @@ from data.sets import ImageSet
 from data.transforms import random_crop, random_horizontal_flip
 from utils import config
 from utils.config import Config
-from utils.schema import Named
+from utils.config.schema import Named
 
 CROP = Named("random_crop", random_crop.Settings(32, 4, "reflect"))
 FLIP = Named("random_horizontal_flip", random_horizontal_flip.Settings(0.5))

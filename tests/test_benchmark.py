@@ -18,8 +18,8 @@ from data.pools import class_agnostic_split, pools_of
 from engine.context import build_state
 from model.grouped_norm import is_grouped
 from utils.checkpoint import State
+from utils.config.settings import Runtime
 from utils.errors import UserError
-from utils.settings import Runtime
 
 CPU = torch.device("cpu")
 SMALL = Sizes(120, 10, 12, 12, 1, 1, (120, 240), least=0.001)

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from utils.best_effort import BestEffort
+from utils.reporting.best_effort import BestEffort
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), ImportError("no module"), ValueError("a\nb"), MemoryError()])

@@ -26,8 +26,8 @@ from model.classifier import build_classifier
 from model.optimizer import build_optimizer, build_scheduler
 from utils import checkpoint, config, files
 from utils.checkpoint import State
+from utils.config.schema import as_dict
 from utils.errors import UserError
-from utils.schema import as_dict
 
 
 def make_state(path: Path, overrides: tuple[str, ...] = (), steps: int = 0) -> tuple[State, dict[str, Any]]:
@@ -295,7 +295,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from utils import checkpoint
-from utils.runlog import write_metrics
+from utils.reporting.runlog import write_metrics
 
 folder = Path(sys.argv[1])
 model = nn.Linear(400, 400)

@@ -24,8 +24,8 @@ from data.sets import POISONED, AttackContext, RawData
 from model.classifier import new_classifier
 from model.networks import resnet18_cifar
 from utils import config
+from utils.config.schema import Named, merge
 from utils.errors import UserError
-from utils.schema import Named, merge
 
 TARGET = 1
 SMALL = Named("resnet18_cifar", resnet18_cifar.Settings(width=2, blocks=1))

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 import data.attacks
 from utils import config
 from utils.config import Config
+from utils.config.schema import merge
 from utils.errors import UserError
-from utils.schema import merge
 
 ORIGINAL = """\
 ---

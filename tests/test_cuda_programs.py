@@ -23,8 +23,8 @@ from conftest import REPOSITORY, TINY
 from fake_cuda import Device, Graph, pretended_cuda
 from PIL import Image
 
-from utils import plots
-from utils.stepper import TRIAL
+from utils.reporting import plots
+from utils.runtime.stepper import TRIAL
 
 STEPS = 3  # of MixMatch an epoch
 SMALL = TINY | {

@@ -26,9 +26,9 @@ from data.pools import pools_of
 from engine.context import build_state
 from loss.mixmatch import ramp_up
 from model.optimizer import build_optimizer, build_scheduler
-from utils.schema import Named
-from utils.settings import SGD, Adam, MixMatch, MultiStep, Runtime
-from utils.stepper import TRIAL, Stepper, changed_tensors
+from utils.config.schema import Named
+from utils.config.settings import SGD, Adam, MixMatch, MultiStep, Runtime
+from utils.runtime.stepper import TRIAL, Stepper, changed_tensors
 
 PRODUCTS = {"aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm", "aten::bmm"}
 ADAM = Named("Adam", Adam())
@@ -282,7 +282,7 @@ def test_the_first_look_goes_on_without_a_graph(
         begin(graph)
 
     monkeypatch.setattr(Graph, "capture_begin", capture_begin)
-    monkeypatch.setattr("utils.machine.Machine.compiled", lambda self, function: function)
+    monkeypatch.setattr("utils.runtime.machine.Machine.compiled", lambda self, function: function)
     monkeypatch.setattr(workload, "make_context", lambda *_: make_context(120, 8, 4, CUDA, 1))
     monkeypatch.setattr(workload, "step_gflop", lambda *_: 1.0)
     monkeypatch.setattr(first_look, "timer", time.perf_counter)  # torch's own waits for a driver

@@ -21,7 +21,7 @@ from engine.supervised import supervised_steps
 from model.classifier import Classifier
 from utils import config as configuration
 from utils.errors import UserError
-from utils.machine import Machine
+from utils.runtime.machine import Machine
 
 N, BATCH, C = 22, 8, 10  # two batches, and a smaller one
 NARROW = "network={resnet18_cifar: {width: 8, blocks: 1}}"

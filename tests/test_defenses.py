@@ -28,13 +28,13 @@ from loss.contrastive import nt_xent
 from loss.mixmatch import ramp_up
 from loss.supervised import cross_entropy
 from utils import config, plugins
-from utils.compatibility import refuse_other_settings
-from utils.confusion import FILE as CONFUSION
+from utils.config.compatibility import refuse_other_settings
+from utils.config.schema import as_dict
+from utils.config.stages import Stage, locate, schedule_length
 from utils.errors import UserError
-from utils.machine import Machine
+from utils.reporting.confusion import FILE as CONFUSION
 from utils.run import locate as locate_run
-from utils.schema import as_dict
-from utils.stages import Stage, locate, schedule_length
+from utils.runtime.machine import Machine
 
 FIGURES = ("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target")
 every_defense = pytest.mark.parametrize("name", SMALL)

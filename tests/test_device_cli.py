@@ -17,9 +17,10 @@ from conftest import REPOSITORY
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils import cli, config, machine
+from utils import cli, config
 from utils.errors import UserError
-from utils.machine import Machine, choose_device, choose_machine
+from utils.runtime import machine
+from utils.runtime.machine import Machine, choose_device, choose_machine
 
 
 @pytest.mark.parametrize("text", ["cpu", "CPU", " cpu "])

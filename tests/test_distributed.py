@@ -19,7 +19,7 @@ from torch import nn
 
 from utils.config import check_processes, load
 from utils.errors import UserError
-from utils.machine import Machine, device_numbers, start_processes
+from utils.runtime.machine import Machine, device_numbers, start_processes
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -98,7 +98,7 @@ SCRIPT = """
 import sys, torch, torch.distributed as dist
 from torch import nn
 from model.sync_norm import synchronize
-from utils.machine import choose_machine
+from utils.runtime.machine import choose_machine
 
 machine = choose_machine("cpu", False)
 torch.manual_seed(0)

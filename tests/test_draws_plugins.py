@@ -142,8 +142,8 @@ import logging
 from dataclasses import dataclass
 import torch
 from data.attack import AttackBase
-from utils.settings import NETWORKS
-from utils.schema import Named, setting
+from utils.config.settings import NETWORKS
+from utils.config.schema import Named, setting
 
 @dataclass(frozen=True)
 class Settings:
@@ -197,7 +197,7 @@ class Settings:
 from dataclasses import dataclass
 from torch import nn
 from model.backbone import finish
-from utils.schema import setting
+from utils.config.schema import setting
 
 @dataclass(frozen=True)
 class Settings:
@@ -278,9 +278,9 @@ from engine.defense import DefenseBase
 from engine.supervised import supervised_steps, train_supervised
 from loss.supervised import cross_entropy
 from model.classifier import build_classifier
-from utils.settings import OPTIMIZERS, SGD
-from utils.schema import Named, setting
-from utils.stages import DefenseSettings, Stage
+from utils.config.settings import OPTIMIZERS, SGD
+from utils.config.schema import Named, setting
+from utils.config.stages import DefenseSettings, Stage
 
 @dataclass(frozen=True)
 class Settings(DefenseSettings):

@@ -23,8 +23,8 @@ from engine.context import Context, build_state
 from loss.mixmatch import ramp_up
 from model.grouped_norm import group
 from model.optimizer import build_optimizer
-from utils.settings import MixMatch, Runtime
-from utils.stepper import Stepper, changed_tensors
+from utils.config.settings import MixMatch, Runtime
+from utils.runtime.stepper import Stepper, changed_tensors
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 real_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -179,7 +179,7 @@ def test_a_compiled_run_calls_the_compiled_network(monkeypatch: pytest.MonkeyPat
             called.append(len(images))
             return self.network(images)
 
-    monkeypatch.setattr("utils.machine.Machine.compiled", lambda self, network: Compiled(network))
+    monkeypatch.setattr("utils.runtime.machine.Machine.compiled", lambda self, network: Compiled(network))
     context = make_context(40, 1, 4, CPU, blocks=1)
     mixmatch(12, 2, in_runtime(context, Runtime("eager", compile=True)))()
     assert called == [4] * ASD.FORWARDS * 2

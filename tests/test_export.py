@@ -24,9 +24,10 @@ from PIL import Image
 from training import train_here
 
 import data.attacks
-from data import contact_sheet, export, loading, poison
+from data import contact_sheet, loading, poison
 from data.datasets import shapes
-from data.poisoned_folder import read_set
+from data.poisoned_sets import export
+from data.poisoned_sets.folder import read_set
 from data.sets import no_network
 from data.sources import prepare, prepare_tests
 from utils import config, files

@@ -20,9 +20,10 @@ from conftest import REPOSITORY
 
 from data.attack import keep_asset
 from data.sets import AttackContext, RawData
-from utils import files, plots
+from utils import files
 from utils.errors import UserError
 from utils.files import new_folder, remove_leftovers, write_atomically, write_text
+from utils.reporting import plots
 
 
 def failing(number: int) -> Callable[..., Any]:

@@ -17,8 +17,9 @@ from test_image_file import png16
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, Resize
 
-from data import digests, image_file, table_file, tables, threads
+from data import digests
 from data.datasets import folder
+from data.io import image_file, table_file, tables, threads
 from data.sets import Listing, RawData
 from data.transforms import center_crop, resize
 from utils import files

@@ -11,8 +11,8 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import Resize
 
-from data import tables
 from data.datasets import gtsrb
+from data.io import tables
 from data.sets import RawData
 from utils.errors import UserError
 

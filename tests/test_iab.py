@@ -24,8 +24,8 @@ from data.sets import AttackContext, RawData
 from model.classifier import new_classifier
 from model.networks.resnet18_cifar import Settings as Network
 from utils import config
+from utils.config.schema import Named
 from utils.errors import UserError
-from utils.schema import Named
 
 SMALL = Named("resnet18_cifar", Network(width=2, blocks=1))
 QUICK = Settings(mask_epochs=1, generator_epochs=1, batch_size=20, width=2, surrogate=SMALL)

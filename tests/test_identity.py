@@ -21,10 +21,10 @@ from data.loading import load_raw
 from data.sets import PoisonedData
 from data.sources import prepare
 from utils import checkpoint, config, manifest
-from utils.compatibility import refuse_other_settings
+from utils.config.compatibility import refuse_other_settings
+from utils.config.schema import as_dict, stand_ins
 from utils.errors import UserError
 from utils.manifest import Row
-from utils.schema import as_dict, stand_ins
 
 CLASSES, TRAIN, TEST = ("ant", "bee", "cat"), 8, 2
 EPOCHS = 2

@@ -15,9 +15,9 @@ import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
-from data import tables
 from data.datasets import folder
-from data.image_file import depth_line, read_image, read_named, read_prepared
+from data.io import tables
+from data.io.image_file import depth_line, read_image, read_named, read_prepared
 from data.unlabeled import ImageFiles
 from utils.errors import UserError
 
@@ -170,7 +170,7 @@ def test_decoders_print_no_warnings(tmp_path: Path) -> None:
     (tmp_path / "odd.jpg").write_bytes((tmp_path / "damaged.jpg").read_bytes().replace(b"Exif\0\0", b"Exif\0\0xxxx", 1))
     Image.new("1", (10_000, 9_500)).save(tmp_path / "large.png")
     script = (
-        "import sys; from pathlib import Path; from data.image_file import read_image\n"
+        "import sys; from pathlib import Path; from data.io.image_file import read_image\n"
         "for name in sys.argv[1:]: print(read_image(Path(name)).size)"
     )
     names = [str(tmp_path / name) for name in ("damaged.jpg", "odd.jpg", "large.png")]

@@ -14,10 +14,11 @@ import pytest
 from conftest import REPOSITORY
 from test_layout import SOURCES
 
-from utils import cli, logs, processes
-from utils.runlog import RunLog
+from utils import cli, logs
+from utils.reporting.runlog import RunLog
+from utils.runtime import processes
 
-OURS, FOREIGN = logging.getLogger("data.tables"), logging.getLogger("somebody.else")
+OURS, FOREIGN = logging.getLogger("data.io.tables"), logging.getLogger("somebody.else")
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def test_ranks_above_0_show_warnings_alone(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "_exit", sys.exit)  # how ranks above 0 leave
     command(speak)
-    expected = ["data.tables: 100 %s", "data.tables: warning"]
+    expected = ["data.io.tables: 100 %s", "data.io.tables: warning"]
     assert capsys.readouterr().out.splitlines() == expected[rank:]
 
 
@@ -91,7 +92,7 @@ def test_a_library_user_has_pythons_usual_logging(caplog: pytest.LogCaptureFixtu
     capsys.readouterr()
     caplog.clear()
     speak()
-    assert caplog.messages == ["data.tables: warning", "somebody.else: warning"] and capsys.readouterr().out == ""
+    assert caplog.messages == ["data.io.tables: warning", "somebody.else: warning"] and capsys.readouterr().out == ""
     with caplog.at_level(logging.INFO, "data"):
         OURS.info("heard")
     assert caplog.messages[-1] == "heard"

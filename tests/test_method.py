@@ -18,7 +18,7 @@ import ASD
 from ASD import mixmatch_step
 from data.augment import Pipeline
 from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, draw_supervised
-from data.poisoned_folder import StoredSet
+from data.poisoned_sets.stored import StoredSet
 from data.pools import pools_of
 from data.sets import GroundTruth, ImageSet, Part, PoisonedData, RawData, TestSets
 from defenses import none
@@ -33,7 +33,7 @@ from utils import config as configuration
 from utils.checkpoint import State
 from utils.config import Config
 from utils.errors import UserError
-from utils.machine import Machine
+from utils.runtime.machine import Machine
 
 FP32 = Machine(torch.device("cpu"), amp=False)
 N, C = 45, 10  # images (no multiple of a batch), classes

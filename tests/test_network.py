@@ -20,9 +20,9 @@ from model.classifier import Classifier, build_classifier, virtual_copy
 from model.inference import predict
 from model.networks.resnet18_cifar import Settings
 from model.optimizer import build_optimizer, build_scheduler
-from utils.machine import Machine
-from utils.schema import Named
-from utils.settings import SGD, Adam, CosineAnnealing, MultiStep
+from utils.config.schema import Named
+from utils.config.settings import SGD, Adam, CosineAnnealing, MultiStep
+from utils.runtime.machine import Machine
 
 FP32 = Machine(torch.device("cpu"), amp=False)
 

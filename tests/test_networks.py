@@ -32,9 +32,9 @@ from model.grouped_norm import group
 from model.inference import predict
 from utils import config, plugins
 from utils.checkpoint import State
+from utils.config.schema import Named
 from utils.errors import UserError
-from utils.machine import Machine
-from utils.schema import Named
+from utils.runtime.machine import Machine
 
 FP32 = Machine(torch.device("cpu"))
 BF16 = Machine(torch.device("cpu"), amp=True)

@@ -18,11 +18,11 @@ from conftest import REPOSITORY, TINY, logged
 from PIL import Image
 from training import train_here
 
-from data.export import export
 from data.loading import load_raw
-from data.poisoned_folder import read_set, write_set
+from data.poisoned_sets.export import export
+from data.poisoned_sets.folder import read_set, write_set
+from data.poisoned_sets.record_write import write_record
 from data.poisoning import ATTACKS, build_attack, build_test_sets, poison_training_set
-from data.record_write import write_record
 from data.sets import POISONED, Part
 from data.sources import prepare
 from utils import compare, config, plugins

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from utils import confusion, page
+from utils.reporting import confusion, page
 
 HOSTILE = [
     "<script>alert(1)</script>", '"><img src=https://example.com/x onerror=alert(1)>', "</pre></table><h1>x", "&lt;b&gt;",

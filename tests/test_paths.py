@@ -18,15 +18,15 @@ from PIL import Image
 from data import seeds
 from data.attacks import refool
 from data.datasets import cifar10, cifar100, folder, gtsrb, poisoned_set
-from data.image_file import read_named
+from data.io.image_file import read_named
 from data.loading import name_of_folder
 from utils import cli, config, paths
+from utils.config.schema import Named
+from utils.config.settings import Backdoor
 from utils.errors import UserError
 from utils.names import Names, class_text
-from utils.report import Report, Subject
+from utils.reporting.report import Report, Subject
 from utils.run import Run, locate
-from utils.schema import Named
-from utils.settings import Backdoor
 
 NOBODY = "~nobody-of-this-name/x"
 
@@ -79,15 +79,16 @@ LOCKED = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from data import seeds, tables
+from data import seeds
+from data.io import tables
 from data.attacks import refool
 from data.datasets import cifar10, cifar100, folder, gtsrb, poisoned_set
 from data.loading import name_of_folder
-from data.image_file import read_named
+from data.io.image_file import read_named
 from data.unlabeled import ImageFiles
 from utils import checkpoint
 from utils.config import Config
-from utils.layers import read_with_base
+from utils.config.layers import read_with_base
 from utils.run import Run
 locked, linked, yaml = (Path(p) for p in sys.argv[1:])
 run = Run("x", Path("saved"), Path("storage"))

@@ -16,12 +16,13 @@ from conftest import REPOSITORY, logged
 from PIL import Image
 from training import train_here
 
-from data import loading, placement
+from data import loading
 from data.datasets import shapes
-from data.placement import choose_placement
+from data.io import placement
+from data.io.placement import choose_placement
+from data.io.tables import table_of_array
 from data.poisoning import build_attack, poison_training_set
 from data.sets import POISONED, ImageSet, Mapped, RawData, to_set
-from data.tables import table_of_array
 from utils import config
 from utils.errors import UserError
 from utils.run import locate

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.choice import draw_poisoned, poison_index
-from data.export import export
 from data.loading import load_raw
+from data.poisoned_sets.export import export
 from data.poisoning import ATTACKS, build_attack, build_test_sets
 from data.pools import draw_seed_samples
 from data.sets import CLEAN, POISONED, PoisonedData, RawData

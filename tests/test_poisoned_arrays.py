@@ -13,9 +13,10 @@ import torch
 import yaml
 from training import train_here
 
-from data import export
 from data.loading import load_data
-from data.poisoned_folder import StoredSet, read_set
+from data.poisoned_sets import export
+from data.poisoned_sets.folder import read_set
+from data.poisoned_sets.stored import StoredSet
 from utils import config
 from utils.config import Config
 from utils.errors import UserError

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from utils import machine, processes
 from utils.errors import UserError
-from utils.processes import Place, find_place, leftovers
+from utils.runtime import machine, processes
+from utils.runtime.processes import Place, find_place, leftovers
 
 MEETING = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 

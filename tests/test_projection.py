@@ -11,9 +11,9 @@ from PIL import Image
 
 from model.classifier import Features, build_classifier
 from model.networks.resnet18_cifar import Settings
-from utils import plots
-from utils.projection import principal_components
-from utils.schema import Named
+from utils.config.schema import Named
+from utils.reporting import plots
+from utils.reporting.projection import principal_components
 
 
 def powers(features: np.ndarray) -> tuple[np.ndarray, list[float]]:

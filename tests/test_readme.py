@@ -15,9 +15,10 @@ from conftest import REPOSITORY, run_script
 
 from data.sets import AttackContext, RawData
 from utils import plugins
-from utils.config import Config, documentation, load
+from utils.config import Config, load
+from utils.config.documentation import documentation
+from utils.config.schema import describe
 from utils.errors import UserError
-from utils.schema import describe
 from utils.sweep.plan import read
 
 README = (REPOSITORY / "README.md").read_text()

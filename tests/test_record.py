@@ -22,10 +22,12 @@ from conftest import REPOSITORY, TINY, logged, run_script
 from PIL import Image
 from training import train_here
 
-from data import export, poison, record_pickle, record_read, unpickle
+from data import poison
 from data.datasets import shapes
-from data.poisoned_folder import read_set
-from data.record_write import write_record
+from data.io import unpickle
+from data.poisoned_sets import export, record_pickle, record_read
+from data.poisoned_sets.folder import read_set
+from data.poisoned_sets.record_write import write_record
 from data.sets import PoisonedData, no_network
 from data.sources import prepare
 from model.exchange import exchanged_weights
@@ -607,7 +609,8 @@ HOSTILE: dict[str, bytes] = {
             ("builtins", "getattr"), ("subprocess", "Popen"), ("torch", "load"), ("torch.hub", "load"), ("numpy", "load"),
             ("numpy", "fromfile"), ("torch.storage", "_load_from_bytes"), ("torch._utils", "_rebuild_tensor"),
             ("pickle", "loads"), ("codecs", "decode"), ("_codecs", "decode"), ("argparse", "Namespace"),
-            ("data.record_pickle", "Maker"), ("torch", "os.system.Storage"), ("torch.serialization", "os.Storage"),
+            ("data.poisoned_sets.record_pickle", "Maker"), ("torch", "os.system.Storage"),
+            ("torch.serialization", "os.Storage"),
         )
     },
 }  # fmt: skip

@@ -23,12 +23,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from utils import config, page, plots, runlog
-from utils.confusion import ByClass
+from utils import config
 from utils.logs import Screen
-from utils.report import Report, Subject
-from utils.runlog import RunLog, add_finish, add_losses, add_row, add_start, epoch_line, progress, write_metrics
-from utils.suspects import Evidence
+from utils.reporting import page, plots, runlog
+from utils.reporting.confusion import ByClass
+from utils.reporting.report import Report, Subject
+from utils.reporting.runlog import RunLog, add_finish, add_losses, add_row, add_start, epoch_line, progress, write_metrics
+from utils.reporting.suspects import Evidence
 
 STAGES = ("class-aware", "class-agnostic", "meta-split")
 
@@ -310,7 +311,7 @@ OWN_RC = "text.usetex: True\nfont.family: no such font\nsavefig.format: svg\nfig
 DRAW = """
 import sys
 from pathlib import Path
-from utils import plots
+from utils.reporting import plots
 row = {"clean_accuracy": 0.5, "attack_success_rate": None, "stage": "class-aware"}
 plots.draw_accuracy(Path(sys.argv[1]), [row | {"epoch": e} for e in range(3)], "a title")
 assert "matplotlib.pyplot" not in sys.modules

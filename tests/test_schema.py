@@ -13,10 +13,11 @@ from conftest import REPOSITORY, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils import config, plugins, schema
+from utils import config, plugins
+from utils.config import schema
+from utils.config.reader import Reader
+from utils.config.schema import Choices, Named, as_dict, setting
 from utils.errors import UserError
-from utils.reader import Reader
-from utils.schema import Choices, Named, as_dict, setting
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ from utils.errors import UserError
 
 def main():
     import torch
-    from utils import machine
+    from utils.runtime import machine
     torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 2)
     torch.cuda.set_device = lambda number: None
     machine.start_processes("0,1", lambda count: None)

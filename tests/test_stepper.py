@@ -13,7 +13,7 @@ from conftest import logged
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.stepper import COUNTER, SUMS, Stepper, changed_tensors, difference, put_back
+from utils.runtime.stepper import COUNTER, SUMS, Stepper, changed_tensors, difference, put_back
 
 
 class Rows(NamedTuple):
@@ -63,14 +63,14 @@ class Fake:
 
 def trained(how: str, monkeypatch: pytest.MonkeyPatch, insist: bool = False) -> tuple[list[Tensor], list[str], Stepper]:
     """Train a small model for two epochs of four steps, captured by a fake; return weights, moments and log lines."""
-    monkeypatch.setattr("utils.stepper.warm_up", lambda work: [work() for _ in range(3)])
+    monkeypatch.setattr("utils.runtime.stepper.warm_up", lambda work: [work() for _ in range(3)])
 
     def capture(work: Callable[[], object]) -> Fake:
         if how == "refuses":
             raise RuntimeError("operation not permitted\nat length")
         return Fake(work, how)
 
-    monkeypatch.setattr("utils.stepper.capture", capture)
+    monkeypatch.setattr("utils.runtime.stepper.capture", capture)
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from utils import plots, suspects
-from utils.suspects import Evidence
+from utils.reporting import plots, suspects
+from utils.reporting.suspects import Evidence
 
 FEW = st.integers(0, 4).map(float)  # so that ties are common
 SCORED = st.lists(st.tuples(FEW, st.booleans()), min_size=1, max_size=14)

@@ -28,9 +28,9 @@ from PIL import Image
 from training import train_here
 
 from utils import config
+from utils.config.schema import describe
 from utils.errors import UserError
 from utils.run import Run, locate, lock_run
-from utils.schema import describe
 from utils.sweep import report, status, table, workers
 from utils.sweep.plan import Plan, SweepFile, read
 from utils.sweep.progress import Progress, duration

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import loading, tables
+from data import loading
 from data.datasets import tiny_imagenet
+from data.io import tables
 from data.sets import RawData
 from utils.errors import UserError
 

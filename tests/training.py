@@ -15,8 +15,8 @@ import ASD
 from engine.session import start
 from utils import config
 from utils.config import Config
-from utils.machine import Machine
 from utils.run import Run, locate, open_run
+from utils.runtime.machine import Machine
 
 SMALL: dict[str, dict[str, Any]] = {  # a few epochs of every stage
     "none": {},

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.compatibility import refuse_other_data, refuse_other_settings
+from utils.config.compatibility import refuse_other_data, refuse_other_settings
 from utils.errors import UserError
 from utils.files import write_atomically
 from utils.paths import is_file
-from utils.stepper import Stepper, changed_tensors
+from utils.runtime.stepper import Stepper, changed_tensors
 
 # Needed to read numpy scalars in a checkpoint: the function that rebuilds them, under both of its module names, and dtypes.
 REBUILD = np.float64(0).__reduce__()[0]

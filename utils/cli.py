@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from utils.errors import UserError
 from utils.logs import on_screen
-from utils.processes import Place, find_place, rank
+from utils.runtime.processes import Place, find_place, rank
 from utils.startup import Stopped, prepare_streams, stoppable
 
 DEFAULT_CONFIG = "config/baseline_asd.yaml"

@@ -19,11 +19,11 @@ from typing import Any
 import yaml
 
 from utils import manifest
-from utils.best_effort import BestEffort
 from utils.cli import Parser, command
+from utils.config.stages import UNDEFENDED
 from utils.errors import UserError
-from utils.plots import draw_comparison
-from utils.stages import UNDEFENDED
+from utils.reporting.best_effort import BestEffort
+from utils.reporting.plots import draw_comparison
 
 HEAD = ("run", "defense", "ACC", "ASR", "RA", "DER", "poisoned in the clean pool", "seconds")
 

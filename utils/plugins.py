@@ -8,19 +8,18 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from utils.errors import UserError, nearest
+from utils.paths import PROJECT
 
 
 @functools.cache
 def package_of(kind: str) -> str:
     """Return the package of the plug-ins of a kind: `attacks` -> `data.attacks`, from the folder `*/attacks/` or `attacks/`."""
-    root = Path(__file__).resolve().parents[1]
-    (found,) = (*root.glob(f"*/{kind}/__init__.py"), *root.glob(f"{kind}/__init__.py"))
-    return ".".join(found.parent.relative_to(root).parts)
+    (found,) = (*PROJECT.glob(f"*/{kind}/__init__.py"), *PROJECT.glob(f"{kind}/__init__.py"))
+    return ".".join(found.parent.relative_to(PROJECT).parts)
 
 
 def names(package: str) -> list[str]:

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from utils import checkpoint, confusion, evidence, page, suspects
+from utils import checkpoint
 from utils.checkpoint import State
 from utils.config import Config, to_yaml
 from utils.errors import UserError
 from utils.files import cannot_write, link, remove_leftovers, try_lock, write_atomically, write_text
 from utils.paths import exists, is_file, user_path
+from utils.reporting import confusion, evidence, page, suspects
 
 logger = logging.getLogger(__name__)
 SUSPECTS = (suspects.CSV, suspects.PICTURE, suspects.QUALITY, evidence.FILE)

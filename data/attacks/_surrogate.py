@@ -16,10 +16,10 @@ from data.augment import Pipeline
 from data.batches import endless_order
 from data.sets import AttackContext
 from utils import plugins
+from utils.config.schema import Named, as_dict
 from utils.draws import generator, key_seed
 from utils.errors import UserError
-from utils.runlog import progress
-from utils.schema import Named, as_dict
+from utils.reporting.runlog import progress
 
 logger = logging.getLogger(__name__)
 FORMAT = 1  # of the weights; changed when the same settings give other weights

@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 
 from data.attack import CACHED, AttackBase, in_batches
-from data.image_file import read_named
+from data.io.image_file import read_named
 from data.sets import AttackContext
+from utils.config.schema import setting
 from utils.draws import numpy_generator
 from utils.errors import UserError
-from utils.schema import setting
 
 SIDE = 4  # T has 4 x 4 pieces
 

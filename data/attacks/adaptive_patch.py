@@ -17,9 +17,9 @@ from data.attack import CACHED, AttackBase, in_batches
 from data.attacks.adaptive_blend import mix
 from data.attacks.clb import build_trigger
 from data.sets import AttackContext
+from utils.config.schema import setting
 from utils.draws import numpy_generator
 from utils.errors import UserError
-from utils.schema import setting
 
 Patch = tuple[np.ndarray, np.ndarray]  # pattern (H, W, 3) uint8 and mask (H, W) bool
 LEAST = 14  # least side of an image, in pixels of a patch: the disc and its margin

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.attack import AttackBase
-from data.image_file import read_named
+from data.io.image_file import read_named
 from data.sets import AttackContext
+from utils.config.schema import setting
 from utils.draws import numpy_generator
 from utils.errors import UserError
-from utils.schema import setting
 
 # Row and column of the upper left pixel, and the pixels. Negative numbers count from the lower right.
 BLOCK = np.array([[[180, 249, 112], [155, 50, 126]], [[234, 82, 68], [187, 201, 219]]], np.uint8)

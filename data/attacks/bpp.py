@@ -16,8 +16,8 @@ import numpy as np
 
 from data.attack import CACHED, AttackBase, in_batches
 from data.sets import AttackContext
+from utils.config.schema import setting
 from utils.draws import numpy_generator
-from utils.schema import setting
 
 PIXELS = 2**20  # dithered at a time (24 MB of float64): the loop takes as long for few images as for many
 

@@ -20,10 +20,10 @@ from data.attack import Arrays, AttackBase, keep_asset
 from data.attacks._surrogate import LEVELS, Adversary, check_classes, load_surrogate, losses, pgd, surrogate_key
 from data.attacks.badnets import BLOCK
 from data.sets import AttackContext
+from utils.config.schema import Named, setting
+from utils.config.settings import NETWORKS
 from utils.errors import UserError
-from utils.runlog import progress
-from utils.schema import Named, setting
-from utils.settings import NETWORKS
+from utils.reporting.runlog import progress
 
 logger = logging.getLogger(__name__)
 FORMAT = 1  # of the assets; changed when the same settings give other assets

@@ -22,11 +22,11 @@ from data.attack import Arrays, AttackBase, fingerprint, in_batches, keep_asset,
 from data.attacks._iab_networks import EncoderDecoder, blend, density_loss, diversity_loss, sharpen, standardize
 from data.attacks._surrogate import check_classes
 from data.sets import AttackContext
+from utils.config.schema import Named, as_dict, setting
+from utils.config.settings import NETWORKS
 from utils.draws import generator, key_seed, numpy_generator
 from utils.errors import UserError
-from utils.runlog import progress
-from utils.schema import Named, as_dict, setting
-from utils.settings import NETWORKS
+from utils.reporting.runlog import progress
 
 logger = logging.getLogger(__name__)
 FORMAT = 1  # of the assets; changed when the same settings give other assets

@@ -20,10 +20,10 @@ from data.attack import AttackBase
 from data.attacks._surrogate import check_classes, load_surrogate, losses
 from data.sets import AttackContext
 from utils import plugins
+from utils.config.schema import Named, setting
+from utils.config.settings import ATTACKS, NETWORKS
 from utils.draws import numpy_generator
 from utils.errors import UserError
-from utils.schema import Named, setting
-from utils.settings import ATTACKS, NETWORKS
 
 BATCH = 256
 

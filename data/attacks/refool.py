@@ -16,14 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from data.attack import CACHED, AttackBase, in_batches
-from data.image_file import read_named
+from data.io.image_file import read_named
 from data.sets import AttackContext
+from utils.config.schema import setting
 from utils.draws import numpy_generator
 from utils.errors import UserError
 from utils.names import class_text
 from utils.paths import is_dir, named_path, visible
-from utils.runlog import progress
-from utils.schema import setting
+from utils.reporting.runlog import progress
 
 GAMMA = 2.2
 LINEAR = (np.arange(256) / 255) ** GAMMA  # (256,) linear light of a pixel's value

@@ -12,7 +12,7 @@ import numpy as np
 
 from data.attack import CACHED, AttackBase, in_batches
 from data.sets import AttackContext
-from utils.schema import setting
+from utils.config.schema import setting
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from data.attack import CACHED, AttackBase, in_batches
 from data.sets import AttackContext
+from utils.config.schema import setting
 from utils.draws import numpy_generator
-from utils.schema import setting
 
 LARGE = 128  # pixels: from this side on the defaults are those for 224 px
 

@@ -6,15 +6,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.altered import Altered
-from data.poisoned_folder import Origin, refuse_reserved
-from data.record_read import TEST, TRAIN, Hints, Record, read_record
+from data.poisoned_sets.altered import Altered
+from data.poisoned_sets.folder import refuse_reserved
+from data.poisoned_sets.origin import Origin
+from data.poisoned_sets.record_read import TEST, TRAIN, Hints, Record, read_record
 from data.sets import Listing, RawData
 from data.transforms import resize
 from utils import plugins
+from utils.config.schema import REQUIRED, Choices, Named, setting
 from utils.errors import UserError
 from utils.paths import is_dir, user_path
-from utils.schema import REQUIRED, Choices, Named, setting
 
 POISONED = True  # and knows which of its images are
 PACKAGE = "data.datasets"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.io.unpickle import read_pickle
 from data.sets import RawData
-from data.unpickle import read_pickle
 from utils.errors import UserError
 from utils.paths import is_file, user_path
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.datasets.cifar10 import find_folder, read_batch
+from data.io.unpickle import read_pickle
 from data.sets import RawData
-from data.unpickle import read_pickle
 from utils.errors import UserError
 from utils.paths import user_path
 

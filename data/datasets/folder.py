@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from data.sets import Listing
+from utils.config.schema import setting
 from utils.errors import UserError, nearest
 from utils.names import Names
 from utils.paths import exists, is_dir, is_folder, user_path, visible
-from utils.schema import setting
 
 FOLDER_NAMES = "^(?!.*tiny.?imagenet).*(imagenet|vggface2?)"
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from data.sets import Listing
 from data.transforms import resize
+from utils.config.schema import setting
 from utils.errors import UserError
 from utils.paths import exists, is_dir, is_folder, require_file, user_path, visible
-from utils.schema import setting
 
 FOLDER_NAMES = "gtsrb"
 BACKDOORBENCH = "gtsrb"

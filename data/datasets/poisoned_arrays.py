@@ -21,12 +21,14 @@ import numpy as np
 
 from data import sets
 from data.choice import label_after
-from data.poisoned_folder import PARTS, Origin, StoredSet, refuse_reserved
+from data.poisoned_sets.folder import refuse_reserved
+from data.poisoned_sets.origin import Origin
+from data.poisoned_sets.stored import PARTS, StoredSet
 from data.sets import MOST_CLASSES, Part
+from utils.config.schema import Named, setting
+from utils.config.settings import Backdoor
 from utils.errors import UserError
 from utils.paths import require_file, user_path
-from utils.schema import Named, setting
-from utils.settings import Backdoor
 
 POISONED = True  # the set has its ground truth
 # The array's type: its number of dimensions, numpy's `dtype.kind`s, and their name for messages.

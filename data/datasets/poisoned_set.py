@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from data.poisoned_folder import DESCRIPTION, StoredSet, read_set
+from data.poisoned_sets.folder import read_set
+from data.poisoned_sets.stored import DESCRIPTION, StoredSet
 from utils.errors import UserError
 from utils.paths import user_path
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.sets import RawData
+from utils.config.schema import setting
 from utils.draws import numpy_generator
-from utils.schema import setting
 
 BUILT_IN = True  # needs no dataset_dir
 CLASSES = ("disc", "ring", "square", "frame", "diamond", "triangle", "plus", "saltire", "bars", "columns")

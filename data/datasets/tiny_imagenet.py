@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from data.sets import Listing
+from utils.config.schema import setting
 from utils.errors import UserError
 from utils.paths import exists, is_dir, is_folder, require_file, user_path, visible
-from utils.schema import setting
 
 FOLDER_NAMES = "tiny.?imagenet"
 BACKDOORBENCH = "tiny"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from utils.schema import setting
+from utils.config.schema import setting
 
 PLACES = ("transform.pre", "transform.train.primary", "transform.test.primary")
 TO_ONE_SIZE = "{resize: {size: 256}, center_crop: {size: 224}}"

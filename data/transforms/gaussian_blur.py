@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.transforms._levels import to_uint8
-from utils.schema import setting
+from utils.config.schema import setting
 
 PLACES = ("transform.train.primary",)
 

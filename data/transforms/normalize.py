@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from utils.schema import setting
+from utils.config.schema import setting
 
 PLACES = ("transform.train.remaining", "transform.test.remaining")
 POSITION = 1

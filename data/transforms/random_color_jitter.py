@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data.transforms._levels import to_uint8
-from utils.schema import setting
+from utils.config.schema import setting
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 

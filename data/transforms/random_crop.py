@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from utils.config.schema import setting
 from utils.errors import UserError
-from utils.schema import setting
 
 PLACES = ("transform.train.primary",)
 

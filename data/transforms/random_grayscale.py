@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from utils.schema import setting
+from utils.config.schema import setting
 
 PLACES = ("transform.train.primary",)
 

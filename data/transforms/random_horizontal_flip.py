@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.schema import setting
+from utils.config.schema import setting
 
 PLACES = ("transform.train.primary",)
 

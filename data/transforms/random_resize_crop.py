@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.transforms._levels import to_uint8
-from utils.schema import setting
+from utils.config.schema import setting
 
 ATTEMPTS = 10  # then a central crop is taken, as in torchvision
 

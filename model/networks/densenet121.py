@@ -8,8 +8,8 @@ from torch import nn
 from torchvision.models.densenet import DenseNet
 
 from model.backbone import finish, require_side
+from utils.config.schema import setting
 from utils.errors import UserError
-from utils.schema import setting
 
 # As in a ResNet, the last two of the four stages, here with the transitions before them.
 LAST = tuple(f"features.{name}" for name in ("transition2", "denseblock3", "transition3", "denseblock4", "norm5"))

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models.mobilenetv2 import MobileNetV2
 
 from model.backbone import finish
-from utils.schema import setting
+from utils.config.schema import setting
 
 # The blocks at 1/16 and 1/32 of the image size, like layer3 and layer4 of a ResNet, and the last convolution.
 LAST = tuple(f"features.{i}" for i in range(7, 19))

@@ -8,7 +8,7 @@ from torch import nn
 
 from model.backbone import finish
 from model.networks._preact import PreActResNet
-from utils.schema import setting
+from utils.config.schema import setting
 
 BACKDOORBENCH = "{preact_resnet18: {final_norm: false}}"  # the settings with which its weights fit there
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from model.networks._resnet import build_resnet
-from utils.schema import setting
+from utils.config.schema import setting
 
 BACKDOORBENCH = "{resnet18: {}}"  # the settings with which its weights fit there
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.backbone import finish
-from utils.schema import setting
+from utils.config.schema import setting
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from model.networks._resnet import build_resnet
-from utils.schema import setting
+from utils.config.schema import setting
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.backbone import finish, require_side
-from utils.schema import setting
+from utils.config.schema import setting
 
 STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))  # channels as multiples of the first stage's, convolutions
 # The last two of the five stages and the hidden layers: convolutions and normalizations 24 to 41.

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from model.backbone import finish
+from utils.config.schema import setting
 from utils.errors import UserError
-from utils.schema import setting
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from torch import nn
 
 from model.backbone import finish
 from model.networks._preact import PreActResNet
+from utils.config.schema import setting
 from utils.errors import UserError
-from utils.schema import setting
 
 
 @dataclass(frozen=True)

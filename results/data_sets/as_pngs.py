@@ -25,7 +25,7 @@ from data.poisoning import build_attack, poison_training_set
 from data.sets import POISONED, RawData
 from engine.context import build_context, build_state
 from utils import config
-from utils.machine import Machine
+from utils.runtime.machine import Machine
 
 ROOT = Path(__file__).resolve().parents[2]
 

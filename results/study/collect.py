@@ -18,13 +18,14 @@ import yaml
 
 from data.batches import count_batches
 from data.loading import dataset_of
-from utils import checkpoint, config, confusion, suspects
+from utils import checkpoint, config
 from utils.cli import Parser, command
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import write_text
-from utils.machine import processor
+from utils.reporting import confusion, suspects
 from utils.run import LATEST
+from utils.runtime.machine import processor
 
 HERE = Path(__file__).parent
 FIGURES = ("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target")

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from utils import suspects
 from utils.cli import Parser, command
 from utils.compare import render, spread
 from utils.errors import UserError
 from utils.files import write_atomically, write_text
+from utils.reporting import suspects
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -28,7 +28,7 @@ from model.classifier import new_classifier
 from utils import checkpoint, config
 from utils.cli import Parser, command
 from utils.config import Config
-from utils.machine import Machine, choose_machine
+from utils.runtime.machine import Machine, choose_machine
 
 
 def main() -> None:

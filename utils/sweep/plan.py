@@ -13,12 +13,12 @@ import yaml
 
 from utils import config
 from utils.config import Config
+from utils.config.layers import read_yaml
+from utils.config.reader import Reader
+from utils.config.schema import REQUIRED, join, setting
 from utils.errors import UserError, nearest
-from utils.layers import read_yaml
 from utils.paths import is_file, user_path
-from utils.reader import Reader
 from utils.run import Run, locate
-from utils.schema import REQUIRED, join, setting
 
 MEASURES = ("ACC", "ASR", "ASR without trigger", "RA", "DER", "seconds")
 

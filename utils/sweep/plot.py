@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.plots import drawing
+from utils.reporting.plots import drawing
 from utils.sweep.plan import Plan
 from utils.sweep.status import FAILED, FINISHED
 from utils.sweep.table import Record, Summary, cell_of, runs_text, summary

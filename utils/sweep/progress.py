@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from utils.runlog import percent
+from utils.reporting.runlog import percent
 from utils.sweep.plan import Job
 from utils.sweep.status import FAILED, FINISHED, OUTPUT, Status, rows_of, status_of
 

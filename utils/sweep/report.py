@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from utils.best_effort import BestEffort
 from utils.compare import render
 from utils.files import write_text
+from utils.reporting.best_effort import BestEffort
 from utils.sweep.plan import Plan
 from utils.sweep.plot import draw
 from utils.sweep.status import Status

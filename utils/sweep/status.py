@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from utils.compatibility import refuse_other_settings
+from utils.config.compatibility import refuse_other_settings
+from utils.config.schema import as_dict, stand_ins
 from utils.errors import UserError
 from utils.files import write_text
-from utils.schema import as_dict, stand_ins
 from utils.sweep.plan import Job
 
 OUTPUT, FAILURE = "output.log", "failed.json"  # in a run's folder, beside what ASD.py writes there

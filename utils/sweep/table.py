@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from utils import plugins
 from utils.compare import effectiveness, render
 from utils.config import Config
-from utils.settings import DEFENSES
-from utils.stages import UNDEFENDED
+from utils.config.settings import DEFENSES
+from utils.config.stages import UNDEFENDED
 from utils.sweep.plan import MEASURES, Job, Plan, shown
 from utils.sweep.status import FAILED, FINISHED, OUTPUT, Status
 

@@ -18,8 +18,8 @@ import torch
 
 from utils.errors import UserError
 from utils.files import try_lock
-from utils.machine import device_numbers
 from utils.paths import PROJECT
+from utils.runtime.machine import device_numbers
 from utils.sweep import child
 from utils.sweep.plan import Job, Plan, shown
 from utils.sweep.progress import Progress

@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
+from utils.config.schema import join, merge
 from utils.errors import UserError
 from utils.paths import is_file
-from utils.schema import join, merge
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
-from utils.processes import Place, find_place, launched, leftovers
+from utils.runtime.processes import Place, find_place, launched, leftovers
 
 logger = logging.getLogger(__name__)
 TIMEOUT = timedelta(minutes=10)  # of a collective operation: then the run ends
@@ -141,7 +141,7 @@ class Machine:
     def uses_graph(self, mode: str) -> bool:
         """Return whether `runtime.mode` means a CUDA graph on this machine: `graph` or `auto`, on a single CUDA device.
 
-        `utils/stepper.py` compares the graph with the eager step before it uses it. A CPU runs the same loop eagerly.
+        `utils/runtime/stepper.py` compares the graph with the eager step before it uses it. A CPU runs the same loop eagerly.
         """
         return mode != "eager" and self.device.type == "cuda" and self.world_size == 1
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.reader import Reader
-from utils.schema import Named
+from utils.config.reader import Reader
+from utils.config.schema import Named
 
 UNDEFENDED = "none"  # the value of `defense` that means training without one: the twin that other runs are compared with
 # What only ASD reads; and what only ASD and methods that train with its MixMatch read.

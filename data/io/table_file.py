@@ -31,8 +31,8 @@ from typing import IO, Any
 import numpy as np
 
 from data.digests import pixel_digests, short
+from data.io.threads import in_threads
 from data.sets import Mapped
-from data.threads import in_threads
 from utils.errors import UserError
 from utils.files import write_text
 

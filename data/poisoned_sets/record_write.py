@@ -1,4 +1,4 @@
-"""A poisoned set written as a record of BackdoorBench (`data/record_read.py`), for its defenses.
+"""A poisoned set written as a record of BackdoorBench (`data/poisoned_sets/record_read.py`), for its defenses.
 
 It has what BackdoorBench loads: `attack_result.pt` with all eight keys, and the altered images as PNG files. Cover images
 count as altered and carry their own label. Arrays are pickled as a call of numpy.array on a list, which every numpy reads;
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.export import Made
-from data.record_read import KEYS, RESULT, TEST, TRAIN
+from data.poisoned_sets.export import Made
+from data.poisoned_sets.record_read import KEYS, RESULT, TEST, TRAIN
 from data.sets import CLEAN, POISONED, Part
 from utils import plugins
 from utils.errors import UserError

@@ -1,6 +1,6 @@
 """The sections of a configuration: every key with its type, range, default and meaning.
 
-The dataclasses are the schema of the YAML (`utils/schema.py`); `utils/config.py` joins them to the whole configuration.
+The dataclasses are the schema of the YAML (`schema.py`); `Config` joins them to the whole configuration.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from utils.config.schema import REQUIRED, Choices, Named, setting
 from utils.names import class_text
-from utils.schema import REQUIRED, Choices, Named, setting
 
 ATTACKS = Choices(kind="attacks")
 DATASETS = Choices(kind="datasets")

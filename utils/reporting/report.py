@@ -10,18 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import confusion, evidence, page, plots, suspects
 from utils.checkpoint import State
-from utils.compatibility import flatten
 from utils.config import Config, to_yaml
-from utils.confusion import ByClass
+from utils.config.compatibility import flatten
+from utils.config.schema import as_dict
+from utils.config.settings import Backdoor
 from utils.files import write_text
-from utils.machine import Machine
+from utils.reporting import confusion, evidence, page, plots, suspects
+from utils.reporting.confusion import ByClass
+from utils.reporting.runlog import KINDS, RunLog, add_finish, add_losses, add_row, add_start, write_metrics
+from utils.reporting.suspects import Evidence
 from utils.run import Run
-from utils.runlog import KINDS, RunLog, add_finish, add_losses, add_row, add_start, write_metrics
-from utils.schema import as_dict
-from utils.settings import Backdoor
-from utils.suspects import Evidence
+from utils.runtime.machine import Machine
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import Config
+from utils.config.reader import Reader
+from utils.config.schema import as_dict
 from utils.errors import UserError
 from utils.manifest import differences, other_data
-from utils.reader import Reader
-from utils.schema import as_dict
 
 # Settings that may differ between the run that wrote a checkpoint and the run that resumes from it.
 FREE = (
@@ -27,7 +27,7 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
 
     Args:
         saved: contents of the checkpoint.
-        stand_ins: settings that name files which the manifest compares by content (`utils.schema.stand_ins`). They are
+        stand_ins: settings that name files which the manifest compares by content (`utils.config.schema.stand_ins`). They are
             compared as text if the checkpoint, being of an earlier version, has no manifest.
     """
     if not isinstance(saved.get("config"), dict):

@@ -1,4 +1,4 @@
-"""Reads a mapping, as YAML gives it, into a dataclass of settings; every key, type and range is checked (`utils/schema.py`)."""
+"""Reads a mapping, as YAML gives it, into a dataclass of settings (`schema.py`); every key, type and range is checked."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from utils.config.schema import MAPPING, Choices, Key, Named, inline_key, is_section, join, keys_of, with_point
 from utils.errors import UserError, nearest
-from utils.schema import MAPPING, Choices, Key, Named, inline_key, is_section, join, keys_of, with_point
 
 DECIMAL = r"[+-]?(0|[1-9]\d*|\d*\.\d*(e[+-]\d+)?|\.inf|\.nan)"  # YAML 1.1 also has 010 (8), 1_0 (10), 0x10 and 1:30 (90)
 NONE = ("none", "nil", "no", "off")  # often written instead of null

@@ -19,13 +19,13 @@ import numpy as np
 from PIL import Image
 
 from data.choice import label_after
-from data.image_file import BROKEN, open_image, reason
-from data.record_pickle import read_attack_result
+from data.io.image_file import BROKEN, open_image, reason
+from data.poisoned_sets.record_pickle import read_attack_result
 from data.sets import COVER, MOST_CLASSES, POISONED, Part
+from utils.config.schema import Named
+from utils.config.settings import Backdoor
 from utils.errors import UserError
 from utils.paths import exists, is_dir, is_folder, require_file, visible
-from utils.schema import Named
-from utils.settings import Backdoor
 
 RESULT, TRAIN, TEST = "attack_result.pt", "bd_train_dataset", "bd_test_dataset"
 KEYS = ("model_name", "num_classes", "model", "data_path", "img_size", "clean_data", "bd_train", "bd_test")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from utils.runlog import progress
+from utils.reporting.runlog import progress
 
 T = TypeVar("T")
 WINDOW = 256  # items that are worked on ahead of the consumer: 40 MB of images at 224 px

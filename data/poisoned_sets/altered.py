@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.poisoned_folder import PARTS, Origin, StoredSet
+from data.io.table_file import own_copy
+from data.poisoned_sets.origin import Origin
+from data.poisoned_sets.stored import PARTS, StoredSet
 from data.sets import CLEAN, Listing, Part, RawData
-from data.table_file import own_copy
 from utils.errors import UserError
 
 

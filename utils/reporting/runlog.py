@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.best_effort import BestEffort
 from utils.files import write_text
 from utils.logs import LogFile, ProgressLines, attach, detach
+from utils.reporting.best_effort import BestEffort
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

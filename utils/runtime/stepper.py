@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.paths import PROJECT
 
 logger = logging.getLogger(__name__)
 WARM_UP = 3  # eager steps on a side stream before the capture, so that cuDNN and the allocator have settled
@@ -194,11 +195,10 @@ def capture(work: Callable[[], object]) -> Replayable:
 def reason(error: RuntimeError) -> str:
     """Return the first line of an error, and the innermost line of this project in its traceback."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    root = Path(__file__).resolve().parents[1]
     frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    ours = [(path, line) for path, line in frames if root in path.parents and "site-packages" not in path.parts]
+    ours = [(path, line) for path, line in frames if PROJECT in path.parents and "site-packages" not in path.parts]
     own = [(path, line) for path, line in ours if path != Path(__file__).resolve()]
-    return f"{text}, at {own[-1][0].relative_to(root)}:{own[-1][1]}" if own else text
+    return f"{text}, at {own[-1][0].relative_to(PROJECT)}:{own[-1][1]}" if own else text
 
 
 def changed_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:

@@ -18,14 +18,15 @@ from data.choice import choose_poisoned
 from data.contact_sheet import Group, columns, draw_contact_sheet
 from data.digests import digest_of_manifest
 from data.loading import dataset_of, load_data, load_raw
-from data.poisoned_folder import INPUTS, KEYS, PARTS, StoredSet, count, holds_same_set, settings_of_set, write_set
+from data.poisoned_sets.folder import INPUTS, KEYS, count, holds_same_set, settings_of_set, write_set
+from data.poisoned_sets.stored import PARTS, StoredSet
 from data.poisoning import build_attack, clean_images, poison_images, training_caption, trigger_images
 from data.sets import COVER, POISONED, NewClassifier, Part, RawData, no_network
-from utils.best_effort import BestEffort
 from utils.config import Config
+from utils.config.schema import as_dict
 from utils.errors import UserError
 from utils.paths import exists, is_dir
-from utils.schema import as_dict
+from utils.reporting.best_effort import BestEffort
 
 logger = logging.getLogger(__name__)
 Shown = tuple[str, Part, Part, int, str]  # title, images, what they were made of, flag of those to show, name of the row
@@ -41,7 +42,7 @@ class Made:
 
 
 def write_arrays(out: Path, made: Made) -> None:
-    """Write a set as arrays (`data/poisoned_folder.py`)."""
+    """Write a set as arrays (`data/poisoned_sets/folder.py`)."""
 
     def draw_sheet(path: Path) -> None:
         if made.groups:

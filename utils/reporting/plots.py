@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from utils.config.stages import UNDEFENDED
 from utils.files import write_atomically
-from utils.projection import principal_components
-from utils.runlog import KINDS
-from utils.stages import UNDEFENDED
+from utils.reporting.projection import principal_components
+from utils.reporting.runlog import KINDS
 
 CLEAN_COLOR, POISONED_COLOR, COVER_COLOR = "#2a6f97", "#c1121f", "#e09f3e"
 COLORS = {"clean": CLEAN_COLOR, "poisoned": POISONED_COLOR, "cover": COVER_COLOR, "polluted pool": "#8e5ea2"}

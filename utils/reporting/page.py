@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import confusion, suspects
 from utils.files import write_text
-from utils.plots import CONFUSIONS
+from utils.reporting import confusion, suspects
+from utils.reporting.plots import CONFUSIONS
 
 FILE = "report.html"
 STAGES = ("class-aware", "class-agnostic", "meta-split")

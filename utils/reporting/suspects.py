@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from utils.files import write_atomically, write_text
-from utils.runlog import KINDS
+from utils.reporting.runlog import KINDS
 
 CSV, PICTURE, QUALITY = "suspects.csv", "suspects.png", "suspects.json"
 FIRST = 100  # images of the contact sheet, and of the reported precision

@@ -1,4 +1,4 @@
-"""The schema of a configuration: a frozen dataclass is the schema of a section, which `utils/reader.py` reads from YAML.
+"""The schema of a configuration: a frozen dataclass is the schema of a section, which `utils/config/reader.py` reads from YAML.
 
 A field is declared with `setting(default, help, ...)`. Its type gives the legal values in the YAML: `int`, `float`, `bool`,
 `str`, `tuple[float, ...]`, any of them `| None`, another dataclass (a section), `Mapping[str, Any]` (a section with any

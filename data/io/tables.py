@@ -1,6 +1,6 @@
 """From a data set to tables: many images become one (n, H, W, 3) uint8 array of one size, kept on disk.
 
-Images are decoded in parallel, brought to one size by the pre-transforms and cached (`data/table_file.py`: the files and how
+Images are decoded in parallel, brought to one size by the pre-transforms and cached (`data/io/table_file.py`: the files and how
 they are verified). The key in a table's file name is a digest of the image folder, the classes, the limits and the
 pre-transforms. So a changed data set replaces its own table, and each configuration has its own. Only images that have
 changed are decoded again; the rows of the others are copied. A table that was made from a copy of the images in another
@@ -23,10 +23,10 @@ import torchvision
 from PIL import Image
 
 from data.digests import file_digest, pixel_digests, short
-from data.image_file import depth_line, prepared, printable, read_prepared, unreadable_lines
+from data.io.image_file import depth_line, prepared, printable, read_prepared, unreadable_lines
+from data.io.table_file import FORMAT, StoredTable, TableSource, open_table, read_description, record_marks, write_description
+from data.io.threads import in_threads
 from data.sets import Listing, RawData
-from data.table_file import FORMAT, StoredTable, TableSource, open_table, read_description, record_marks, write_description
-from data.threads import in_threads
 from utils import plugins
 from utils.errors import UserError
 from utils.files import remove_leftovers, write_atomically

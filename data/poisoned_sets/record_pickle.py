@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data.unpickle import ALLOWED, NOT_NUMBERS, ArrayUnpickler, Maker, NumberType, check_structure
+from data.io.unpickle import ALLOWED, NOT_NUMBERS, ArrayUnpickler, Maker, NumberType, check_structure
 from utils.errors import UserError
 from utils.paths import require_file
 
@@ -45,7 +45,7 @@ def make_scalar(kind: NumberType, contents: bytes) -> int | float:
 
 
 def make_array(items: list[int | float], name: str) -> np.ndarray:
-    """Return the array of a call of numpy.array, as `data/record_write.py` has it."""
+    """Return the array of a call of numpy.array, as `data/poisoned_sets/record_write.py` has it."""
     if not all(type(item) in (int, float) for item in items):
         raise ValueError(NOT_NUMBERS)
     kinds = {"int64": np.int64, "float64": np.float64}

@@ -1,0 +1,1 @@
+"""Image files and tables of decoded images: reading, caching, placement in memory, untrusted pickles."""

@@ -1,0 +1,1 @@
+"""Poisoned sets on disk: this project's own format (`folder`, `export`) and the records of BackdoorBench (`record_*`)."""

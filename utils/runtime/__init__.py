@@ -1,0 +1,1 @@
+"""What a run computes on: devices, precision, processes, and steps as CUDA graphs."""
