@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, draw_supervised
+from data.batches import MixMatchDraws, draw_mixmatch, draw_supervised, draw_views
 from data.pools import check_pool_sizes, class_agnostic_split, class_aware_split, meta_split, per_class, pools_of
 from engine.context import Context, build_stepper
 from engine.defense import DefenseBase
@@ -87,7 +87,7 @@ def split_pools(
     """
     config, n = context.config, len(context.train_set)
     g, labels = config.global_, context.train_set.labels.cpu()
-    losses = split_losses(context, epoch, "score", model)
+    losses = split_losses(context, epoch, model)
     if epoch < g.epoch_first:
         pool = class_aware_split(losses, labels, seed_samples, config.num_classes, per_class(epoch, g.n, g.t))
         return pool, losses
@@ -95,7 +95,7 @@ def split_pools(
         pool, values = class_agnostic_split(losses, g.epsilon), losses
     else:
         virtual_model = train_virtual_model(context, epoch, model, virtual)
-        virtual_losses = split_losses(context, epoch, "score virtual", virtual_model)
+        virtual_losses = split_losses(context, epoch, virtual_model, virtual=True)
         pool, values = meta_split(losses, virtual_losses, g.epsilon), losses - virtual_losses
     if g.keep_seeds:
         pool = torch.cat([pool, seed_samples]).unique()
@@ -103,15 +103,22 @@ def split_pools(
     return pool, values
 
 
-def split_losses(context: Context, epoch: int, purpose: str, model: nn.Module) -> Tensor:
-    """Return the split loss (N,) float32, on the CPU, of every image with the label it carries, under one augmented view."""
+def split_losses(context: Context, epoch: int, model: nn.Module, virtual: bool = False) -> Tensor:
+    """Return the split loss (N,) float32, on the CPU, of every image with the label it carries, under one augmented view.
+
+    Args:
+        virtual: the model is the virtual one, which has views of its own.
+    Raises:
+        UserError: a loss is not finite.
+    """
+    purpose = "score virtual" if virtual else "score"  # key of the random draws
     config, train_set, sce = context.config, context.train_set, context.config.split.criterion.sce
-    draws = draw_scoring(config.seed.seed, purpose, epoch, len(train_set), context.train_transform)
+    draws = draw_views(config.seed.seed, purpose, epoch, len(train_set), context.train_transform)
     logits = infer(context, purpose, model, train_set, draws.to(context.machine.device))  # (N, C)
     losses = symmetric_cross_entropy(logits, train_set.labels, sce.alpha, sce.beta).cpu()  # (N,)
     wrong = torch.nonzero(~torch.isfinite(losses)).squeeze(1)
     if len(wrong):
-        key = "meta.optimizer" if "virtual" in purpose else locate(config.stages, epoch)[0].key
+        key = "meta.optimizer" if virtual else locate(config.stages, epoch)[0].key
         raise UserError(
             f"epoch {epoch}: the split loss of {len(wrong)} of {len(losses)} images is not finite (first: image "
             f"{int(wrong[0])}): lower the learning rate of {key} in a new run (--set run=NAME); the checkpoint of the epoch "

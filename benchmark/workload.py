@@ -15,7 +15,7 @@ from torch.utils.benchmark import Measurement, Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import ASD
-from data.batches import draw_scoring, views
+from data.batches import draw_views, views
 from data.sets import ImageSet
 from data.transforms import normalize, random_crop, random_horizontal_flip, to_tensor
 from engine.context import Context, build_context, build_state
@@ -80,7 +80,7 @@ def feed(context: Context) -> Work:
     n, batch = len(context.train_set), context.config.semi.loader.batch_size
 
     def work() -> None:
-        draws = draw_scoring(0, "feed", 0, n, context.train_transform).to(context.machine.device)
+        draws = draw_views(0, "feed", 0, n, context.train_transform).to(context.machine.device)
         for _ in views(context.train_set, draws, context.train_transform, batch):
             pass
 
@@ -100,7 +100,7 @@ def mixmatch(pool: int, steps: int, context: Context) -> Work:
 
 def inference(context: Context) -> Work:
     """Compute the split losses of all images."""
-    return partial(ASD.split_losses, context, 0, "score", fresh_model(context))
+    return partial(ASD.split_losses, context, 0, fresh_model(context))
 
 
 def virtual_epoch(context: Context) -> Work:

@@ -107,7 +107,7 @@ def draw_supervised(seed: int, purpose: str, epoch: int, count: int, augment: Pi
     return SupervisedDraws(torch.randperm(count, generator=rng), augment.draw(count, rng))
 
 
-def draw_scoring(seed: int, purpose: str, epoch: int, count: int, augment: Pipeline) -> Tensor:
+def draw_views(seed: int, purpose: str, epoch: int, count: int, augment: Pipeline) -> Tensor:
     """Draw one view of every image, (N, k), in the order of the set."""
     return augment.draw(count, generator(seed, purpose, epoch))
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from utils.config import Config
 from utils.draws import numpy_generator
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.files import write_atomically
 
 SelectionScores = Callable[[], np.ndarray | None]
@@ -141,7 +141,7 @@ def poison_index(
     try:
         index = np.load(path, allow_pickle=False)
     except Exception as error:  # numpy passes on the exceptions of many parsers
-        what = (str(error) or type(error).__name__).splitlines()[0]
+        what = one_line(error)
         raise UserError(f"{path}: not an array of numbers ({what}): {remedy}") from None
     if not isinstance(index, np.ndarray) or index.shape != labels.shape:
         shape = getattr(index, "shape", "no array")

@@ -20,6 +20,7 @@ from utils.errors import UserError
 from utils.manifest import INPUT, TEST, TRAIN, Row, to_text, with_input
 from utils.paths import named_path
 from utils.reporting.suspects import class_name
+from utils.run_files import POISON_INDEX
 
 CHUNK = 1 << 20  # bytes of a file that are read at a time
 
@@ -105,4 +106,4 @@ def image_rows(
 
 def with_poisoned(known: str, poisoned: np.ndarray) -> str:
     """Return the manifest with the information which training images are poisoned, (N,) bool, added to it."""
-    return with_input(known, "poison_idx.npy", short(np.ascontiguousarray(poisoned, np.uint8).data))
+    return with_input(known, POISON_INDEX, short(np.ascontiguousarray(poisoned, np.uint8).data))

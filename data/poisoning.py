@@ -10,12 +10,14 @@ import torch
 from data.attack import BATCH, AttackBase, NoAttack
 from data.choice import draw_cover, label_after, poison_index
 from data.io.table_file import own_copy, read_table
-from data.sets import CLEAN, COVER, POISONED, AttackContext, NewClassifier, Part, RawData, TestSets, no_network
+from data.sets import AttackContext, NewClassifier, Part, RawData, TestSets, no_network
 from utils import plugins
 from utils.config import Config
 from utils.config.settings import Backdoor
 from utils.errors import UserError
+from utils.kinds import CLEAN, COVER, POISONED
 from utils.paths import user_path
+from utils.run_files import POISON_INDEX
 
 ATTACKS = "data.attacks"
 
@@ -64,7 +66,7 @@ def check_test_images(config: Config, raw: RawData) -> None:
 
 def poison_training_set(config: Config, raw: RawData, attack: AttackBase, folder: Path, placement: str = "device") -> Part:
     """Return the poisoned training set; which images are poisoned is stored as `poison_idx.npy` in the run's folder."""
-    path = folder / "poison_idx.npy"
+    path = folder / POISON_INDEX
     index = poison_index(path, raw.train_labels, config, attack.clean_label, attack.selection_scores)
     return poison_images(config, raw, attack, index, placement)
 

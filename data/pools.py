@@ -1,4 +1,4 @@
-"""Seed samples and the three splits: which images keep their label in an epoch (paper section 3.2).
+"""The three splits: which images keep their label in an epoch (paper section 3.2).
 
 A split is a pure function of per-image losses. It returns the clean pool as sorted indices; all other images are the polluted
 pool (`pools_of`). Ties go to the lower index.
@@ -8,35 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from data.sets import CLEAN, GroundTruth
 from utils.config import Config
 from utils.errors import UserError
-
-
-def draw_seed_samples(labels: Tensor, truth: GroundTruth, num_classes: int, seed_num: int, seed: int) -> Tensor:
-    """Draw `seed_num` clean images of each class, which the defender knows; the same seed gives the authors' seed samples.
-
-    Args:
-        labels: (N,) int64, the labels that the images carry.
-    Returns:
-        (num_classes * seed_num,) int64, class by class in the order of drawing.
-    """
-    rng = np.random.RandomState(seed)
-    clean, carried = (truth.flags == CLEAN).numpy(), labels.cpu().numpy()
-    drawn = []
-    for c in range(num_classes):
-        candidates = np.flatnonzero(clean & (carried == c))
-        if len(candidates) < seed_num:
-            raise UserError(
-                f"global.seed_num: {seed_num}: class {c} has only {len(candidates)} clean training images: lower it or "
-                "backdoor.poison_ratio, or check num_classes and data.train_limit"
-            )
-        drawn.append(rng.choice(candidates, size=seed_num, replace=False))
-    return torch.from_numpy(np.concatenate(drawn).astype(np.int64))
 
 
 def lowest(losses: Tensor, count: int) -> Tensor:

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from data.digests import short
-from data.pools import draw_seed_samples
-from data.sets import PoisonedData
+from data.sets import GroundTruth, PoisonedData
 from utils.config import Config
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.files import write_atomically
+from utils.kinds import CLEAN
 from utils.manifest import with_input
 from utils.names import Names, class_text
 from utils.paths import is_dir, require_file, user_path, visible
+from utils.run_files import SEED_SAMPLES
 
-KEPT = "seed_samples.txt"  # the given seed samples, in the run's folder
 MARKS = {  # byte order marks and encodings; UTF-32 before UTF-16, since its mark begins with that of UTF-16
     codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
@@ -44,8 +44,30 @@ def choose_seed_samples(config: Config, data: PoisonedData, folder: Path) -> Ten
     source = user_path(config.seed_samples, "seed_samples")
     names = data.names or tuple(map(str, range(len(labels))))
     seeds = read_seed_samples(source, names, labels.cpu().numpy(), data.class_names, config.num_classes)
-    keep_with_run(folder / KEPT, [names[i] for i in seeds])
+    keep_with_run(folder / SEED_SAMPLES, [names[i] for i in seeds])
     return torch.from_numpy(seeds)
+
+
+def draw_seed_samples(labels: Tensor, truth: GroundTruth, num_classes: int, seed_num: int, seed: int) -> Tensor:
+    """Draw `seed_num` clean images of each class, which the defender knows; the same seed gives the authors' seed samples.
+
+    Args:
+        labels: (N,) int64, the labels that the images carry.
+    Returns:
+        (num_classes * seed_num,) int64, class by class in the order of drawing.
+    """
+    rng = np.random.RandomState(seed)
+    clean, carried = (truth.flags == CLEAN).numpy(), labels.cpu().numpy()
+    drawn = []
+    for c in range(num_classes):
+        candidates = np.flatnonzero(clean & (carried == c))
+        if len(candidates) < seed_num:
+            raise UserError(
+                f"global.seed_num: {seed_num}: class {c} has only {len(candidates)} clean training images: lower it or "
+                "backdoor.poison_ratio, or check num_classes and data.train_limit"
+            )
+        drawn.append(rng.choice(candidates, size=seed_num, replace=False))
+    return torch.from_numpy(np.concatenate(drawn).astype(np.int64))
 
 
 def complete_manifest(config: Config, data: PoisonedData, seeds: Tensor) -> str:
@@ -79,10 +101,10 @@ def read_seed_samples(
     for place, given in entries:
         name = known.find(given)
         if name is None:
-            raise UserError(f"{place}: {shown(given)}: the training set has no image of that name; {hint(given, names)}")
+            raise UserError(f"{place}: {printable(given)}: the training set has no image of that name; {hint(given, names)}")
         at = number[name]
         if at in seen:
-            raise UserError(f"{place}: {shown(name)}: named twice, first in {seen[at]}: keep one")
+            raise UserError(f"{place}: {printable(name)}: named twice, first in {seen[at]}: keep one")
         seen[at] = place
     seeds = np.sort(np.fromiter(seen, np.int64))
     for label, count in enumerate(np.bincount(labels[seeds], minlength=num_classes)):
@@ -163,17 +185,12 @@ def hint(name: str, names: Sequence[str]) -> str:
         return f"its images have no names: give their numbers, 0 to {len(names) - 1}"
     same_file = [known for known in names if known.rpartition("/")[2] == name.rpartition("/")[2]]
     close = get_close_matches(name, same_file or names, n=1, cutoff=0.0 if same_file else 0.5)
-    return f"did you mean {shown(close[0])}?" if close else f"names look like {shown(names[0])}"
+    return f"did you mean {printable(close[0])}?" if close else f"names look like {printable(names[0])}"
 
 
 def is_utf8(name: str) -> bool:
     """Return whether all bytes of a name are UTF-8 (others are kept as surrogates)."""
     return not any("\udc80" <= letter <= "\udcff" for letter in name)
-
-
-def shown(text: str) -> str:
-    """Return a name in a form that fits into a line: short, without control characters."""
-    return text if text.isprintable() and len(text) < 200 else f"{text!a:.80}"
 
 
 def keep_with_run(path: Path, names: Sequence[str]) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from data.choice import label_after
 from utils.config.schema import Named
 from utils.config.settings import Backdoor
+from utils.kinds import POISONED
 
-CLEAN, POISONED, COVER = 0, 1, 2  # ground-truth flags; a cover image is altered and keeps its label
 MOST_CLASSES = 10**6  # of a file that another program wrote; the names of more could fill the memory
 
 

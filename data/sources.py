@@ -17,9 +17,10 @@ from data.loading import load_data
 from data.poisoned_sets.agreement import keep_with_run
 from data.poisoned_sets.stored import StoredSet, examples_of
 from data.poisoning import build_attack, build_test_sets, clean_images, poison_training_set, test_sets, training_caption
-from data.sets import POISONED, NewClassifier, PoisonedData, RawData, TestSets, no_network, to_set
+from data.sets import NewClassifier, PoisonedData, RawData, TestSets, no_network, to_set
 from utils import manifest
 from utils.config import Config
+from utils.kinds import POISONED
 
 logger = logging.getLogger(__name__)
 EXAMPLES = 16  # poisoned images kept for plots

@@ -172,7 +172,7 @@ class Defense(DefenseBase):
 
     def train_mixmatch(self, state: State, epoch: int, e: int) -> dict[str, float]:
         """Split by the losses, then train one epoch of MixMatch; lambda_u rises from the linear layer's first epoch on."""
-        losses = split_losses(self.context, epoch, "score", state.model)
+        losses = split_losses(self.context, epoch, state.model)
         pool = class_agnostic_split(losses, self.context.config.global_.epsilon)
         state.keep_split(pool, losses)
         semi = self.context.config.semi

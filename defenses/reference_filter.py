@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from data.sets import CLEAN, COVER, POISONED
 from defenses._start import train_undefended, undefended_stage
 from engine.defense import DefenseBase
 from utils.checkpoint import State
@@ -15,6 +14,7 @@ from utils.config import Config
 from utils.config.schema import setting
 from utils.config.stages import METHOD, DefenseSettings, Stage
 from utils.draws import generator
+from utils.kinds import CLEAN, COVER, POISONED
 
 
 @dataclass(frozen=True)

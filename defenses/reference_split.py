@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ASD import mixmatch_steps, train_mixmatch
 from data.pools import check_share
-from data.sets import CLEAN
 from engine.context import Context
 from engine.defense import DefenseBase
 from utils.checkpoint import State
@@ -18,6 +17,7 @@ from utils.config.schema import setting
 from utils.config.stages import SPLITS, DefenseSettings, Stage
 from utils.draws import generator
 from utils.errors import UserError
+from utils.kinds import CLEAN
 
 
 @dataclass(frozen=True)

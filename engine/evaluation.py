@@ -14,6 +14,7 @@ from loss.supervised import symmetric_cross_entropy
 from model.classifier import Classifier, Features
 from model.inference import predict
 from utils.checkpoint import State
+from utils.metrics import SHARES
 from utils.reporting.confusion import ByClass, confusion_matrix
 from utils.reporting.runlog import progress
 from utils.reporting.suspects import Evidence
@@ -36,7 +37,7 @@ class Evaluation(NamedTuple):
 
 def evaluate(context: Context, model: nn.Module, tests: TestSets) -> Evaluation:
     """Evaluate a model on the clean and the triggered test images."""
-    figures = dict.fromkeys(("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target"))
+    figures = dict.fromkeys(SHARES)
     if tests.clean is None:
         return Evaluation(figures, None)
     classes = context.config.num_classes

@@ -21,12 +21,13 @@ from data.choice import draw_poisoned, label_after, poison_index
 from data.poisoned_sets import export
 from data.poisoned_sets.folder import read_set
 from data.poisoning import build_attack, build_test_sets, poison_training_set
-from data.sets import POISONED, AttackContext, RawData
+from data.sets import AttackContext, RawData
 from data.sources import prepare
 from engine import evaluation
 from utils import config
 from utils.config import Config
 from utils.errors import UserError
+from utils.kinds import POISONED
 
 SHIFTED = "backdoor={badnets: {}, poison_ratio: 0.1, target_shift: 1}"
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data.augment import Pipeline
-from data.batches import MixMatchDraws, SupervisedDraws, draw_mixmatch, draw_scoring, draw_supervised, endless_order, views
+from data.batches import MixMatchDraws, SupervisedDraws, draw_mixmatch, draw_supervised, draw_views, endless_order, views
 from data.pools import Pools
 from data.sets import ImageSet
 from data.transforms import random_crop, random_horizontal_flip
@@ -194,18 +194,18 @@ def test_a_supervised_pass_has_every_image_once() -> None:
 
 def test_scoring_draws_one_view_of_every_image_per_epoch() -> None:
     """Each image has one view, which is the same if an epoch is repeated and another one in the next epoch."""
-    draws = draw_scoring(7, "score", 4, 300, AUGMENT)
+    draws = draw_views(7, "score", 4, 300, AUGMENT)
     assert draws.shape == (300, 3)
-    assert torch.equal(draws, draw_scoring(7, "score", 4, 300, AUGMENT))
+    assert torch.equal(draws, draw_views(7, "score", 4, 300, AUGMENT))
     for seed, purpose, epoch in ((8, "score", 4), (7, "score virtual", 4), (7, "score", 5)):
-        assert not torch.equal(draws, draw_scoring(seed, purpose, epoch, 300, AUGMENT))
+        assert not torch.equal(draws, draw_views(seed, purpose, epoch, 300, AUGMENT))
 
 
 @pytest.mark.parametrize("batch", [1, 5, 7, 20, 64])
 def test_views_are_complete_and_in_order(batch: int) -> None:
     """For every batch size each image occurs once, in order; only the last batch is smaller."""
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (20, 3, 32, 32), dtype=np.uint8))
-    draws = draw_scoring(1, "score", 0, 20, AUGMENT)
+    draws = draw_views(1, "score", 0, 20, AUGMENT)
     parts: list[Tensor] = list(views(ImageSet(images, torch.zeros(20, dtype=torch.int64)), draws, AUGMENT, batch))
     assert [len(part) for part in parts] == [batch] * (20 // batch) + [20 % batch] * (20 % batch > 0)
     one_by_one = [AUGMENT(images[i : i + 1], draws[i : i + 1]) for i in range(20)]

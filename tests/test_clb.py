@@ -20,12 +20,13 @@ from data.attacks import badnets, clb
 from data.attacks._surrogate import Adversary, load_surrogate, pgd, rise_and_fall, train_surrogate
 from data.attacks.clb import Attack, Settings, build_trigger, to_uint8
 from data.poisoning import build_test_sets, poison_training_set
-from data.sets import POISONED, AttackContext, RawData
+from data.sets import AttackContext, RawData
 from model.classifier import new_classifier
 from model.networks import resnet18_cifar
 from utils import config
 from utils.config.schema import Named, merge
 from utils.errors import UserError
+from utils.kinds import POISONED
 
 TARGET = 1
 SMALL = Named("resnet18_cifar", resnet18_cifar.Settings(width=2, blocks=1))

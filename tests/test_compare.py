@@ -112,7 +112,7 @@ def test_der_falls_with_the_accuracy_and_rises_with_the_defended_attack(
 
 
 @pytest.mark.parametrize(
-    ("own", "twin", "der"),
+    ("own", "baseline", "der"),
     [
         ((0.9, 0.0), (0.9, 1.0), "1.000"), ((0.9, 1.0), (0.9, 1.0), "0.500"), ((0.0, 1.0), (1.0, 1.0), "0.000"),
         ((0.95, 0.5), (0.9, 1.0), "0.750"), ((0.8, 0.5), (0.9, 1.0), "0.700"), ((0.9, 0.1), (0.9, 0.0), "0.500"),
@@ -121,10 +121,10 @@ def test_der_falls_with_the_accuracy_and_rises_with_the_defended_attack(
 )  # fmt: skip
 def test_the_table_has_the_der(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    own: tuple[float | None, float | None], twin: tuple[float | None, float | None], der: str,
+    own: tuple[float | None, float | None], baseline: tuple[float | None, float | None], der: str,
 ) -> None:  # fmt: skip
     """A run with a defense has a DER, an undefended one has none; order and number of epochs do not matter."""
-    runs = [make_run(tmp_path / "a", 1, "asd", *own), make_run(tmp_path / "b", 1, "none", *twin, num_epochs=3)]
+    runs = [make_run(tmp_path / "a", 1, "asd", *own), make_run(tmp_path / "b", 1, "none", *baseline, num_epochs=3)]
     run_main(monkeypatch, *runs, "--markdown")
     there = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[5] for line in (there[0], *there[2:])] == ["DER", der, "-"]
@@ -158,10 +158,10 @@ def test_a_twin_has_the_same_network_and_poisoned_set(
     theirs; the seed samples of the defense are ignored."""
     own = make_run(tmp_path / "a", 1, "asd", 0.9, 0.04)
     (own / manifest.FILE).write_text(data_of("aa", "cc"))
-    twin = make_run(tmp_path / "b", seed, "none", 0.9, 1.0, **changes)
+    baseline = make_run(tmp_path / "b", seed, "none", 0.9, 1.0, **changes)
     if data:
-        (twin / manifest.FILE).write_text(data)
-    run_main(monkeypatch, own, twin, "--markdown")
+        (baseline / manifest.FILE).write_text(data)
+    run_main(monkeypatch, own, baseline, "--markdown")
     assert capsys.readouterr().out.splitlines()[2].split(" | ")[5] == der
 
 

@@ -11,10 +11,11 @@ import torch
 
 from data.choice import draw_cover
 from data.poisoning import ATTACKS, build_attack, build_test_sets, poison_training_set
-from data.sets import CLEAN, COVER, POISONED, RawData
+from data.sets import RawData
 from model.classifier import new_classifier
 from utils import config, plugins
 from utils.errors import UserError
+from utils.kinds import CLEAN, COVER, POISONED
 
 # The attacks with cover images, with settings that make them fast.
 COVERED = {

@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 from torch import Tensor, nn
 from training import SMALL, last, same, small, train_here
 
-from data.pools import draw_seed_samples
+from data.seeds import draw_seed_samples
 from data.sets import GroundTruth, TestSets
 from defenses import abl, cbd, fp, reference_filter, reference_split
 from defenses._start import split_clean

@@ -14,11 +14,12 @@ from conftest import REPOSITORY
 from data.attacks._surrogate import load_surrogate
 from data.choice import choose_poisoned
 from data.poisoning import build_attack, build_test_sets, poison_training_set
-from data.sets import POISONED, RawData, no_network
+from data.sets import RawData, no_network
 from model.classifier import new_classifier
 from utils import config
 from utils.config import Config
 from utils.errors import UserError
+from utils.kinds import POISONED
 
 TARGET, CLASSES, COUNT = 1, 3, 240
 LOOKALIKE = (

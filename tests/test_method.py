@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import ASD
 from ASD import mixmatch_step
 from data.augment import Pipeline
-from data.batches import MixMatchDraws, draw_mixmatch, draw_scoring, draw_supervised
+from data.batches import MixMatchDraws, draw_mixmatch, draw_supervised, draw_views
 from data.poisoned_sets.stored import StoredSet
 from data.pools import pools_of
 from data.sets import GroundTruth, ImageSet, Part, PoisonedData, RawData, TestSets
@@ -371,8 +371,8 @@ def test_split_losses_are_those_of_single_images(tiny: Path) -> None:
     model = make_model(config)
     model.train()
     before = copy.deepcopy(model.state_dict())
-    losses = ASD.split_losses(context(config, train_set), 2, "score", model)
-    draws = draw_scoring(config.seed.seed, "score", 2, N, augment)
+    losses = ASD.split_losses(context(config, train_set), 2, model)
+    draws = draw_views(config.seed.seed, "score", 2, N, augment)
     assert losses.dtype == torch.float32
     assert losses.std() > 0.01
     assert losses.tolist() == pytest.approx(slow_scores(model, train_set, draws, augment), rel=1e-4)
@@ -387,7 +387,7 @@ def test_the_size_of_scoring_batches_changes_no_decision(tiny: Path, monkeypatch
     tests = TestSets(images, ImageSet(images.images, images.labels.roll(1)), torch.arange(N))
 
     def figures() -> tuple[Tensor, dict[str, float | None]]:
-        return ASD.split_losses(fixed, 2, "score", model), evaluate(fixed, model, tests).shares
+        return ASD.split_losses(fixed, 2, model), evaluate(fixed, model, tests).shares
 
     sizes: list[int] = []
     hook = nn.modules.module.register_module_forward_hook(
@@ -457,7 +457,8 @@ def test_stage_of_the_split_follows_the_epoch(
         assert args[2] is model
         return virtual
 
-    def score(context: Context, epoch: int, purpose: str, which: nn.Module) -> Tensor:
+    def score(context: Context, epoch: int, which: nn.Module, **which_views: bool) -> Tensor:
+        assert which_views == ({"virtual": True} if which is virtual else {})
         asked.append("virtual" if which is virtual else "model")
         assert which in (virtual, model)
         return virtual_losses if which is virtual else losses
@@ -489,7 +490,7 @@ def test_meta_split_by_hand(tiny: Path) -> None:
     virtual, _ = slow_virtual_model(config, 5, model, train_set, augment)
     purposes = (model, "score"), (virtual, "score virtual")
     one, two = (
-        slow_scores(which, train_set, draw_scoring(config.seed.seed, purpose, 5, N, augment), augment)
+        slow_scores(which, train_set, draw_views(config.seed.seed, purpose, 5, N, augment), augment)
         for which, purpose in purposes
     )
     falls = [a - b for a, b in zip(one, two, strict=True)]

@@ -23,10 +23,11 @@ from data.poisoned_sets.export import export
 from data.poisoned_sets.folder import read_set, write_set
 from data.poisoned_sets.record_write import write_record
 from data.poisoning import ATTACKS, build_attack, build_test_sets, poison_training_set
-from data.sets import POISONED, Part
+from data.sets import Part
 from data.sources import prepare
 from utils import compare, config, plugins
 from utils.errors import UserError
+from utils.kinds import POISONED
 
 DEFENSES = ("asd", "none")
 

@@ -22,9 +22,10 @@ from data.io import placement
 from data.io.placement import choose_placement
 from data.io.tables import table_of_array
 from data.poisoning import build_attack, poison_training_set
-from data.sets import POISONED, ImageSet, Mapped, RawData, to_set
+from data.sets import ImageSet, Mapped, RawData, to_set
 from utils import config
 from utils.errors import UserError
+from utils.kinds import POISONED
 from utils.run import locate
 
 CPU = torch.device("cpu")

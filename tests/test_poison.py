@@ -19,12 +19,13 @@ from data.choice import draw_poisoned, poison_index
 from data.loading import load_raw
 from data.poisoned_sets.export import export
 from data.poisoning import ATTACKS, build_attack, build_test_sets
-from data.pools import draw_seed_samples
-from data.sets import CLEAN, POISONED, PoisonedData, RawData
+from data.seeds import draw_seed_samples
+from data.sets import PoisonedData, RawData
 from data.sources import from_attack, prepare, prepare_tests
 from utils import config, plugins
 from utils.config import Config
 from utils.errors import UserError
+from utils.kinds import CLEAN, POISONED
 
 LABELS = np.random.default_rng(0).integers(0, 10, 400)
 TRIGGER = [(4, 4), (4, 5), (5, 4), (5, 5)]

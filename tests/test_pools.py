@@ -15,14 +15,15 @@ from data.pools import (
     check_pool_sizes,
     class_agnostic_split,
     class_aware_split,
-    draw_seed_samples,
     meta_split,
     per_class,
     pools_of,
 )
-from data.sets import CLEAN, COVER, POISONED, GroundTruth
+from data.seeds import draw_seed_samples
+from data.sets import GroundTruth
 from utils import config
 from utils.errors import UserError
+from utils.kinds import CLEAN, COVER, POISONED
 
 # Few different values, so that there are many ties.
 LOSSES = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0]), min_size=1, max_size=40)

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from data.attacks.sig import Attack, Settings
 from data.poisoning import build_attack, build_test_sets, poison_training_set
-from data.pools import draw_seed_samples
-from data.sets import CLEAN, POISONED, AttackContext, RawData
+from data.seeds import draw_seed_samples
+from data.sets import AttackContext, RawData
 from utils import config
 from utils.errors import UserError
+from utils.kinds import CLEAN, POISONED
 
 ROW = [0, 37, 28, -15, -40, -15, 28, 37, 0, -37, -28, 15, 40, 15, -28, -37]  # delta 40, f 6, 32 px: the first half
 

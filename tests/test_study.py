@@ -321,7 +321,7 @@ def test_figures_of_the_files_stand_on_the_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attack", "twin", "own", "expected"),
+    ("attack", "baseline", "own", "expected"),
     [
         ("blend", (0.88, 0.95), (0.83, 0.05), "met"),  # every bound just kept: 3 points above the share of 2
         ("blend", (0.88, 0.95), (0.8299, 0.05), "missed: ACC drop, ACC"),
@@ -334,10 +334,10 @@ def test_figures_of_the_files_stand_on_the_page(tmp_path: Path) -> None:
         ("lookalike", (0.88, 1.0), (0.84, 0.9), "missed: ASR excess"),
     ],
 )
-def test_targets(tmp_path: Path, attack: str, twin: tuple[float, float], own: tuple[float, float], expected: str) -> None:
+def test_targets(tmp_path: Path, attack: str, baseline: tuple[float, float], own: tuple[float, float], expected: str) -> None:
     """A target is met up to and including its bound; each attack has its own targets."""
     folder = make_study(tmp_path / "study")
-    make_run(folder, f"{attack}/undefended", *twin)
+    make_run(folder, f"{attack}/undefended", *baseline)
     make_run(folder, f"{attack}/asd", *own)
     runs = report.Runs(folder)
     assert report.verdict(attack, runs) == expected
@@ -443,7 +443,7 @@ def planned_commands(tmp_path: Path, *runs: str) -> list[list[str]]:
 
 
 def test_run_sh_makes_every_run_with_settings_that_load(tmp_path: Path) -> None:
-    """Each planned run is trained, tested and stored under its name with valid settings; a run and its twin have the same
+    """Each planned run is trained, tested and stored under its name with valid settings; a run and its baseline have the same
     attack."""
     commands = [command for command in planned_commands(tmp_path) if command[0] == "ASD.py"]
     kept = {path.relative_to(STUDY).with_suffix("").as_posix() for path in STUDY.glob("*/*.json")}

@@ -251,13 +251,13 @@ SHIPPED = sorted((REPOSITORY / "config" / "sweeps").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_the_shipped_sweeps_compare_like_with_like(path: Path) -> None:
-    """Every run is a configuration that ASD.py takes, and each with a defense has its undefended twin."""
+    """Every run is a configuration that ASD.py takes, and each with a defense has its undefended baseline."""
     plan = read(path)
     assert len({job.name for job in plan.jobs}) == len(plan.jobs)
     for job in plan.jobs:
         if job.config.defense.name == "asd":
-            twin = table.twin_of(plan, job)
-            assert twin is not None and twin.labels == job.labels | {"defense": "none"}
+            baseline = table.baseline_of(plan, job)
+            assert baseline is not None and baseline.labels == job.labels | {"defense": "none"}
         if job.start:
             assert job.start == job.name.replace(f"/{job.labels['defense']}", "/none") and job.config.num_epochs > 0
 
@@ -370,7 +370,7 @@ def cells(text: str) -> list[list[str]]:
 
 
 def test_means_and_deviations_are_those_of_the_repeats(tmp_path: Path) -> None:
-    """Each cell has mean and sample standard deviation over the seeds, and the DER against the twin of the same seed."""
+    """Each cell has mean and sample standard deviation over the seeds, and the DER against the baseline of the same seed."""
     plan, known = filled(tmp_path)
     text = table.to_markdown(plan, table.records_of(plan, states_of(plan)))
     found = cells(text)
@@ -388,10 +388,10 @@ def test_means_and_deviations_are_those_of_the_repeats(tmp_path: Path) -> None:
             expected.append("-" if ratio == "0" else mean_and_spread([100 * value for value in asr]))
         ders = []
         for seed in (1, 2, 3):
-            own, twin = runs["asd", seed], runs["none", seed]
+            own, baseline = runs["asd", seed], runs["none", seed]
             if ratio != "0":
-                gain = max(0, twin["attack_success_rate"] - own["attack_success_rate"])
-                ders.append((gain - max(0, twin["clean_accuracy"] - own["clean_accuracy"]) + 1) / 2)
+                gain = max(0, baseline["attack_success_rate"] - own["attack_success_rate"])
+                ders.append((gain - max(0, baseline["clean_accuracy"] - own["clean_accuracy"]) + 1) / 2)
         expected.append(f"{statistics.fmean(ders):.3f} ± {statistics.stdev(ders):.3f}" if ders else "-")
         assert row == expected
     full = found[6:]
@@ -483,9 +483,9 @@ def test_a_compact_table_has_all_figures_in_a_cell(tmp_path: Path) -> None:
     keys = ("clean_accuracy", "attack_success_rate", "robust_accuracy")
     shares = [mean_and_spread([100 * run[key] for run in runs["fp"]]) for key in keys]
     ders = []
-    for own, twin in zip(runs["fp"], runs["none"], strict=True):
-        gain = max(0, twin["attack_success_rate"] - own["attack_success_rate"])
-        ders.append((gain - max(0, twin["clean_accuracy"] - own["clean_accuracy"]) + 1) / 2)
+    for own, baseline in zip(runs["fp"], runs["none"], strict=True):
+        gain = max(0, baseline["attack_success_rate"] - own["attack_success_rate"])
+        ders.append((gain - max(0, baseline["clean_accuracy"] - own["clean_accuracy"]) + 1) / 2)
     der = f"{statistics.fmean(ders):.3f} ± {statistics.stdev(ders):.3f}"
     assert found[3][:2] == ["patch", " / ".join([*shares, der])] and found[3][2].endswith(" / -")
     assert found[4][1].endswith(" (1 of 2 runs)") and found[4][2:] == ["not finished"] * 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from utils.errors import UserError
+from utils.files import FULL
 from utils.logs import on_screen
 from utils.runtime.processes import Place, find_place, rank
 from utils.startup import Stopped, prepare_streams, stoppable
@@ -98,7 +98,7 @@ def run(name: str, main: Callable[[], None]) -> None:
             raise
         fail(f"{name}: error: {who()}another process of the run has died: see the lines above, then start the run again", 1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             if not isinstance(error.filename, (str, bytes)):
                 raise
             fail(f"{name}: error: {who()}{os.fsdecode(error.filename)}: {error.strerror or error}", 2)

@@ -10,7 +10,6 @@ same network, poisoned set and seed.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from hashlib import sha256
 from pathlib import Path
@@ -18,16 +17,18 @@ from typing import Any
 
 import yaml
 
-from utils import manifest
+from utils import manifest, metrics
 from utils.cli import Parser, command
 from utils.config.stages import UNDEFENDED
 from utils.errors import UserError
+from utils.metrics import read_rows
 from utils.reporting.best_effort import BestEffort
 from utils.reporting.plots import draw_comparison
 
 HEAD = ("run", "defense", "ACC", "ASR", "RA", "DER", "poisoned in the clean pool", "seconds")
 
 
+SUBJECT = ("dataset", "num_classes", "data.train_limit", "data.test_limit", "transform.pre", "backdoor", "network")
 # What every line of metrics.jsonl has.
 COLUMNS = {
     "epoch", "defense", "clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_pool_size", "poisoned_in_clean_pool",
@@ -39,11 +40,11 @@ def read_run(folder: Path) -> dict[str, Any]:
     """Return a run's name, settings without the seed, rows of `metrics.jsonl`, and digest of its data (None: not recorded)."""
     try:
         data = data_digest(folder / manifest.FILE)
-        rows = [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
+        rows = read_rows(folder / "log" / metrics.FILE)
         settings = yaml.safe_load((folder / "config.yaml").read_text())
         if not isinstance(settings, dict) or not isinstance(settings.get("seed"), dict) or "seed" not in settings["seed"]:
             raise ValueError("config.yaml: no settings with a seed")
-        if not all(isinstance(row, dict) and row.keys() >= COLUMNS for row in rows):
+        if not all(row.keys() >= COLUMNS for row in rows):
             raise ValueError(f"log/metrics.jsonl: a line without {', '.join(sorted(COLUMNS))}")
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         what = " ".join(str(error).split())
@@ -101,32 +102,44 @@ def pool_text(row: dict[str, Any]) -> str:
 # -- Defense effectiveness rate ----------------------------------------------------------------------------------------
 
 
-def is_twin(twin: dict[str, Any], run: dict[str, Any]) -> bool:
+def is_baseline(baseline: dict[str, Any], run: dict[str, Any]) -> bool:
     """Return whether a run without a defense trains the same network on the same poisoned set as another run."""
-    if twin["rows"][-1]["defense"] != UNDEFENDED or twin["seed"] != run["seed"]:
+    if baseline["rows"][-1]["defense"] != UNDEFENDED or baseline["seed"] != run["seed"]:
         return False
-    if None not in (twin["data"], run["data"]) and twin["data"] != run["data"]:
+    if None not in (baseline["data"], run["data"]) and baseline["data"] != run["data"]:
         return False
-    return all(twin["settings"].get(key) == run["settings"].get(key) for key in ("dataset", "backdoor", "network"))
+    return subject_of(baseline["settings"]) == subject_of(run["settings"])
 
 
-def effectiveness(row: dict[str, Any], twin: dict[str, Any]) -> float | None:
-    """Return the DER, in 0..1, of a run's row against that of its twin: (1 + fall of the ASR - fall of the ACC) / 2.
+def subject_of(settings: dict[str, Any]) -> list[Any]:
+    """Return the settings that a run and its undefended baseline have in common, besides the seed: data, attack, network."""
+
+    def at(key: str) -> Any:
+        value: Any = settings
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    return [at(key) for key in SUBJECT]
+
+
+def effectiveness(row: dict[str, Any], baseline: dict[str, Any]) -> float | None:
+    """Return the DER, in 0..1, of a run's row against that of its baseline: (1 + fall of the ASR - fall of the ACC) / 2.
 
     0.5 means no effect, 1 an ASR that falls from 1 to 0 at no loss of ACC. A gain in ACC or ASR counts as 0.
     """
-    if any(r[key] is None for r in (row, twin) for key in ("clean_accuracy", "attack_success_rate")):
+    if any(r[key] is None for r in (row, baseline) for key in ("clean_accuracy", "attack_success_rate")):
         return None
-    acc, asr = (max(0.0, twin[key] - row[key]) for key in ("clean_accuracy", "attack_success_rate"))
+    acc, asr = (max(0.0, baseline[key] - row[key]) for key in ("clean_accuracy", "attack_success_rate"))
     return (asr - acc + 1) / 2
 
 
 def der_text(runs: list[dict[str, Any]], every: list[dict[str, Any]]) -> str:
-    """Return the DER of runs that differ only in their seed, against their twins among `every` run."""
+    """Return the DER of runs that differ only in their seed, against their baselines among `every` run."""
     if runs[0]["rows"][-1]["defense"] == UNDEFENDED:
         return "-"
-    pairs = [(run, next((twin for twin in every if is_twin(twin, run)), None)) for run in runs]
-    rates = [effectiveness(run["rows"][-1], twin["rows"][-1]) for run, twin in pairs if twin]
+    pairs = [(run, next((baseline for baseline in every if is_baseline(baseline, run)), None)) for run in runs]
+    rates = [effectiveness(run["rows"][-1], baseline["rows"][-1]) for run, baseline in pairs if baseline]
     known = [rate for rate in rates if rate is not None]
     if not known:
         return "unknown" if rates else "no undefended run"

@@ -13,6 +13,17 @@ class UserError(Exception):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """Return the first line of an exception's text, shortened and without control characters; its type if it has no text."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return text[:200] if text.isprintable() else f"{text!a:.200}"
+
+
+def printable(text: str) -> str:
+    """Return a name in a form that fits into a line: short, without control characters."""
+    return text if text.isprintable() and len(text) < 200 else f"{text!a:.80}"
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """Return the end of an error line: the known name nearest to `name`, if one is near, and all known names."""
     names = sorted(map(str, known))

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.files import write_atomically
 
 FILE = "data.csv"
@@ -148,14 +148,14 @@ def image_changes(then: list[Row], now: list[Row]) -> list[str]:
     renamed = [(a, b) for a, b in pairs if a.label == b.label and a.name != b.name]
 
     def count(rows: list[Row], one: str, many: str) -> str:
-        return f"{len(rows)} {one if len(rows) == 1 else many} ({first(rows)}{shown(rows[0].name)})"
+        return f"{len(rows)} {one if len(rows) == 1 else many} ({first(rows)}{printable(rows[0].name)})"
 
     found = []
     if moved:
         ways = {(a.label, b.label) for a, b in moved}
         a, b = moved[0]
-        way = f"from class {shown(a.label)} to {shown(b.label)}" if len(ways) == 1 else "to another class"
-        found.append(f"{len(moved)} moved {way} ({first(moved)}{shown(a.name)}, now {shown(b.name)})")
+        way = f"from class {printable(a.label)} to {printable(b.label)}" if len(ways) == 1 else "to another class"
+        found.append(f"{len(moved)} moved {way} ({first(moved)}{printable(a.name)}, now {printable(b.name)})")
     if gone:
         found.append(count(gone, "is gone", "are gone"))
     if added:
@@ -164,15 +164,10 @@ def image_changes(then: list[Row], now: list[Row]) -> list[str]:
         found.append(count(altered, "has other pixels", "have other pixels"))
     if renamed and not (numbered and found):
         a, b = renamed[0]
-        found.append(f"{len(renamed)} renamed ({first(renamed)}{shown(a.name)}, now {shown(b.name)})")
+        found.append(f"{len(renamed)} renamed ({first(renamed)}{printable(a.name)}, now {printable(b.name)})")
     return found or ["all are in another order"]
 
 
 def first(items: Sequence[object]) -> str:
     """Return the prefix of an example that stands for several items."""
     return "first: " if len(items) > 1 else ""
-
-
-def shown(name: str) -> str:
-    """Return a name for a log line: shortened and without control characters if necessary."""
-    return name if name.isprintable() and len(name) < 200 else f"{name!a:.80}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import platform
@@ -14,17 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from utils import checkpoint
+from utils import checkpoint, manifest, metrics
 from utils.checkpoint import State
 from utils.config import Config, to_yaml
 from utils.errors import UserError
 from utils.files import cannot_write, link, remove_leftovers, try_lock, write_atomically, write_text
+from utils.metrics import read_rows
 from utils.paths import exists, is_file, user_path
 from utils.reporting import confusion, evidence, page, suspects
+from utils.run_files import POISON_INDEX, SEED_SAMPLES, STORED_SET
 
 logger = logging.getLogger(__name__)
 SUSPECTS = (suspects.CSV, suspects.PICTURE, suspects.QUALITY, evidence.FILE)
-FACTS = ("data.csv", "poison_idx.npy", "set.json", "seed_samples.txt", *SUSPECTS)
+FACTS = (manifest.FILE, POISON_INDEX, STORED_SET, SEED_SAMPLES, *SUSPECTS)
 OWN = ("config.yaml", *FACTS, "log")  # the files of a run, together with its YAML
 LATEST, BEST = "latest_model.pt", "best_model.pt"
 
@@ -176,7 +177,7 @@ def epochs_of(run: Run, loaded: Path) -> int:
     """Return the number of epochs in the run's files: `metrics.jsonl`, and `latest_model.pt` unless that is `loaded`."""
     latest, recorded = run.checkpoints / LATEST, 0
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing or damaged: the checkpoint decides
-        recorded = int(json.loads((run.log / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["epoch"]) + 1
+        recorded = int(read_rows(run.log / metrics.FILE)[-1]["epoch"]) + 1
     return max(recorded, 0 if is_same(loaded, latest) else checkpoint.epochs(latest))
 
 

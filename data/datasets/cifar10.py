@@ -9,7 +9,7 @@ import numpy as np
 
 from data.io.unpickle import read_pickle
 from data.sets import RawData
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.paths import is_file, user_path
 
 FOLDER_NAMES = "^(?!.*cifar-?100).*cifar"
@@ -59,8 +59,7 @@ def find_folder(folder: Path, download: bool, title: str, inside: str, files: tu
     try:
         getattr(torchvision.datasets, title.replace("-", ""))(str(parent), download=True)
     except Exception as error:  # the downloader passes on all exceptions of its network libraries
-        what = " ".join(str(error).split())
-        raise UserError(f"dataset_dir: {folder}: the download failed ({what}): download {title} yourself") from None
+        raise UserError(f"dataset_dir: {folder}: the download failed ({one_line(error)}): download {title} yourself") from None
     return parent / inside
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from data.sets import Listing
 from data.transforms import resize
 from utils.config.schema import setting
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.paths import exists, is_dir, is_folder, require_file, user_path, visible
 
 FOLDER_NAMES = "gtsrb"
@@ -78,8 +78,7 @@ def find_folder(folder: Path, download: bool) -> tuple[Path, Path]:
         for split in ("train", "test"):
             GTSRB(str(folder), split, download=True)
     except Exception as error:  # the downloader passes on all exceptions of its network libraries
-        what = " ".join(str(error).split())
-        raise UserError(f"dataset_dir: {folder}: the download failed ({what}): download GTSRB yourself") from None
+        raise UserError(f"dataset_dir: {folder}: the download failed ({one_line(error)}): download GTSRB yourself") from None
     return find_folder(folder, False)
 
 

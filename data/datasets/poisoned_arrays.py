@@ -27,7 +27,7 @@ from data.poisoned_sets.stored import PARTS, StoredSet
 from data.sets import MOST_CLASSES, Part
 from utils.config.schema import Named, setting
 from utils.config.settings import Backdoor
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.paths import require_file, user_path
 
 POISONED = True  # the set has its ground truth
@@ -87,7 +87,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise UserError(f"dataset_dir: {path}: no such file: give the .npz file with the arrays") from None
     except Exception as error:  # numpy and zipfile pass on the exceptions of many libraries
-        what = (str(error) or type(error).__name__).splitlines()[0]
+        what = one_line(error)
         raise UserError(f"{path}: not an .npz file of arrays ({what:.200}): write it with numpy.savez") from None
     missing = [name for name in ARRAYS if name not in arrays and name not in OPTIONAL]
     if missing or unknown:

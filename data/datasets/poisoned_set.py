@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from data.poisoned_sets.folder import read_set
-from data.poisoned_sets.stored import DESCRIPTION, StoredSet
+from data.poisoned_sets.stored import StoredSet
 from utils.errors import UserError
 from utils.paths import user_path
+from utils.run_files import STORED_SET
 
 POISONED = True  # the set has its ground truth
-SIGN = DESCRIPTION
+SIGN = STORED_SET
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 
 from data.sets import Listing
 from utils.config.schema import setting
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.paths import exists, is_dir, is_folder, require_file, user_path, visible
 
 FOLDER_NAMES = "tiny.?imagenet"
@@ -108,7 +108,7 @@ def read_lines(path: Path) -> list[str]:
         require_file(path)
         return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}): {AGAIN}") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)}): {AGAIN}") from None
 
 
 def in_order(found: dict[str, list[Path]], wnids: Iterable[str], root: Path) -> tuple[tuple[str, ...], np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.paths import require_file
 
 NOT_NUMBERS = "has an array that is not of numbers"
@@ -123,8 +123,7 @@ def read_pickle(path: Path) -> Any:
         pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError,
         ImportError, OSError, OverflowError, MemoryError, struct.error,
     ) as error:  # fmt: skip
-        what = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: truncated or not a pickle ({what}): unpack the data set again") from None
+        raise UserError(f"{path}: truncated or not a pickle ({one_line(error)}): unpack the data set again") from None
 
 
 def check_structure(contents: bytes) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from data.poisoned_sets.folder import PLAIN, named_settings
-from data.poisoned_sets.stored import DESCRIPTION, StoredSet
-from data.sets import POISONED
+from data.poisoned_sets.stored import StoredSet
 from utils.config import Config
 from utils.config.schema import as_dict
 from utils.config.settings import Backdoor
 from utils.errors import UserError
 from utils.files import write_atomically, write_text
+from utils.kinds import POISONED
+from utils.run_files import POISON_INDEX, STORED_SET
 
 
 def refuse_disagreement(config: Config, stored: StoredSet) -> None:
@@ -50,7 +51,7 @@ def disagreement(given: Backdoor, stored: Backdoor) -> str | None:
 
 def keep_with_run(folder: Path, stored: StoredSet) -> None:
     """Save `set.json` and `poison_idx.npy` with the run; raise UserError if it was begun with other data."""
-    path, index = folder / DESCRIPTION, folder / "poison_idx.npy"
+    path, index = folder / STORED_SET, folder / POISON_INDEX
     begun = path.read_text(encoding="utf-8") if path.exists() else None
     if not same_arrays(begun, stored.description) and (path.exists() or index.exists()):
         raise UserError(

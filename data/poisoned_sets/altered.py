@@ -9,8 +9,9 @@ import numpy as np
 from data.io.table_file import own_copy
 from data.poisoned_sets.origin import Origin
 from data.poisoned_sets.stored import PARTS, StoredSet
-from data.sets import CLEAN, Listing, Part, RawData
+from data.sets import Listing, Part, RawData
 from utils.errors import UserError
+from utils.kinds import CLEAN
 
 
 @dataclass(frozen=True)

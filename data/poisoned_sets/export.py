@@ -21,10 +21,11 @@ from data.loading import dataset_of, load_data, load_raw
 from data.poisoned_sets.folder import INPUTS, KEYS, count, holds_same_set, settings_of_set, write_set
 from data.poisoned_sets.stored import PARTS, StoredSet
 from data.poisoning import build_attack, clean_images, poison_images, training_caption, trigger_images
-from data.sets import COVER, POISONED, NewClassifier, Part, RawData, no_network
+from data.sets import NewClassifier, Part, RawData, no_network
 from utils.config import Config
 from utils.config.schema import as_dict
 from utils.errors import UserError
+from utils.kinds import COVER, POISONED
 from utils.paths import exists, is_dir
 from utils.reporting.best_effort import BestEffort
 

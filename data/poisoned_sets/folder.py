@@ -19,18 +19,19 @@ from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
-from data.poisoned_sets.stored import ARRAYS, DESCRIPTION, PARTS, StoredSet, contradiction
-from data.sets import CLEAN, COVER, POISONED, Part
+from data.poisoned_sets.stored import ARRAYS, PARTS, StoredSet, contradiction
+from data.sets import Part
 from utils.config import Config
 from utils.config.schema import Named, as_dict
 from utils.config.settings import Backdoor
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.files import cannot_write, new_folder, write_durably
+from utils.kinds import KINDS
 from utils.paths import require_file
+from utils.run_files import STORED_SET
 
 FORMAT, VERSION = "poisoned set", 2
 SHEET = "contact_sheet.png"
-KINDS = {"clean": CLEAN, "poisoned": POISONED, "cover": COVER}
 KEYS: dict[str, type | tuple[type, ...]] = {
     "backdoor": dict, "dataset": dict, "data": dict, "seed": (int, type(None)), "num_classes": int, "class_names": list,
     "transform_pre": dict, "counts": dict, "files": dict,
@@ -58,7 +59,7 @@ def write_set(out: Path, parts: Mapping[str, Part], settings: Mapping[str, Any],
                 with open(part_folder / f"{name}.npz", "wb") as file:
                     write_durably(file, partial(np.savez, **arrays_of(parts[name])))  # type: ignore[arg-type]
             draw_sheet(part_folder / SHEET)
-            with open(part_folder / DESCRIPTION, "wb") as file:
+            with open(part_folder / STORED_SET, "wb") as file:
                 write_durably(file, lambda file: file.write(description_of(parts, settings).encode()))
     except OSError as error:
         raise cannot_write(f"--out {out}", error) from None
@@ -97,14 +98,14 @@ def read_set(folder: Path) -> StoredSet:
     Raises:
         UserError: a file is missing, unreadable, of another format, changed since it was written (SHA-256) or inconsistent.
     """
-    path = folder / DESCRIPTION
+    path = folder / STORED_SET
     text, described = read_description(folder)
     train, clean, triggered = (read_part(folder / f"{name}.npz", described["files"].get(f"{name}.npz")) for name in PARTS)
     parts = dict(zip(PARTS, (train, clean, triggered), strict=True))
     backdoor = backdoor_of(path, described["backdoor"])
     wrong = contradiction(parts, backdoor, described["num_classes"])
     if wrong is None and described["counts"] != {name: count(part) for name, part in parts.items()}:
-        wrong = f"{DESCRIPTION}: counts: do not match the files"
+        wrong = f"{STORED_SET}: counts: do not match the files"
     if wrong is not None:
         raise UserError(f"{folder}: {wrong}: {REMEDY}")
     names = tuple(map(str, described["class_names"]))
@@ -115,7 +116,7 @@ def read_set(folder: Path) -> StoredSet:
 
 def read_description(folder: Path) -> tuple[str, dict[str, Any]]:
     """Return the text of `set.json` and its contents, in which every key has its type."""
-    path = folder / DESCRIPTION
+    path = folder / STORED_SET
     try:
         require_file(path)
         text = path.read_text(encoding="utf-8")
@@ -123,7 +124,7 @@ def read_description(folder: Path) -> tuple[str, dict[str, Any]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: give a folder that python -m data.poison --out wrote") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({str(error).splitlines()[0]}): {REMEDY}") from None
+        raise UserError(f"{path}: cannot be read as JSON ({one_line(error)}): {REMEDY}") from None
     if not isinstance(described, dict) or described.get("format") != FORMAT:
         raise UserError(f"{path}: does not describe a poisoned set (format is not {FORMAT!r}): {REMEDY}")
     version = described.get("version")
@@ -146,7 +147,7 @@ def read_part(path: Path, described: object) -> Part:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: the set is incomplete: {REMEDY}") from None
     except Exception as error:  # numpy and zipfile pass on the exceptions of many libraries
-        what = (str(error) or type(error).__name__).splitlines()[0]
+        what = one_line(error)
         raise UserError(f"{path}: not a file of arrays ({what}): {REMEDY}") from None
     if not isinstance(described, dict) or arrays.keys() != set(ARRAYS) or described.keys() != set(ARRAYS):
         raise UserError(f"{path}: contains {', '.join(arrays) or 'nothing'} instead of {', '.join(ARRAYS)}: {REMEDY}")
@@ -154,7 +155,7 @@ def read_part(path: Path, described: object) -> Part:
         if str(array.dtype) != ARRAYS[name]:
             raise UserError(f"{path}: {name} is {array.dtype} instead of {ARRAYS[name]}: {REMEDY}")
         if describe(array) != described[name]:
-            raise UserError(f"{path}: {name}: changed: its SHA-256 or shape differs from {DESCRIPTION}: {REMEDY}")
+            raise UserError(f"{path}: {name}: changed: its SHA-256 or shape differs from {STORED_SET}: {REMEDY}")
     return Part(**arrays)
 
 
@@ -204,7 +205,7 @@ def holds_same_set(folder: Path, settings: dict[str, Any], inputs: Callable[[], 
     Raises:
         UserError: the set is damaged.
     """
-    if not (folder / DESCRIPTION).is_file():
+    if not (folder / STORED_SET).is_file():
         return False
     read_set(folder)
     _, described = read_description(folder)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data.io.unpickle import ALLOWED, NOT_NUMBERS, ArrayUnpickler, Maker, NumberType, check_structure
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.paths import require_file
 
 MEMBER = "data.pkl"
@@ -97,9 +97,7 @@ def read_attack_result(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except BROKEN as error:
-        what = (" ".join(str(error).split()) or type(error).__name__)[:200]
-        shown = what if what.isprintable() else ascii(what)
-        raise UserError(f"{path}: cannot be read as an attack result of BackdoorBench ({shown})") from None
+        raise UserError(f"{path}: cannot be read as an attack result of BackdoorBench ({one_line(error)})") from None
 
 
 def read_member(path: Path) -> bytes:

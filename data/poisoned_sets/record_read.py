@@ -21,10 +21,11 @@ from PIL import Image
 from data.choice import label_after
 from data.io.image_file import BROKEN, open_image, reason
 from data.poisoned_sets.record_pickle import read_attack_result
-from data.sets import COVER, MOST_CLASSES, POISONED, Part
+from data.sets import MOST_CLASSES, Part
 from utils.config.schema import Named
 from utils.config.settings import Backdoor
 from utils.errors import UserError
+from utils.kinds import COVER, POISONED
 from utils.paths import exists, is_dir, is_folder, require_file, visible
 
 RESULT, TRAIN, TEST = "attack_result.pt", "bd_train_dataset", "bd_test_dataset"

@@ -21,10 +21,11 @@ from PIL import Image
 
 from data.poisoned_sets.export import Made
 from data.poisoned_sets.record_read import KEYS, RESULT, TEST, TRAIN
-from data.sets import CLEAN, POISONED, Part
+from data.sets import Part
 from utils import plugins
 from utils.errors import UserError
 from utils.files import cannot_write, new_folder, write_durably
+from utils.kinds import CLEAN, POISONED
 
 logger = logging.getLogger(__name__)
 Model = tuple[str, Mapping[str, torch.Tensor]]  # BackdoorBench's name of a network, and weights by its names

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from data.choice import label_after
-from data.sets import CLEAN, COVER, POISONED, Part, RawData
+from data.sets import Part, RawData
 from utils.config.settings import Backdoor
 from utils.errors import UserError
+from utils.kinds import CLEAN, COVER, POISONED
+from utils.run_files import STORED_SET
 
-DESCRIPTION = "set.json"  # says what the set is
 PARTS = ("train", "clean_test", "backdoor_test")
 FILES = {name: f"{name}.npz" for name in PARTS}
 ARRAYS = {"images": "uint8", "labels": "int64", "original_labels": "int64", "flags": "uint8", "indices": "int64"}
@@ -35,7 +36,7 @@ class StoredSet:
     transform_pre: dict[str, Any]
     folder: Path
     description: str  # the text of set.json
-    described_by: str = DESCRIPTION  # the file in the folder that says what the set is
+    described_by: str = STORED_SET  # the file in the folder that says what the set is
 
     def cut(self, train: int | None, test: int | None) -> StoredSet:
         """Return the images that come from the data set's first `train` and `test` images (None: all); nothing is copied.

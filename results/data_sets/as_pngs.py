@@ -22,9 +22,10 @@ import ASD
 from data.datasets import cifar10
 from data.loading import load_raw
 from data.poisoning import build_attack, poison_training_set
-from data.sets import POISONED, RawData
+from data.sets import RawData
 from engine.context import build_context, build_state
 from utils import config
+from utils.kinds import POISONED
 from utils.runtime.machine import Machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +66,7 @@ def main() -> None:
             part = poison_training_set(c, raw, build_attack(c, raw), Path(folder), placement)
         train_set = part.to_set(placement)
         model = build_state(c, machine, len(part)).model
-        losses = ASD.split_losses(build_context(c, machine, train_set), 0, "score", model)
+        losses = ASD.split_losses(build_context(c, machine, train_set), 0, model)
         results.append((torch.from_numpy(part.flags), losses))
         assert all(torch.equal(a, b) for a, b in zip(results[-1], results[0], strict=True)), placement
         print(f"{placement}: {(part.flags == POISONED).sum()} poisoned, split losses equal", flush=True)

@@ -23,12 +23,12 @@ from utils.cli import Parser, command
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import write_text
+from utils.metrics import SHARES, read_rows
 from utils.reporting import confusion, suspects
 from utils.run import LATEST
 from utils.runtime.machine import processor
 
 HERE = Path(__file__).parent
-FIGURES = ("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target")
 ROUNDING = 0.001  # tolerance if test.py ran on another processor: 10 of 10,000 images
 
 
@@ -62,14 +62,14 @@ def collect(run: str, source: Path, weights: Path, facts: dict[str, str], out: P
         UserError: the run is not finished or not tested, or its files belong to different runs.
     """
     c = config.load(readable(source / "config.yaml"))
-    rows = [json.loads(line) for line in readable(source / "log" / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(readable(source / "log" / "metrics.jsonl"))
     saved = checkpoint.read(weights)
     if not len(rows) == saved.get("epoch", -1) + 1 == c.epochs:
         raise UserError(f"{source}: {len(rows)} of {c.epochs} epochs are finished: resume it first")
     if saved.get("history") != rows:
         raise UserError(f"{source / 'log' / 'metrics.jsonl'}: does not belong to {weights}: give the folders of one run")
     tested = json.loads(readable(source / "log" / "test.json", "run test.py first").read_text())
-    both = [(tested[key], rows[-1][key]) for key in FIGURES if None not in (tested[key], rows[-1][key])]
+    both = [(tested[key], rows[-1][key]) for key in SHARES if None not in (tested[key], rows[-1][key])]
     if any(abs(one - other) > ROUNDING for one, other in both):
         raise UserError(
             f"{source / 'log' / 'test.json'}: does not belong to the last epoch: run test.py --resume {LATEST} again"
@@ -100,7 +100,7 @@ def collect(run: str, source: Path, weights: Path, facts: dict[str, str], out: P
         **facts,
         "steps": c.epochs * steps,
         "minutes": round(sum(row["seconds"] for row in rows) / 60),
-        **{key: tested[key] for key in FIGURES},
+        **{key: tested[key] for key in SHARES},
         "sha256": sha256((out / f"{run}.pt").read_bytes()).hexdigest(),
     }
     write_text(out / f"{run}.json", json.dumps(card, indent=2) + "\n")  # last: it marks the run as complete

@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
+from utils import metrics
 from utils.cli import Parser, command
 from utils.compare import render, spread
 from utils.errors import UserError
 from utils.files import write_atomically, write_text
+from utils.metrics import read_rows
 from utils.reporting import suspects
 
 HERE = Path(__file__).parent
@@ -39,7 +41,7 @@ FURTHER = {
 TITLES = MAIN | FURTHER
 STAGES = ("class-aware", "class-agnostic", "meta-split", "undefended")
 KEYS = ("clean_accuracy", "attack_success_rate", "clean_as_target", "robust_accuracy")
-NAMES = ("ACC", "ASR", "without trigger", "RA")
+NAMES = tuple(metrics.SHARES[key] for key in KEYS)
 LAST = 5  # final epochs to average over
 NOT_RUN, NONE = "not run", "-"
 # Runs with ASD that were stopped because the attack had succeeded.
@@ -76,11 +78,11 @@ class Runs(dict[str, Run]):
         for card in sorted(folder.glob("*/*.json")):
             name, kept = f"{card.parent.name}/{card.stem}", card.with_suffix("")
             ranked = kept / suspects.QUALITY
-            self[name] = Run(name, read(card), rows_of(kept / "metrics.jsonl"), read(ranked) if ranked.exists() else None)
+            self[name] = Run(name, read(card), read_rows(kept / "metrics.jsonl"), read(ranked) if ranked.exists() else None)
         planned = re.findall(r"^run (\S+)", (folder / "run.sh").read_text(), re.MULTILINE)
         self.names = list(dict.fromkeys([*planned, *self]))
         self.defended = [name for name in self.names if not name.endswith("/undefended")]
-        self.stopped = {attack: rows_of(folder / file) for attack, file in STOPPED.items() if (folder / file).exists()}
+        self.stopped = {attack: read_rows(folder / file) for attack, file in STOPPED.items() if (folder / file).exists()}
 
     def of(self, attack: str) -> tuple[Run | None, Run | None]:
         """Return the runs without and with ASD against an attack, for the first seed."""
@@ -90,11 +92,6 @@ class Runs(dict[str, Run]):
 def read(path: Path) -> Any:
     """Return the contents of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def rows_of(path: Path) -> list[Row]:
-    """Return the rows of a `metrics.jsonl`."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def percents(row: Row, keys: Sequence[str] = KEYS) -> Row:
@@ -120,7 +117,7 @@ class Target(NamedTuple):
 
 def targets(attack: str) -> list[Target]:
     """Return the targets for an attack."""
-    gap = Target("ACC drop", "<=", 5, lambda own, twin: twin["clean_accuracy"] - own["clean_accuracy"])
+    gap = Target("ACC drop", "<=", 5, lambda own, baseline: baseline["clean_accuracy"] - own["clean_accuracy"])
     if attack == "no_attack":
         return [gap]
     if attack == "gtsrb_badnets":
@@ -128,7 +125,8 @@ def targets(attack: str) -> list[Target]:
             Target("ACC", ">=", 93, lambda own, _: own["clean_accuracy"]),
             Target("ASR", "<=", 3, lambda own, _: own["attack_success_rate"]),
         ]
-    strength = Target("undefended ASR", ">=", 90 if attack == "wanet" else 95, lambda _, twin: twin["attack_success_rate"])
+    least = 90 if attack == "wanet" else 95
+    strength = Target("undefended ASR", ">=", least, lambda _, baseline: baseline["attack_success_rate"])
     return [
         *([strength] if attack in SIX else []),
         gap,
@@ -139,8 +137,8 @@ def targets(attack: str) -> list[Target]:
 
 def judge(run: Run, runs: Runs) -> list[tuple[Target, list[float]]]:
     """Return the targets of a run with its values (last epoch, mean of the last five); empty without the undefended run."""
-    twin = runs.of(run.attack)[0]
-    pairs = list(zip(run.ends, twin.ends, strict=True)) if twin else []
+    baseline = runs.of(run.attack)[0]
+    pairs = list(zip(run.ends, baseline.ends, strict=True)) if baseline else []
     return [(target, [target.value(*pair) for pair in pairs]) for target in targets(run.attack) if pairs]
 
 
@@ -174,8 +172,8 @@ def overview(runs: Runs, titles: dict[str, str]) -> str:
     """Return the table of results: the last epoch for each attack of `titles`, for the first seed."""
     table: list[Cells] = [("attack", "undefended: ACC, %", "ASR", "ASD: ACC, %", "ASR", "without trigger", "targets")]
     for attack, title in titles.items():
-        twin, own = runs.of(attack)
-        left = cells(twin.ends[0], KEYS[:2]) if twin else (NOT_RUN, NONE)
+        baseline, own = runs.of(attack)
+        left = cells(baseline.ends[0], KEYS[:2]) if baseline else (NOT_RUN, NONE)
         last = own.ends[0] if own else percents(runs.stopped[attack][-1]) if attack in runs.stopped else None
         right = cells(last, KEYS[:3]) if last else (NOT_RUN, NONE, NONE)
         table.append((title, *left, *right, verdict(attack, runs)))
@@ -248,7 +246,7 @@ def what_decides(path: Path) -> str:
 
 def trials(folder: Path) -> str:
     """Return the trial runs of the settings side by side, epoch by epoch."""
-    found = {path.stem: rows_of(path) for path in sorted(folder.glob("*.jsonl"))}
+    found = {path.stem: read_rows(path) for path in sorted(folder.glob("*.jsonl"))}
     table: list[Cells] = [("epoch", *(f"{name}: ACC / ASR / without trigger; poisoned in the pool" for name in found))]
     for epoch in range(max(map(len, found.values()), default=0)):
         cells = []

@@ -79,9 +79,9 @@ def measure(c: Config, base: Path, gpu: str) -> dict[str, Any]:
     model, train_set, tests, poisoned = build(c, base, machine)
     started, epoch = time.monotonic(), c.global_.epoch_second
     context = build_context(c, machine, train_set)
-    losses = ASD.split_losses(context, epoch, "score", model)
+    losses = ASD.split_losses(context, epoch, model)
     virtual = ASD.train_virtual_model(context, epoch, model)
-    virtual_losses = ASD.split_losses(context, epoch, "score virtual", virtual)
+    virtual_losses = ASD.split_losses(context, epoch, virtual, virtual=True)
     pool, fall = meta_split(losses, virtual_losses, c.global_.epsilon), losses - virtual_losses
     return {
         "poisoned": int(poisoned.sum()),

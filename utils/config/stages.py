@@ -9,7 +9,7 @@ from typing import Any
 from utils.config.reader import Reader
 from utils.config.schema import Named
 
-UNDEFENDED = "none"  # the value of `defense` that means training without one: the twin that other runs are compared with
+UNDEFENDED = "none"  # the value of `defense` that means training without one: the baseline that other runs are compared with
 # What only ASD reads; and what only ASD and methods that train with its MixMatch read.
 SPLITS = ("meta", "global.epoch_first", "global.epoch_second", "global.t", "global.n", "global.keep_seeds")
 METHOD = (*SPLITS, "optimizer", "lr_scheduler", "semi", "global.epsilon")

@@ -15,7 +15,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils import metrics
 from utils.files import write_text
+from utils.metrics import read_rows
 from utils.reporting import confusion, suspects
 from utils.reporting.plots import CONFUSIONS
 
@@ -52,7 +54,7 @@ SHARES = {
 
 def write_page(folder: Path, title: str) -> None:
     """Write the page of the run in `folder`, which has finished at least one epoch; missing plots are omitted."""
-    rows = [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(folder / "log" / metrics.FILE)
     parts = [f"<h1>{escape(title)}</h1>", *section("Last epoch", results(rows))]
     parts += section("Training", plots(folder / "log", ("accuracy.png", "purity.png"), "half"))
     splits = tuple(f"split_{stage}.png" for stage in STAGES)

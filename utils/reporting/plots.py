@@ -17,8 +17,8 @@ from torch import Tensor
 
 from utils.config.stages import UNDEFENDED
 from utils.files import write_atomically
+from utils.kinds import KINDS
 from utils.reporting.projection import principal_components
-from utils.reporting.runlog import KINDS
 
 CLEAN_COLOR, POISONED_COLOR, COVER_COLOR = "#2a6f97", "#c1121f", "#e09f3e"
 COLORS = {"clean": CLEAN_COLOR, "poisoned": POISONED_COLOR, "cover": COVER_COLOR, "polluted pool": "#8e5ea2"}
@@ -63,7 +63,7 @@ class Split(NamedTuple):
     """One split of the training set."""
 
     values: np.ndarray  # (N,) what the images are ranked by
-    flags: np.ndarray | None  # (N,) uint8 ground truth, see `KINDS`; None: unknown
+    flags: np.ndarray | None  # (N,) uint8 ground truth, see `utils/kinds.py`; None: unknown
     clean_pool: np.ndarray  # (P,) indices
 
 

@@ -16,9 +16,10 @@ from utils.config.compatibility import flatten
 from utils.config.schema import as_dict
 from utils.config.settings import Backdoor
 from utils.files import write_text
+from utils.kinds import CLEAN, COVER, KINDS, POISONED
 from utils.reporting import confusion, evidence, page, plots, suspects
 from utils.reporting.confusion import ByClass
-from utils.reporting.runlog import KINDS, RunLog, add_finish, add_losses, add_row, add_start, write_metrics
+from utils.reporting.runlog import RunLog, add_finish, add_losses, add_row, add_start, write_metrics
 from utils.reporting.suspects import Evidence
 from utils.run import Run
 from utils.runtime.machine import Machine
@@ -33,7 +34,7 @@ class Subject:
     backdoor: Backdoor | None  # None: unknown
     class_names: tuple[str, ...]
     names: tuple[str, ...] | None  # (N,) of the training images; None: they have no names
-    flags: Tensor | None  # (N,) uint8 ground truth, see `KINDS`; None: unknown
+    flags: Tensor | None  # (N,) uint8 ground truth, see `utils/kinds.py`; None: unknown
     examples: np.ndarray  # (2, n, H, W, 3) uint8, some images before and after the attack
     caption: str  # what the examples are
 
@@ -52,7 +53,7 @@ class Report:
         backdoor = subject.backdoor
         target = f", target class {backdoor.target_text(subject.class_names)}" if backdoor else ""
         self.attack = f"attack {backdoor.attack.name if backdoor else 'unknown'}{target}"
-        self.poison_share = None if self.flags is None else float((self.flags == KINDS["poisoned"]).float().mean())
+        self.poison_share = None if self.flags is None else float((self.flags == POISONED).float().mean())
         if self.poison_share == 0:
             self.attack = "no attack"
         self.title = f"{run.name}: {self.attack}, defense {config.defense.name}"
@@ -129,21 +130,19 @@ class Report:
             `split_fpr`: the share of the poisoned and of the clean images outside the clean pool, None if there are none.
         """
         flags = self.flags
-        kinds = {"poisoned_in_clean_pool": KINDS["poisoned"]}
-        if flags is not None and bool((flags == KINDS["cover"]).any()):
-            kinds["cover_in_clean_pool"] = KINDS["cover"]
+        kinds = {"poisoned_in_clean_pool": POISONED}
+        if flags is not None and bool((flags == COVER).any()):
+            kinds["cover_in_clean_pool"] = COVER
         if flags is None or clean_pool is None:
             return dict.fromkeys((*kinds, "split_tpr", "split_fpr"))
         inside = torch.bincount(flags[clean_pool], minlength=len(KINDS)).tolist()
         total = torch.bincount(flags, minlength=len(KINDS)).tolist()
-        tpr, fpr = (
-            (total[flag] - inside[flag]) / total[flag] if total[flag] else None for flag in (KINDS["poisoned"], KINDS["clean"])
-        )
+        tpr, fpr = ((total[flag] - inside[flag]) / total[flag] if total[flag] else None for flag in (POISONED, CLEAN))
         return {key: inside[flag] for key, flag in kinds.items()} | {"split_tpr": tpr, "split_fpr": fpr}
 
     def poisoned_in(self, indices: Tensor) -> int | None:
         """Return how many of these training images (n,) are poisoned; None if the truth is unknown."""
-        return None if self.flags is None else int((self.flags[indices] == KINDS["poisoned"]).sum())
+        return None if self.flags is None else int((self.flags[indices] == POISONED).sum())
 
     def rank_suspects(self, evidence: Evidence, images: Any) -> None:
         """Rank the training images; write `suspects.csv`, `suspects.png` and, if the ground truth is known, `suspects.json`.

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils import metrics
 from utils.files import write_text
+from utils.kinds import KINDS
 from utils.logs import LogFile, ProgressLines, attach, detach
 from utils.reporting.best_effort import BestEffort
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-KINDS = {"clean": 0, "poisoned": 1, "cover": 2}  # ground-truth flags, as in data/sets.py
 
 
 def progress(items: Iterable[T], name: str, total: int) -> Iterable[T]:
@@ -114,7 +115,7 @@ def add_finish(board: Any, hyperparameters: dict[str, Any], row: dict[str, Any])
 
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     """Write all of `metrics.jsonl` from the history, so that it always agrees with the checkpoint."""
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+    write_text(folder / metrics.FILE, "".join(json.dumps(row) + "\n" for row in history))
 
 
 def percent(share: float) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from utils.files import write_atomically, write_text
-from utils.reporting.runlog import KINDS
+from utils.kinds import COVER, POISONED
 
 CSV, PICTURE, QUALITY = "suspects.csv", "suspects.png", "suspects.json"
 FIRST = 100  # images of the contact sheet, and of the reported precision
@@ -120,9 +120,9 @@ def quality(evidence: Evidence, flags: np.ndarray) -> dict[str, Any]:
     """Return the contents of `suspects.json`: counts, and how well each of `Evidence.scores` finds the poisoned images.
 
     Args:
-        flags: (N,) ground truth, see `KINDS`.
+        flags: (N,) ground truth, see `utils/kinds.py`.
     """
-    poisoned = flags == KINDS["poisoned"]
+    poisoned = flags == POISONED
     count = int(poisoned.sum())
     measures = {}
     for name, scores in evidence.scores().items():
@@ -135,7 +135,7 @@ def quality(evidence: Evidence, flags: np.ndarray) -> dict[str, Any]:
             f"precision_of_first_{FIRST}": first[0] if first else None,
             "average_precision": average_precision(scores, poisoned),
         }
-    counts = {"images": len(flags), "poisoned": count, "cover": int((flags == KINDS["cover"]).sum())}
+    counts = {"images": len(flags), "poisoned": count, "cover": int((flags == COVER).sum())}
     return {"counts": counts, "measures": measures}
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.runtime.processes import Place, find_place, launched, leftovers
 
 logger = logging.getLogger(__name__)
@@ -204,9 +204,8 @@ def join(device: torch.device, size: int) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"MASTER_ADDR:MASTER_PORT: {where}: cannot connect the {size} processes of WORLD_SIZE ({reason}): "
+            f"MASTER_ADDR:MASTER_PORT: {where}: cannot connect the {size} processes of WORLD_SIZE ({one_line(error)}): "
             "start them with torchrun, or unset WORLD_SIZE"
         ) from None
 

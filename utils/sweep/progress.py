@@ -68,7 +68,7 @@ class Progress:
             self.bars.pop(worker).close()
         if status.state == FINISHED:
             self.learn(job, seconds)
-        found = figures_text(status.figures) if status.state == FINISHED else status.error
+        found = figures_text(status.metrics) if status.state == FINISHED else status.error
         left = self.left()
         rest = f", about {duration(left)} left" if self.todo and left is not None else ""
         logger.info(f"{self.done}/{self.count}  {status.state}  {job.name}  {found}  ({duration(seconds)}{rest})")

@@ -13,10 +13,10 @@ from utils.config.compatibility import refuse_other_settings
 from utils.config.schema import as_dict, stand_ins
 from utils.errors import UserError
 from utils.files import write_text
+from utils.metrics import SHARES, read_rows
 from utils.sweep.plan import Job
 
 OUTPUT, FAILURE = "output.log", "failed.json"  # in a run's folder, beside what ASD.py writes there
-FIGURES = ("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target")
 FINISHED, FAILED, STARTED, WAITING = "finished", "failed", "started", "not started"
 
 
@@ -28,7 +28,7 @@ class Status:
     epochs: int  # finished ones
     total: int
     seconds: float = 0.0  # training time so far
-    figures: dict[str, float | None] = field(default_factory=dict)  # `FIGURES` as test.py measured them, of a finished run
+    metrics: dict[str, float | None] = field(default_factory=dict)  # `SHARES` by test.py, of a finished run
     error: str = ""  # last line of a failed run
 
     @property
@@ -42,7 +42,7 @@ def status_of(job: Job) -> Status:
     rows, tested = rows_of(job.run.log / "metrics.jsonl"), as_mapping(read_json(job.run.log / "test.json"))
     total, seconds = job.config.epochs, sum(row["seconds"] for row in rows)
     if len(rows) == total and is_tested(job, rows[-1], tested) and has_settings(job):
-        return Status(FINISHED, total, total, seconds, {key: tested.get(key) for key in FIGURES})
+        return Status(FINISHED, total, total, seconds, {key: tested.get(key) for key in SHARES})
     failed = as_mapping(read_json(job.run.saved / FAILURE))
     if failed:
         return Status(FAILED, len(rows), total, seconds, error=str(failed.get("error", "")))
@@ -56,7 +56,7 @@ def is_tested(job: Job, last: dict[str, Any], tested: dict[str, Any]) -> bool:
     """
     if tested.get("epoch") != last["epoch"]:
         return False
-    if all(tested.get(key) == last.get(key) for key in FIGURES):
+    if all(tested.get(key) == last.get(key) for key in SHARES):
         return True
     try:
         return (job.run.log / "test.json").stat().st_mtime >= (job.run.log / "metrics.jsonl").stat().st_mtime
@@ -79,10 +79,10 @@ def has_settings(job: Job) -> bool:
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Return the rows of `metrics.jsonl`; none where it is missing or damaged."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = read_rows(path)
     except (OSError, ValueError):
         return []
-    return rows if all(isinstance(row, dict) and {"epoch", "seconds"} <= row.keys() for row in rows) else []
+    return rows if all({"epoch", "seconds"} <= row.keys() for row in rows) else []
 
 
 def read_json(path: Path) -> Any:

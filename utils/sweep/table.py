@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from utils import plugins
-from utils.compare import effectiveness, render
+from utils.compare import effectiveness, render, subject_of
 from utils.config import Config
+from utils.config.schema import as_dict
 from utils.config.settings import DEFENSES
 from utils.config.stages import UNDEFENDED
 from utils.sweep.plan import MEASURES, Job, Plan, shown
@@ -31,14 +32,14 @@ class Record:
 
     job: Job
     status: Status
-    der: float | None  # None: has no defense, no undefended twin that is finished, or no attack
+    der: float | None  # None: has no defense, no undefended baseline that is finished, or no attack
 
     def value(self, measure: str) -> float | None:
         """Return a figure of a finished run: a share in %, the DER in 0..1, seconds of training; None where it has none."""
         if self.status.state != FINISHED:
             return None
         if measure in SHARES:
-            share = self.status.figures.get(SHARES[measure])
+            share = self.status.metrics.get(SHARES[measure])
             return None if share is None else 100 * share
         return self.der if measure == "DER" else self.status.seconds
 
@@ -58,26 +59,27 @@ def records_of(plan: Plan, states: Mapping[str, Status]) -> list[Record]:
 
 
 def der(plan: Plan, states: Mapping[str, Status], job: Job) -> float | None:
-    """Return a run's defense effectiveness rate against its undefended twin (`utils.compare`), 0 to 1."""
-    twin = twin_of(plan, job)
-    if twin is None or any(states[j.name].state != FINISHED for j in (job, twin)):
+    """Return a run's defense effectiveness rate against its undefended baseline (`utils.compare`), 0 to 1."""
+    baseline = baseline_of(plan, job)
+    if baseline is None or any(states[j.name].state != FINISHED for j in (job, baseline)):
         return None
-    return effectiveness(states[job.name].figures, states[twin.name].figures)
+    return effectiveness(states[job.name].metrics, states[baseline.name].metrics)
 
 
-def twin_of(plan: Plan, job: Job) -> Job | None:
+def baseline_of(plan: Plan, job: Job) -> Job | None:
     """Return the run without a defense with the same data set, attack, network and seed; of several, the one whose values
     differ in the fewest axes."""
     if job.config.defense.name == UNDEFENDED:
         return None
-    twins = [other for other in plan.jobs if other.config.defense.name == UNDEFENDED and subject(other) == subject(job)]
-    return max(twins, key=lambda twin: sum(twin.labels[axis] == label for axis, label in job.labels.items()), default=None)
+    baselines = [other for other in plan.jobs if other.config.defense.name == UNDEFENDED and subject(other) == subject(job)]
+    return max(
+        baselines, key=lambda other: sum(other.labels[axis] == label for axis, label in job.labels.items()), default=None
+    )
 
 
 def subject(job: Job) -> tuple[object, ...]:
-    """Return the settings that a run and its twin have in common."""
-    c = job.config
-    return (c.dataset, c.dataset_dir, c.data.train_limit, c.transform.pre, c.num_classes, c.backdoor, c.network, c.seed.seed)
+    """Return the settings that a run and its baseline have in common."""
+    return job.config.dataset_dir, job.config.seed.seed, subject_of(as_dict(job.config))
 
 
 def cell_of(records: Sequence[Record], axes: Sequence[str], labels: Sequence[str]) -> list[Record]:
@@ -237,7 +239,7 @@ def to_csv(plan: Plan, records: Sequence[Record]) -> str:
     writer.writerow(["run", *axes, "state", "epochs", *SHARES.values(), "der", "seconds", "error"])
     for record in records:
         job, status = record.job, record.status
-        shares = [status.figures.get(key) for key in SHARES.values()]
+        shares = [status.metrics.get(key) for key in SHARES.values()]
         figures = [*shares, record.der, round(status.seconds, 3)]
         writer.writerow([job.name, *job.labels_of(axes), status.state, status.epochs, *figures, status.error])
     return text.getvalue()
