@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from data.batches import MixMatchDraws, draw_mixmatch, draw_supervised, draw_views
 from data.pools import check_pool_sizes, class_agnostic_split, class_aware_split, meta_split, per_class, pools_of
-from engine.context import Context, build_stepper
+from engine.context import Context, auxiliary_state, build_stepper
 from engine.defense import DefenseBase
 from engine.evaluation import infer
 from engine.session import Session, open_session
@@ -152,11 +152,10 @@ def build_virtual(context: Context, model: nn.Module) -> State:
     All epochs reuse this copy, because a captured CUDA graph holds the addresses of its tensors.
     """
     assert isinstance(model, Classifier)
-    config, machine = context.config, context.machine
     virtual_model, last_layers = virtual_copy(model)
-    graph = machine.uses_graph(config.runtime.mode)
-    virtual = State(virtual_model, build_optimizer(config.meta.optimizer, last_layers, capturable=graph), scheduler=None)
-    virtual.parallel = machine.wrap(virtual_model)
+    graph = context.machine.uses_graph(context.config.runtime.mode)
+    optimizer = build_optimizer(context.config.meta.optimizer, last_layers, capturable=graph)
+    virtual = auxiliary_state(context, virtual_model, optimizer)
     virtual.stepper = supervised_steps(context, virtual)
     return virtual
 

@@ -16,10 +16,6 @@ from utils.files import write_atomically
 SelectionScores = Callable[[], np.ndarray | None]
 
 
-def random_choice() -> None:
-    """The selection_scores of an attack that poisons images at random."""
-
-
 def label_after(labels: np.ndarray, target_label: int | None, target_shift: int | None, num_classes: int) -> np.ndarray:
     """Return the labels that images carry once they are poisoned.
 
@@ -79,7 +75,7 @@ def exact_count(allowed: np.ndarray, ratio: float, clean_label: bool) -> int:
 
 
 def choose_poisoned(
-    config: Config, labels: np.ndarray, clean_label: bool, selection_scores: SelectionScores = random_choice
+    config: Config, labels: np.ndarray, clean_label: bool, selection_scores: SelectionScores | None = None
 ) -> np.ndarray:
     """Return which images of labels (N,) the configured attack poisons: drawn at random, or those that it prefers.
 
@@ -91,7 +87,7 @@ def choose_poisoned(
         UserError: the attack chooses its images, but `poison_mode` is not `exact`.
     """
     b, allowed = config.attacker, may_be_poisoned(config, labels, clean_label)
-    if b.poison_ratio and (values := selection_scores()) is not None:
+    if b.poison_ratio and selection_scores and (values := selection_scores()) is not None:
         if b.poison_mode != "exact":
             raise UserError(f"backdoor.poison_mode: {b.poison_mode}: {b.attack.name} chooses its images: give exact")
         index, candidates = np.zeros(len(allowed)), np.flatnonzero(allowed)
@@ -120,7 +116,7 @@ def draw_cover(poisoned: np.ndarray, ratio: float, seed: int, allowed: np.ndarra
 
 
 def poison_index(
-    path: Path, labels: np.ndarray, config: Config, clean_label: bool = False, selection_scores: SelectionScores = random_choice
+    path: Path, labels: np.ndarray, config: Config, clean_label: bool = False, selection_scores: SelectionScores | None = None
 ) -> np.ndarray:
     """Return the run's `poison_idx.npy`, checked against the settings; if the file is missing, choose and store it.
 

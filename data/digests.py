@@ -18,8 +18,8 @@ from utils.config import Config
 from utils.config.schema import stand_ins
 from utils.errors import UserError
 from utils.manifest import INPUT, TEST, TRAIN, Row, to_text, with_input
+from utils.names import class_name
 from utils.paths import named_path
-from utils.reporting.suspects import class_name
 from utils.run_files import POISON_INDEX
 
 CHUNK = 1 << 20  # bytes of a file that are read at a time

@@ -16,8 +16,8 @@ from torch import Tensor
 from data.io.image_file import depth_line, printable, read_prepared, unreadable_lines
 from data.io.threads import in_threads
 from utils.errors import UserError
+from utils.names import class_name
 from utils.paths import is_dir, is_folder, visible
-from utils.reporting.suspects import class_name
 
 HEAD = ("path", "label", "confidence", "label_2", "confidence_2", "label_3", "confidence_3")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.batches import draw_supervised
-from engine.context import place
+from engine.context import auxiliary_state, place
 from engine.defense import DefenseBase
 from engine.supervised import BatchLoss, image_losses, mean_cross_entropy, supervised_steps, train_supervised
 from model.classifier import build_classifier
@@ -54,18 +54,18 @@ class Defense(DefenseBase):
 
     def build(self, state: State, stage: Stage) -> None:
         """Build the biased network, the stage's optimizer and its loss."""
-        config, machine = self.context.config, self.context.machine
+        config, context = self.context.config, self.context
         if BIASED not in state.networks:
             biased = build_classifier(config.network, config.num_classes, config.seed.seed + 1)
-            state.networks[BIASED] = place(biased, config, machine)
-        part = state
+            state.networks[BIASED] = place(biased, config, context.machine)
+        trained = state.networks[BIASED] if stage.name == BIASED else state.model
+        self.set_optimizer(state, stage, trained.parameters())
+        self.part = state
+        loss = self.deconfounded(state)
         if stage.name == BIASED:
-            part = State(state.networks[BIASED], state.optimizer, None)
-            part.parallel = machine.wrap(part.model)
-        self.set_optimizer(state, stage, part.model.parameters())
-        part.optimizer, self.part = state.optimizer, part
-        loss = mean_cross_entropy(self.context, part) if stage.name == BIASED else self.deconfounded(state)
-        part.stepper = supervised_steps(self.context, part, loss)
+            self.part = auxiliary_state(context, trained, state.optimizer)
+            loss = mean_cross_entropy(context, self.part)
+        self.part.stepper = supervised_steps(context, self.part, loss)
 
     def deconfounded(self, state: State) -> BatchLoss:
         """Return the weighted cross-entropy: `w = CE_b / (CE_b + CE + 1e-8)`, scaled to a mean of 1 in the batch.

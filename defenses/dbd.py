@@ -14,7 +14,7 @@ from ASD import mixmatch_steps, split_losses, train_mixmatch
 from data.augment import Pipeline
 from data.batches import SupervisedDraws, draw_supervised
 from data.pools import check_share, class_agnostic_split
-from engine.context import Context, place
+from engine.context import Context, auxiliary_state, place
 from engine.defense import DefenseBase
 from engine.supervised import supervised_steps, train_supervised
 from loss.contrastive import nt_xent
@@ -97,8 +97,7 @@ class Defense(DefenseBase):
         if stage.name == "simclr":
             network = Projected(state.model, state.networks[PROJECTION])
             self.set_optimizer(state, stage, network.parameters())
-            self.simclr = State(network, state.optimizer, None)
-            self.simclr.parallel = self.context.machine.wrap(network)
+            self.simclr = auxiliary_state(self.context, network, state.optimizer)
             self.simclr.stepper = supervised_steps(self.context, self.simclr, self.contrast, self.two_views)  # type: ignore[arg-type]
             return
         super().build(state, stage)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data.batches import draw_supervised
 from defenses._start import START_HELP, UNDEFENDED_STAGE, check_clean, take_weights, train_undefended, undefended_stage
+from engine.context import auxiliary_state
 from engine.defense import DefenseBase
 from engine.supervised import BatchLoss, image_losses, supervised_steps, train_supervised
 from loss.attention import attention_distance
@@ -81,8 +82,7 @@ class Defense(DefenseBase):
         trained = state.networks[TEACHER] if stage.name == TEACHER else state.model
         self.set_optimizer(state, stage, trained.parameters())
         if stage.name == TEACHER:
-            self.teacher = State(trained, state.optimizer, None)
-            self.teacher.parallel = self.context.machine.wrap(trained)
+            self.teacher = auxiliary_state(self.context, trained, state.optimizer)
             self.teacher.stepper = supervised_steps(self.context, self.teacher)
         elif stage.name == "student":
             state.stepper = supervised_steps(self.context, state, self.distillation(state))

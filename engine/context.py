@@ -72,6 +72,13 @@ def build_training(
     return optimizer, build_scheduler(stage.lr_scheduler, optimizer, schedule_length(config.stages, stage))
 
 
+def auxiliary_state(context: Context, network: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """Return the state in which a network other than the model is trained; checkpoints do not contain it."""
+    state = State(network, optimizer, scheduler=None)
+    state.parallel = context.machine.wrap(network)
+    return state
+
+
 def build_stepper(context: Context, state: State, step: Callable[[Any], Tensor], width: int) -> Stepper:
     """Return a stepper that runs `step` on each row of tables of draws: eagerly, or as a CUDA graph captured once.
 

@@ -124,19 +124,23 @@ class Session:
         """Finish the run: rank the suspects, write the evidence and the confusion matrices, draw the plots."""
         self.writer.wait()
         context, state, report, run = self.context, self.state, self.report, locate(self.context.config)
-        if len(state.clean_pool) and (self.trains or not (run.saved / SUSPECTS).exists()):
+
+        def due(path: Path) -> bool:
+            """Whether a file must be written: the run has trained, or an earlier conclusion was interrupted before it."""
+            return self.trains or not path.exists()
+
+        if len(state.clean_pool) and due(run.saved / SUSPECTS):
             evidence = collect_evidence(context, state)
             if report:
                 report.rank_suspects(evidence, context.train_set)
-        if not self.trains and not (run.log / CONFUSION).exists():
+        if self.evaluation is None and due(run.log / CONFUSION):
             self.evaluation = evaluate(context, state.model, self.tests)
-        drawn = self.trains or not (run.log / FEATURES).exists()
-        kept = context.config.evidence and (self.trains or not (run.saved / EVIDENCE).exists())
-        if drawn or kept:
+        plot_due, evidence_due = due(run.log / FEATURES), context.config.evidence and due(run.saved / EVIDENCE)
+        if plot_due or evidence_due:
             features = training_features(context, state.model)  # (N, D)
-            if report and drawn:
+            if report and plot_due:
                 report.draw_features(state, features)
-            if report and kept:
+            if report and evidence_due:
                 probabilities = class_probabilities(state.model, features)  # (N, C)
                 report.keep_evidence(features, probabilities, context.train_set.labels.cpu())
         if report:

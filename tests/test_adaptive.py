@@ -14,6 +14,7 @@ from PIL import Image
 
 from data.attack import AttackBase
 from data.attacks import adaptive_blend, adaptive_patch
+from data.attacks._overlay import mix
 from data.sets import AttackContext, RawData
 from utils import config
 from utils.draws import numpy_generator
@@ -50,7 +51,7 @@ def mixed(x: int, t: int, alpha: str) -> int:
 def test_all_pairs_of_values_are_mixed_exactly(alpha: str) -> None:
     """For each of the 65,536 pairs the mix is the exact value, rounded, with halves up."""
     x, t = (a.astype(np.uint8) for a in np.meshgrid(np.arange(256), np.arange(256), indexing="ij"))
-    out = adaptive_blend.mix(x, t, float(alpha))
+    out = mix(x, t, float(alpha))
     assert out.tolist() == [[mixed(i, j, alpha) for j in range(256)] for i in range(256)]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from utils.errors import UserError
 from utils.runtime import machine, processes
-from utils.runtime.processes import Place, find_place, leftovers
+from utils.runtime.processes import Process, find_process, leftovers
 
 MEETING = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
@@ -22,26 +22,26 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("environment", "expected", "left"),
     [
-        ({}, Place(), []),
-        ({"WORLD_SIZE": "2"}, Place(), ["WORLD_SIZE=2"]),
-        ({"WORLD_SIZE": ""}, Place(), []),
-        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, Place(), []),
-        ({"RANK": "1"}, Place(), ["RANK=1"]),
-        ({"RANK": "abc"}, Place(), ["RANK=abc"]),
-        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, Place(), ["WORLD_SIZE=2", "RANK=1", "LOCAL_RANK=1"]),
-        (MEETING | {"WORLD_SIZE": "4"}, Place(), ["WORLD_SIZE=4"]),
-        (MEETING | {"WORLD_SIZE": "1", "RANK": "0"}, Place(0, 1, 0), []),
-        (MEETING | {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}, Place(3, 4, 1), []),
-        (MEETING | {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": ""}, Place(1, 2, 0), []),
+        ({}, Process(), []),
+        ({"WORLD_SIZE": "2"}, Process(), ["WORLD_SIZE=2"]),
+        ({"WORLD_SIZE": ""}, Process(), []),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, Process(), []),
+        ({"RANK": "1"}, Process(), ["RANK=1"]),
+        ({"RANK": "abc"}, Process(), ["RANK=abc"]),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, Process(), ["WORLD_SIZE=2", "RANK=1", "LOCAL_RANK=1"]),
+        (MEETING | {"WORLD_SIZE": "4"}, Process(), ["WORLD_SIZE=4"]),
+        (MEETING | {"WORLD_SIZE": "1", "RANK": "0"}, Process(0, 1, 0), []),
+        (MEETING | {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}, Process(3, 4, 1), []),
+        (MEETING | {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": ""}, Process(1, 2, 0), []),
     ],
 )
 def test_only_a_complete_launch_makes_one_of_several(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: Place, left: list[str]
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: Process, left: list[str]
 ) -> None:
     """A process joins others only if all required variables are set; leftovers are reported."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert find_place() == expected and leftovers() == left
+    assert find_process() == expected and leftovers() == left
     assert processes.rank() == expected.rank
 
 
@@ -53,7 +53,7 @@ def test_an_invalid_launch_is_one_line(monkeypatch: pytest.MonkeyPatch, name: st
     for key, text in (MEETING | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", name: value}).items():
         monkeypatch.setenv(key, text)
     with pytest.raises(UserError) as caught:
-        find_place()
+        find_process()
     line = str(caught.value)
     assert (name in line and value in line) and "torchrun" in line and "\n" not in line
     assert processes.rank() == 0

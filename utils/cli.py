@@ -13,7 +13,7 @@ from typing import NoReturn
 from utils.errors import UserError
 from utils.files import FULL
 from utils.logs import on_screen
-from utils.runtime.processes import Place, find_place, rank
+from utils.runtime.processes import Process, find_process, rank
 from utils.startup import Stopped, prepare_streams, stoppable
 
 DEFAULT_CONFIG = "config/baseline_asd.yaml"
@@ -115,10 +115,10 @@ def exit_code(stop: KeyboardInterrupt) -> int:
 def who() -> str:
     """Return e.g. `rank 1: ` in a run of several processes, else an empty string."""
     try:
-        place = find_place()
+        process = find_process()
     except UserError:  # being reported already
-        place = Place()
-    return f"rank {place.rank}: " if place.size > 1 else ""
+        process = Process()
+    return f"rank {process.rank}: " if process.world_size > 1 else ""
 
 
 def is_lost_connection(error: RuntimeError) -> bool:

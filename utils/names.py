@@ -24,6 +24,11 @@ class Names:
         return name if name in self.names else self.by_form.get(unicodedata.normalize("NFC", name))
 
 
+def class_name(label: int, class_names: Sequence[str]) -> str:
+    """Return the name of a class, or its number if it has none."""
+    return class_names[label] if label < len(class_names) else str(label)
+
+
 def class_text(label: int, class_names: Sequence[str]) -> str:
     """Return the number and the name of a class, e.g. `3 (cat)`; for a numeric name e.g. `2 (folder 10)`."""
     if not 0 <= label < len(class_names):

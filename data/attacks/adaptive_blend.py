@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from data.attack import CACHED, AttackBase, in_batches
+from data.attacks._overlay import mix
 from data.io.image_file import read_named
 from data.sets import AttackContext
 from utils.config.schema import setting
@@ -75,12 +76,3 @@ class Attack(AttackBase):
         for row, i in zip(chosen, index, strict=True):
             row[numpy_generator(self.seed, "adaptive_blend", i).permutation(SIDE**2)[: self.settings.pieces]] = True
         return self.settings.alpha * chosen[:, self.piece, None]
-
-
-def mix(images: np.ndarray, pattern: np.ndarray, opacity: float | np.ndarray) -> np.ndarray:
-    """Return `x + opacity (T - x)`, rounded to uint8, for uint8 arrays and an opacity that broadcast.
-
-    Halves are rounded up; 1e-9 is added so that rounding errors do not decide.
-    """
-    x = images.astype(np.float64)
-    return np.floor(x + opacity * (pattern - x) + 0.5 + 1e-9).astype(np.uint8)

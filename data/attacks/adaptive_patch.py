@@ -14,14 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.attack import CACHED, AttackBase, in_batches
-from data.attacks.adaptive_blend import mix
-from data.attacks.clb import build_trigger
+from data.attacks._overlay import Patch, corners, enlarge, mix, patch_pixel
 from data.sets import AttackContext
 from utils.config.schema import setting
 from utils.draws import numpy_generator
 from utils.errors import UserError
 
-Patch = tuple[np.ndarray, np.ndarray]  # pattern (H, W, 3) uint8 and mask (H, W) bool
 LEAST = 14  # least side of an image, in pixels of a patch: the disc and its margin
 TESTED = {"squares": ("two_squares", "corners"), "disc": ("disc", "large_square")}  # the lower patch and the one on top
 
@@ -77,11 +75,8 @@ class Attack(AttackBase):
 
 
 def build_patches(seed: int, height: int, width: int) -> dict[str, Patch]:
-    """Return the patches by name.
-
-    A pixel of a patch is a square of `round(side / 32)` pixels of the image, whose shorter side is `side`, as in CLB's corners.
-    """
-    unit = max(1, round(min(height, width) / 32))
+    """Return the patches by name, in the scale of CLB's corners (`patch_pixel`)."""
+    unit = patch_pixel(height, width)
     if min(height, width) < LEAST * unit:
         raise UserError(
             f"backdoor.adaptive_patch: images of {width} x {height} pixels: the patches need at least {LEAST * unit}: make the "
@@ -107,11 +102,6 @@ def build_patches(seed: int, height: int, width: int) -> dict[str, Patch]:
         "square": place((small, -5, -5)),
         "two_squares": place((small, -5, -5), (small, -5, 0)),
         "disc": place((disc, 1, -14), inside=distance <= 42),  # radius 6.5
-        "corners": build_trigger("corners", height, width),
+        "corners": corners(height, width),
         "large_square": place((large, -11, -11)),
     }
-
-
-def enlarge(patch: np.ndarray, unit: int) -> np.ndarray:
-    """Return a patch (h, w, ...) in which every pixel has become a square of `unit` x `unit` pixels."""
-    return patch.repeat(unit, 0).repeat(unit, 1)

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.attack import AttackBase
+from data.attacks._overlay import BLOCK
 from data.io.image_file import read_named
 from data.sets import AttackContext
 from utils.config.schema import setting
 from utils.draws import numpy_generator
 from utils.errors import UserError
 
-# Row and column of the upper left pixel, and the pixels. Negative numbers count from the lower right.
-BLOCK = np.array([[[180, 249, 112], [155, 50, 126]], [[234, 82, 68], [187, 201, 219]]], np.uint8)
 CHECKER = (np.indices((3, 3)).sum(0) % 2 == 0)[..., None].repeat(3, 2).astype(np.uint8) * 255
+# Row and column of the upper left pixel, and the pixels. Negative numbers count from the lower right.
 PATTERNS = {
     "block2x2": ((4, 4), BLOCK),  # that of the authors of ASD; survives every crop with padding 4
     "corner3x3": ((-3, -3), np.full((3, 3, 3), 255, np.uint8)),  # white, as in most other papers

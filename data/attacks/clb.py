@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from data.attack import Arrays, AttackBase, keep_asset
+from data.attacks._overlay import BLOCK, Patch, corners, enlarge, patch_pixel
 from data.attacks._surrogate import LEVELS, Adversary, check_classes, load_surrogate, losses, pgd, surrogate_key
-from data.attacks.badnets import BLOCK
 from data.sets import AttackContext
 from utils.config.schema import Named, setting
 from utils.config.settings import NETWORKS
@@ -31,7 +31,6 @@ FORMAT = 1  # of the assets; changed when the same settings give other assets
 # through the sign of a gradient near 0 they would become whole grey levels.
 PGD_BATCH = 64
 # The patch in both left corners; the right corners have its mirror image, so that a flipped image has the same trigger.
-CORNER = np.array([[255, 0, 0], [0, 255, 0], [255, 0, 255]], np.uint8)
 
 
 @dataclass(frozen=True)
@@ -107,28 +106,19 @@ class Attack(AttackBase):
         return {"images": out}
 
 
-def build_trigger(name: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return a trigger's pattern (H, W, 3) uint8 and mask (H, W) bool.
-
-    A pixel of the trigger is a square of `round(side / 32)` pixels of the image, whose shorter side is `side`: the trigger
-    covers the same share of a 224 x 224 image (7 x 7 squares) as of a 32 x 32 image, and survives crops equally well.
-    """
-    unit = max(1, round(min(height, width) / 32))
-    pattern, mask = np.zeros((height, width, 3), np.uint8), np.zeros((height, width), bool)
-    if name == "block2x2":
-        patch, least = BLOCK.repeat(unit, 0).repeat(unit, 1), 6 * unit
-        places = [(slice(4 * unit, 6 * unit), slice(4 * unit, 6 * unit), patch)]
-    else:
-        left, least = CORNER.repeat(unit, 0).repeat(unit, 1)[..., None], 6 * unit
-        ends = slice(None, 3 * unit), slice(-3 * unit, None)
-        places = [(rows, columns, patch) for rows in ends for columns, patch in zip(ends, (left, left[:, ::-1]), strict=True)]
-    if min(height, width) < least:
+def build_trigger(name: str, height: int, width: int) -> Patch:
+    """Return a trigger's pattern (H, W, 3) uint8 and mask (H, W) bool, scaled to the images (`patch_pixel`)."""
+    unit = patch_pixel(height, width)
+    if min(height, width) < 6 * unit:
         raise UserError(
-            f"backdoor.clb.trigger: {name}: does not fit on images of {width} x {height} pixels: needs {least}: make the "
+            f"backdoor.clb.trigger: {name}: does not fit on images of {width} x {height} pixels: needs {6 * unit}: make the "
             "images larger in transform.pre"
         )
-    for rows, columns, patch in places:
-        pattern[rows, columns], mask[rows, columns] = patch, True
+    if name == "corners":
+        return corners(height, width)
+    pattern, mask = np.zeros((height, width, 3), np.uint8), np.zeros((height, width), bool)
+    square = slice(4 * unit, 6 * unit)
+    pattern[square, square], mask[square, square] = enlarge(BLOCK, unit), True
     return pattern, mask
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.datasets.cifar10 import find_folder, read_batch
+from data.datasets._cifar import find_folder, read_batch
 from data.io.unpickle import read_pickle
 from data.sets import RawData
 from utils.errors import UserError

@@ -75,10 +75,10 @@ def read_record(folder: Path, hints: Hints, labels: tuple[np.ndarray, np.ndarray
     """
     path = folder / RESULT
     if exists(path, "record"):
-        told = checked_result(path)
-        source, size, classes = path, told["img_size"], told["num_classes"]
+        result = checked_result(path)
+        source, size, classes = path, result["img_size"], result["num_classes"]
         train, test = (
-            entries_of(told[key], len(of_part), f"{path}: {key}")
+            entries_of(result[key], len(of_part), f"{path}: {key}")
             for key, of_part in zip(("bd_train", "bd_test"), labels, strict=True)
         )
     else:
@@ -106,17 +106,17 @@ def read_record(folder: Path, hints: Hints, labels: tuple[np.ndarray, np.ndarray
 
 def checked_result(path: Path) -> Mapping[str, Any]:
     """Return the contents of `attack_result.pt` with the keys and types that are read."""
-    told = read_attack_result(path)
-    lacking = [key for key in KEYS if key not in told] if isinstance(told, dict) else KEYS
+    result = read_attack_result(path)
+    lacking = [key for key in KEYS if key not in result] if isinstance(result, dict) else KEYS
     if lacking:
         raise UserError(f"{path}: {lacking[0]}: missing: it is not an attack result of BackdoorBench")
-    size, classes = told["img_size"], told["num_classes"]
+    size, classes = result["img_size"], result["num_classes"]
     sides = [side for side in size if type(side) is int] if isinstance(size, (tuple, list)) else []
     if len(sides) != 3 or sides[2] != 3 or not all(0 < side <= LARGEST for side in sides):
         raise UserError(f"{path}: img_size: {brief(size)}: expected height, width and 3")
     if type(classes) is not int or not 1 < classes <= MOST_CLASSES:
         raise UserError(f"{path}: num_classes: {brief(classes)}: expected a number of classes")
-    return told | {"img_size": tuple(sides[:2])}
+    return result | {"img_size": tuple(sides[:2])}
 
 
 def entries_of(state: Any, count: int, where: str) -> Entries:

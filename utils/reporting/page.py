@@ -18,6 +18,7 @@ from typing import Any
 from utils import metrics
 from utils.files import write_text
 from utils.metrics import read_rows
+from utils.names import class_name
 from utils.reporting import confusion, suspects
 from utils.reporting.plots import CONFUSIONS
 
@@ -166,8 +167,8 @@ def classes(folder: Path) -> str:
     for label, (counts, share) in enumerate(zip(kept["confusion"], kept["per_class_accuracy"], strict=True)):
         wrong = [0 if other == label else count for other, count in enumerate(counts)]
         most = max(wrong)
-        rival = f"{suspects.class_name(wrong.index(most), kept['class_names'])} ({most})" if most else None
-        name = suspects.class_name(label, kept["class_names"])
+        rival = f"{class_name(wrong.index(most), kept['class_names'])} ({most})" if most else None
+        name = class_name(label, kept["class_names"])
         row = (number(label), name, number(sum(counts)), percent(share), rival)
         rows.append((*row, percent(attacked[label])) if attacked else row)
     head = ("class", "name", "images", "accuracy", "most often mistaken for", "ASR of its images")

@@ -19,6 +19,7 @@ import numpy as np
 
 from utils.files import write_atomically, write_text
 from utils.kinds import COVER, POISONED
+from utils.names import class_name
 
 CSV, PICTURE, QUALITY = "suspects.csv", "suspects.png", "suspects.json"
 FIRST = 100  # images of the contact sheet, and of the reported precision
@@ -140,11 +141,6 @@ def quality(evidence: Evidence, flags: np.ndarray) -> dict[str, Any]:
 
 
 # -- Files and texts -------------------------------------------------------------------------------------------------
-
-
-def class_name(label: int, class_names: Sequence[str]) -> str:
-    """Return the name of a class, or its number if it has none."""
-    return class_names[label] if label < len(class_names) else str(label)
 
 
 def captions(evidence: Evidence, which: np.ndarray, class_names: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError, one_line
-from utils.runtime.processes import Place, find_place, launched, leftovers
+from utils.runtime.processes import Process, find_process, launched, leftovers
 
 logger = logging.getLogger(__name__)
 TIMEOUT = timedelta(minutes=10)  # of a collective operation: then the run ends
@@ -48,7 +48,7 @@ class Machine:
     amp: bool = False  # bf16 autocast
     rank: int = 0
     world_size: int = 1
-    patient: Any = None  # group of the same processes that waits for `LONG_TIMEOUT`
+    long_wait: Any = None  # group of the same processes that waits for `LONG_TIMEOUT`
 
     def autocast(self, cast_once: bool = False) -> contextlib.AbstractContextManager[None]:
         """Return the context of forward passes.
@@ -153,10 +153,10 @@ class Machine:
     def first_alone(self) -> Iterator[None]:
         """Run the block on rank 0 first, then on the other ranks, which wait for up to `LONG_TIMEOUT`."""
         if self.rank > 0:
-            dist.barrier(self.patient)
+            dist.barrier(self.long_wait)
         yield
         if self.rank == 0 and self.world_size > 1:
-            dist.barrier(self.patient)
+            dist.barrier(self.long_wait)
 
     def leave(self) -> None:
         """Disconnect from the other processes."""
@@ -179,13 +179,13 @@ def choose_machine(gpu: str, amp: bool, alone: bool = False) -> Machine:
         gpu: number of a CUDA device, one for each process (`0,1,2,3`), or `cpu`.
         alone: ignore the environment variables and run as a single process.
     """
-    place = Place() if alone else find_place()
-    size, rank = place.size, place.rank
+    process = Process() if alone else find_process()
+    size, rank = process.world_size, process.rank
     if not alone and leftovers():
         logger.warning(
             f"warning: {', '.join(leftovers())}: ignored: this process was not started by torchrun, so it runs alone"
         )
-    device = choose_device(gpu, place.local if size > 1 else 0)
+    device = choose_device(gpu, process.local_rank if size > 1 else 0)
     if size > 1:
         join(device, size)
     if amp and not has_bf16(device):

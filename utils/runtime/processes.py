@@ -12,12 +12,12 @@ RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")  # required to
 
 
 @dataclass(frozen=True)
-class Place:
-    """The rank of one of `size` processes, and its local rank on this computer."""
+class Process:
+    """The rank of one of `world_size` processes, and its local rank on this computer."""
 
     rank: int = 0
-    size: int = 1
-    local: int = 0
+    world_size: int = 1
+    local_rank: int = 0
 
 
 def launched() -> bool:
@@ -25,8 +25,8 @@ def launched() -> bool:
     return all(os.environ.get(name) for name in RENDEZVOUS)
 
 
-def find_place() -> Place:
-    """Return the place of this process among those that a launcher started.
+def find_process() -> Process:
+    """Return the rank of this process among those that a launcher started.
 
     Clusters, containers and shells may leave some of the variables set. Unless all of `RENDEZVOUS` are set, the process
     runs alone.
@@ -35,7 +35,7 @@ def find_place() -> Place:
         UserError: all variables are set, but one is invalid.
     """
     if not launched():
-        return Place()
+        return Process()
     counts = []
     for name in COUNTS:
         text = (os.environ.get(name) or "0").strip()
@@ -45,7 +45,7 @@ def find_place() -> Place:
     size, rank, local = counts
     if not rank < size:
         raise UserError(f"RANK: {rank}: must be less than WORLD_SIZE ({size}): unset both, or use torchrun")
-    return Place(rank, size, local)
+    return Process(rank, size, local)
 
 
 def leftovers() -> list[str]:
@@ -57,8 +57,8 @@ def leftovers() -> list[str]:
 
 
 def rank() -> int:
-    """Return the rank of this process; 0 if the variables are invalid, which `find_place` reports."""
+    """Return the rank of this process; 0 if the variables are invalid, which `find_process` reports."""
     try:
-        return find_place().rank
+        return find_process().rank
     except UserError:
         return 0
