@@ -1,4 +1,4 @@
-# Each command makes the environment first if it is not there. PYTHON: any Python >= 3.10.
+# Each command creates the virtual environment if it is missing. PYTHON: any Python >= 3.10.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -21,7 +21,7 @@ from utils.manifest import TRAIN
 
 logger = logging.getLogger(__name__)
 BATCH = 256  # images that are altered at a time, so that at 224 px they fit into memory as floats
-CACHED = 2**17  # pixels at a time for mere arithmetic: they stay in the CPU's cache; at 224 px 3 times faster than BATCH
+CACHED = 2**17  # pixels at a time for elementwise operations: they stay in the CPU's cache; at 224 px 3 times faster than BATCH
 Arrays = dict[str, np.ndarray]
 
 

@@ -120,7 +120,7 @@ def ascent_below(context: Context, state: State, settings: Settings) -> BatchLos
     """
 
     def loss(inputs: Tensor, index: Tensor, count: int) -> Tensor:
-        """Return this process' share of the loss."""
+        """Return this rank's part of the loss."""
         losses = image_losses(context, state.parallel, inputs, index)  # (b,)
         if settings.unit == "example":
             return (torch.sign(losses.detach() - settings.gamma) * losses).sum() / count

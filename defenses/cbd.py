@@ -75,7 +75,7 @@ class Defense(DefenseBase):
         context, biased = self.context, state.networks[BIASED]
 
         def loss(inputs: Tensor, index: Tensor, count: int) -> Tensor:
-            """Return this process' share of the loss."""
+            """Return this rank's part of the loss."""
             losses = image_losses(context, state.parallel, inputs, index)  # (b,)
             with torch.no_grad():
                 known = image_losses(context, biased.eval(), inputs, index)  # (b,)

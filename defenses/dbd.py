@@ -113,7 +113,7 @@ class Defense(DefenseBase):
         sce, labels = self.context.config.split.criterion.sce, self.context.train_set.labels
 
         def loss(inputs: Tensor, index: Tensor, count: int) -> Tensor:
-            """Return this process' share of the mean symmetric cross-entropy; the backbone's BN statistics move."""
+            """Return this rank's part of the mean symmetric cross-entropy; the backbone's BN statistics move."""
             with self.context.machine.autocast():
                 with torch.no_grad():
                     features = model.features(inputs)
@@ -145,7 +145,7 @@ class Defense(DefenseBase):
         return torch.cat([self.views(images, part) for part in draws.chunk(2, dim=1)])
 
     def contrast(self, inputs: Tensor, index: Tensor, count: int) -> Tensor:
-        """Return SimCLR's mean loss over the whole batch, with the value of this process' share and the whole gradient."""
+        """Return SimCLR's mean loss over the whole batch, with the value of this rank's part and the whole gradient."""
         machine = self.context.machine
         with machine.autocast():
             projected = self.simclr.parallel(inputs)  # (2b, d)

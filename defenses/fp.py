@@ -78,7 +78,7 @@ class Defense(DefenseBase):
         plain = mean_cross_entropy(self.context, state)
 
         def loss(inputs: Tensor, index: Tensor, count: int) -> Tensor:
-            """Return this process' share of the loss."""
+            """Return this rank's part of the loss."""
             self.zero_pruned_columns(state)
             return plain(inputs, index, count)
 

@@ -105,7 +105,7 @@ class Defense(DefenseBase):
         maps, taught = collect_maps(state.model, s.layers), collect_maps(teacher, s.layers)
 
         def loss(inputs: Tensor, index: Tensor, count: int) -> Tensor:
-            """Return this process' share of the loss."""
+            """Return this rank's part of the loss."""
             losses = image_losses(context, state.parallel, inputs, index)  # (b,)
             with torch.no_grad(), context.machine.autocast():
                 teacher.eval()(inputs)

@@ -152,7 +152,7 @@ def open_session(args: argparse.Namespace) -> Iterator[Session | None]:
     """Open the run that the command line names, and lock it for the block. Several devices get one process each.
 
     Yields:
-        None if the checkpoint has all epochs but the run has more: the run is left as it is.
+        None if the checkpoint has all configured epochs while the run's folder holds later ones; nothing is changed then.
     """
     settings = config.load(args.config, args.set)
     start_processes(args.gpu, partial(check_processes, settings))
@@ -177,7 +177,7 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, stack
         resume: the checkpoint to resume from; None: start with the first epoch.
         stack: on exit, waits for the checkpoint being written and closes the run's log.
     Returns:
-        None if the checkpoint has all epochs but the run has more: the run is left as it is.
+        None if the checkpoint has all configured epochs while the run's folder holds later ones; nothing is changed then.
     """
     first = machine.rank == 0
     saved = None

@@ -20,10 +20,10 @@ BatchLoss = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def train_supervised(context: Context, state: State, name: str, draws: SupervisedDraws, batch: int) -> float:
-    """Train for one pass over the drawn images, by `state.stepper` or else, from then on, with cross-entropy; return the mean
-    loss.
+    """Train for one pass over the drawn images and return the mean loss.
 
-    The model stays in the mode that it is in, train or eval.
+    Uses `state.stepper`; if there is none, creates one for cross-entropy and stores it there. The model stays in the mode
+    that it is in, train or eval.
     """
     machine = context.machine
     full, last = draws.to(machine.device).cut(batch, least=2 * machine.world_size)
@@ -51,7 +51,7 @@ def supervised_steps(
     compute, view = batch_loss or mean_cross_entropy(context, state), transform or context.train_transform
 
     def step(draw: SupervisedDraws) -> Tensor:
-        """Train on a batch of B images; return this process' share of its loss times B, (1,)."""
+        """Train on a batch of B images; return this rank's part of its loss times B, (1,)."""
         count = len(draw.order)
         mine = machine.shard(count)
         index = draw.order[mine]

@@ -33,7 +33,7 @@ CIFAR10 = Path(os.environ.get("CIFAR10", REPOSITORY / "dataset" / "cifar-10-batc
 WORDS = ("page.md", "run.sh", "authors_run.json", "what_decides.jsonl")
 RUNS = ("badnets/asd", "badnets/undefended", "no_attack/asd")  # trained and tested in seconds
 FACTS = {"commit": "0123456789abcdef", "processor": "an abacus"}
-NAMED_BY_THE_ISSUE = {
+REQUIRED_CARD_KEYS = {
     "attack", "defense", "dataset", "network", "config", "seed", "commit", "clean_accuracy", "attack_success_rate",
     "clean_as_target", "sha256",
 }  # fmt: skip
@@ -84,7 +84,7 @@ def fit_their_files(folder: Path) -> int:
     cards = sorted(folder.glob("*/*.json"))
     for path in cards:
         card, kept = json.loads(path.read_text()), path.with_suffix("")
-        assert set(card) >= NAMED_BY_THE_ISSUE, path
+        assert set(card) >= REQUIRED_CARD_KEYS, path
         assert card["sha256"] == sha256(path.with_suffix(".pt").read_bytes()).hexdigest(), path
         tested = json.loads((kept / "test.json").read_text())
         last = json.loads((kept / "metrics.jsonl").read_text().splitlines()[-1])
@@ -358,7 +358,7 @@ def test_the_last_five_epochs_count_too(tmp_path: Path) -> None:
     runs = report.Runs(folder)
     assert report.verdict("blend", runs) == "missed: ASR excess"
     status = " ".join(report.status(runs).split())
-    assert "are met: none;" in status and "is missed: Blend." in status and "finished for 1 of" in status
+    assert "met against" not in status and "is missed against Blend." in status and "finished for 1 of" in status
 
 
 def test_a_run_that_was_stopped_counts_as_missed(tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_a_run_that_was_stopped_counts_as_missed(tmp_path: Path) -> None:
     runs = report.Runs(folder)
     assert report.verdict("iab", runs) == "missed: stopped after 6 epochs"
     assert "| IAB | not run | - | 72.75 | 93.33 | 3.09 | missed: stopped after 6 epochs |" in report.overview(runs, report.MAIN)
-    assert "is missed: IAB." in " ".join(report.status(runs).split())
+    assert "is missed against IAB." in " ".join(report.status(runs).split())
     for defense in ("undefended", "asd"):
         make_run(folder, f"iab/{defense}", 0.88, 1.0 if defense == "undefended" else 0.02)
     assert report.verdict("iab", report.Runs(folder)) == "met"

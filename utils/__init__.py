@@ -1,1 +1,1 @@
-"""The ground floor: standard library, torch, numpy and yaml only. Knows nothing of data, models or losses."""
+"""The bottom layer: configuration, runtime and reporting. Imports no other folder of the project."""

@@ -111,7 +111,7 @@ def make_ready(run: Run, config: Config, loaded: Path, state: State, first: bool
         loaded: if there is no such file, the run starts with its first epoch.
         first: whether this is rank 0, which alone changes files.
     Returns:
-        False if the checkpoint has all epochs but the run has more: the run is left as it is.
+        False if the checkpoint has all configured epochs while the run's folder holds later ones; nothing is changed then.
     """
     finished = state.epoch >= config.epochs
     if finished and (count := epochs_of(run, loaded)) > state.epoch:

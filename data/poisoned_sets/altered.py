@@ -16,7 +16,7 @@ from utils.kinds import CLEAN
 
 @dataclass(frozen=True)
 class Altered:
-    """What an attacker hands over beside a clean data set."""
+    """Altered images of an imported attack, to be merged into the clean data set."""
 
     clean: RawData | Listing
     train: Part  # altered training images alone; indices: their places in the clean data set

@@ -29,7 +29,7 @@ class Origin:
     called: tuple[str, ...]  # what the parts of the names `PARTS` are called there
 
     def stored(self, parts: Mapping[str, Part]) -> StoredSet:
-        """Return the set with the parts of these names (`PARTS`); what nobody knows is null in its description.
+        """Return the set with the parts of these names (`PARTS`); settings that are unknown are null in its description.
 
         Raises:
             UserError: the parts are inconsistent, e.g. an image that the ASR must not count is among the triggered ones.

@@ -217,7 +217,7 @@ def check_entries(entries: Entries, labels: np.ndarray, classes: int, folder: Pa
 
 
 def target_of_hints(hints: Hints, classes: int, folder: Path) -> int:
-    """Return the target class, which a record without `attack_result.pt` does not tell."""
+    """Return the target class, which a record without `attack_result.pt` does not contain."""
     if hints.target_label is None:
         raise UserError(f"{folder / RESULT}: no such file: give target_label, the label that poisoned images carry")
     if hints.target_label >= classes:

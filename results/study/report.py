@@ -295,10 +295,10 @@ def status(runs: Runs) -> str:
     """Return the paragraph on what has been reproduced, and the table of results if there are any."""
     both = [attack for attack in TITLES if None not in runs.of(attack)]
     verdicts = {attack: verdict(attack, runs) for attack in TITLES}
-    met, missed = (
-        ", ".join(SIX[attack] for attack in SIX if verdicts[attack].startswith(word)) or "none" for word in ("met", "missed")
+    met, missed, waiting = (
+        [attack for attack in TITLES if verdicts[attack].startswith(word)] for word in ("met", "missed", NOT_RUN)
     )
-    early = " and ".join(TITLES[attack] for attack in runs.stopped if f"{attack}/asd" not in runs)
+    early = listed([TITLES[attack] for attack in runs.stopped if f"{attack}/asd" not in runs])
     stopped = early and f"; against {early} ASD was stopped early, when the attack had succeeded"
     sentences = (
         "**Status.** The paper's own results (full-width ResNet-18, 120 epochs of 1,024 steps) have not been reproduced: "
@@ -308,12 +308,27 @@ def status(runs: Runs) -> str:
         "The targets are an ACC of at least 83 % and within 5 points of the undefended network, and an ASR at most 3 points "
         "above the fraction of the same images that is classified as the target class even without the trigger, each at the "
         f"last epoch and as the mean of the last {LAST}.",
-        f"Against these attacks all targets are met: {met}; against these at least one is missed: {missed}.",
-        f"ASD without any attack: {verdicts['no_attack']}; against BadNets on GTSRB: {verdicts['gtsrb_badnets']}.",
-        f"Of {len(FURTHER)} attacks that are not in the paper, {len(FURTHER.keys() & set(both))} have a run with ASD.",
+        f"All of them are met {situations(met)}; at least one is missed {situations(missed)}." if met and missed else "",
+        f"All of them are met {situations(met)}." if met and not missed else "",
+        f"At least one is missed {situations(missed)}." if missed and not met else "",
+        f"ASD has not been run yet {situations(waiting)}." if waiting else "",
     )
-    text = textwrap.fill(" ".join(sentences), 125, break_long_words=False, break_on_hyphens=False)
+    text = textwrap.fill(" ".join(filter(None, sentences)), 125, break_long_words=False, break_on_hyphens=False)
     return f"{text}\n\n{overview(runs, MAIN)}" if both else text
+
+
+def situations(attacks: Sequence[str]) -> str:
+    """Return a phrase such as `against BadNets and Blend, and without any attack`."""
+    other = {"no_attack": "without any attack", "gtsrb_badnets": "against BadNets on GTSRB"}
+    titles = [TITLES[attack] for attack in attacks if attack not in other]
+    against = [f"against {listed(titles)}"] if titles else []
+    phrases = against + [text for attack, text in other.items() if attack in attacks]
+    return (", and " if len(titles) > 1 else " and ").join(phrases)
+
+
+def listed(items: Sequence[str]) -> str:
+    """Return `a`, `a and b`, or `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(items[:-1]), *items[-1:])))
 
 
 def insert(text: str, block: str) -> str:

@@ -1,4 +1,4 @@
-"""`evidence.npz`: what the final model makes of each training image, in the form that tools for noisy labels read."""
+"""`evidence.npz`: the final model's features and probabilities of each training image, for tools that find noisy labels."""
 
 from __future__ import annotations
 
