@@ -22,9 +22,11 @@ class Settings(DefenseSettings):
         g, last = config.global_, config.num_epochs
         ends = [min(end, last) for end in (g.epoch_first, g.epoch_second)] + [last]
         begins = [0, *ends[:-1]]
+        own, virtual = "split loss", "split loss - split loss of the virtual model"
+        names = {"class-aware": own, "class-agnostic": own, "meta-split": virtual}
         return tuple(
-            Stage(name, end - begin, config.optimizer, config.lr_scheduler, new_optimizer=False)
-            for name, begin, end in zip(("class-aware", "class-agnostic", "meta-split"), begins, ends, strict=True)
+            Stage(name, end - begin, config.optimizer, config.lr_scheduler, new_optimizer=False, ranks_by=ranks_by)
+            for (name, ranks_by), begin, end in zip(names.items(), begins, ends, strict=True)
         )
 
     def check(self, config: Config, reader: Reader) -> None:

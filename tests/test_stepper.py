@@ -13,7 +13,8 @@ from conftest import logged
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.runtime.stepper import COUNTER, SUMS, Stepper, changed_tensors, difference, put_back
+from utils.runtime.graph_check import COUNTER, SUMS, difference
+from utils.runtime.stepper import Stepper, changed_tensors, put_back
 
 
 class Rows(NamedTuple):

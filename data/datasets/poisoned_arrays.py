@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data import sets
 from data.choice import label_after
 from data.poisoned_sets.folder import refuse_reserved
 from data.poisoned_sets.origin import Origin
 from data.poisoned_sets.stored import PARTS, StoredSet
 from data.sets import MOST_CLASSES, Part
+from utils import kinds
 from utils.config.schema import Named, setting
 from utils.config.settings import Backdoor
 from utils.errors import UserError, one_line
@@ -128,13 +128,13 @@ def parts_of(arrays: dict[str, np.ndarray], wanted: np.ndarray) -> dict[str, Par
         wanted: (M,) the labels that the attacker wants for the test images.
     """
     poisoned, n = arrays["train_poisoned"], len(arrays["train_images"])
-    unaltered = np.where(arrays.get("train_cover", False), sets.COVER, sets.CLEAN)
-    flags = np.where(poisoned, sets.POISONED, unaltered).astype(np.uint8)
+    unaltered = np.where(arrays.get("train_cover", False), kinds.COVER, kinds.CLEAN)
+    flags = np.where(poisoned, kinds.POISONED, unaltered).astype(np.uint8)
     given, original, labels = (arrays[key].astype(np.int64) for key in ("train_labels", "train_original_labels", "test_labels"))
     at, m = arrays["triggered_indices"].astype(np.int64), len(labels)
     parts = (
         Part(arrays["train_images"], given, original, flags, np.arange(n)),
-        Part(arrays["test_images"], labels, labels, np.full(m, sets.CLEAN, np.uint8), np.arange(m)),
-        Part(arrays["triggered_images"], wanted[at], labels[at], np.full(len(at), sets.POISONED, np.uint8), at),
+        Part(arrays["test_images"], labels, labels, np.full(m, kinds.CLEAN, np.uint8), np.arange(m)),
+        Part(arrays["triggered_images"], wanted[at], labels[at], np.full(len(at), kinds.POISONED, np.uint8), at),
     )
     return dict(zip(PARTS, parts, strict=True))

@@ -26,6 +26,7 @@ class Stage:
     key: str = "optimizer"  # the setting that its learning rate is given by, for messages
     new_optimizer: bool = True  # begins with a new optimizer; False: goes on with that of the stage before
     keeps_model: bool = False  # trains another network, so that the model is evaluated once in the stage
+    ranks_by: str = "split loss"  # what its split ranks the images by, for plots
 
 
 class DefenseSettings:

@@ -23,7 +23,6 @@ from utils.reporting import confusion, suspects
 from utils.reporting.plots import CONFUSIONS
 
 FILE = "report.html"
-STAGES = ("class-aware", "class-agnostic", "meta-split")
 LISTED = 20  # suspects in the table
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
@@ -58,7 +57,7 @@ def write_page(folder: Path, title: str) -> None:
     rows = read_rows(folder / "log" / metrics.FILE)
     parts = [f"<h1>{escape(title)}</h1>", *section("Last epoch", results(rows))]
     parts += section("Training", plots(folder / "log", ("accuracy.png", "purity.png"), "half"))
-    splits = tuple(f"split_{stage}.png" for stage in STAGES)
+    splits = tuple(f"split_{stage}.png" for stage in dict.fromkeys(row["stage"] for row in rows))
     parts += section("Last split of each stage", plots(folder / "log", splits, "half"))
     parts += section("Triggered images", plots(folder / "log", ("triggered.png",)))
     parts += section("Test images by class", plots(folder / "log", CONFUSIONS, "half") + classes(folder))

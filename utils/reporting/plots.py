@@ -24,7 +24,7 @@ CLEAN_COLOR, POISONED_COLOR, COVER_COLOR = "#2a6f97", "#c1121f", "#e09f3e"
 COLORS = {"clean": CLEAN_COLOR, "poisoned": POISONED_COLOR, "cover": COVER_COLOR, "polluted pool": "#8e5ea2"}
 FEATURES = "features.png"
 CONFUSIONS = ("confusion.png", "triggered_confusion.png")  # of the clean and of the triggered test images
-STAGE_SHADES = {"class-aware": "#f4f1de", "class-agnostic": "#e0ecf4", "meta-split": "#e8f3e8", "undefended": "#ffffff"}
+STAGE_SHADES = ("#f4f1de", "#e0ecf4", "#e8f3e8", "#f3e8f1")  # of the first, second, ... stage
 
 
 def draw_accuracy(path: Path, history: list[dict[str, Any]], title: str) -> None:
@@ -194,16 +194,15 @@ def draw_comparison(path: Path, groups: list[list[list[dict[str, Any]]]]) -> Non
 
 
 def shade_stages(axes: Any, history: list[dict[str, Any]]) -> None:
-    """Shade the background by stage, with the name of each stage."""
-    start = 0
+    """Shade the background by stage, with the name of each stage; a run with a single stage needs neither."""
+    names, start = list(dict.fromkeys(row["stage"] for row in history)), 0
     for i, row in enumerate(history):
         last = i + 1 == len(history) or history[i + 1]["stage"] != row["stage"]
-        if last:
+        if last and len(names) > 1:
             low, high = history[start]["epoch"] + 0.5, row["epoch"] + 1.5
-            axes.axvspan(low, high, color=STAGE_SHADES.get(row["stage"], "#ffffff"), zorder=0)
-            if row["stage"] != "undefended":
-                place = axes.get_xaxis_transform()
-                axes.text((low + high) / 2, 1.0, row["stage"], ha="center", va="bottom", fontsize=7, transform=place)
+            axes.axvspan(low, high, color=STAGE_SHADES[names.index(row["stage"]) % len(STAGE_SHADES)], zorder=0)
+            place = axes.get_xaxis_transform()
+            axes.text((low + high) / 2, 1.0, row["stage"], ha="center", va="bottom", fontsize=7, transform=place)
             start = i + 1
     axes.set_xlim(history[0]["epoch"] + 0.5, history[-1]["epoch"] + 1.5)
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from utils.checkpoint import State
-from utils.config import Config, to_yaml
+from utils.config import Config, stages, to_yaml
 from utils.config.compatibility import flatten
 from utils.config.schema import as_dict
 from utils.config.settings import Backdoor
@@ -104,7 +104,7 @@ class Report:
         c, stage = self.config, self.config.stage(epoch)
         self.log.to_board(add_losses, values, self.flags, epoch)
         if epoch + 1 == c.epochs or c.stage(epoch + 1) != stage:
-            label = "split loss - split loss of the virtual model" if stage == "meta-split" else "split loss"
+            label = stages.locate(c.stages, epoch)[0].ranks_by
             title = f"{stage.removesuffix('-split')} split of epoch {epoch + 1}: {len(clean_pool)} images in the clean pool"
             path = self.run.log / f"split_{stage}.png"
             flags = None if self.flags is None else self.flags.numpy()
