@@ -137,8 +137,7 @@ def poison_index(
     try:
         index = np.load(path, allow_pickle=False)
     except Exception as error:  # numpy passes on the exceptions of many parsers
-        what = one_line(error)
-        raise UserError(f"{path}: not an array of numbers ({what}): {remedy}") from None
+        raise UserError(f"{path}: not an array of numbers ({one_line(error)}): {remedy}") from None
     if not isinstance(index, np.ndarray) or index.shape != labels.shape:
         shape = getattr(index, "shape", "no array")
         raise UserError(f"{path}: shape {shape}: the training set has {len(labels)} images: {remedy}")

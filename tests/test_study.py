@@ -26,6 +26,7 @@ import ASD
 from results.study import collect, report, restore
 from utils import config
 from utils.errors import UserError
+from utils.metrics import SHARES
 from utils.sweep import plan, status
 
 STUDY = REPOSITORY / "results" / "study"
@@ -88,10 +89,10 @@ def fit_their_files(folder: Path) -> int:
         assert card["sha256"] == sha256(path.with_suffix(".pt").read_bytes()).hexdigest(), path
         tested = json.loads((kept / "test.json").read_text())
         last = json.loads((kept / "metrics.jsonl").read_text().splitlines()[-1])
-        assert {key: tested[key] for key in collect.FIGURES} == {key: card[key] for key in collect.FIGURES}, path
-        both = [(last[key], card[key]) for key in collect.FIGURES if None not in (last[key], card[key])]
+        assert {key: tested[key] for key in SHARES} == {key: card[key] for key in collect.FIGURES}, path
+        both = [(last[key], card[key]) for key in SHARES if None not in (last[key], card[key])]
         assert all(math.isclose(*pair, abs_tol=collect.ROUNDING) for pair in both), path
-        assert len(both) == len(collect.FIGURES) or card["attack"] == "none", path
+        assert len(both) == len(SHARES) or card["attack"] == "none", path
         settings = yaml.safe_load((kept / "config.yaml").read_text())
         assert (settings["defense"], settings["seed"]["seed"]) == (card["defense"], card["seed"]), path
         assert settings["run"] == path.relative_to(folder).with_suffix("").as_posix(), path
@@ -125,7 +126,7 @@ def test_kept_weights_give_the_figures_of_the_card(trained: Path, tmp_path: Path
     there = ("--set", f"saved_dir={tmp_path / 'saved'}", "--set", f"storage_dir={tmp_path / 'storage'}")
     call(load_tester(), "--config", tmp_path / run / "config.yaml", "--resume", tmp_path / f"{run}.pt", "--gpu", "cpu", *there)
     tested = json.loads((tmp_path / "saved" / run / "log/test.json").read_text())
-    assert {key: tested[key] for key in collect.FIGURES} == {key: card[key] for key in collect.FIGURES}
+    assert {key: tested[key] for key in SHARES} == {key: card[key] for key in collect.FIGURES}
 
 
 def test_a_stored_run_becomes_a_run_folder_again(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +137,7 @@ def test_a_stored_run_becomes_a_run_folder_again(trained: Path, tmp_path: Path, 
     folder = restore.restore("badnets/asd", "table/asd", tmp_path / "saved", tmp_path / "storage")
     call(load_tester(), "--config", folder / "config.yaml", "--gpu", "cpu")
     tested = json.loads((folder / "log/test.json").read_text())
-    assert {key: tested[key] for key in collect.FIGURES} == {key: card[key] for key in collect.FIGURES}
+    assert {key: tested[key] for key in SHARES} == {key: card[key] for key in collect.FIGURES}
     raw = {"config": str(folder / "config.yaml"), "axes": {"defense": {"asd": {}}}}
     (tmp_path / "table.yaml").write_text(yaml.safe_dump(raw))
     (job,) = plan.read(tmp_path / "table.yaml").jobs
@@ -195,7 +196,7 @@ def test_a_committed_model_gives_the_figures_of_its_card(tmp_path: Path) -> None
     done = run_script("test.py", "--config", known["config"], "--resume", STUDY / "badnets/asd.pt", "--gpu", "cpu", *sets)
     assert done.returncode == 0, done.stderr
     tested = json.loads((tmp_path / "saved/again/log/test.json").read_text())
-    for key in collect.FIGURES:
+    for key in SHARES:
         assert tested[key] == pytest.approx(known[key], abs=collect.ROUNDING), key
 
 
@@ -257,7 +258,7 @@ def test_real_runs_make_a_page(trained: Path, tmp_path: Path) -> None:
     cards = {run: json.loads(keep(trained, run, folder).read_text()) for run in RUNS}
     runs = report.Runs(folder)
     page = report.page(folder, runs)
-    acc, asr = (100 * cards["badnets/undefended"][key] for key in collect.FIGURES[:2])
+    acc, asr = (100 * cards["badnets/undefended"][key] for key in list(SHARES)[:2])
     assert f"| BadNets | {acc:.2f} | {asr:.2f} |" in page and f"3 of {len(runs.names)} runs" in page
     assert "| `no_attack/asd` | 0 | - | - | - |" in page and "| no attack | not run | - |" in page
     report.draw(folder / report.PICTURE, report.curves(folder, runs))

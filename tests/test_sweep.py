@@ -30,6 +30,7 @@ from training import train_here
 from utils import config
 from utils.config.schema import describe
 from utils.errors import UserError
+from utils.metrics import SHARES
 from utils.run import Run, locate, lock_run
 from utils.sweep import report, status, table, workers
 from utils.sweep.plan import Plan, SweepFile, read
@@ -276,7 +277,7 @@ def fake(plan: Plan, name: str, figures: dict[str, float | None], epochs: int | 
     """Write the files of a run as ASD.py and test.py leave them; return its folder."""
     (job,) = (job for job in plan.jobs if job.name == name)
     epochs = job.config.num_epochs if epochs is None else epochs
-    figures = dict.fromkeys(status.FIGURES) | figures
+    figures = dict.fromkeys(SHARES) | figures
     (job.run.log).mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"epoch": epoch, "seconds": 10.0 + epoch} | figures) + "\n" for epoch in range(epochs)]
     (job.run.log / "metrics.jsonl").write_text("".join(lines))
@@ -348,7 +349,7 @@ def filled(tmp_path: Path, seed: int = 0) -> tuple[Plan, dict[str, dict[str, Any
     plan, draw, known = read(write(tmp_path, SWEEP)), random.Random(seed), {}
     for job in plan.jobs:
         attack = job.labels["poison_ratio"] != "0"
-        known[job.name] = {key: draw.random() if attack or key == "clean_accuracy" else None for key in status.FIGURES}
+        known[job.name] = {key: draw.random() if attack or key == "clean_accuracy" else None for key in SHARES}
         fake(plan, job.name, known[job.name])
     return plan, known
 
@@ -471,7 +472,7 @@ def test_a_compact_table_has_all_figures_in_a_cell(tmp_path: Path) -> None:
     figures follow in a table of their own."""
     plan, draw, known = read(write(tmp_path, TABLE)), random.Random(3), {}
     for job in plan.jobs:
-        known[job.name] = {key: draw.random() for key in status.FIGURES}
+        known[job.name] = {key: draw.random() for key in SHARES}
         if job.labels["attack"] == "patch" or job.name == "grid/mix/fp/seed-1":
             epochs = job.config.epochs
             fake(plan, job.name, known[job.name], epochs)

@@ -13,10 +13,11 @@ class UserError(Exception):
     """
 
 
-def one_line(error: BaseException) -> str:
-    """Return the first line of an exception's text, shortened and without control characters; its type if it has no text."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return text[:200] if text.isprintable() else f"{text!a:.200}"
+def one_line(error: BaseException | str) -> str:
+    """Return the text of an exception or a warning as one short line without control characters; its type if it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 200 else text[:199] + "\u2026"
 
 
 def printable(text: str) -> str:

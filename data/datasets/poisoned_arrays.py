@@ -87,8 +87,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise UserError(f"dataset_dir: {path}: no such file: give the .npz file with the arrays") from None
     except Exception as error:  # numpy and zipfile pass on the exceptions of many libraries
-        what = one_line(error)
-        raise UserError(f"{path}: not an .npz file of arrays ({what:.200}): write it with numpy.savez") from None
+        raise UserError(f"{path}: not an .npz file of arrays ({one_line(error)}): write it with numpy.savez") from None
     missing = [name for name in ARRAYS if name not in arrays and name not in OPTIONAL]
     if missing or unknown:
         what = f"has no {missing[0]}" if missing else f"has {unknown[0]!r:.80}, which is unknown"

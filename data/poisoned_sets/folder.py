@@ -147,8 +147,7 @@ def read_part(path: Path, described: object) -> Part:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: the set is incomplete: {REMEDY}") from None
     except Exception as error:  # numpy and zipfile pass on the exceptions of many libraries
-        what = one_line(error)
-        raise UserError(f"{path}: not a file of arrays ({what}): {REMEDY}") from None
+        raise UserError(f"{path}: not a file of arrays ({one_line(error)}): {REMEDY}") from None
     if not isinstance(described, dict) or arrays.keys() != set(ARRAYS) or described.keys() != set(ARRAYS):
         raise UserError(f"{path}: contains {', '.join(arrays) or 'nothing'} instead of {', '.join(ARRAYS)}: {REMEDY}")
     for name, array in arrays.items():

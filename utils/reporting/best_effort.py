@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from utils.errors import one_line
+
 logger = logging.getLogger(__name__)
 
 
@@ -40,7 +42,7 @@ class BestEffort:
 
 
 def reason(error: BaseException | str) -> str:
-    """Return the text of an error or a warning as one short line."""
-    text = " ".join(str(error).split())
-    short = text if len(text) <= 200 else text[:199] + "\u2026"
-    return short if isinstance(error, (str, Warning)) else f"{type(error).__name__}: {short}".removesuffix(": ")
+    """Return the text of an error, with its type, or of a warning as one short line."""
+    text = one_line(error)
+    name = type(error).__name__
+    return text if isinstance(error, (str, Warning)) or text == name else f"{name}: {text}"

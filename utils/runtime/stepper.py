@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from utils.errors import UserError, one_line
+from utils.errors import UserError
 from utils.paths import PROJECT
 from utils.runtime.graph_check import COUNTER, SUMS, Kinds, difference, distances
 
@@ -189,7 +189,7 @@ def capture(work: Callable[[], object]) -> Replayable:
 
 def reason(error: RuntimeError) -> str:
     """Return the first line of an error, and the innermost line of this project in its traceback."""
-    text = one_line(error)
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     ours = [(path, line) for path, line in frames if PROJECT in path.parents and "site-packages" not in path.parts]
     own = [(path, line) for path, line in ours if path != Path(__file__).resolve()]
