@@ -65,9 +65,11 @@ def infer(context: Context, purpose: str, model: nn.Module, images: ImageSet, dr
     machine, n = context.machine, len(images)
     transform = context.eval_transform if draws is None else context.train_transform
     draws = torch.zeros(n, 0, device=images.labels.device) if draws is None else draws
-    batch, mine = machine.inference_batch(context.config.loader.batch_size), machine.shard(n)
+    few = n < machine.world_size  # then every process computes all of them
+    batch, mine = machine.inference_batch(context.config.loader.batch_size), slice(n) if few else machine.shard(n)
     batches = views(images.part(mine), draws[mine], transform, batch)
-    return machine.all_gather(predict(model, progress(batches, purpose, -(-n // machine.world_size // batch)), machine), n)
+    logits = predict(model, progress(batches, purpose, -(-n // machine.world_size // batch)), machine)
+    return logits if few else machine.all_gather(logits, n)
 
 
 def training_features(context: Context, model: nn.Module) -> Tensor:

@@ -30,6 +30,7 @@ from utils.draws import key_seed
 from utils.errors import UserError
 from utils.reporting.confusion import FILE as CONFUSION
 from utils.reporting.evidence import FILE as EVIDENCE
+from utils.reporting.page import FILE as PAGE
 from utils.reporting.plots import FEATURES
 from utils.reporting.report import Report, Subject
 from utils.reporting.suspects import CSV as SUSPECTS
@@ -125,9 +126,11 @@ class Session:
         self.writer.wait()
         context, state, report, run = self.context, self.state, self.report, locate(self.context.config)
 
+        again = self.trains or not (run.log / PAGE).exists()  # the page is written last: without it, the rest may be old
+
         def due(path: Path) -> bool:
-            """Whether a file must be written: the run has trained, or an earlier conclusion was interrupted before it."""
-            return self.trains or not path.exists()
+            """Return whether a file must be written."""
+            return again or not path.exists()
 
         if len(state.clean_pool) and due(run.saved / SUSPECTS):
             evidence = collect_evidence(context, state)
@@ -143,6 +146,8 @@ class Session:
             if report and evidence_due:
                 probabilities = class_probabilities(state.model, features)  # (N, C)
                 report.keep_evidence(features, probabilities, context.train_set.labels.cpu())
+        if again and not context.config.evidence:
+            (run.saved / EVIDENCE).unlink(missing_ok=True)  # of an earlier epoch
         if report:
             report.conclude(state, self.evaluation.by_class if self.evaluation else None)
 
@@ -188,12 +193,18 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, stack
     with machine.first_alone():  # rank 0 writes the run's files, the other ranks read them
         data = prepare(config, run.saved, machine.device, machine.world_size, new_classifier)
         seeds = choose_seed_samples(config, data, run.saved)
+    inputs = complete_manifest(config, data, seeds)
+    if not machine.agree(f"{saved and saved.get('epoch')} {config.epochs} {inputs}"):
+        raise UserError(
+            f"saved_dir: {config.saved_dir}: the processes do not find the same run or the same data there, in storage_dir "
+            "and in dataset_dir: give folders that all of them share, and the same options"
+        )
 
     context = build_context(config, machine, data.train.to(machine.device))
     defense = build_defense(context, data, seeds)
     state = build_state(config, machine, len(context.train_set))
     state.about = {"class_names": list(data.class_names), "image_size": list(context.train_set.images.shape[2:])}
-    state.data = complete_manifest(config, data, seeds)
+    state.data = inputs
     if saved is not None and resume is not None:
         defense.build(state, stages.locate(config.stages, checkpoint.last_epoch(saved, config.epochs))[0])
         checkpoint.load(resume, state, as_dict(config), saved)

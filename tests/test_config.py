@@ -295,6 +295,8 @@ MISTAKES: list[tuple[str, Any, list[str]]] = [
     ("transform.test.primary", {"gaussian_blur": {}}, ["gaussian_blur", "transform.train.primary"]),
     ("transform.pre", {"random_horizontal_flip": {}}, ["random_horizontal_flip", "transform.train.primary"]),
     ("transform.train.primary", {"to_tensor": True}, ["to_tensor", "transform.train.remaining"]),
+    ("optimizer", {"SGD": {"nesterov": True}}, ["nesterov", "momentum"]),
+    ("semi.mixmatch.temperature", 0.02, ["float32", "at least 0.026"]),
     ("run", "../x", ["a name"]),
     ("run", "a b", ["a name"]),
     ("run", "/etc", ["a name"]),
@@ -696,6 +698,9 @@ def test_a_base_is_found_beside_the_file(tmp_path: Path, monkeypatch: pytest.Mon
         ("elsewhere/config/b.yaml", "b"),
         ("b.yaml", "b"),
         ("configs/a/b.yaml", "b"),
+        ("my run (2).yaml", "my-run-2"),
+        ("config/a b/c..d.yaml", "a-b/c-d"),
+        ("+.yaml", "run"),
     ],
 )
 def test_a_run_is_named_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, name: str) -> None:
@@ -706,6 +711,7 @@ def test_a_run_is_named_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     assert config.load(place).run == config.load(path).run == name
     assert config.load(place, ["run=other-1.x/y"]).run == "other-1.x/y"
+    assert config.load(path, [f"run={name}"]).run == name
 
 
 @pytest.mark.parametrize("overrides", [(), ("lr_scheduler={multi_step: {milestones: [0.5, 3]}}", "dataset=cifar10", "run=a/b")])

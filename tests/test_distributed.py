@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,10 @@ import yaml
 from conftest import REPOSITORY, TINY, run_script
 from torch import nn
 
+from data.sets import ImageSet
+from engine.context import build_context
+from engine.evaluation import infer
+from model.classifier import build_classifier
 from utils.config import check_processes, load
 from utils.errors import UserError
 from utils.runtime.machine import Machine, device_numbers, start_processes
@@ -144,6 +149,40 @@ def test_gradients_and_statistics_are_those_of_one_process(tmp_path: Path) -> No
         assert torch.allclose(averaged, net[1].running_mean + 0.5)  # the mean of + 0 and + 1
 
 
+def test_processes_without_a_common_folder_are_refused(tmp_path: Path) -> None:
+    """If rank 1 does not find the run that rank 0 resumes, both end with one line, and no checkpoint is written."""
+    places = [tmp_path / "zero", tmp_path / "one"]
+    for place in places:
+        write_config(place, "apart", num_epochs=1, saved_dir="saved", storage_dir="storage")
+    options = [str(REPOSITORY / "ASD.py"), "--config", "apart.yaml", "--gpu", "cpu"]
+    subprocess.run([sys.executable, *options], env=environment(), cwd=places[0], check=True, capture_output=True)
+    latest = places[0] / "storage/apart/checkpoint/latest_model.pt"
+    before = latest.read_bytes()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, *options, "--set", "num_epochs=2"], cwd=place, stderr=subprocess.PIPE, text=True,
+            env=environment() | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, place in enumerate(places)
+    ]  # fmt: skip
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2 and "saved_dir: saved: the processes do not find the same run" in errors, errors
+    assert latest.read_bytes() == before and not list(places[1].rglob("*.pt"))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_fewer_images_than_processes(tiny: Path, rank: int) -> None:
+    """Each process then computes all logits, without waiting for the others."""
+    settings, images = load(tiny), ImageSet(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+    context = build_context(settings, Machine(torch.device("cpu"), rank=rank, world_size=3), images)
+    model = build_classifier(settings.network, settings.num_classes, 0)
+    assert infer(context, "test", model, images).shape == (2, 10)
+
+
 def children(pid: int) -> list[int]:
     """Return the child processes of a process."""
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text() if Path(f"/proc/{pid}").exists() else ""
@@ -198,6 +237,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(tiny: Path) -> None:
     """A batch size is the total over all processes and must be a multiple of their number."""
     settings = load(tiny)
     check_processes(settings, 2)
+    check_processes(load(tiny, ["undefended.batch_size=9"]), 2)  # ASD does not read it
     with pytest.raises(UserError, match=r"semi\.loader\.batch_size: 9: .*multiple of 2"):
         check_processes(load(tiny, ["semi.loader.batch_size=9"]), 2)
     with pytest.raises(UserError, match=r"defense\.dbd\.simclr_batch_size: 33: .*multiple of 2"):

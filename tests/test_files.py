@@ -56,6 +56,20 @@ def end(process: subprocess.Popen[str]) -> None:
     process.stdout.close()
 
 
+def test_a_rename_is_on_disk_before_writing_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contents are synchronized before the rename, the folder after it: a power failure leaves the old or the new file."""
+    order, fsync, replace = [], os.fsync, os.replace
+
+    def note(descriptor: int) -> None:
+        order.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", lambda one, two: (order.append("rename"), replace(one, two)))
+    write_text(tmp_path / "a.txt", "text")
+    assert order == ["file", "rename", "folder"]
+
+
 # -- Where outputs go --------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import os
@@ -18,6 +19,7 @@ import yaml
 from conftest import REPOSITORY, TINY, logged
 from training import train_here
 
+from engine.session import Session
 from utils import checkpoint, config, files
 from utils import run as run_module
 from utils.config import Config
@@ -126,6 +128,16 @@ def test_starting_over_moves_earlier_runs_aside(
     for folder in folders:
         marks = {b.split()[0] for p, b in everything(folder).items() if b in contents}
         assert len(marks) == 1, "an earlier run is kept in one piece, apart from the others"
+
+
+def test_starting_over_with_the_yaml_of_the_run(tiny: Path) -> None:
+    """`--config` may name the copy of the YAML in the run's folder: it stays, and a copy goes with the earlier run."""
+    run, _ = enter(tiny)
+    fill(run, "first")
+    text = (run.saved / "tiny.yaml").read_bytes()
+    enter(run.saved / "tiny.yaml", fresh=True)
+    (saved,) = run.saved.parent.glob("tiny.earlier-*")
+    assert (run.saved / "tiny.yaml").read_bytes() == (saved / "tiny.yaml").read_bytes() == text
 
 
 def test_starting_over_the_first_time_says_nothing(tiny: Path, tmp_path: Path) -> None:
@@ -372,6 +384,48 @@ def test_nothing_to_do_changes_nothing(finished: Path, tmp_path: Path, said: lis
     after = everything(tmp_path)
     lock = (run.saved / ".lock").relative_to(tmp_path)
     assert {k: v for k, v in after.items() if k != lock} == {k: v for k, v in before.items() if k != lock}
+
+
+def test_a_command_that_trains_nothing_leaves_the_settings_of_the_run(finished: Path) -> None:
+    """config.yaml says how the run was trained, whatever later commands allow themselves."""
+    run = locate(load(finished))
+    before = (run.saved / "config.yaml").read_bytes(), (run.log / "report.html").read_bytes()
+    train(finished, "runtime.amp=true", "sync_bn=true")
+    assert ((run.saved / "config.yaml").read_bytes(), (run.log / "report.html").read_bytes()) == before
+
+
+LONGER = ("num_epochs=8", "global.epoch_third=8")
+
+
+def test_an_extended_run_has_the_results_of_its_last_epoch(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is trained on and killed before its results are written has none of the shorter run in the end."""
+    run = locate(load(finished))
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "conclude", lambda _: sys.exit(9))
+        with pytest.raises(SystemExit):
+            train(finished, *LONGER)
+    assert rows(run.saved) == [*range(8)]
+    train(finished, *LONGER, "evidence=false")
+    assert json.loads((run.log / "confusion.json").read_text())["epoch"] == 7
+    with open(run.saved / "suspects.csv", newline="") as file:
+        assert max(int(row["epochs_in_clean_pool"]) for row in csv.DictReader(file)) == 8
+    assert not (run.saved / "evidence.npz").exists(), "that of epoch 6"
+
+
+def test_a_checkpoint_of_another_run_costs_no_results(finished: Path, tmp_path: Path) -> None:
+    """A run that goes on from another run's checkpoint is copied first; if there is nothing to train, nothing changes."""
+    run, foreign = locate(load(finished)), tmp_path / "foreign.pt"
+    other = train(finished, "run=other", "num_epochs=7", "global.epoch_third=8")
+    shutil.move(other.checkpoints / "latest_model.pt", foreign)
+    before = everything(run.log), everything(run.checkpoints)
+    train(finished, "num_epochs=7", "global.epoch_third=8", resume=str(foreign))
+    assert (everything(run.log), everything(run.checkpoints)) == before
+    train(finished, *LONGER, resume=str(foreign))
+    (saved,), (storage,) = ([*(tmp_path / name).glob("tiny.earlier-*")] for name in ("saved_data", "storage"))
+    assert everything(storage / "checkpoint") == before[1] and rows(saved) == [*range(6)] and rows(run.saved) == [*range(8)]
+    now = checkpoint.read(run.checkpoints / "latest_model.pt")
+    best = checkpoint.epochs(run.checkpoints / "best_model.pt")
+    assert best in (0, now["best_epoch"]), "not the one of the earlier run"
 
 
 def test_a_refused_command_leaves_the_settings_of_the_run(finished: Path, tmp_path: Path) -> None:

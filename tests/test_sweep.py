@@ -330,6 +330,8 @@ def test_figures_of_other_weights_or_settings_do_not_count(tmp_path: Path) -> No
     assert state_of(plan, NAME) == "finished", "copied without its times"
     for changed in (["undefended.batch_size=32"], ["num_epochs=1"], ["num_epochs=3"]):
         assert state_of(read(tmp_path / "grid.yaml", changed), NAME) != "finished"
+    for changed in (["dataset.shapes.noise=90"], ["dataset=folder", f"dataset_dir={tmp_path}"]):
+        assert state_of(read(tmp_path / "grid.yaml", changed), NAME) != "finished", "other data"
     assert state_of(read(tmp_path / "grid.yaml", ["data.placement=host"]), NAME) == "finished"
 
 

@@ -93,7 +93,8 @@ def run(name: str, main: Callable[[], None]) -> None:
         import torch.distributed as dist
 
         if isinstance(error, torch.OutOfMemoryError):
-            fail(f"{name}: error: the device is out of memory: lower loader.batch_size or semi.loader.batch_size", 2)
+            sizes = "loader.batch_size, semi.loader.batch_size, undefended.batch_size or the batch size of the defense"
+            fail(f"{name}: error: the device is out of memory: lower {sizes}, whichever was in use", 2)
         if not (dist.is_available() and dist.is_initialized() and is_lost_connection(error)):
             raise
         fail(f"{name}: error: {who()}another process of the run has died: see the lines above, then start the run again", 1)

@@ -69,6 +69,7 @@ def write_atomically(path: Path, write: Write, also: Sequence[Path] = ()) -> Non
                     write_atomically(named, write)
             named = path
             os.replace(part, target)
+            sync_folder(target.parent)
     except OSError as error:
         raise cannot_write(named, error) from None
 
@@ -90,6 +91,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     with temporary(path, folder=True) as (part, _):
         yield part
         os.replace(part, path)
+        sync_folder(path.parent)
 
 
 def write_durably(file: IO[bytes], write: Write) -> None:
@@ -97,6 +99,16 @@ def write_durably(file: IO[bytes], write: Write) -> None:
     write(file)
     file.flush()
     os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on disk, so that a power failure does not undo a rename; not all disks can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def link(source: Path, path: Path) -> bool:

@@ -113,14 +113,17 @@ def make_ready(run: Run, config: Config, loaded: Path, state: State, first: bool
     Returns:
         False if the checkpoint has all configured epochs while the run's folder holds later ones; nothing is changed then.
     """
-    finished = state.epoch >= config.epochs
-    if finished and (count := epochs_of(run, loaded)) > state.epoch:
+    finished, count = state.epoch >= config.epochs, epochs_of(run, loaded)
+    foreign = loaded.exists() and count > 0 and not is_own(run, loaded)
+    if finished and (count > state.epoch or foreign):
         logger.info(f"{loaded} has all {config.epochs} epochs: nothing to do; {run.saved} has {count} and is unchanged")
         return False
-    if first:
-        if not finished and (count := epochs_of(run, loaded)) > state.epoch:
-            folders = archive_later_epochs(run, loaded, state.epoch, state.best_epoch)
-            logger.info(f"going back from epoch {count} to epoch {state.epoch}: the run as it was has been copied to {folders}")
+    if first and not finished:
+        if count > state.epoch or foreign:
+            folders = archive_later_epochs(run, loaded, state)
+            step = f"going back from epoch {count} to epoch" if count > state.epoch else f"going on from {loaded} after epoch"
+            logger.info(f"{step} {state.epoch}: the run as it was has been copied to {folders}")
+        (run.log / page.FILE).unlink(missing_ok=True)  # written last: without it the results of the last epoch are due
         keep_settings(run, config)
     return True
 
@@ -169,7 +172,10 @@ def archive(run: Run) -> None:
         return
     places = archive_paths(run, saved, [run.checkpoints] if checkpoints else [])
     for item, place in places:
-        shutil.move(str(item), str(place))
+        if run.yaml is not None and is_same(item, run.yaml):
+            shutil.copy2(item, place)  # this run is started with it
+        else:
+            shutil.move(str(item), str(place))
     logger.info(f"the earlier run was moved to {folders_of(places)}")
 
 
@@ -181,15 +187,14 @@ def epochs_of(run: Run, loaded: Path) -> int:
     return max(recorded, 0 if is_same(loaded, latest) else checkpoint.epochs(latest))
 
 
-def archive_later_epochs(run: Run, loaded: Path, epochs: int, best_epoch: int) -> str:
-    """Copy a run that is resumed from an earlier checkpoint, then set its files back to that checkpoint.
+def archive_later_epochs(run: Run, loaded: Path, state: State) -> str:
+    """Copy a run that is resumed from an earlier checkpoint, or from one of another run, then set its files to that checkpoint.
 
     The copy, `<run>.earlier-<time>`, is complete. Files that do not depend on the epoch also stay in the run.
 
     Args:
         loaded: the checkpoint; if there is no such file, training starts over.
-        epochs: its number of epochs.
-        best_epoch: its best epoch, 1-based.
+        state: what was loaded from it.
     Returns:
         the folders of the copy.
     Raises:
@@ -206,13 +211,14 @@ def archive_later_epochs(run: Run, loaded: Path, epochs: int, best_epoch: int) -
         raise cannot_write(places[0][1].parent, error) from None
     if loaded.exists():
         latest, best = run.checkpoints / LATEST, run.checkpoints / BEST
+        own = is_own(run, loaded)
         if not is_same(loaded, latest):
             replace(latest, loaded)
-        if checkpoint.epochs(best) > epochs:
-            if best_epoch == epochs:
+        if best.exists() and (not own or checkpoint.epochs(best) > state.epoch):
+            if state.best_epoch == state.epoch:
                 replace(best, loaded)
             else:
-                best.unlink()  # of an epoch that will be trained again; the archive has it
+                best.unlink()  # of an epoch that will be trained again, or of another run; the archive has it
     ends = (run.log / confusion.FILE, run.log / page.FILE)  # results of the last epoch
     for path in (*(run.saved / name for name in SUSPECTS), *ends, *run.log.glob("*.png")):
         path.unlink(missing_ok=True)
@@ -258,6 +264,11 @@ def replace(path: Path, source: Path) -> None:
 def is_same(one: Path, other: Path) -> bool:
     """Return whether two paths are the same file."""
     return one.exists() and other.exists() and one.samefile(other)
+
+
+def is_own(run: Run, checkpoint: Path) -> bool:
+    """Return whether a checkpoint is one of the run's."""
+    return any(is_same(checkpoint, own) for own in run.checkpoints.glob("*.pt"))
 
 
 def unused(path: Path) -> Path:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from utils.errors import UserError
 from utils.paths import PROJECT
 
 DEFAULT_TARGET = 3  # the target class of the paper's experiments
+SMALLEST = 2.0**-126  # the smallest normal float32
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,11 @@ def check(config: Config, reader: Reader) -> None:
     for key, value in nested.items():
         if value is not None and value != c:
             reader.fail(key, value, f"num_classes is {c}: give {c} or leave the key out")
+    sharpest = config.semi.mixmatch.temperature
+    if c ** (-1 / sharpest) < SMALLEST:
+        least = math.log(c) / -math.log(SMALLEST)
+        remedy = f"probabilities of {c} classes, sharpened so much, are 0 in float32: must be at least {least:.2g}"
+        reader.fail("semi.mixmatch.temperature", sharpest, remedy)
     if config.backdoor is None:
         if config.defense.settings.needs_clean and config.seed_samples is None and not config.poisoned_already:
             remedy = "required with backdoor: null: give a list (one image name per line) or a folder of clean images"
@@ -203,8 +210,9 @@ def check_processes(config: Config, processes: int) -> None:
     }
     own = as_dict(config.defense.settings)
     sizes |= {f"defense.{config.defense.name}.{key}": size for key, size in own.items() if key.endswith("batch_size")}
+    unread = config.defense.settings.unread
     for key, size in sizes.items():
-        if size % processes:
+        if size % processes and not any(key.startswith(f"{section}.") for section in unread):
             raise UserError(f"{key}: {size}: must be a multiple of {processes}, the number of processes")
     if processes > 1 and config.runtime.mode == "graph":
         raise UserError(f"runtime.mode: graph: supports one process, not {processes}: set runtime.mode=auto or eager")
@@ -214,12 +222,14 @@ def check_processes(config: Config, processes: int) -> None:
 
 
 def run_name(path: Path) -> str:
-    """Return the run's name: `a/b` for config/a/b.yaml; the file name of a YAML outside config/."""
+    """Return the run's name: `a/b` for config/a/b.yaml; the file name of a YAML outside config/.
+
+    Characters that a name may not have become hyphens, e.g. `my run.yaml` gives `my-run`.
+    """
     stem = path.resolve().with_suffix("")
-    for folder in (Path.cwd().resolve() / "config", PROJECT / "config"):
-        if stem.is_relative_to(folder):
-            return stem.relative_to(folder).as_posix()
-    return path.stem
+    inside = next((f for f in (Path.cwd().resolve() / "config", PROJECT / "config") if stem.is_relative_to(f)), None)
+    parts = stem.relative_to(inside).parts if inside else (path.stem,)
+    return "/".join(re.sub(r"[^\w.-]+|\.\.+", "-", part).strip(".-") or "run" for part in parts)
 
 
 def to_yaml(config: Config) -> str:

@@ -57,7 +57,11 @@ class Reader:
         for name, key in keys.items():
             if key.required and name not in raw:
                 self.fail(join(path, name), None, f"missing; give {key.help or 'a value'}")
-        return schema(**values)
+        settings = schema(**values)
+        if hasattr(settings, "contradiction") and (found := settings.contradiction()):
+            name, expected = found
+            self.fail(join(path, name), getattr(settings, name), expected)
+        return settings
 
     def named(self, choices: Choices, raw: Any, path: str, siblings: Sequence[str] = ()) -> Named:
         """Build a choice: exactly one known name, holding its settings; a bare name means its defaults.

@@ -30,7 +30,12 @@ class SGD:
     lr: float = setting(0.1, "learning rate", above=0)
     momentum: float = setting(0.0, "momentum", low=0, below=1)
     weight_decay: float = setting(0.0, "L2 penalty", low=0)
-    nesterov: bool = setting(False, "Nesterov's momentum")
+    nesterov: bool = setting(False, "Nesterov's momentum; needs a momentum above 0")
+
+    def contradiction(self) -> tuple[str, str] | None:
+        """Return a key and what is expected of it, if the settings contradict each other."""
+        wrong = self.nesterov and not self.momentum
+        return ("nesterov", "needs a momentum: set momentum, e.g. 0.9, or leave this out") if wrong else None
 
 
 @dataclass(frozen=True)

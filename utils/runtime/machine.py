@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -118,6 +119,16 @@ class Machine:
             value = value.clone()
             dist.all_reduce(value)
         return value
+
+    def agree(self, text: str) -> bool:
+        """Return whether all processes pass the same text."""
+        if self.world_size == 1:
+            return True
+        lowest = torch.tensor([int(sha256(text.encode()).hexdigest()[:15], 16)], device=self.device)
+        highest = lowest.clone()
+        dist.all_reduce(lowest, dist.ReduceOp.MIN)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return bool(lowest == highest)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return the model to call in training: DistributedDataParallel if there are several processes.

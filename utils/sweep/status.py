@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from utils.config.compatibility import refuse_other_settings
-from utils.config.schema import as_dict, stand_ins
+from utils.config.schema import as_dict
 from utils.errors import UserError
 from utils.files import write_text
 from utils.metrics import SHARES, read_rows
@@ -65,12 +65,15 @@ def is_tested(job: Job, last: dict[str, Any], tested: dict[str, Any]) -> bool:
 
 
 def has_settings(job: Job) -> bool:
-    """Return whether the run in the folder was made with the settings of the sweep; ASD.py refuses to go on otherwise."""
+    """Return whether the run in the folder was made with the settings of the sweep.
+
+    The data are not read: settings that name them are compared as text. If they differ, the run does not count as finished,
+    and ASD.py decides by the contents. `dataset_dir` alone may differ: the same data can be in another place.
+    """
     path = job.run.saved / "config.yaml"
     try:
         kept = yaml.safe_load(path.read_text(encoding="utf-8"))
-        names = {key for key, _, _ in stand_ins(job.config)}
-        refuse_other_settings(path, {"config": kept, "data": True}, as_dict(job.config), names)
+        refuse_other_settings(path, {"config": kept}, as_dict(job.config))
     except (OSError, ValueError, yaml.YAMLError, UserError):
         return False
     return True
