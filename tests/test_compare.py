@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from training import metrics_row
 
 from utils import compare, manifest
 from utils.errors import UserError
@@ -19,19 +20,15 @@ from utils.errors import UserError
 
 def make_run(folder: Path, seed: int, defense: str, acc: float | None, asr: float | None, **changes: Any) -> Path:
     """Make the folder of a run with two epochs; the last one has the given figures."""
+    split = {"clean_pool_size": 40, "poisoned_in_clean_pool": seed}
     rows = [
-        {
-            "epoch": epoch,
-            "defense": defense,
-            "clean_accuracy": None if acc is None else acc * (epoch + 1) / 2,
-            "attack_success_rate": asr,
-            "robust_accuracy": None if asr is None else 1 - asr,
-            "clean_pool_size": 40 if defense == "asd" else None,
-            "poisoned_in_clean_pool": seed if defense == "asd" else None,
-            "seconds": 10.0 + seed,
-        }
+        metrics_row(
+            epoch, defense=defense, clean_accuracy=None if acc is None else acc * (epoch + 1) / 2, attack_success_rate=asr,
+            robust_accuracy=None if asr is None else 1 - asr, seconds=10.0 + seed,
+            **(split if defense == "asd" else dict.fromkeys(split)),
+        )
         for epoch in range(2)
-    ]
+    ]  # fmt: skip
     (folder / "log").mkdir(parents=True)
     (folder / "log" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"seed": {"seed": seed}, "run": folder.name, "defense": defense} | changes

@@ -23,6 +23,7 @@ import torch
 import yaml
 from conftest import REPOSITORY, TINY, run_script
 from PIL import Image
+from training import metrics_row
 
 EPOCHS, TRAIN, TEST, STEPS = 6, 200, 43, 40
 STAGES = ["class-aware"] * 2 + ["class-agnostic"] * 2 + ["meta-split"] * 2
@@ -148,6 +149,7 @@ def test_metrics_have_a_row_an_epoch(finished: Place) -> None:
     rows = finished.rows()
     assert [row["epoch"] for row in rows] == list(range(EPOCHS))
     assert [row["stage"] for row in rows] == STAGES
+    assert all(row.keys() == metrics_row(0).keys() for row in rows), "other tests use such rows"
     assert [row["clean_pool_size"] for row in rows] == [20, 40, 100, 100, 100, 100]
     for e, row in enumerate(rows):
         assert row["defense"] == "asd"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from training import metrics_row
 
 from utils.reporting import confusion, page
 
@@ -46,15 +47,6 @@ class Reader(HTMLParser):
     def handle_data(self, data: str) -> None:
         """Record a text."""
         self.texts.append(data)
-
-
-def row(epoch: int, **changes: Any) -> dict[str, Any]:
-    """A row of metrics.jsonl."""
-    return {
-        "epoch": epoch, "defense": "asd", "stage": "meta-split", "clean_accuracy": 0.9341, "attack_success_rate": 0.0118,
-        "robust_accuracy": 0.9, "clean_as_target": 0.01, "clean_pool_size": 50, "polluted_pool_size": 50,
-        "poisoned_in_clean_pool": 3, "split_tpr": 0.25, "split_fpr": 0.4896, "loss": 1.5, "seconds": 2.0,
-    } | changes  # fmt: skip
 
 
 def make_run(folder: Path, rows: list[dict[str, Any]], names: list[str], plots: tuple[str, ...] = ()) -> Path:
@@ -95,7 +87,9 @@ PLOTS = ("log/accuracy.png", "log/purity.png", "log/split_class-aware.png", "log
 def test_the_page_has_all_parts_of_a_run(tmp_path: Path) -> None:
     """The page has the figures of the last epoch in %, every plot byte for byte, every epoch, classes, suspects and
     settings."""
-    folder = make_run(tmp_path / "run", [row(0, clean_accuracy=0.123456), row(1)], ["cat", "dog", "frog"], PLOTS)
+    folder = make_run(
+        tmp_path / "run", [metrics_row(0, clean_accuracy=0.123456), metrics_row(1)], ["cat", "dog", "frog"], PLOTS
+    )
     write_suspects(folder, ["cat/1.png"])
     reader = read_page(folder)
     sources = [attributes["src"] or "" for tag, attributes in reader.tags if tag == "img"]
@@ -109,7 +103,7 @@ def test_the_page_has_all_parts_of_a_run(tmp_path: Path) -> None:
 
 def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
     """The page has no script, link or address, and its policy allows only embedded images and its own style."""
-    folder = make_run(tmp_path / "run", [row(0)], HOSTILE, PLOTS)
+    folder = make_run(tmp_path / "run", [metrics_row(0)], HOSTILE, PLOTS)
     write_suspects(folder, HOSTILE)
     reader = read_page(folder, HOSTILE[1])
     used = {tag for tag, _ in reader.tags}
@@ -128,7 +122,7 @@ def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
 def test_every_text_of_a_run_is_escaped(tmp_path: Path, name: str) -> None:
     """Class, file, run and attack names are shown as text, wherever the page has them."""
     names = [name, "dog"]
-    folder = make_run(tmp_path / "run", [row(0, stage=name)], names)
+    folder = make_run(tmp_path / "run", [metrics_row(0, stage=name)], names)
     (folder / "config.yaml").write_text(f"run: {name}\n", encoding="utf-8", errors="replace")
     write_suspects(folder, names)
     reader = read_page(folder, name)
@@ -146,7 +140,7 @@ def test_what_is_unknown_is_left_out(tmp_path: Path, defense: str) -> None:
         ("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target", "poisoned_in_clean_pool", "split_tpr",
          "split_fpr", *(("clean_pool_size", "polluted_pool_size") if defense == "none" else ()))
     )  # fmt: skip
-    reader = read_page(make_run(tmp_path / "run", [row(0, **unknown, defense=defense)], []))
+    reader = read_page(make_run(tmp_path / "run", [metrics_row(0, **unknown, defense=defense)], []))
     text = " ".join(reader.texts)
     for word in ("None", "null", "nan", "ACC", "ASR", "TPR", "Suspect", "Triggered", "by class", "Training"):
         assert word not in text, word
@@ -156,14 +150,14 @@ def test_what_is_unknown_is_left_out(tmp_path: Path, defense: str) -> None:
 
 def test_rows_of_an_earlier_version_are_shown(tmp_path: Path) -> None:
     """For a run that is older than a key of metrics.jsonl, its cells are empty."""
-    old = {key: value for key, value in row(0).items() if not key.startswith("split_")}
-    reader = read_page(make_run(tmp_path / "run", [old, row(1)], []))
+    old = {key: value for key, value in metrics_row(0).items() if not key.startswith("split_")}
+    reader = read_page(make_run(tmp_path / "run", [old, metrics_row(1)], []))
     assert "split tpr" in reader.texts and "0.25" in reader.texts
 
 
 def test_a_matrix_with_an_empty_class(tmp_path: Path) -> None:
     """A class without test images has no accuracy, and a class that is never mistaken for another has no rival."""
-    folder = make_run(tmp_path / "run", [row(0)], ["cat", "dog"])
+    folder = make_run(tmp_path / "run", [metrics_row(0)], ["cat", "dog"])
     matrix = torch.tensor([[0, 0], [0, 5]])
     text = confusion.to_json({"epoch": 0, "class_names": [], **confusion.figures(confusion.ByClass(matrix))})
     (folder / "log" / confusion.FILE).write_text(text)

@@ -121,6 +121,13 @@ def test_every_named_function_is_in_the_linked_file(page: Path) -> None:
         assert re.search(rf"^(def|class) {name}\b", source, re.M), f"{name} in {target}"
 
 
+def test_the_pages_have_what_these_tests_check() -> None:
+    """Links to functions, commands and examples are found in the form in which they are written."""
+    text = "".join((REPOSITORY / page).read_text() for page in GUIDES)
+    assert len(re.findall(r"\[`\w+`\]\([^)]+\.py\)", text)) > 20
+    assert len(re.findall(r"```sh\n", text)) > 10 and len(re.findall(r"```yaml\n", text)) > 4
+
+
 @pytest.fixture(scope="module")
 def options() -> str:
     """Return the options of both scripts."""

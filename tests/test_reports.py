@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
+from training import metrics_row
 
 from utils import config
 from utils.logs import Screen
@@ -36,27 +37,16 @@ STAGES = ("class-aware", "class-agnostic", "meta-split")
 
 def rows(count: int, defense: str = "asd") -> list[dict[str, Any]]:
     """Return the history of a run of so many epochs."""
+    asd = defense == "asd"
     out = []
     for e in range(count):
-        asd = defense == "asd"
-        out.append(
-            {
-                "epoch": e,
-                "defense": defense,
-                "stage": STAGES[min(e // 2, 2)] if asd else "undefended",
-                "clean_accuracy": 0.9341 - 0.01 * e,
-                "attack_success_rate": 0.0118 + 0.02 * e,
-                "clean_pool_size": 100 + e if asd else None,
-                "polluted_pool_size": 900 - e if asd else None,
-                "poisoned_in_clean_pool": e if asd else None,
-                "loss": 1.25 + e,
-                "loss_x": 0.75 + e if asd else None,
-                "loss_u": 0.125 if asd else None,
-                "lambda_u": 4.0 if asd else None,
-                "learning_rate": 0.002,
-                "seconds": 12.5,
-            }
-        )
+        figures = {"clean_accuracy": 0.9341 - 0.01 * e, "attack_success_rate": 0.0118 + 0.02 * e, "loss": 1.25 + e}
+        pools = {"clean_pool_size": 100 + e, "polluted_pool_size": 900 - e, "poisoned_in_clean_pool": e}
+        losses = {"loss_x": 0.75 + e, "loss_u": 0.125, "lambda_u": 4.0}
+        split = pools | losses | dict.fromkeys(("split_tpr", "split_fpr"))
+        stage = STAGES[min(e // 2, 2)] if asd else "undefended"
+        own = split if asd else dict.fromkeys(split)
+        out.append(metrics_row(e, defense=defense, stage=stage, seconds=12.5, **figures, **own))
     return out
 
 
