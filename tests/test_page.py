@@ -87,9 +87,8 @@ PLOTS = ("log/accuracy.png", "log/purity.png", "log/split_class-aware.png", "log
 def test_the_page_has_all_parts_of_a_run(tmp_path: Path) -> None:
     """The page has the figures of the last epoch in %, every plot byte for byte, every epoch, classes, suspects and
     settings."""
-    folder = make_run(
-        tmp_path / "run", [metrics_row(0, clean_accuracy=0.123456), metrics_row(1)], ["cat", "dog", "frog"], PLOTS
-    )
+    rows = [metrics_row(0, stage="class-aware", clean_accuracy=0.123456), metrics_row(1)]
+    folder = make_run(tmp_path / "run", rows, ["cat", "dog", "frog"], PLOTS)
     write_suspects(folder, ["cat/1.png"])
     reader = read_page(folder)
     sources = [attributes["src"] or "" for tag, attributes in reader.tags if tag == "img"]
