@@ -39,6 +39,7 @@ FURTHER = {
     "adaptive_blend": "Adaptive-Blend", "all_to_all": "BadNets, all-to-all",
 }  # fmt: skip
 TITLES = MAIN | FURTHER
+PUBLISHED = {"wanet_published": "WaNet, 5 %, s 0.5", "refool_published": "Refool, 5 %", "clb_eps8": "CLB, eps 8"}
 STAGES = ("class-aware", "class-agnostic", "meta-split", "undefended")
 KEYS = ("clean_accuracy", "attack_success_rate", "clean_as_target", "robust_accuracy")
 NAMES = tuple(metrics.SHARES[key] for key in KEYS)
@@ -276,6 +277,7 @@ def page(folder: Path, runs: Runs) -> str:
         "authors": "{setting} ({source})".format_map(read(folder / "authors_run.json")),
         "overview": overview(runs, MAIN),
         "further": overview(runs, FURTHER),
+        "published": overview(runs, PUBLISHED),
         "targets": per_run(("target", "last epoch", f"mean of the last {LAST}", ""), runs.defended, runs,
                            lambda run: target_rows(run, runs)),
         "stages": per_run(("at", *NAMES, "poisoned in the clean pool"), runs.names, runs, stage_rows),

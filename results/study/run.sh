@@ -73,9 +73,12 @@ run wanet/asd-102 cifar10_study "$wanet" seed.seed=102
 run gtsrb_badnets/undefended gtsrb_study defense=none num_epochs=20
 run gtsrb_badnets/asd gtsrb_study
 run wanet_published/undefended cifar10_study_undefended "backdoor={wanet: {}}"
+run wanet_published/asd cifar10_study "backdoor={wanet: {}}"
 run wanet_s1/undefended cifar10_study_undefended "backdoor={wanet: {s: 1.0}}"
 run refool_published/undefended cifar10_study_undefended "$refool" backdoor.poison_ratio=0.05
+run refool_published/asd cifar10_study "$refool" backdoor.poison_ratio=0.05
 run clb_eps8/undefended cifar10_study_undefended "$clb" backdoor.clb.eps=8
+run clb_eps8/asd cifar10_study "$clb" backdoor.clb.eps=8
 run clb_eps16/undefended cifar10_study_undefended "$clb" backdoor.clb.eps=16
 run clb_half/undefended cifar10_study_undefended "$clb" backdoor.clb.eps=16 backdoor.poison_ratio=0.5
 run lookalike_all/undefended cifar10_study_undefended "$lookalike" backdoor.lookalike.share=1.0
