@@ -13,6 +13,7 @@ from utils.draws import numpy_generator
 from utils.errors import UserError, one_line
 from utils.files import write_atomically
 
+AGAIN = "move the file away to draw it again, or start over with --resume False"
 SelectionScores = Callable[[], np.ndarray | None]
 
 
@@ -127,35 +128,45 @@ def poison_index(
     Raises:
         UserError: the file cannot be read, or does not fit the data and the settings.
     """
-    b = config.attacker
-    allowed = may_be_poisoned(config, labels, clean_label)
     if not path.exists():
         index = choose_poisoned(config, labels, clean_label, selection_scores)
         write_atomically(path, lambda file: np.save(file, index, allow_pickle=False))
         return index
-    remedy = "move the file away to draw it again, or start over with --resume False"
+    poisoned = read_index(path, len(labels))
+    if wrong := misfit(poisoned, config, labels, clean_label):
+        raise UserError(f"{path}: {wrong}: {AGAIN}")
+    return poisoned.astype(np.float64)
+
+
+def read_index(path: Path, count: int) -> np.ndarray:
+    """Return which of `count` images the file says are poisoned, (N,) bool.
+
+    Raises:
+        UserError: the file cannot be read, or has another form.
+    """
     try:
         index = np.load(path, allow_pickle=False)
     except Exception as error:  # numpy passes on the exceptions of many parsers
-        raise UserError(f"{path}: not an array of numbers ({one_line(error)}): {remedy}") from None
-    if not isinstance(index, np.ndarray) or index.shape != labels.shape:
+        raise UserError(f"{path}: not an array of numbers ({one_line(error)}): {AGAIN}") from None
+    if not isinstance(index, np.ndarray) or index.shape != (count,):
         shape = getattr(index, "shape", "no array")
-        raise UserError(f"{path}: shape {shape}: the training set has {len(labels)} images: {remedy}")
+        raise UserError(f"{path}: shape {shape}: the training set has {count} images: {AGAIN}")
     if index.dtype.kind not in "fiub" or not np.isin(index, (0, 1)).all():
-        raise UserError(f"{path}: contains values other than 0 and 1: {remedy}")
-    poisoned = index == 1
+        raise UserError(f"{path}: contains values other than 0 and 1: {AGAIN}")
+    return np.asarray(index == 1)
+
+
+def misfit(poisoned: np.ndarray, config: Config, labels: np.ndarray, clean_label: bool) -> str | None:
+    """Return why the settings cannot have given these poisoned images, (N,) bool, of labels (N,); None if they can."""
+    b, allowed = config.attacker, may_be_poisoned(config, labels, clean_label)
     if (poisoned & ~allowed).any():
-        which = "other classes than" if clean_label else "the target class"
-        raise UserError(f"{path}: poisons images of {which} {b.target_label}: {remedy}")
-    candidates = int(allowed.sum())
+        return f"poisons images of {'other classes than' if clean_label else 'the target class'} {b.target_label}"
     if b.poison_mode == "exact":
-        expected, slack = float(int(b.poison_ratio * (candidates if clean_label else len(labels)))), 0.0
+        expected, slack = float(exact_count(allowed, b.poison_ratio, clean_label)), 0.0
     else:
-        expected = b.poison_ratio * candidates
+        expected = b.poison_ratio * int(allowed.sum())
         slack = 5 * (expected * (1 - b.poison_ratio)) ** 0.5 + 1  # five standard deviations of a binomial count
     if abs(poisoned.sum() - expected) > slack:
-        raise UserError(
-            f"{path}: {int(poisoned.sum())} poisoned images, but backdoor.poison_ratio {b.poison_ratio} means about "
-            f"{expected:.0f}: {remedy}"
-        )
-    return index.astype(np.float64)
+        found = f"{int(poisoned.sum())} poisoned images"
+        return f"{found}, but backdoor.poison_ratio {b.poison_ratio} means about {expected:.0f}"
+    return None
