@@ -70,6 +70,22 @@ def test_other_settings_are_other_rows(
     assert lines[2].index("50.00") == lines[0].index("ACC")
 
 
+def test_runs_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run has its whole name, two runs of one seed are two rows, and without an attack nothing is unknown."""
+    clean = {"backdoor": {"poison_ratio": 0}}
+    folders = [make_run(tmp_path / name, 1, "asd", 0.5, 0.5) for name in ("a", "b")]
+    folders.append(make_run(tmp_path / "c", 1, "asd", 0.5, None, **clean))
+    for folder in folders:
+        path = folder / "config.yaml"
+        path.write_text(path.read_text().replace(f"run: {folder.name}", f"run: sweep/{folder.name}/seed-1"))
+    run_main(monkeypatch, *folders, "--markdown", "--plot", tmp_path / "c.png")
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:5]]
+    assert [row[0] for row in rows] == [f"| sweep/{name}/seed-1" for name in "abc"]
+    assert rows[2][3:5] == ["-", "-"] and rows[0][3] == "50.00 %"
+    with pytest.raises(UserError, match="is given twice"):
+        run_main(monkeypatch, folders[0], f"{folders[0]}/")
+
+
 @pytest.mark.parametrize(
     ("found", "cell"),
     [({"cover_in_clean_pool": 0}, "1 of 40 (and 0 cover)"), ({"poisoned_in_clean_pool": None}, "unknown of 40")],

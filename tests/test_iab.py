@@ -347,6 +347,13 @@ def test_a_surrogate_with_another_number_of_classes_is_refused(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_images_that_are_too_small_are_refused(tmp_path: Path) -> None:
+    """The networks halve the image three times."""
+    with pytest.raises(UserError, match=r"backdoor\.iab: images of 7 x 7 pixels: .*at least 8"):
+        Attack(QUICK, context(tmp_path, side=7))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("target_class", [False, True])
 def test_training_ends_without_test_images_of_other_classes(tmp_path: Path, target_class: bool) -> None:
     """The networks are trained although there is no image to measure the surrogate's ASR on; no ASR is logged."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import logged
 from training import train_here
 
 from data.loading import load_data
@@ -86,6 +87,12 @@ def test_arrays_become_an_exported_set(tiny: Path, tmp_path: Path, mine: Arrays)
             assert np.array_equal(array, getattr(getattr(two, part), name)), (part, name)
     assert two.class_names == one.class_names
     assert two.backdoor.poison_ratio == pytest.approx(mine["train_poisoned"].mean())
+    with logged() as said:
+        export.export(settings, tmp_path / "copy", torch.device("cpu"))
+    assert "contains this set already" in said[-1]
+    other, _ = plan(tiny, mine | {"train_images": 255 - mine["train_images"]})
+    with pytest.raises(UserError, match="another name"):
+        export.export(other, tmp_path / "copy", torch.device("cpu"))
 
 
 def test_optional_arrays_and_other_labels(tiny: Path, mine: Arrays) -> None:

@@ -128,16 +128,16 @@ def test_average_precision_is_the_mean_precision_at_each_poisoned_image(pairs: l
 
 def test_quality_of_a_perfect_and_of_a_reversed_ranking() -> None:
     """suspects.json has the counts and each score separately: correct losses and reversed epochs give AUROC 1 and 0; cover
-    images do not count as poisoned."""
+    images count neither as poisoned nor as clean, whatever their score."""
     flags = np.array([0, 1, 2, 0, 1, 0], np.uint8)
-    found = suspects.quality(evidence([0.1, 5, 0.2, 0.3, 4, 0.4], [1, 9, 1, 1, 8, 1]), flags)
+    found = suspects.quality(evidence([0.1, 5, 9.0, 0.3, 4, 0.4], [1, 9, 0, 1, 8, 1]), flags)
     assert found["counts"] == {"images": 6, "poisoned": 2, "cover": 1}
     for name in ("margin", "split_loss"):
-        assert found["measures"][name].pop("precision_of_first_100") == pytest.approx(2 / 6)  # there are six images
+        assert found["measures"][name].pop("precision_of_first_100") == pytest.approx(2 / 5)  # there are five images
         assert set(found["measures"][name].values()) == {1.0}, name
     outside = found["measures"]["epochs_outside_clean_pool"]
     assert outside["auroc"] == 0.0 and outside["precision_at_true_count"] == 0.0 == outside["recall_at_true_count"]
-    assert outside["average_precision"] == pytest.approx((1 / 5 + 2 / 6) / 2)
+    assert outside["average_precision"] == pytest.approx((1 / 4 + 2 / 5) / 2)
     assert json.loads(json.dumps(found)) == found
 
 

@@ -239,6 +239,13 @@ def test_a_file_that_is_not_a_yaml_mapping_is_refused(tmp_path: Path, text: str)
     assert "\n" not in str(error.value)
 
 
+def test_values_of_one_axis_add_up(tmp_path: Path) -> None:
+    """`--only` may be repeated for an axis."""
+    path = write(tmp_path, SWEEP)
+    chosen = [job.name for job in read(path, (), ["seed=1", "seed=2"]).jobs]
+    assert chosen == [job.name for job in read(path, (), ["seed=1,2"]).jobs] and len(chosen) == 16
+
+
 @pytest.mark.parametrize("only", ["seed", "sed=1", "seed=4", "seed="])
 def test_a_wrong_choice_is_refused(tmp_path: Path, only: str) -> None:
     """`--only` names axes and values of the sweep file."""
@@ -335,6 +342,40 @@ def test_figures_of_other_weights_or_settings_do_not_count(tmp_path: Path) -> No
     assert state_of(read(tmp_path / "grid.yaml", ["data.placement=host"]), NAME) == "finished"
 
 
+def test_a_test_of_something_else_does_not_count(tmp_path: Path) -> None:
+    """Figures of a later test with another trigger or on other images are not those of the run."""
+    plan = read(write(tmp_path, SWEEP))
+    saved = fake(plan, NAME, {"clean_accuracy": 0.5, "attack_success_rate": 0.9})
+    for other in ({"clean_accuracy": 0.5, "attack_success_rate": 0.6}, {"clean_accuracy": 0.5}):
+        (saved / "log" / "test.json").write_text(json.dumps({"epoch": 1} | other))
+        assert state_of(plan, NAME) != "finished"
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("backdoor.poison_ratio=0.3", ["poison_ratio: 0: is overridden"]),
+        ("backdoor={blend: {}}", ["attack: patch: is overridden"]),
+        ("seed={seed: 7}", ["seed: 1: is overridden"]),
+        ("run=mine", ["run=mine", "named after their values"]),
+    ],
+)
+def test_a_setting_that_overrides_an_axis_is_refused(tmp_path: Path, setting: str, words: list[str]) -> None:
+    """No run has a name that its settings contradict."""
+    with pytest.raises(UserError) as error:
+        read(write(tmp_path, SWEEP), [setting])
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_an_axis_that_overrides_another_is_refused(tmp_path: Path) -> None:
+    """Settings of one axis may add to those of another, but not change them."""
+    attack = {"patch": {}, "mix": {"backdoor": {"poison_ratio": 0.25, "blend": {"alpha": 0.3}}}}
+    axes = {"backdoor.poison_ratio": [0.01, 0.1], "attack": attack}
+    with pytest.raises(UserError, match=r"mix: poison_ratio: 0\.01: is overridden"):
+        read(write(tmp_path, {"config": "tiny.yaml", "axes": axes}))
+    assert len(read(write(tmp_path, SWEEP), ["backdoor.poison_mode=exact"]).jobs) == 24
+
+
 def test_the_line_of_a_failure() -> None:
     """The last line with an error counts, a progress bar does not; without one the last line."""
     assert status.last_line("a\nASD.py: error: no such file\nbye\n") == "ASD.py: error: no such file"
@@ -370,6 +411,37 @@ def mean_and_spread(values: list[float]) -> str:
 def cells(text: str) -> list[list[str]]:
     """The rows of all Markdown tables of a text."""
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_the_der_does_not_depend_on_what_is_shown(tmp_path: Path) -> None:
+    """A run that `--only` leaves out is still the undefended baseline of others."""
+    plan, _ = filled(tmp_path)
+    everything = {record.job.name: record.der for record in table.records_of(plan, states_of(plan))}
+    some = read(plan.path, (), ["defense=asd"])
+    found = {record.job.name: record.der for record in table.records_of(some, states_of(some))}
+    assert len(found) == 12 and found.items() <= everything.items() and any(found.values())
+
+
+def test_a_figure_of_some_runs_says_of_how_many(tmp_path: Path) -> None:
+    """If the undefended run of a seed has failed, the DER is that of the other seeds, and is marked."""
+    plan, _ = filled(tmp_path)
+    (job,) = (job for job in plan.jobs if job.name == "grid/patch/poison_ratio-0.1/none/seed-2")
+    (job.run.log / "test.json").unlink()
+    text = table.to_markdown(plan, table.records_of(plan, states_of(plan)))
+    marked = [row for row in cells(text) if any("(of 2)" in cell for cell in row)]
+    assert [row[:2] for row in marked[:1]] == [["patch", "0.1"]] and not any("(of" in cell for cell in cells(text)[2])
+
+
+def test_a_table_without_rows(tmp_path: Path) -> None:
+    """If every axis is a column or the repeats, the figures of a column stand in one row."""
+    axes = {"defense": ["none", "asd"], "seed.seed": [1, 2]}
+    roles = {"columns": ["defense"], "repeats": "seed", "cells": ["ACC", "ASR"]}
+    plan = read(write(tmp_path, {"config": "tiny.yaml", "axes": axes, **roles}))
+    for job in plan.jobs:
+        fake(plan, job.name, {"clean_accuracy": 0.5, "attack_success_rate": 0.25})
+    found = cells(table.to_markdown(plan, table.records_of(plan, states_of(plan))))
+    assert found[0] == ["", "none", "asd"] and found[3] == ["ACC / ASR", *["50.00 ± 0.00 / 25.00 ± 0.00"] * 2]
+    assert found[4] == ["mean seconds", "21", "21"]
 
 
 def test_means_and_deviations_are_those_of_the_repeats(tmp_path: Path) -> None:
@@ -492,7 +564,7 @@ def test_a_compact_table_has_all_figures_in_a_cell(tmp_path: Path) -> None:
     der = f"{statistics.fmean(ders):.3f} ± {statistics.stdev(ders):.3f}"
     assert found[3][:2] == ["patch", " / ".join([*shares, der])] and found[3][2].endswith(" / -")
     assert found[4][1].endswith(" (1 of 2 runs)") and found[4][2:] == ["not finished"] * 2
-    assert found[5][0] == "seconds" and "Each cell: ACC / ASR / RA / DER." in text
+    assert found[5][0] == "mean seconds" and "Each cell: ACC / ASR / RA / DER." in text
     assert "Somebody, 2021." in text and ["patch", "-", "95 / 100", "-"] in found and ["mix", "-", "-", "-"] in found
 
 

@@ -37,7 +37,7 @@ COLUMNS = {
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Return a run's name, settings without the seed, rows of `metrics.jsonl`, and digest of its data (None: not recorded)."""
+    """Return a run's name, settings without the seed, rows of `metrics.jsonl`, and digest of its data (None: unknown)."""
     try:
         data = data_digest(folder / manifest.FILE)
         rows = read_rows(folder / "log" / metrics.FILE)
@@ -51,9 +51,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: not the folder of a run ({what}): give <saved_dir>/<run>") from None
     if not rows:
         raise UserError(f"{folder}: the run has not finished an epoch yet")
-    seed = settings.pop("seed")["seed"]
-    settings.pop("run", None)
-    return {"name": folder.name, "seed": seed, "settings": settings, "rows": rows, "data": data}
+    seed, name = settings.pop("seed")["seed"], str(settings.pop("run", None) or folder.name)
+    return {"name": name, "seed": seed, "settings": settings, "rows": rows, "data": data}
 
 
 def data_digest(path: Path) -> str | None:
@@ -66,10 +65,11 @@ def data_digest(path: Path) -> str | None:
 
 
 def group(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Group the runs whose settings are equal except for the seed, in the order given."""
+    """Group the runs whose settings are equal except for the seed, in the order given; no seed twice in a group."""
     groups: list[list[dict[str, Any]]] = []
     for run in runs:
-        same = next((g for g in groups if g[0]["settings"] == run["settings"]), None)
+        alike = (g for g in groups if g[0]["settings"] == run["settings"])
+        same = next((g for g in alike if run["seed"] not in [other["seed"] for other in g]), None)
         if same is None:
             groups.append([run])
         else:
@@ -86,10 +86,16 @@ def spread(values: list[float], form: str) -> str:
     return f"{mean:{form}} ± {statistics.stdev(values):{form}} ({low} to {high})"
 
 
-def share_text(shares: list[float | None]) -> str:
-    """Return the `spread` in %, or `unknown` if there were no images to test on."""
+def share_text(shares: list[float | None], missing: str) -> str:
+    """Return the `spread` in %, or `missing` if there were no images to test on."""
     known = [100 * share for share in shares if share is not None]
-    return spread(known, ".2f") + " %" if known else "unknown"
+    return spread(known, ".2f") + " %" if known else missing
+
+
+def attacked(run: dict[str, Any]) -> bool:
+    """Return whether a run has an attack, as far as its settings say."""
+    backdoor = run["settings"].get("backdoor")
+    return not isinstance(backdoor, dict) or backdoor.get("poison_ratio") != 0
 
 
 def pool_text(row: dict[str, Any]) -> str:
@@ -156,9 +162,9 @@ def table(groups: list[list[dict[str, Any]]]) -> list[tuple[str, ...]]:
         if last[0]["clean_pool_size"] is not None:
             pool = ", ".join(map(pool_text, last))
         seconds = [sum(row["seconds"] for row in run["rows"]) for run in runs]
-        shares = (
-            share_text([r.get(key) for r in last]) for key in ("clean_accuracy", "attack_success_rate", "robust_accuracy")
-        )
+        missing = "unknown" if attacked(runs[0]) else "-"
+        keys = ("clean_accuracy", "attack_success_rate", "robust_accuracy")
+        shares = (share_text([r.get(key) for r in last], missing) for key in keys)
         der = der_text(runs, [run for other in groups for run in other])
         out.append((name, last[0]["defense"], *shares, der, pool, spread(seconds, ".0f")))
     return out
@@ -175,6 +181,14 @@ def render(rows: list[tuple[str, ...]], markdown: bool) -> str:
     return "\n".join(lines)
 
 
+def title_of(runs: list[dict[str, Any]], groups: list[list[dict[str, Any]]]) -> str:
+    """Return the title of a group in the plot: its defense, or the run's name where several groups have that defense."""
+    defense = runs[0]["rows"][0]["defense"]
+    if sum(other[0]["rows"][0]["defense"] == defense for other in groups) > 1:
+        return str(runs[0]["name"])
+    return "no defense" if defense == UNDEFENDED else str(defense.upper())
+
+
 def main() -> None:
     """Read the command line, print the table, draw the plot."""
     parser: argparse.ArgumentParser = Parser(prog="utils.compare", description="Compare finished runs.")
@@ -182,10 +196,14 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="also plot ACC and ASR over epochs into this file")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     args = parser.parse_args()
+    places = [folder.resolve() for folder in args.folders]
+    for i, folder in enumerate(args.folders):
+        if places[i] in places[:i]:
+            raise UserError(f"{folder}: is given twice: give each run once")
     groups = group([read_run(folder) for folder in args.folders])
     print(render(table(groups), args.markdown))
     if args.plot:
-        histories = [[run["rows"] for run in runs] for runs in groups]
+        histories = {title_of(runs, groups): [run["rows"] for run in runs] for runs in groups}
         if not BestEffort().attempt(str(args.plot), draw_comparison, args.plot, histories):
             raise UserError(f"--plot {args.plot}: could not be drawn: see the warning above, or leave the option out")
         print(f"plot written to {args.plot}")

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1  # of the assets; changed when the same settings give other assets
 SHARE = 0.1  # share of backdoor images in a batch, and of cross images
 PIXELS = 2**18  # in a batch for the frozen G and M: 256 images of 32 x 32, 5 of 224 x 224
+LEAST = 8  # pixels, of an image's shorter side
 TRIED = 1000  # test images on which the surrogate's ASR is measured, at most
 
 
@@ -67,6 +68,12 @@ class Attack(AttackBase):
 
     def __init__(self, settings: Settings, context: AttackContext) -> None:
         check_classes("iab", settings.surrogate, context)
+        height, width = context.raw.train_images.shape[1:3]
+        if min(height, width) < LEAST:
+            raise UserError(
+                f"backdoor.iab: images of {width} x {height} pixels: its networks need at least {LEAST}: make the images "
+                "larger in transform.pre"
+            )
         self.cover_ratio, self.context = settings.cover_ratio, context
         key = mask_key(settings, context)
         mask_weights = keep_asset(context, "iab_mask", key, lambda: train_mask_network(settings, context))

@@ -18,7 +18,17 @@ from data.choice import choose_poisoned
 from data.contact_sheet import Group, columns, draw_contact_sheet
 from data.digests import digest_of_manifest
 from data.loading import dataset_of, load_data, load_raw
-from data.poisoned_sets.folder import INPUTS, KEYS, count, holds_same_set, settings_of_set, write_set
+from data.poisoned_sets.agreement import same_arrays
+from data.poisoned_sets.folder import (
+    INPUTS,
+    KEYS,
+    count,
+    description_of,
+    holds_same_set,
+    read_set,
+    settings_of_set,
+    write_set,
+)
 from data.poisoned_sets.stored import PARTS, StoredSet
 from data.poisoning import build_attack, clean_images, poison_images, training_caption, trigger_images
 from data.sets import NewClassifier, Part, RawData, no_network
@@ -28,6 +38,7 @@ from utils.errors import UserError
 from utils.kinds import COVER, POISONED
 from utils.paths import exists, is_dir
 from utils.reporting.best_effort import BestEffort
+from utils.run_files import STORED_SET
 
 logger = logging.getLogger(__name__)
 Shown = tuple[str, Part, Part, int, str]  # title, images, what they were made of, flag of those to show, name of the row
@@ -71,6 +82,9 @@ def export(
         if known and holds_same_set(out, settings, lambda: digest_of_manifest(config, load_raw(config))):
             logger.info(f"{out}: contains this set already, made with the same settings; its files match set.json")
             return
+        if write is write_arrays and config.poisoned_already and config.backdoor is None and holds_parts(out, convert(config)):
+            logger.info(f"{out}: contains this set already; its files match set.json")
+            return
         raise UserError(f"--out {out}: not empty, and not a set made with the same settings and data: give another name")
     made = convert(config) if config.poisoned_already and config.backdoor is None else make(config, device, new_classifier)
     write(out, made)
@@ -80,6 +94,17 @@ def export(
         f"{len(made.parts['clean_test'])} clean and {len(made.parts['backdoor_test'])} triggered test images; "
         f"{time.monotonic() - started:.1f} s"
     )
+
+
+def holds_parts(folder: Path, made: Made) -> bool:
+    """Return whether a folder is a poisoned set with these very arrays.
+
+    Raises:
+        UserError: the set is damaged.
+    """
+    if not (folder / STORED_SET).is_file():
+        return False
+    return same_arrays(read_set(folder).description, description_of(made.parts, made.settings))
 
 
 def make(config: Config, device: torch.device, new_classifier: NewClassifier) -> Made:

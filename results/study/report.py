@@ -309,7 +309,8 @@ def status(runs: Runs) -> str:
         f"without ASD, are finished for {len(SIX.keys() & set(both))} of the paper's six attacks{stopped}.",
         "The targets are an ACC of at least 83 % and within 5 points of the undefended network, and an ASR at most 3 points "
         "above the fraction of the same images that is classified as the target class even without the trigger, each at the "
-        f"last epoch and as the mean of the last {LAST}.",
+        f"last epoch and as the mean of the last {LAST}; the undefended ASR must be at least 95 % (WaNet 90 %). Without an "
+        "attack only the first difference counts; on GTSRB the ACC must be at least 93 % and the ASR at most 3 %.",
         f"All of them are met {situations(met)}; at least one is missed {situations(missed)}." if met and missed else "",
         f"All of them are met {situations(met)}." if met and not missed else "",
         f"At least one is missed {situations(missed)}." if missed and not met else "",

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from utils.config.stages import UNDEFENDED
 from utils.files import write_atomically
 from utils.kinds import KINDS
 from utils.reporting.projection import principal_components
@@ -173,11 +172,12 @@ def draw_features(path: Path, features: Tensor, groups: dict[str, dict[str, np.n
         figure.suptitle(f"{title}: penultimate features", fontsize=10, wrap=True)
 
 
-def draw_comparison(path: Path, groups: list[list[list[dict[str, Any]]]]) -> None:
-    """Plot ACC and ASR, in %, by epoch: one panel for each group of runs, one line for the history of each run."""
+def draw_comparison(path: Path, groups: dict[str, list[list[dict[str, Any]]]]) -> None:
+    """Plot ACC and ASR, in %, by epoch: one panel for each titled group of runs, one line for the history of each run."""
     with drawing(path, (5 * len(groups), 3.8), 1, len(groups), sharey=True) as (_, panels):
-        for axes, histories in zip(panels[0], groups, strict=True):
-            for i, history in enumerate(histories):
+        lines: dict[str, Any] = {}
+        for axes, (title, histories) in zip(panels[0], groups.items(), strict=True):
+            for history in histories:
                 epochs = [row["epoch"] + 1 for row in history]
                 for key, color, name in (
                     ("clean_accuracy", CLEAN_COLOR, "clean accuracy (ACC)"),
@@ -185,12 +185,12 @@ def draw_comparison(path: Path, groups: list[list[list[dict[str, Any]]]]) -> Non
                 ):
                     if history[-1][key] is not None:  # None: no images to test on
                         values = [100 * row[key] for row in history]
-                        axes.plot(epochs, values, "o-", ms=3, lw=1.2, alpha=0.8, color=color, label=name if i == 0 else None)
-            defense = histories[0][0]["defense"]
-            axes.set(title="no defense" if defense == UNDEFENDED else defense.upper(), xlabel="epoch", ylim=(-3, 103))
+                        (lines[name],) = axes.plot(epochs, values, "o-", ms=3, lw=1.2, alpha=0.8, color=color)
+            axes.set_title(title, fontsize=10, wrap=True)
+            axes.set(xlabel="epoch", ylim=(-3, 103))
             axes.grid(alpha=0.25)
         panels[0][0].set_ylabel("%")
-        panels[0][0].legend(fontsize=8)
+        panels[0][0].legend(lines.values(), lines, fontsize=8)
 
 
 def shade_stages(axes: Any, history: list[dict[str, Any]]) -> None:

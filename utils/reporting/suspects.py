@@ -120,14 +120,18 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float | None:
 def quality(evidence: Evidence, flags: np.ndarray) -> dict[str, Any]:
     """Return the contents of `suspects.json`: counts, and how well each of `Evidence.scores` finds the poisoned images.
 
+    Cover images are neither poisoned nor clean: the measures leave them out.
+
     Args:
         flags: (N,) ground truth, see `utils/kinds.py`.
     """
-    poisoned = flags == POISONED
+    judged = flags != COVER
+    poisoned = flags[judged] == POISONED
     count = int(poisoned.sum())
     measures = {}
     for name, scores in evidence.scores().items():
-        first = precision_recall_at(scores, poisoned, min(FIRST, len(flags)))
+        scores = scores[judged]
+        first = precision_recall_at(scores, poisoned, min(FIRST, len(scores)))
         precision, recall = precision_recall_at(scores, poisoned, count) or (None, None)
         measures[name] = {
             "auroc": auroc(scores, poisoned),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -109,6 +110,7 @@ class Plan:
     folder: Path  # <saved_dir>/<name>/, of the runs and the report
     axes: tuple[Axis, ...]
     jobs: tuple[Job, ...]
+    others: tuple[Job, ...]  # those that `--only` leaves out
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     repeats: str | None
@@ -165,6 +167,11 @@ def read(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) ->
             every.append(labels)
     chosen_labels = [labels for labels in every if all(labels[axis] in those for axis, those in kept.items())]
     jobs = [build_job(name, axes, labels, source, overrides) for labels in chosen_labels]
+    others = []
+    for labels in every if kept else []:
+        if labels not in chosen_labels:
+            with contextlib.suppress(UserError):  # not to be run
+                others.append(build_job(name, axes, labels, source, overrides))
     if not jobs:
         raise UserError(f"{path}: skip: no run is left after it and --only")
     folders = {user_path(job.config.saved_dir, "saved_dir") for job in jobs}
@@ -173,7 +180,7 @@ def read(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) ->
     check_starts(path, jobs, {run_name(name, axes, labels) for labels in every if not starts_of(axes, labels)})
     check_table(reader, file, axes, rows)
     roles = rows, file.columns, file.repeats, file.x, file.cells, file.published
-    return Plan(path, name, folders.pop() / name, axes, tuple(jobs), *roles)
+    return Plan(path, name, folders.pop() / name, axes, tuple(jobs), tuple(others), *roles)
 
 
 def build_job(sweep: str, axes: Sequence[Axis], labels: dict[str, str], file: Source, overrides: Sequence[str]) -> Job:
@@ -183,6 +190,9 @@ def build_job(sweep: str, axes: Sequence[Axis], labels: dict[str, str], file: So
     if len(yamls) > 1:
         raise UserError(f"{file.path}: {name}: config: {len(yamls)} of its values name a YAML: only one axis may")
     base = yamls[0] if yamls else file.base
+    for text in (*file.common, *overrides):
+        if key_of(text) == "run":
+            raise UserError(f"{file.path}: {text}: the runs of a sweep are named after their values: leave it out")
     settings = (*file.common, *(text for value in values for text in value.settings), *overrides)
     other = starts_of(axes, labels)
     start = run_name(sweep, axes, labels | other) if other else None
@@ -191,9 +201,33 @@ def build_job(sweep: str, axes: Sequence[Axis], labels: dict[str, str], file: So
         if start:
             settings = (*settings, f"defense.{settled.defense.name}.start_run={start}")
             settled = config.load(base, [*settings, f"run={name}"])
+        for axis, value in zip(axes, values, strict=True):
+            again = [*settings, *value.settings, f"run={name}"]
+            if is_touched(axis, value, settings, overrides) and (not value.settings or config.load(base, again) != settled):
+                raise UserError(f"{axis.name}: {value.label}: is overridden by another axis or by --set: remove one of the two")
     except UserError as error:
         raise UserError(f"{file.path}: {name}: {error}") from None
     return Job(labels, base, settings, settled, locate(settled), start)
+
+
+def key_of(setting: str) -> str:
+    """Return the key of `KEY=VALUE`."""
+    return setting.partition("=")[0].strip()
+
+
+def is_touched(axis: Axis, value: Value, settings: Sequence[str], overrides: Sequence[str]) -> bool:
+    """Return whether later settings may override a value of an axis.
+
+    Args:
+        settings: all of the run, in order; the later ones win.
+        overrides: those of `--set`, the last ones.
+    """
+    if not value.settings:  # it stands for what the YAML says where the other values have settings
+        keys = {key_of(text) for other in axis.values for text in other.settings}
+        return any(f"{key}.".startswith(f"{key_of(text)}.") for key in keys for text in overrides)
+    after = settings[settings.index(value.settings[-1]) + 1 :]
+    pairs = [(f"{key_of(a)}.", f"{key_of(b)}.") for a in value.settings for b in after]
+    return any(a.startswith(b) or b.startswith(a) for a, b in pairs)
 
 
 def value_of(axis: Axis, labels: Mapping[str, str]) -> Value:
@@ -345,13 +379,14 @@ def labels_named(axis: Axis, labels: Sequence[str], where: str) -> set[str]:
 
 
 def chosen(axes: Sequence[Axis], only: Sequence[str]) -> dict[str, set[str]]:
-    """Return axis -> labels of each `AXIS=VALUE,VALUE`."""
-    out = {}
+    """Return axis -> labels of each `AXIS=VALUE,VALUE`; those of one axis add up."""
+    out: dict[str, set[str]] = {}
     for text in only:
         name, sign, labels = text.partition("=")
         if not sign:
             raise UserError(f"--only {text}: not of the form AXIS=VALUE,VALUE, e.g. --only seed=100")
-        out[name] = labels_named(axis_named(axes, name, "--only"), labels.split(","), f"--only {name}")
+        named = labels_named(axis_named(axes, name, "--only"), labels.split(","), f"--only {name}")
+        out[name] = out.get(name, set()) | named
     return out
 
 

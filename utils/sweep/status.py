@@ -17,6 +17,7 @@ from utils.metrics import SHARES, read_rows
 from utils.sweep.plan import Job
 
 OUTPUT, FAILURE = "output.log", "failed.json"  # in a run's folder, beside what ASD.py writes there
+ROUNDING = 0.01  # a test on another device; a test with another trigger or limit differs by more
 FINISHED, FAILED, STARTED, WAITING = "finished", "failed", "started", "not started"
 
 
@@ -50,14 +51,17 @@ def status_of(job: Job) -> Status:
 
 
 def is_tested(job: Job, last: dict[str, Any], tested: dict[str, Any]) -> bool:
-    """Return whether test.json is of the weights of the last epoch.
+    """Return whether test.json is of the weights of the last epoch, tested as the run tests them.
 
     Its figures are those of that epoch. On CUDA they may differ by rounding; then it must be the later of the two files.
     """
-    if tested.get("epoch") != last["epoch"]:
+    pairs = [(tested.get(key), last.get(key)) for key in SHARES]
+    if tested.get("epoch") != last["epoch"] or any((one is None) != (other is None) for one, other in pairs):
         return False
-    if all(tested.get(key) == last.get(key) for key in SHARES):
+    if all(one == other for one, other in pairs):
         return True
+    if any(one is not None and abs(one - other) > ROUNDING for one, other in pairs):
+        return False
     try:
         return (job.run.log / "test.json").stat().st_mtime >= (job.run.log / "metrics.jsonl").stat().st_mtime
     except OSError:

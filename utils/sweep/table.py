@@ -16,7 +16,7 @@ from utils.config.schema import as_dict
 from utils.config.settings import DEFENSES
 from utils.config.stages import UNDEFENDED
 from utils.sweep.plan import MEASURES, Job, Plan, shown
-from utils.sweep.status import FAILED, FINISHED, OUTPUT, Status
+from utils.sweep.status import FAILED, FINISHED, OUTPUT, Status, status_of
 
 # Column -> figure of test.json; those in % first.
 SHARES = {
@@ -61,9 +61,10 @@ def records_of(plan: Plan, states: Mapping[str, Status]) -> list[Record]:
 def der(plan: Plan, states: Mapping[str, Status], job: Job) -> float | None:
     """Return a run's defense effectiveness rate against its undefended baseline (`utils.compare`), 0 to 1."""
     baseline = baseline_of(plan, job)
-    if baseline is None or any(states[j.name].state != FINISHED for j in (job, baseline)):
+    if baseline is None:
         return None
-    return effectiveness(states[job.name].metrics, states[baseline.name].metrics)
+    own, other = states[job.name], states.get(baseline.name) or status_of(baseline)
+    return effectiveness(own.metrics, other.metrics) if own.state == other.state == FINISHED else None
 
 
 def baseline_of(plan: Plan, job: Job) -> Job | None:
@@ -71,7 +72,8 @@ def baseline_of(plan: Plan, job: Job) -> Job | None:
     differ in the fewest axes."""
     if job.config.defense.name == UNDEFENDED:
         return None
-    baselines = [other for other in plan.jobs if other.config.defense.name == UNDEFENDED and subject(other) == subject(job)]
+    every = (*plan.jobs, *plan.others)
+    baselines = [other for other in every if other.config.defense.name == UNDEFENDED and subject(other) == subject(job)]
     return max(
         baselines, key=lambda other: sum(other.labels[axis] == label for axis, label in job.labels.items()), default=None
     )
@@ -96,11 +98,13 @@ def summary(records: Sequence[Record], measure: str) -> Summary | None:
 
 
 def summary_text(records: Sequence[Record], measure: str) -> str:
-    """Return e.g. `97.50 ± 0.42`, or `-`."""
+    """Return e.g. `97.50 ± 0.42`, or `-`; where only some of the finished runs have the figure, how many."""
     found, form = summary(records, measure), FORMS.get(measure, ".2f")
     if found is None:
         return NOTHING
-    return f"{found.mean:{form}}" + ("" if found.deviation is None else f" ± {found.deviation:{form}}")
+    text = f"{found.mean:{form}}" + ("" if found.deviation is None else f" ± {found.deviation:{form}}")
+    done = sum(record.status.state == FINISHED for record in records)
+    return text if found.count == done else f"{text} (of {found.count})"
 
 
 def runs_text(records: Sequence[Record]) -> str:
@@ -142,16 +146,18 @@ def compact_table(plan: Plan, records: Sequence[Record]) -> list[tuple[str, ...]
     """Return the table with one column for each value, e.g. for each defense, and all figures of a cell in one; above them the
     number of images that are given as clean, below them the mean seconds of training."""
     columns, axes = plan.combinations(plan.columns), (*plan.rows, *plan.columns)
-    blank = ("",) * (len(plan.rows) - 1)
+    names = plan.rows or ("",)  # without axes for rows, one row
+    blank = ("",) * (len(names) - 1)
     given = [cell_of(records, plan.columns, column) for column in columns]
     out: list[tuple[str, ...]] = [
-        (*plan.rows, *(", ".join(column) for column in columns)),
+        (*names, *(", ".join(column) for column in columns)),
         ("clean images given", *blank, *(", ".join(sorted({clean_images(r.job.config) for r in found})) for found in given)),
     ]
     for row in plan.combinations(plan.rows):
         found = [cell_of(records, axes, (*row, *column)) for column in columns]
-        out.append((*row, *(cell_text(cell, plan.cells) for cell in found)))
-    return [*out, ("seconds", *blank, *(summary_text(found, "seconds") for found in given))]
+        out.append((*(row or (" / ".join(plan.cells),)), *(cell_text(cell, plan.cells) for cell in found)))
+    means = [summary(found, "seconds") for found in given]
+    return [*out, ("mean seconds", *blank, *(NOTHING if mean is None else f"{mean.mean:.0f}" for mean in means))]
 
 
 def clean_images(config: Config) -> str:
