@@ -36,7 +36,7 @@ SIX = {"badnets": "BadNets", "blend": "Blend", "wanet": "WaNet", "iab": "IAB", "
 MAIN = SIX | {"no_attack": "no attack", "gtsrb_badnets": "GTSRB, BadNets"}
 FURTHER = {
     "lookalike": "look-alike", "sig": "SIG", "bpp": "BPP", "adaptive_patch": "Adaptive-Patch",
-    "adaptive_blend": "Adaptive-Blend", "all_to_all": "BadNets, all-to-all",
+    "adaptive_blend": "Adaptive-Blend", "all_to_all": "all-to-all BadNets",
 }  # fmt: skip
 TITLES = MAIN | FURTHER
 PUBLISHED = {"wanet_published": "WaNet, 5 %, s 0.5", "refool_published": "Refool, 5 %", "clb_eps8": "CLB, eps 8"}
@@ -46,7 +46,9 @@ NAMES = tuple(metrics.SHARES[key] for key in KEYS)
 LAST = 5  # final epochs to average over
 NOT_RUN, NONE = "not run", "-"
 # Runs with ASD that were stopped because the attack had succeeded.
-STOPPED = {"iab": "trials/iab/n800_seed100.jsonl", "clb": "trials/clb/n800.jsonl"}
+STOPPED = {
+    "iab": "trials/iab/n800_seed100.jsonl", "clb": "trials/clb/n800.jsonl", "refool": "trials/refool/n800.jsonl",
+}  # fmt: skip
 Row = dict[str, Any]
 Cells = tuple[str, ...]
 
@@ -289,6 +291,7 @@ def page(folder: Path, runs: Runs) -> str:
         "trials": trials(folder / "trials"),
         "trials_iab": trials(folder / "trials" / "iab"),
         "trials_clb": trials(folder / "trials" / "clb"),
+        "trials_refool": trials(folder / "trials" / "refool"),
     }  # fmt: skip
     return re.sub(r"\{\{(\w+)\}\}", lambda found: pieces[found[1]], (folder / "page.md").read_text(encoding="utf-8"))
 
