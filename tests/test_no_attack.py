@@ -116,13 +116,13 @@ def test_it_is_tested_on_clean_images(clean: Path, defense: str) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_it_is_compared_without_der(clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the table all quantities of an attack are unknown, and the plot has the ACC only."""
+    """In the table all quantities of an attack are left out, and the plot has the ACC only."""
     folders = [clean / "saved" / defense for defense in DEFENSES]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         monkeypatch.setattr(sys, "argv", ["compare", *map(str, folders), "--markdown", "--plot", str(tmp_path / "c.png")])
         compare.main()
     asd, none = (line.strip("| ").split(" | ") for line in said.getvalue().splitlines()[2:4])
-    assert asd[3:7] == ["unknown", "unknown", "unknown", "0 of 100"] and none[3:7] == ["unknown", "unknown", "-", "no split"]
+    assert asd[3:7] == ["-", "-", "-", "0 of 100"] and none[3:7] == ["-", "-", "-", "no split"]
     assert (tmp_path / "c.png").exists()
 
 

@@ -142,7 +142,7 @@ def effectiveness(row: dict[str, Any], baseline: dict[str, Any]) -> float | None
 
 def der_text(runs: list[dict[str, Any]], every: list[dict[str, Any]]) -> str:
     """Return the DER of runs that differ only in their seed, against their baselines among `every` run."""
-    if runs[0]["rows"][-1]["defense"] == UNDEFENDED:
+    if runs[0]["rows"][-1]["defense"] == UNDEFENDED or not attacked(runs[0]):
         return "-"
     pairs = [(run, next((baseline for baseline in every if is_baseline(baseline, run)), None)) for run in runs]
     rates = [effectiveness(run["rows"][-1], baseline["rows"][-1]) for run, baseline in pairs if baseline]
