@@ -437,7 +437,7 @@ def planned_commands(tmp_path: Path, *runs: str) -> list[list[str]]:
     python, written = tmp_path / "python", tmp_path / "commands"
     python.write_text(f"#!/bin/sh\nfor word; do printf '%s\\n' \"$word\"; done >> '{written}'\necho >> '{written}'\n")
     python.chmod(0o755)
-    environment = os.environ | {"PYTHON": str(python), "SAVED": str(tmp_path / "saved")}
+    environment = os.environ | {"PYTHON": str(python), "SAVED": str(tmp_path / "saved"), "STORAGE": str(tmp_path / "storage")}
     done = subprocess.run(["sh", STUDY / "run.sh", *runs], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [part.splitlines() for part in written.read_text().split("\n\n") if part] if written.exists() else []
@@ -461,6 +461,20 @@ def test_run_sh_makes_every_run_with_settings_that_load(tmp_path: Path) -> None:
     assert {str(name) for name in attacks} | {name.partition("/")[0] for name in kept} == known
     assert all(backdoor == found[0] for found in attacks.values() for backdoor in found)
     assert len(commands) + len(kept) >= 36
+
+
+def test_unfinished_runs_go_on_from_their_checkpoints(tmp_path: Path) -> None:
+    """On a machine that has nothing of a run, run.sh starts it from the stored checkpoint, with the commit that began it."""
+    names = [path.relative_to(STUDY / "unfinished").with_suffix("") for path in (STUDY / "unfinished").glob("*/*.pt")]
+    planned_commands(tmp_path)
+    for name in names:
+        assert not (STUDY / name).with_suffix(".json").exists(), f"{name} is finished: remove its checkpoint"
+        for kept, copied in (
+            (f"{name}.pt", f"storage/{name}/checkpoint/latest_model.pt"),
+            (f"{name}.commit", f"saved/{name}.commit"),
+        ):
+            assert (tmp_path / copied).read_bytes() == (STUDY / "unfinished" / kept).read_bytes()
+    assert len(list((tmp_path / "storage").rglob("*.pt"))) == len(names)
 
 
 def test_run_sh_makes_the_named_runs_alone(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 # All runs of the study, from the repository root: sh results/study/run.sh [RUN ...]
 #
 # Without names, all of them in the order below; with names, those alone, so that several shells can share the work. A run that
-# was interrupted is resumed, and one whose results are stored already is skipped. The card of a run records the commit that it
-# was started with. Paths can be set by these variables:
+# was interrupted is resumed, on another machine from its checkpoint in unfinished/ (if it has one there), and one whose results
+# are stored already is skipped. The card of a run records the commit that it was started with. Variables for paths:
 #   PYTHON, DEVICE (cpu, or the number of a CUDA device), CIFAR10, GTSRB (data sets), SAVED, STORAGE (logs, checkpoints)
 set -eu
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -28,6 +28,11 @@ run() {
   set -- --config "$config" --gpu "$device" "$@" --set "run=$name" --set "dataset_dir=$data"
   set -- "$@" --set "saved_dir=$saved" --set "storage_dir=$storage"
   mkdir -p "$(dirname "$saved/$name")"
+  if [ -f "results/study/unfinished/$name.pt" ] && [ ! -e "$storage/$name/checkpoint/latest_model.pt" ]; then
+    mkdir -p "$storage/$name/checkpoint"
+    cp "results/study/unfinished/$name.pt" "$storage/$name/checkpoint/latest_model.pt"
+    cp "results/study/unfinished/$name.commit" "$saved/$name.commit"
+  fi
   [ -s "$saved/$name.commit" ] || git rev-parse HEAD > "$saved/$name.commit"
   "$python" ASD.py "$@"
   "$python" test.py "$@"
