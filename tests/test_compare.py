@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,14 @@ def test_runs_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:5]]
     assert [row[0] for row in rows] == [f"| sweep/{name}/seed-1" for name in "abc"]
     assert rows[2][3:5] == ["-", "-"] and rows[0][3] == "50.00 %"
+    with Image.open(tmp_path / "c.png") as image:
+        width = image.width
+    for folder in folders:
+        path = folder / "config.yaml"
+        path.write_text(re.sub("run: .*", "run: same", path.read_text()))
+    run_main(monkeypatch, *folders, "--plot", tmp_path / "c.png")
+    with Image.open(tmp_path / "c.png") as image:
+        assert image.width > 0.9 * width, "a panel for each"
     with pytest.raises(UserError, match="is given twice"):
         run_main(monkeypatch, folders[0], f"{folders[0]}/")
 

@@ -137,11 +137,11 @@ def test_a_picture_goes_where_every_output_goes(tmp_path: Path) -> None:
     """The plot of `utils.compare --plot` follows links and needs no suffix; a folder is refused in one line."""
     history = [{"epoch": 0, "stage": "undefended", "defense": "none", "clean_accuracy": 0.5, "attack_success_rate": 0.1}]
     (tmp_path / "link").symlink_to("figure")
-    plots.draw_comparison(tmp_path / "link", {"ASD": [history]})
+    plots.draw_comparison(tmp_path / "link", [("ASD", [history])])
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "figure").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="is a folder"):
-        plots.draw_comparison(tmp_path, {"ASD": [history]})
+        plots.draw_comparison(tmp_path, [("ASD", [history])])
 
 
 def test_a_folder_is_refused_and_a_name_in_it_works(tmp_path: Path) -> None:

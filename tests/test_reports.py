@@ -329,7 +329,7 @@ def test_plots_are_the_same_for_every_user(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.b", b"\x89PNG"), ("a", b"\x89PNG")])
 def test_the_suffix_of_a_plot_is_its_format(tmp_path: Path, name: str, start: bytes) -> None:
     """`--plot FILE.pdf` is a PDF; without a known suffix the file is a PNG."""
-    plots.draw_comparison(tmp_path / name, {"ASD": [rows(2)], "no defense": [rows(3, "none")]})
+    plots.draw_comparison(tmp_path / name, [("ASD", [rows(2)]), ("no defense", [rows(3, "none")])])
     assert (tmp_path / name).read_bytes().startswith(start)
 
 

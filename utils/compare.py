@@ -203,8 +203,8 @@ def main() -> None:
     groups = group([read_run(folder) for folder in args.folders])
     print(render(table(groups), args.markdown))
     if args.plot:
-        histories = {title_of(runs, groups): [run["rows"] for run in runs] for runs in groups}
-        if not BestEffort().attempt(str(args.plot), draw_comparison, args.plot, histories):
+        panels = [(title_of(runs, groups), [run["rows"] for run in runs]) for runs in groups]
+        if not BestEffort().attempt(str(args.plot), draw_comparison, args.plot, panels):
             raise UserError(f"--plot {args.plot}: could not be drawn: see the warning above, or leave the option out")
         print(f"plot written to {args.plot}")
 

@@ -75,18 +75,18 @@ def export(
     Raises:
         UserError: the folder contains something else.
     """
-    started = time.monotonic()
+    started, converts = time.monotonic(), config.poisoned_already and config.backdoor is None
     if exists(out, "--out") and (not is_dir(out, "--out") or any(out.iterdir())):
         known = write is write_arrays and not config.poisoned_already
         settings = settings_of_set(config, dataset_of(config)) if known else {}
         if known and holds_same_set(out, settings, lambda: digest_of_manifest(config, load_raw(config))):
             logger.info(f"{out}: contains this set already, made with the same settings; its files match set.json")
             return
-        if write is write_arrays and config.poisoned_already and config.backdoor is None and holds_parts(out, convert(config)):
+        if write is write_arrays and converts and holds_parts(out, convert(config)):
             logger.info(f"{out}: contains this set already; its files match set.json")
             return
         raise UserError(f"--out {out}: not empty, and not a set made with the same settings and data: give another name")
-    made = convert(config) if config.poisoned_already and config.backdoor is None else make(config, device, new_classifier)
+    made = convert(config) if converts else make(config, device, new_classifier)
     write(out, made)
     counts = count(made.parts["train"])
     logger.info(

@@ -158,11 +158,11 @@ def check(config: Config, reader: Reader) -> None:
     for key, value in nested.items():
         if value is not None and value != c:
             reader.fail(key, value, f"num_classes is {c}: give {c} or leave the key out")
-    sharpest = config.semi.mixmatch.temperature
-    if c ** (-1 / sharpest) < SMALLEST:
+    temperature = config.semi.mixmatch.temperature
+    if c ** (-1 / temperature) < SMALLEST:
         least = math.log(c) / -math.log(SMALLEST)
         remedy = f"probabilities of {c} classes, sharpened so much, are 0 in float32: must be at least {least:.2g}"
-        reader.fail("semi.mixmatch.temperature", sharpest, remedy)
+        reader.fail("semi.mixmatch.temperature", temperature, remedy)
     if config.backdoor is None:
         if config.defense.settings.needs_clean and config.seed_samples is None and not config.poisoned_already:
             remedy = "required with backdoor: null: give a list (one image name per line) or a folder of clean images"

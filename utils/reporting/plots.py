@@ -172,11 +172,11 @@ def draw_features(path: Path, features: Tensor, groups: dict[str, dict[str, np.n
         figure.suptitle(f"{title}: penultimate features", fontsize=10, wrap=True)
 
 
-def draw_comparison(path: Path, groups: dict[str, list[list[dict[str, Any]]]]) -> None:
+def draw_comparison(path: Path, groups: list[tuple[str, list[list[dict[str, Any]]]]]) -> None:
     """Plot ACC and ASR, in %, by epoch: one panel for each titled group of runs, one line for the history of each run."""
     with drawing(path, (5 * len(groups), 3.8), 1, len(groups), sharey=True) as (_, panels):
         lines: dict[str, Any] = {}
-        for axes, (title, histories) in zip(panels[0], groups.items(), strict=True):
+        for axes, (title, histories) in zip(panels[0], groups, strict=True):
             for history in histories:
                 epochs = [row["epoch"] + 1 for row in history]
                 for key, color, name in (

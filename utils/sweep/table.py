@@ -72,8 +72,8 @@ def baseline_of(plan: Plan, job: Job) -> Job | None:
     differ in the fewest axes."""
     if job.config.defense.name == UNDEFENDED:
         return None
-    every = (*plan.jobs, *plan.others)
-    baselines = [other for other in every if other.config.defense.name == UNDEFENDED and subject(other) == subject(job)]
+    own, undefended = subject(job), (o for o in (*plan.jobs, *plan.others) if o.config.defense.name == UNDEFENDED)
+    baselines = [other for other in undefended if subject(other) == own]
     return max(
         baselines, key=lambda other: sum(other.labels[axis] == label for axis, label in job.labels.items()), default=None
     )
