@@ -33,9 +33,10 @@ from utils.errors import UserError
 from utils.metrics import SHARES
 from utils.run import Run, locate, lock_run
 from utils.sweep import report, status, table, workers
-from utils.sweep.plan import Plan, SweepFile, read
+from utils.sweep.plan import Plan, read
 from utils.sweep.progress import Progress, duration
 from utils.sweep.status import Status, status_of
+from utils.sweep.sweep_file import SweepFile
 
 SHORT = TINY | {"defense": "none", "num_epochs": 2, "undefended": {"batch_size": 64}}
 SWEEP: dict[str, Any] = {

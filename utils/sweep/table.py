@@ -15,8 +15,9 @@ from utils.config import Config
 from utils.config.schema import as_dict
 from utils.config.settings import DEFENSES
 from utils.config.stages import UNDEFENDED
-from utils.sweep.plan import MEASURES, Job, Plan, shown
+from utils.sweep.plan import Job, Plan, shown
 from utils.sweep.status import FAILED, FINISHED, OUTPUT, Status, status_of
+from utils.sweep.sweep_file import MEASURES
 
 # Column -> figure of test.json; those in % first.
 SHARES = {
