@@ -23,11 +23,12 @@ from conftest import REPOSITORY, TINY, run_script
 from PIL import Image
 
 import ASD
-from results.study import collect, report, restore
+from results.study import collect, plot, report, restore, stored
 from utils import config
 from utils.errors import UserError
 from utils.metrics import SHARES
-from utils.sweep import plan, status
+from utils.sweep import plan as sweeps
+from utils.sweep import status
 
 STUDY = REPOSITORY / "results" / "study"
 CIFAR10 = Path(os.environ.get("CIFAR10", REPOSITORY / "dataset" / "cifar-10-batches-py"))
@@ -140,7 +141,7 @@ def test_a_stored_run_becomes_a_run_folder_again(trained: Path, tmp_path: Path, 
     assert {key: tested[key] for key in SHARES} == {key: card[key] for key in SHARES}
     raw = {"config": str(folder / "config.yaml"), "axes": {"defense": {"asd": {}}}}
     (tmp_path / "table.yaml").write_text(yaml.safe_dump(raw))
-    (job,) = plan.read(tmp_path / "table.yaml").jobs
+    (job,) = sweeps.read(tmp_path / "table.yaml").jobs
     assert job.name == "table/asd" and status.status_of(job).state == status.FINISHED
     with pytest.raises(UserError, match="exists"):
         restore.restore("badnets/asd", "table/asd", tmp_path / "saved", tmp_path / "storage")
@@ -243,12 +244,12 @@ def described(path: Path) -> str:
 
 def test_page_picture_and_status_are_the_generated_ones(tmp_path: Path) -> None:
     """The committed files are what `python -m results.study.report` would write now; the plot shows the stored figures."""
-    runs = report.Runs(STUDY)
+    runs = stored.Runs(STUDY)
     assert (STUDY / "README.md").read_text() == report.page(STUDY, runs), "run python -m results.study.report"
     readme = (REPOSITORY / "README.md").read_text()
     assert readme == report.insert(readme, report.status(runs)), "run python -m results.study.report"
-    report.draw(tmp_path / "now.png", report.curves(STUDY, runs))
-    assert described(STUDY / report.PICTURE) == described(tmp_path / "now.png"), "run python -m results.study.report"
+    plot.draw(tmp_path / "now.png", plot.curves(STUDY, runs))
+    assert described(STUDY / plot.PICTURE) == described(tmp_path / "now.png"), "run python -m results.study.report"
 
 
 def test_real_runs_make_a_page(trained: Path, tmp_path: Path) -> None:
@@ -256,13 +257,13 @@ def test_real_runs_make_a_page(trained: Path, tmp_path: Path) -> None:
     be judged."""
     folder = make_study(tmp_path / "study")
     cards = {run: json.loads(keep(trained, run, folder).read_text()) for run in RUNS}
-    runs = report.Runs(folder)
+    runs = stored.Runs(folder)
     page = report.page(folder, runs)
     acc, asr = (100 * cards["badnets/undefended"][key] for key in list(SHARES)[:2])
     assert f"| BadNets | {acc:.2f} | {asr:.2f} |" in page and f"3 of {len(runs.names)} runs" in page
     assert "| `no_attack/asd` | 0 | - | - | - |" in page and "| no attack | not run | - |" in page
-    report.draw(folder / report.PICTURE, report.curves(folder, runs))
-    assert list(report.curves(folder, runs)) == ["authors' code, full size", "BadNets", "no attack"]
+    plot.draw(folder / plot.PICTURE, plot.curves(folder, runs))
+    assert list(plot.curves(folder, runs)) == ["authors' code, full size", "BadNets", "no attack"]
 
 
 def test_meta_splits_that_differ_in_their_seed_are_one_row(tmp_path: Path) -> None:
@@ -284,14 +285,14 @@ def test_without_runs_every_planned_one_is_not_run(tmp_path: Path) -> None:
     """The page of a study without runs lists all planned runs as not run, the status claims none, and the plot has one
     curve."""
     folder = make_study(tmp_path / "study")
-    runs = report.Runs(folder)
+    runs = stored.Runs(folder)
     page = report.page(folder, runs)
     assert len(runs.names) == 42 and "0 of 42 runs" in page and "{{" not in page
     planned = ", ".join(f"`{name}`" for name in runs.names)
     assert f"Planned, but not run yet: {planned}." in " ".join(page.split())
     assert all(f"| `{name}` |" not in page for name in runs.names)
     assert "finished for 0 of" in " ".join(report.status(runs).split())
-    assert list(report.curves(folder, runs)) == ["authors' code, full size"]
+    assert list(plot.curves(folder, runs)) == ["authors' code, full size"]
 
 
 def test_figures_of_the_files_stand_on_the_page(tmp_path: Path) -> None:
@@ -304,7 +305,7 @@ def test_figures_of_the_files_stand_on_the_page(tmp_path: Path) -> None:
     rows = (folder / "badnets/asd/metrics.jsonl").read_text().splitlines()
     last = json.dumps(json.loads(rows[-1]) | {"clean_accuracy": 0.90, "attack_success_rate": 0.01})
     (folder / "badnets/asd/metrics.jsonl").write_text("\n".join([*rows[:-1], last]) + "\n")
-    page = report.page(folder, report.Runs(folder))
+    page = report.page(folder, stored.Runs(folder))
     for line in (
         "| BadNets | 88.00 | 99.99 | 90.00 | 1.00 | 2.00 | met |",
         "| `badnets/asd` | ACC >= 83 | 90.00 | 86.00 | met |",
@@ -340,9 +341,9 @@ def test_targets(tmp_path: Path, attack: str, baseline: tuple[float, float], own
     folder = make_study(tmp_path / "study")
     make_run(folder, f"{attack}/undefended", *baseline)
     make_run(folder, f"{attack}/asd", *own)
-    runs = report.Runs(folder)
-    assert report.verdict(attack, runs) == expected
-    assert expected in report.overview(runs, report.TITLES)
+    runs = stored.Runs(folder)
+    assert stored.verdict(attack, runs) == expected
+    assert expected in report.overview(runs, stored.TITLES)
     assert ("**missed**" in report.page(folder, runs)) == expected.startswith("missed")
 
 
@@ -350,14 +351,14 @@ def test_the_last_five_epochs_count_too(tmp_path: Path) -> None:
     """A run that satisfies a bound only in its last epoch misses the target; without the undefended run there is no verdict."""
     folder = make_study(tmp_path / "study")
     make_run(folder, "blend/asd", 0.85)
-    assert report.verdict("blend", report.Runs(folder)) == "undefended not run"
+    assert stored.verdict("blend", stored.Runs(folder)) == "undefended not run"
     make_run(folder, "blend/undefended", 0.88, 1.0)
     path = folder / "blend/asd/metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[-3]["attack_success_rate"] = 0.5
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    runs = report.Runs(folder)
-    assert report.verdict("blend", runs) == "missed: ASR excess"
+    runs = stored.Runs(folder)
+    assert stored.verdict("blend", runs) == "missed: ASR excess"
     status = " ".join(report.status(runs).split())
     assert "met against" not in status and "is missed against Blend." in status and "finished for 1 of" in status
 
@@ -366,28 +367,28 @@ def test_a_run_that_was_stopped_counts_as_missed(tmp_path: Path) -> None:
     """Until it is run in full, the figures of its last epoch stand in the table and the status."""
     folder = make_study(tmp_path / "study")
     shutil.copytree(STUDY / "trials" / "iab", folder / "trials" / "iab")
-    runs = report.Runs(folder)
-    assert report.verdict("iab", runs) == "missed: stopped after 6 epochs"
-    assert "| IAB | not run | - | 72.75 | 93.33 | 3.09 | missed: stopped after 6 epochs |" in report.overview(runs, report.MAIN)
+    runs = stored.Runs(folder)
+    assert stored.verdict("iab", runs) == "missed: stopped after 6 epochs"
+    assert "| IAB | not run | - | 72.75 | 93.33 | 3.09 | missed: stopped after 6 epochs |" in report.overview(runs, stored.MAIN)
     assert "is missed against IAB." in " ".join(report.status(runs).split())
     for defense in ("undefended", "asd"):
         make_run(folder, f"iab/{defense}", 0.88, 1.0 if defense == "undefended" else 0.02)
-    assert report.verdict("iab", report.Runs(folder)) == "met"
+    assert stored.verdict("iab", stored.Runs(folder)) == "met"
 
 
 def test_the_picture_puts_stages_side_by_side(tmp_path: Path) -> None:
     """Each stage is one unit wide for any number of epochs, and chance is 1; different figures give different plots."""
     folder = make_study(tmp_path / "study")
     make_run(folder, "badnets/asd", 0.85)
-    drawn = report.curves(folder, report.Runs(folder))
+    drawn = plot.curves(folder, stored.Runs(folder))
     authors, own = drawn["authors' code, full size"], drawn["BadNets"]
     assert authors[0][0] == pytest.approx(1 / 60) and authors[0][-1] == 3.0 and own[0][-1] == 3.0
     assert own[0][3] == 1.0 and own[0][8] == 2.0 and len(own[0]) == 21
     assert authors[3][10] == pytest.approx(790 / 25000 / 0.09)
     assert own[3][-1] == pytest.approx(700 / 25000 / (2262 / 50000))
-    report.draw(tmp_path / "a.png", drawn)
+    plot.draw(tmp_path / "a.png", drawn)
     own[1][4] += 1
-    report.draw(tmp_path / "b.png", drawn)
+    plot.draw(tmp_path / "b.png", drawn)
     assert described(tmp_path / "a.png") != described(tmp_path / "b.png")
 
 
@@ -450,8 +451,8 @@ def test_run_sh_makes_every_run_with_settings_that_load(tmp_path: Path) -> None:
     kept = {path.relative_to(STUDY).with_suffix("").as_posix() for path in STUDY.glob("*/*.json")}
     attacks: dict[str, list[Any]] = {}
     # The runs that show why attacks are not weaker.
-    strengths = {"wanet_s1", "clb_eps16", "clb_half", "lookalike_all", *report.PUBLISHED}
-    known = strengths | {*report.TITLES}
+    strengths = {"wanet_s1", "clb_eps16", "clb_half", "lookalike_all", *stored.PUBLISHED}
+    known = strengths | {*stored.TITLES}
     for command in commands:
         sets = [word for before, word in pairwise(command) if before == "--set"]
         c = config.load(REPOSITORY / command[command.index("--config") + 1], sets)
