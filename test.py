@@ -83,7 +83,7 @@ def test(loaded: Loaded) -> None:
     fraction of such images among the clean versions of the triggered images, `clean_as_target`.
     """
     settings, machine, run = loaded.config, loaded.machine, loaded.run
-    tests = prepare_tests(settings, machine.device, new_classifier=new_classifier).to(machine.device)
+    tests = prepare_tests(settings, machine.device, new_classifier, checkpoint.data_of(loaded.saved)).to(machine.device)
     clean, backdoor = tests.clean, tests.backdoor
     if clean is None:
         raise UserError(f"dataset_dir: {settings.dataset_dir}: no test images: add some, or label images with --images DIR")

@@ -32,15 +32,17 @@ class AttackBase(ABC):
         clean_label: whether the attacker poisons images of the target class and keeps their labels.
         cover_ratio: number of cover images (altered, label kept) per poisoned image.
         cover_target_class: whether images of the target class may become cover images.
+        chooses_images: whether `selection_scores` decides which images are poisoned; otherwise they are drawn at random.
     """
 
     clean_label = False
     cover_ratio = 0.0
     cover_target_class = True
+    chooses_images = False
 
     @abstractmethod
     def __init__(self, settings: Any, context: AttackContext) -> None:
-        """Check the settings against the context, and make or load what the attack needs."""
+        """Check the settings against the context. What takes long to make is made when images are altered first."""
 
     @abstractmethod
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
@@ -52,9 +54,9 @@ class AttackBase(ABC):
             split: "train" or "test".
         """
 
-    def selection_scores(self) -> np.ndarray | None:
-        """Return a score (N,) for each training image; those with the lowest are poisoned. None (default): random choice."""
-        return None
+    def selection_scores(self) -> np.ndarray:
+        """Return a score (N,) for each training image, of which those with the lowest are poisoned, ties by index."""
+        raise NotImplementedError
 
     def cover(self, images: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Return cover images made from training images (n, H, W, 3) uint8; called only if `cover_ratio` > 0."""
@@ -98,15 +100,21 @@ def fingerprint(raw: RawData) -> str:
     return digest.hexdigest()
 
 
-def keep_asset(context: AttackContext, name: str, depends_on: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
+def keep_asset(
+    context: AttackContext, name: str, depends_on: Mapping[str, Any], make: Callable[[], Arrays], alters: bool = True
+) -> Arrays:
     """Return an asset's arrays: those in the assets' folder if they were made with the same inputs, else new ones, saved there.
 
-    The log names the file. A damaged file is detected by its checksum and made again.
+    The log names the file. A damaged file is detected by its checksum and made again. The same settings can give other arrays
+    on another device, so those that decide how images are altered become part of the run's manifest.
 
     Args:
         name: of the asset, e.g. `iab_mask`; the file is `<name>-<digest of depends_on>.npz`.
         depends_on: all that the arrays depend on: settings, seed, `fingerprint(raw)`; values that JSON can express.
         make: returns new arrays.
+        alters: whether the arrays decide how images are altered, rather than what other assets are made with.
+    Raises:
+        UserError: the run was begun with other arrays.
     """
     key = json.dumps(depends_on, sort_keys=True)
     path = context.assets / f"{name}-{sha256(key.encode()).hexdigest()[:16]}.npz"
@@ -114,13 +122,27 @@ def keep_asset(context: AttackContext, name: str, depends_on: Mapping[str, Any],
         kept = read_asset(path, key)
         if kept is not None:
             logger.info(f"{name}: using {path}, made earlier with the same settings")
-            return kept
+            return checked(context, name, path, kept) if alters else kept
         logger.info(f"{name}: {path} is damaged: making it again")
+    elif name in context.known_assets:
+        logger.info(f"{name}: {path}, with which this run was begun, is missing: making it again; on another device it differs")
     remove_leftovers(context.assets)
     arrays = make()
     stored = arrays | {"_key": np.array(key), "_sha256": np.array(checksum(arrays))}
     write_atomically(path, lambda file: np.savez(file, **stored))  # type: ignore[arg-type]
     logger.info(f"{name}: made {path}")
+    return checked(context, name, path, arrays) if alters else arrays
+
+
+def checked(context: AttackContext, name: str, path: Path, arrays: Arrays) -> Arrays:
+    """Return the arrays of an asset, whose digest becomes part of the manifest; refuse other arrays than the run's."""
+    digest = checksum(arrays)[:16]
+    if context.known_assets.get(name, digest) != digest:
+        raise UserError(
+            f"{path}: is not the file that this run was begun with, so the trigger would be another one: restore that file "
+            "(from the computer on which the run was begun), or start a new run: --resume False, or --set run=NAME"
+        )
+    context.used_assets[name] = digest
     return arrays
 
 

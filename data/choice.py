@@ -14,7 +14,7 @@ from utils.errors import UserError, one_line
 from utils.files import write_atomically
 
 AGAIN = "move the file away to draw it again, or start over with --resume False"
-SelectionScores = Callable[[], np.ndarray | None]
+SelectionScores = Callable[[], np.ndarray]
 
 
 def label_after(labels: np.ndarray, target_label: int | None, target_shift: int | None, num_classes: int) -> np.ndarray:
@@ -81,21 +81,27 @@ def choose_poisoned(
     """Return which images of labels (N,) the configured attack poisons: drawn at random, or those that it prefers.
 
     Args:
-        selection_scores: returns (N,) values, of which the lowest are poisoned, ties by index; or None.
+        selection_scores: returns (N,) values, of which the lowest are poisoned, ties by index; None: they are drawn.
     Returns:
         as `draw_poisoned`.
     Raises:
-        UserError: the attack chooses its images, but `poison_mode` is not `exact`.
+        UserError: the attack chooses its images, but `poison_mode` is not `exact`; or no image is poisoned.
     """
     b, allowed = config.attacker, may_be_poisoned(config, labels, clean_label)
-    if b.poison_ratio and selection_scores and (values := selection_scores()) is not None:
-        if b.poison_mode != "exact":
-            raise UserError(f"backdoor.poison_mode: {b.poison_mode}: {b.attack.name} chooses its images: give exact")
-        index, candidates = np.zeros(len(allowed)), np.flatnonzero(allowed)
-        count = exact_count(allowed, b.poison_ratio, clean_label)
-        index[candidates[np.argsort(values[candidates], kind="stable")[:count]]] = 1
+    if selection_scores and b.poison_ratio and b.poison_mode != "exact":
+        raise UserError(f"backdoor.poison_mode: {b.poison_mode}: {b.attack.name} chooses its images: give exact")
+    # Drawn even if the attack chooses: their number is the same, and a wrong one is refused before the values are computed.
+    index = draw_poisoned(allowed, b.poison_ratio, config.seed.seed, b.poison_mode, clean_label)
+    if b.poison_ratio and not index.any():
+        raise UserError(
+            f"backdoor.poison_ratio: {b.poison_ratio}: poisons none of {int(allowed.sum())} images that may be poisoned: raise "
+            "it, or give 0 to train without an attack"
+        )
+    if not selection_scores or not b.poison_ratio:
         return index
-    return draw_poisoned(allowed, b.poison_ratio, config.seed.seed, b.poison_mode, clean_label)
+    candidates = np.flatnonzero(allowed)
+    chosen = candidates[np.argsort(selection_scores()[candidates], kind="stable")[: int(index.sum())]]
+    return np.isin(np.arange(len(allowed)), chosen).astype(np.float64)
 
 
 def draw_cover(poisoned: np.ndarray, ratio: float, seed: int, allowed: np.ndarray | None = None) -> np.ndarray:
@@ -119,7 +125,7 @@ def draw_cover(poisoned: np.ndarray, ratio: float, seed: int, allowed: np.ndarra
 def poison_index(
     path: Path, labels: np.ndarray, config: Config, clean_label: bool = False, selection_scores: SelectionScores | None = None
 ) -> np.ndarray:
-    """Return the run's `poison_idx.npy`, checked against the settings; if the file is missing, choose and store it.
+    """Return the run's `poison_idx.npy`, checked against the settings; if there is no such file, choose.
 
     Args:
         labels: (N,) int64, before the attack.
@@ -129,13 +135,17 @@ def poison_index(
         UserError: the file cannot be read, or does not fit the data and the settings.
     """
     if not path.exists():
-        index = choose_poisoned(config, labels, clean_label, selection_scores)
-        write_atomically(path, lambda file: np.save(file, index, allow_pickle=False))
-        return index
+        return choose_poisoned(config, labels, clean_label, selection_scores)
     poisoned = read_index(path, len(labels))
     if wrong := misfit(poisoned, config, labels, clean_label):
         raise UserError(f"{path}: {wrong}: {AGAIN}")
     return poisoned.astype(np.float64)
+
+
+def keep_index(path: Path, index: np.ndarray) -> None:
+    """Store which images are poisoned, (N,) float64 of 0 and 1, unless the file exists."""
+    if not path.exists():
+        write_atomically(path, lambda file: np.save(file, index, allow_pickle=False))
 
 
 def read_index(path: Path, count: int) -> np.ndarray:

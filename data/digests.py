@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from data.io.image_file import image_files
 from data.sets import RawData
 from utils.config import Config
 from utils.config.schema import stand_ins
@@ -50,7 +51,7 @@ def file_digest(path: Path) -> str | None:
 
 
 def digest_of_named(name: str, key: str) -> str:
-    """Return the digest of the file, or of the files directly in the folder, that a setting names.
+    """Return the digest of the file, or of the image files directly in the folder, that a setting names.
 
     The name of the file or folder does not count; the names of the files in the folder count for their order only.
 
@@ -62,7 +63,7 @@ def digest_of_named(name: str, key: str) -> str:
     """
     path = named_path(name, key)
     try:
-        files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")) if path.is_dir() else [path]
+        files = image_files(path) if path.is_dir() else [path]
     except OSError as error:
         raise UserError(f"{key}: {name}: cannot be read ({error.strerror}): make it readable") from None
     parts = [file_digest(file) for file in files]

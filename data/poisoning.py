@@ -8,14 +8,16 @@ import numpy as np
 import torch
 
 from data.attack import BATCH, AttackBase, NoAttack
-from data.choice import draw_cover, label_after, poison_index
+from data.choice import draw_cover, keep_index, label_after, poison_index
 from data.io.table_file import own_copy, read_table
+from data.seeds import check_clean_left
 from data.sets import AttackContext, NewClassifier, Part, RawData, TestSets, no_network
 from utils import plugins
 from utils.config import Config
 from utils.config.settings import Backdoor
 from utils.errors import UserError
 from utils.kinds import CLEAN, COVER, POISONED
+from utils.manifest import assets_of
 from utils.paths import user_path
 from utils.run_files import POISON_INDEX
 
@@ -23,13 +25,20 @@ ATTACKS = "data.attacks"
 
 
 def build_attack(
-    config: Config, raw: RawData, device: torch.device | None = None, new_classifier: NewClassifier = no_network
+    config: Config,
+    raw: RawData,
+    device: torch.device | None = None,
+    new_classifier: NewClassifier = no_network,
+    known: str = "",
+    used: dict[str, str] | None = None,
 ) -> AttackBase:
     """Build the configured attack, or with `poison_ratio: 0` none; its assets are kept in `<saved_dir>/assets`, for all runs.
 
     Args:
         device: where assets are made; None: the CPU.
         new_classifier: the function of `model.classifier`, for attacks that train a network.
+        known: the manifest of the run, if it has begun: the assets must be those that it names.
+        used: receives the digests of the assets that are used, by name.
     Raises:
         UserError: the settings do not fit each other or the data, or the ASR cannot be measured on the test images.
     """
@@ -41,8 +50,9 @@ def build_attack(
     device = device or torch.device("cpu")
     b, shift = config.attacker, config.attacker.target_shift
     context = AttackContext(
-        raw, b.target_label, config.num_classes, config.seed.seed, folder, device, new_classifier, target_shift=shift
-    )
+        raw, b.target_label, config.num_classes, config.seed.seed, folder, device, new_classifier,
+        assets_of(known), {} if used is None else used, target_shift=shift,
+    )  # fmt: skip
     attack: AttackBase = module.Attack(config.attack.settings, context)
     if attack.clean_label and shift is not None:
         raise UserError(
@@ -65,10 +75,20 @@ def check_test_images(config: Config, raw: RawData) -> None:
 
 
 def poison_training_set(config: Config, raw: RawData, attack: AttackBase, folder: Path, placement: str = "device") -> Part:
-    """Return the poisoned training set; which images are poisoned is stored as `poison_idx.npy` in the run's folder."""
+    """Return the poisoned training set; which images are poisoned is stored as `poison_idx.npy` in the run's folder.
+
+    Whether enough images are left for seed samples and cover images is checked before any image is altered, which may take
+    hours, and before anything is stored.
+    """
     path = folder / POISON_INDEX
-    index = poison_index(path, raw.train_labels, config, attack.clean_label, attack.selection_scores)
-    return poison_images(config, raw, attack, index, placement)
+    scores = attack.selection_scores if attack.chooses_images else None
+    index = poison_index(path, raw.train_labels, config, attack.clean_label, scores)
+    labels, flags = mark_images(config, raw, attack, index)
+    if config.defense.settings.needs_clean and config.seed_samples is None:
+        check_clean_left(labels, flags, config.num_classes, config.global_.seed_num)
+    part = poison_images(config, raw, attack, index, placement)
+    keep_index(path, index)
+    return part
 
 
 def poison_images(config: Config, raw: RawData, attack: AttackBase, index: np.ndarray, placement: str = "device") -> Part:
@@ -77,19 +97,29 @@ def poison_images(config: Config, raw: RawData, attack: AttackBase, index: np.nd
     Args:
         index: (N,) of 0 and 1, which images are poisoned; cover images are drawn among the others.
     """
-    wanted = wanted_labels(config, raw.train_labels)
-    allowed = None if attack.cover_target_class else raw.train_labels != wanted
-    poisoned, cover = np.flatnonzero(index), draw_cover(index, attack.cover_ratio, config.seed.seed, allowed)
-    images, labels = own_copy(raw.train_images, placement), raw.train_labels.astype(np.int64)
-    flags = np.full(len(labels), CLEAN, np.uint8)
+    labels, flags = mark_images(config, raw, attack, index)
+    poisoned, cover = np.flatnonzero(flags == POISONED), np.flatnonzero(flags == COVER)
+    images = own_copy(raw.train_images, placement)
     if len(poisoned):
         images[poisoned] = attack.apply(raw.train_images[poisoned], poisoned, "train")
-        labels[poisoned] = wanted[poisoned]
-        flags[poisoned] = POISONED
     if len(cover):
         images[cover] = attack.cover(raw.train_images[cover], cover)
-        flags[cover] = COVER
     return Part(images, labels, raw.train_labels.astype(np.int64), flags, np.arange(len(labels)))
+
+
+def mark_images(config: Config, raw: RawData, attack: AttackBase, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the labels (N,) int64 of the poisoned training set and its flags (N,) uint8: CLEAN, POISONED or COVER.
+
+    Args:
+        index: (N,) of 0 and 1, which images are poisoned.
+    Raises:
+        UserError: there are too few images for the cover images.
+    """
+    wanted, poisoned = wanted_labels(config, raw.train_labels), index == 1
+    flags = np.where(poisoned, POISONED, CLEAN).astype(np.uint8)
+    allowed = None if attack.cover_target_class else raw.train_labels != wanted
+    flags[draw_cover(index, attack.cover_ratio, config.seed.seed, allowed)] = COVER
+    return np.where(poisoned, wanted, raw.train_labels).astype(np.int64), flags
 
 
 def wanted_labels(config: Config, labels: np.ndarray) -> np.ndarray:

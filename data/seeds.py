@@ -57,17 +57,21 @@ def draw_seed_samples(labels: Tensor, truth: GroundTruth, num_classes: int, seed
         (num_classes * seed_num,) int64, class by class in the order of drawing.
     """
     rng = np.random.RandomState(seed)
-    clean, carried = (truth.flags == CLEAN).numpy(), labels.cpu().numpy()
-    drawn = []
-    for c in range(num_classes):
-        candidates = np.flatnonzero(clean & (carried == c))
-        if len(candidates) < seed_num:
+    flags, carried = truth.flags.numpy(), labels.cpu().numpy()
+    check_clean_left(carried, flags, num_classes, seed_num)
+    candidates = (np.flatnonzero((flags == CLEAN) & (carried == c)) for c in range(num_classes))
+    drawn = [rng.choice(images, size=seed_num, replace=False) for images in candidates]
+    return torch.from_numpy(np.concatenate(drawn).astype(np.int64))
+
+
+def check_clean_left(labels: np.ndarray, flags: np.ndarray, num_classes: int, seed_num: int) -> None:
+    """Raise UserError if a class has fewer than `seed_num` clean images; labels (N,), flags (N,) uint8."""
+    for c, count in enumerate(np.bincount(labels[flags == CLEAN], minlength=num_classes)[:num_classes]):
+        if count < seed_num:
             raise UserError(
-                f"global.seed_num: {seed_num}: class {c} has only {len(candidates)} clean training images: lower it or "
+                f"global.seed_num: {seed_num}: class {c} has only {count} clean training images: lower it or "
                 "backdoor.poison_ratio, or check num_classes and data.train_limit"
             )
-        drawn.append(rng.choice(candidates, size=seed_num, replace=False))
-    return torch.from_numpy(np.concatenate(drawn).astype(np.int64))
 
 
 def complete_manifest(config: Config, data: PoisonedData, seeds: Tensor) -> str:

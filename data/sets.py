@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
@@ -217,6 +217,8 @@ class AttackContext:
     assets: Path  # the assets' folder, shared by all runs with the same saved_dir
     device: torch.device = torch.device("cpu")  # where assets are made
     new_classifier: NewClassifier = no_network  # builds the network that a section of the YAML names, for so many classes
+    known_assets: Mapping[str, str] = field(default_factory=dict)  # name -> digest: those that the run was begun with
+    used_assets: dict[str, str] = field(default_factory=dict)  # those used so far (`data.attack.keep_asset`)
 
     def label_after(self, labels: np.ndarray) -> np.ndarray:
         """Return the labels (n,) int64 that images with the labels (n,) carry once they are poisoned."""

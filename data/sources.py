@@ -32,6 +32,7 @@ def prepare(
     device: torch.device | None = None,
     processes: int = 1,
     new_classifier: NewClassifier = no_network,
+    known: str = "",
 ) -> PoisonedData:
     """Return the configured data.
 
@@ -40,33 +41,43 @@ def prepare(
         device: where an attack makes its assets; None: the CPU.
         processes: of the run on this computer.
         new_classifier: the function of `model.classifier`, for attacks that train a network.
+        known: the manifest of the checkpoint that the run is resumed from; empty: there is none.
     Raises:
         UserError: among others, the run in `folder` was begun with other data.
     """
     raw, stored = load_data(config)
-    known = manifest_of(config, raw)
-    manifest.check(folder, known)
+    inputs, assets = manifest_of(config, raw), dict[str, str]()
+    manifest.check(folder, inputs)
     placement = place(config, raw, stored, device, processes)
     if stored:
         data = from_stored_set(stored, folder, placement)
     elif config.backdoor is None:
         data = from_unknown_origin(raw, placement)
     else:
-        data = from_attack(config, raw, build_attack(config, raw, device, new_classifier), folder, placement)
+        attack = build_attack(config, raw, device, new_classifier, known or manifest.kept(folder) or "", assets)
+        data = from_attack(config, raw, attack, folder, placement)
     if data.ground_truth is not None:
-        known = with_poisoned(known, data.ground_truth.poisoned().numpy())
-    return replace(data, manifest=known)
+        inputs = with_poisoned(inputs, data.ground_truth.poisoned().numpy())
+    for name, digest in sorted(assets.items()):
+        inputs = manifest.with_input(inputs, f"{manifest.ASSETS}{name}", digest)
+    return replace(data, manifest=inputs)
 
 
-def prepare_tests(config: Config, device: torch.device | None = None, new_classifier: NewClassifier = no_network) -> TestSets:
-    """Return the test sets of `prepare` without the training set; nothing is written into a run's folder."""
+def prepare_tests(
+    config: Config, device: torch.device | None = None, new_classifier: NewClassifier = no_network, known: str = ""
+) -> TestSets:
+    """Return the test sets of `prepare` without the training set; nothing is written into a run's folder.
+
+    Args:
+        known: the manifest of the tested checkpoint; empty: it has none.
+    """
     raw, stored = load_data(config)
     placement = place(config, raw, stored, device, 1)
     if stored:
         return stored_tests(stored, placement)
     if config.backdoor is None:
         return untriggered(raw, placement)
-    return build_test_sets(config, raw, build_attack(config, raw, device, new_classifier), placement)
+    return build_test_sets(config, raw, build_attack(config, raw, device, new_classifier, known), placement)
 
 
 def place(config: Config, raw: RawData, stored: StoredSet | None, device: torch.device | None, processes: int) -> str:
@@ -78,8 +89,8 @@ def place(config: Config, raw: RawData, stored: StoredSet | None, device: torch.
 
 def from_attack(config: Config, raw: RawData, attack: AttackBase, folder: Path, placement: str = "device") -> PoisonedData:
     """Return raw images, poisoned by the attack; which ones are poisoned is stored as `poison_idx.npy` in the run's folder."""
-    tests = build_test_sets(config, raw, attack, placement)  # first: its errors must come before anything is stored
     train = poison_training_set(config, raw, attack, folder, placement)
+    tests = build_test_sets(config, raw, attack, placement)
     some = np.flatnonzero(train.flags == POISONED)[:EXAMPLES]
     examples = np.stack([raw.train_images[some], train.images[some]])
     caption = f"{config.attack.name}: {training_caption(config.attacker, attack, raw.class_names)}"

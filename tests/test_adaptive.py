@@ -76,6 +76,14 @@ def test_blended_images_equal_the_formula(height: int, width: int, pieces: int) 
                     assert out[n, y, x].tolist() == expected
 
 
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 40)])
+def test_the_smooth_trigger_is_8_x_8_colors_enlarged(height: int, width: int) -> None:
+    """Its pixels are those of Pillow's bicubic enlargement of the colors that the seed draws."""
+    colors = numpy_generator(3, "adaptive_blend", "smooth").integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(colors).resize((width, height), Image.Resampling.BICUBIC))
+    assert np.array_equal(make("adaptive_blend", height, width, seed=3, pattern="smooth").pattern, expected)
+
+
 def test_training_images_show_half_of_the_trigger() -> None:
     """Half of the pixels do not change, no value changes by more than 38 levels, and indices have different pieces."""
     images = np.repeat(noise(1), 40, 0)

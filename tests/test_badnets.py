@@ -184,6 +184,9 @@ def test_trigger_path_is_found_from_any_working_directory(tmp_path: Path, monkey
         ("folder", "not a readable image"),
         ("16 x 32", r"the trigger has 16 x 32 pixels and the images have 32 x 32"),
         ("black", "all black"),
+        ("clear", "all black"),
+        ("full", "covers the whole image"),
+        ("JPEG", "JPEG also changes the pixels"),
     ],
 )
 def test_an_invalid_trigger_file_is_one_line(tmp_path: Path, content: object, complaint: str) -> None:
@@ -200,10 +203,27 @@ def test_an_invalid_trigger_file_is_one_line(tmp_path: Path, content: object, co
         paint(path, {(0, 0): (1, 1, 1)}, width=16, height=32)
     elif content == "black":
         paint(path, {})
+    elif content == "clear":
+        Image.new("RGBA", (32, 32), (255, 255, 255, 0)).save(path)
+    elif content == "full":
+        Image.new("RGB", (32, 32), (255, 255, 255)).save(path)
+    elif content == "JPEG":
+        paint(path, {(4, 4): (255, 255, 255)})
+        Image.open(path).save(path, format="JPEG")
     with pytest.raises(UserError, match=complaint) as caught:
         make(Settings(trigger_path=str(path)))
-    assert str(caught.value).startswith(f"{path}: ")
+    assert f"{path}: " in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "LA"])
+def test_transparent_pixels_are_not_part_of_the_trigger(tmp_path: Path, mode: str) -> None:
+    """A trigger drawn on a transparent background, whose hidden color is often white, is the trigger alone."""
+    image = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
+    image.putpixel((5, 4), (200, 200, 200, 255))
+    image.convert(mode).save(tmp_path / "clear.png")
+    triggered = make(Settings(trigger_path=str(tmp_path / "clear.png"))).apply(noise(10), np.arange(10), "train")
+    assert np.array_equal(triggered, stamp(noise(10), {(4, 5): (200, 200, 200)}))
 
 
 def test_a_damaged_trigger_file_is_never_a_traceback(tmp_path: Path) -> None:

@@ -17,14 +17,16 @@ from torch import nn
 
 from data.attacks import _surrogate as surrogate
 from data.attacks import badnets, clb
-from data.attacks._surrogate import Adversary, load_surrogate, pgd, rise_and_fall, train_surrogate
+from data.attacks._surrogate import Adversary, build_augmentation, load_surrogate, pgd, rise_and_fall, train_surrogate
 from data.attacks.clb import Attack, Settings, build_trigger, to_uint8
+from data.batches import endless_order
 from data.poisoning import build_test_sets, poison_training_set
 from data.sets import AttackContext, RawData
 from model.classifier import new_classifier
 from model.networks import resnet18_cifar
 from utils import config
 from utils.config.schema import Named, merge
+from utils.draws import generator, key_seed
 from utils.errors import UserError
 from utils.kinds import POISONED
 
@@ -245,7 +247,8 @@ def test_an_image_is_perturbed_independently_of_the_others(tmp_path: Path, monke
 
 def test_poisoned_set_changes_no_label_and_a_quarter_of_the_class(tmp_path: Path, tiny: Path) -> None:
     """The set has exactly int(0.25 n) poisoned images, all of the target class; labels and other images are unchanged."""
-    plan = config.load(tiny, ["backdoor.poison_ratio=0.25", "backdoor.poison_mode=exact", f"backdoor.target_label={TARGET}"])
+    given = ["num_classes=3", "backdoor.poison_ratio=0.25", "backdoor.poison_mode=exact", f"backdoor.target_label={TARGET}"]
+    plan = config.load(tiny, given)
     attack = make(tmp_path / "assets")
     raw = attack.context.raw
     poisoned = poison_training_set(plan, raw, attack, tmp_path)
@@ -462,3 +465,41 @@ def test_settings_out_of_range_are_refused(key: str, value: object) -> None:
     """An invalid value is refused when the YAML is read, with the full name of the key."""
     with pytest.raises(UserError, match=rf"backdoor\.clb\.{key}"):
         config.load(REPOSITORY / "config" / "clb.yaml", [f"backdoor.clb.{key}={value}"])
+
+
+def test_too_few_clean_images_are_refused_before_the_surrogate_is_trained(tmp_path: Path, tiny: Path) -> None:
+    """With every image of the class poisoned no seed sample is left; that is known before hours of training."""
+    given = ["num_classes=3", "backdoor.poison_ratio=1.0", "backdoor.poison_mode=exact", f"backdoor.target_label={TARGET}"]
+    attack = make(tmp_path / "assets")
+    with pytest.raises(UserError, match="class 1 has only 0 clean training images"):
+        poison_training_set(config.load(tiny, given), attack.context.raw, attack, tmp_path)
+    assert not list(tmp_path.rglob("*.npz")) and not list(tmp_path.rglob("*.npy"))
+
+
+def test_a_surrogate_equals_a_plain_loop(tmp_path: Path) -> None:
+    """SGD with momentum 0.9 and weight decay 5e-4 on flips and on crops of images padded by an eighth of their side."""
+    attack = make(tmp_path, replace(QUICK, training="benign", epochs=3))
+    raw, network = attack.context.raw, load_surrogate("clb", attack.settings, attack.context)
+    count, batch, per_epoch = len(raw.train_labels), 16, len(raw.train_labels) // 16
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key_seed(5, "clb surrogate"))
+        plain = new_classifier(SMALL, 3).train()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for epoch in range(3):
+        rng = generator(5, "clb", epoch)
+        order = endless_order(count, batch, per_epoch, rng)
+        draws = build_augmentation(8, 8).draw(per_epoch * batch, rng).view(per_epoch, batch, -1)
+        for row in range(per_epoch):
+            done = (epoch * per_epoch + row + 0.5) / (3 * per_epoch)
+            optimizer.param_groups[0]["lr"] = 0.1 * min(done / 0.3, (1 - done) / 0.7)
+            views = []
+            for i, (down, right, mirror) in zip(order[row].tolist(), draws[row].tolist(), strict=True):
+                padded = np.pad(raw.train_images[i] / np.float32(255), ((1, 1), (1, 1), (0, 0)), mode="reflect")
+                view = padded[int(down) :, int(right) :][:8, :8]
+                views.append(view[:, ::-1] if mirror else view)
+            x = torch.from_numpy(np.stack(views).transpose(0, 3, 1, 2).astype(np.float32))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(plain(x), torch.from_numpy(raw.train_labels[order[row].numpy()])).backward()
+            optimizer.step()
+    for name, weights in plain.state_dict().items():
+        assert torch.allclose(network.state_dict()[name].float(), weights.float(), atol=1e-4), name

@@ -77,6 +77,23 @@ def test_the_target_class_can_be_excluded(name: str, target_class: bool, tiny: P
     assert (data.original_labels[data.flags == COVER] == TARGET).any() == target_class
 
 
+def test_the_seed_decides_which_images_are_cover_images() -> None:
+    """Another seed draws others; the same seed the same."""
+    poisoned = np.arange(100) < 10
+    assert np.array_equal(draw_cover(poisoned, 2, 0), draw_cover(poisoned, 2, 0))
+    assert not np.array_equal(draw_cover(poisoned, 2, 0), draw_cover(poisoned, 2, 1))
+
+
+@pytest.mark.parametrize("more", ["poison_ratio: 0.97", "poison_ratio: 0.5, iab: {cover_ratio: 9}"])
+def test_too_many_images_are_refused_before_networks_are_trained(more: str, tiny: Path, tmp_path: Path) -> None:
+    """IAB trains two networks, which may take hours; whether there are enough images is checked first."""
+    attack = more if "iab" in more else f"iab: {{}}, {more}"
+    plan = config.load(tiny, [f"backdoor={{{attack}, target_label: {TARGET}, poison_mode: exact}}", f"saved_dir={tmp_path}"])
+    with pytest.raises(UserError, match="lower it"):
+        poison_training_set(plan, world(), build_attack(plan, world(), torch.device("cpu"), new_classifier), tmp_path)
+    assert not list(tmp_path.rglob("*.np?"))
+
+
 def test_cover_images_are_drawn_among_the_allowed_images() -> None:
     """Only allowed images are drawn, without a restriction all others; too few images are an error with the ratio."""
     poisoned, allowed = np.arange(40) < 10, np.arange(40) % 2 == 0

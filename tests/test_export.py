@@ -277,6 +277,13 @@ def test_an_existing_set_is_not_changed(tiny: Path, tmp_path: Path) -> None:
     refused(lambda: write(tiny, out), "train.npz", "another name")
 
 
+def draw_trigger(path: Path, level: int) -> None:
+    """Write an image with one grey pixel, the rest black."""
+    image = Image.new("RGB", (32, 32))
+    image.putpixel((3, 3), (level, level, level))
+    image.save(path)
+
+
 def test_a_set_of_other_data_is_not_taken_for_the_same(tiny: Path, tmp_path: Path) -> None:
     """With equal settings a set is another one if an image of the data set or the trigger's file has other contents; data that
     moved are the same, and a set of an earlier version, which has no digest of its data, is verified by its settings."""
@@ -286,7 +293,7 @@ def test_a_set_of_other_data_is_not_taken_for_the_same(tiny: Path, tmp_path: Pat
         path = tree / ("train" if i < 16 else "test") / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(1, 256, (32, 32, 3), dtype=np.uint8)).save(path)
-    Image.fromarray(rng.integers(1, 256, (32, 32, 3), dtype=np.uint8)).save(trigger)
+    draw_trigger(trigger, 255)
     attack = f"backdoor={{badnets: {{trigger_path: {trigger}}}, poison_ratio: 0.5, target_label: 1}}"
     options = ("dataset=folder", f"dataset_dir={tree}", "num_classes=2", "network.resnet18_cifar.num_classes=null", attack)
     out, _ = write(tiny, tmp_path / "set", *options)
@@ -296,7 +303,7 @@ def test_a_set_of_other_data_is_not_taken_for_the_same(tiny: Path, tmp_path: Pat
     assert "same settings" in said[-1]
     for path in (trigger, tree / "train/a/0.png"):
         kept = path.read_bytes()
-        Image.new("RGB", (32, 32), (1, 2, 3)).save(path)
+        draw_trigger(path, 9)
         refused(lambda: write(tiny, out, *options), f"--out {out}", "same settings and data", "another name")
         path.write_bytes(kept)
     Image.new("RGB", (32, 32), (1, 2, 3)).save(trigger)

@@ -53,7 +53,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Attack, list[str]
         surrogate=Named("resnet18_cifar", Network(width=4, blocks=1)),
     )
     with logged() as lines:
-        return Attack(chosen, context(tmp_path_factory.mktemp("iab"), 600)), lines
+        return make(chosen, context(tmp_path_factory.mktemp("iab"), 600)), lines
+
+
+def make(chosen: Settings, place: AttackContext) -> Attack:
+    """An attack whose networks are trained; without this, that is done when it alters images for the first time."""
+    attack = Attack(chosen, place)
+    assert attack.generator is attack.generator
+    return attack
 
 
 def as_pixels(images: np.ndarray) -> Tensor:
@@ -301,7 +308,7 @@ def test_generator_training_equals_a_plain_loop(tmp_path: Path) -> None:
 def test_divergence_is_refused_in_one_line(tmp_path: Path, changes: dict[str, float], named: str) -> None:
     """Weights that are not finite are an error that names the learning rate to lower, and are not saved."""
     with pytest.raises(UserError, match=rf"backdoor\.iab: epoch \d+ of the .*: lower .*{named}") as error:
-        Attack(dataclasses.replace(QUICK, **changes), context(tmp_path))
+        make(dataclasses.replace(QUICK, **changes), context(tmp_path))
     assert "\n" not in str(error.value)
     assert len(list(tmp_path.glob("iab_*"))) == ("mask_lr" not in changes)
 
@@ -326,7 +333,7 @@ def test_assets_are_made_again_only_if_their_inputs_change(tmp_path: Path) -> No
 
     def made(changes: dict[str, float], **place: int) -> list[str]:
         with logged() as lines:
-            Attack(dataclasses.replace(QUICK, **changes), context(tmp_path, **place))
+            make(dataclasses.replace(QUICK, **changes), context(tmp_path, **place))
         return [line.partition(":")[0] for line in lines if ": made " in line]
 
     both = ["iab_mask", "iab_generator"]
@@ -347,6 +354,26 @@ def test_a_surrogate_with_another_number_of_classes_is_refused(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_a_surrogate_for_other_images_is_refused_before_any_training(tmp_path: Path) -> None:
+    """A surrogate that cannot take the images is an error with its key, although it is needed only after the mask network."""
+    chosen = config.load(REPOSITORY / "config" / "iab.yaml", ["backdoor.iab.surrogate=vit_b_16"]).attack.settings
+    attack = Attack(dataclasses.replace(QUICK, surrogate=chosen.surrogate), context(tmp_path))
+    with pytest.raises(UserError, match=r"^backdoor\.iab\.surrogate\.vit_b_16\.image_size: 224: the images are 32 x 32"):
+        attack.apply(np.zeros((1, 32, 32, 3), np.uint8), np.arange(1), "test")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("changes", [{"target": 4}, {"shift": 1}])
+def test_another_target_needs_another_generator(tmp_path: Path, changes: dict[str, int]) -> None:
+    """The generator is trained for the label that poisoned images carry; the mask network is not."""
+    first = context(tmp_path)
+    make(QUICK, first)
+    target, shift = (None, changes["shift"]) if "shift" in changes else (changes["target"], None)
+    with logged() as lines:
+        make(QUICK, dataclasses.replace(first, target_label=target, target_shift=shift))
+    assert [line.partition(":")[0] for line in lines if ": made " in line] == ["iab_generator"]
+
+
 def test_images_that_are_too_small_are_refused(tmp_path: Path) -> None:
     """The networks halve the image three times."""
     with pytest.raises(UserError, match=r"backdoor\.iab: images of 7 x 7 pixels: .*at least 8"):
@@ -361,7 +388,7 @@ def test_training_ends_without_test_images_of_other_classes(tmp_path: Path, targ
     images, labels = np.zeros((3, 32, 32, 3) if target_class else (0, 0, 0, 3), np.uint8), np.full(3 * target_class, 3)
     raw = dataclasses.replace(whole.raw, test_images=images, test_labels=labels)
     with logged() as lines:
-        attack = Attack(QUICK, dataclasses.replace(whole, raw=raw))
+        attack = make(QUICK, dataclasses.replace(whole, raw=raw))
     assert attack.apply(raw.train_images[:2], np.arange(2), "train").shape == (2, 32, 32, 3)
     assert not any("ASR" in line for line in lines)
 

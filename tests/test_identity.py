@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY
+from conftest import TINY, logged
 from PIL import Image
 from training import train_here
 
 from data import digests
+from data.attack import checksum
 from data.loading import load_raw
 from data.sets import PoisonedData
-from data.sources import prepare
+from data.sources import prepare, prepare_tests
+from model.classifier import new_classifier
 from utils import checkpoint, config, manifest
 from utils.config.compatibility import refuse_other_settings
 from utils.config.schema import as_dict, stand_ins
@@ -196,7 +198,10 @@ def test_a_damaged_manifest_is_one_line(place: Path) -> None:
 
 def attacked(folder: Path, data: Path, backdoor: dict[str, Any]) -> config.Config:
     """Return the settings of a run with an attack."""
-    return config.load(plan(folder, data, backdoor={"target_label": 1, "poison_ratio": 0.5} | backdoor, seed_samples=None))
+    return config.load(
+        plan(folder, data, backdoor={"target_label": 1, "poison_ratio": 0.5} | backdoor, seed_samples=None),
+        ["global.seed_num=2"],
+    )
 
 
 def test_a_trigger_file_is_identified_by_its_contents(tmp_path: Path) -> None:
@@ -221,13 +226,14 @@ def test_a_trigger_file_is_identified_by_its_contents(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_reflections_is_identified_by_its_images(tmp_path: Path) -> None:
-    """A copied folder is the same, whatever its name, and hidden files do not count; a folder with another image differs."""
+    """A copied folder is the same, whatever its name, and only image files count; a folder with another image differs."""
     folder = tmp_path / "a"
     folder.mkdir()
     for i in range(2):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{i}.png")
     shutil.copytree(folder, tmp_path / "b")
-    (tmp_path / "b/.DS_Store").write_text("x")
+    for name in (".DS_Store", "Thumbs.db", "readme.txt"):
+        (tmp_path / "b" / name).write_text("x")
     known = digests.digest_of_named(str(folder), "key")
     assert digests.digest_of_named(str(tmp_path / "b"), "key") == known
     Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "b/1.png")
@@ -257,8 +263,84 @@ def test_a_file_that_a_setting_names_is_found_or_refused_with_the_setting(
     path.parent.mkdir()
     if attack == "refool":
         path.mkdir()
-    Image.new("RGB", (20, 20), (9, 0, 0)).save(path / "1.png" if attack == "refool" else path)
+    pixels = np.zeros((20, 20, 3), np.uint8)
+    pixels[:3, :3] = 9
+    Image.fromarray(pixels).save(path / "1.png" if attack == "refool" else path)
     assert key in run_with("./~nobody-of-this-name/x.png").manifest
+
+
+IAB = {"mask_epochs": 1, "generator_epochs": 1, "batch_size": 10, "width": 2,
+       "surrogate": {"resnet18_cifar": {"width": 2, "blocks": 1}}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def with_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run against IAB, whose networks are assets; tests work on copies."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("assets")
+    backdoor = {"target_label": 1, "poison_ratio": 0.3, "iab": IAB}
+    changes = {"seed_samples": None, "backdoor": backdoor, "defense": "none"}
+    run(plan(folder, draw_set(folder / "set"), **changes))
+    return folder
+
+
+def copied(folder: Path, place: Path) -> Path:
+    """A copy of a run with its data, and the YAML of the copy."""
+    shutil.copytree(folder, place)
+    raw = yaml.safe_load((place / "own.yaml").read_text().replace(str(folder), str(place)))
+    (place / "own.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    return place / "own.yaml"
+
+
+def alter_asset(place: Path) -> Path:
+    """Change one weight of the stored generator, as if it had been trained on another computer."""
+    (path,) = (place / "saved/assets").glob("iab_generator-*.npz")
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    name = next(name for name in arrays if arrays[name].dtype == np.float32)
+    arrays[name] = arrays[name] + np.float32(0.5)
+    weights = {name: array for name, array in arrays.items() if not name.startswith("_")}
+    np.savez(path, **weights, _key=arrays["_key"], _sha256=np.array(checksum(weights)))
+    return path
+
+
+def test_the_manifest_names_what_an_attack_was_made_with(with_assets: Path) -> None:
+    """The generator and the mask network decide what poisoned images look like."""
+    assert manifest.assets_of((with_assets / "saved/own/data.csv").read_text()).keys() == {"iab_generator", "iab_mask"}
+
+
+@pytest.mark.parametrize("through", ["resume", "checkpoint", "test.py"])
+def test_a_run_with_another_generator_is_refused(with_assets: Path, tmp_path: Path, through: str) -> None:
+    """A run that is resumed, in its folder or elsewhere, and a test of its checkpoint need the trigger that it was trained
+    with: another one is refused in one line."""
+    path = copied(with_assets, tmp_path / "copy")
+    asset, latest = alter_asset(tmp_path / "copy"), tmp_path / "copy/storage/own/checkpoint/latest_model.pt"
+    if through == "test.py":
+        with pytest.raises(UserError) as caught:
+            prepare_tests(config.load(path), None, new_classifier, checkpoint.data_of(checkpoint.read(latest)))
+        line = str(caught.value)
+    elif through == "resume":
+        line = refusal(path, "num_epochs=3")
+    else:
+        line = refusal(path, "num_epochs=3", "run=other", resume=str(latest))
+    assert line.startswith(f"{asset}: is not the file that this run was begun with") and "restore that file" in line
+    assert line.isprintable()
+
+
+def test_a_lost_generator_is_made_again(with_assets: Path, tmp_path: Path) -> None:
+    """On the same computer it comes out the same, and the run goes on; the log says what is happening. A run without a list of
+    its assets, being of an earlier version, goes on too."""
+    path = copied(with_assets, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy/saved/assets")
+    with logged() as said:
+        assert run(path, "num_epochs=3")["epoch"] == 2
+    assert any("with which this run was begun, is missing: making it again" in line for line in said)
+    latest = tmp_path / "copy/storage/own/checkpoint/latest_model.pt"
+    saved = checkpoint.read(latest)
+    saved["data"] = "".join(line for line in saved["data"].splitlines(keepends=True) if "assets/" not in line)
+    torch.save(saved, latest)
+    (tmp_path / "copy/saved/own/data.csv").unlink()
+    assert run(path, "num_epochs=4")["epoch"] == 3
 
 
 def test_other_poisoned_images_are_other_data(tmp_path: Path) -> None:

@@ -13,13 +13,15 @@ from conftest import REPOSITORY
 
 from data.attacks._surrogate import load_surrogate
 from data.choice import choose_poisoned
+from data.loading import load_raw
+from data.poisoned_sets.export import make
 from data.poisoning import build_attack, build_test_sets, poison_training_set
 from data.sets import RawData, no_network
 from model.classifier import new_classifier
 from utils import config
 from utils.config import Config
 from utils.errors import UserError
-from utils.kinds import POISONED
+from utils.kinds import COVER, POISONED
 
 TARGET, CLASSES, COUNT = 1, 3, 240
 LOOKALIKE = (
@@ -121,6 +123,27 @@ def test_a_trigger_with_cover_images_keeps_them(tiny: Path, tmp_path: Path) -> N
     assert np.bincount(train.flags).tolist() == [COUNT - 38, 19, 19]
 
 
+def test_a_trigger_whose_cover_images_leave_out_the_target_class(tiny: Path, tmp_path: Path) -> None:
+    """`cover_target_class: false` of the other attack holds here too."""
+    trigger = "adaptive_blend: {cover_target_class: false, cover_ratio: 4}"
+    plan = plan_of(
+        tiny, f"lookalike: {{trigger: {{{trigger}}}, epochs: 1, surrogate: {{resnet18_cifar: {{width: 2, blocks: 1}}}}}}"
+    )
+    train = poison_training_set(plan, world(), attack_of(plan, tmp_path), tmp_path)
+    cover = train.original_labels[train.flags == COVER]
+    assert len(cover) == 4 * 19 and (cover != TARGET).all()
+
+
+def test_an_exported_set_is_that_of_a_run(tiny: Path, tmp_path: Path) -> None:
+    """`data.poison` poisons the images that the attacker chooses, not random ones."""
+    attack = LOOKALIKE.replace("epochs: 3", "epochs: 1")
+    given = [f"backdoor={{{attack}, target_label: {TARGET}, poison_ratio: 0.08, poison_mode: exact}}", f"saved_dir={tmp_path}"]
+    plan = config.load(tiny, given)
+    made, raw = make(plan, torch.device("cpu"), new_classifier), load_raw(plan)
+    train = poison_training_set(plan, raw, build_attack(plan, raw, torch.device("cpu"), new_classifier), tmp_path)
+    assert np.array_equal(made.parts["train"].flags, train.flags) and np.array_equal(made.parts["train"].images, train.images)
+
+
 def test_with_all_to_all_labels_each_image_is_ranked_by_its_own_label(tiny: Path, tmp_path: Path) -> None:
     """An image of class y is ranked by its loss with y + 1, so that those that look like class 1 precede others of class 0."""
     plan = plan_of(tiny, more="poison_mode: exact, target_shift: 2")  # class 2 becomes class 1
@@ -131,12 +154,17 @@ def test_with_all_to_all_labels_each_image_is_ranked_by_its_own_label(tiny: Path
 
 
 def test_poison_mode_bernoulli_is_refused(tiny: Path, tmp_path: Path) -> None:
-    """poison_mode must be `exact`: the attacker chooses the images, nothing is drawn."""
-    plan = plan_of(tiny, more="poison_mode: bernoulli")
-    attack = attack_of(plan, tmp_path)
-    with pytest.raises(UserError, match=r"backdoor\.poison_mode: bernoulli: .*exact"):
-        poison_training_set(plan, world(), attack, tmp_path)
-    assert not (tmp_path / "poison_idx.npy").exists()
+    """poison_mode must be `exact`, as the attacker chooses the images; that, and a wrong number, is refused before training."""
+    for more, complaint in (
+        ("poison_mode: bernoulli", r"backdoor\.poison_mode: bernoulli: .*exact"),
+        ("poison_mode: exact, poison_ratio: 0.9", r"backdoor\.poison_ratio: 0\.9: needs 216 images to poison"),
+        ("poison_mode: exact, poison_ratio: 0.001", r"backdoor\.poison_ratio: 0\.001: poisons none"),
+    ):
+        plan = plan_of(tiny, more=more)
+        attack = attack_of(plan, tmp_path)
+        with pytest.raises(UserError, match=complaint):
+            poison_training_set(plan, world(), attack, tmp_path)
+    assert not list(tmp_path.rglob("*.np?"))  # neither poison_idx.npy nor a trained surrogate
 
 
 @pytest.mark.parametrize("trigger", ["lookalike", "clb", "sig"])

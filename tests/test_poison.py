@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.choice import draw_poisoned, poison_index
+from data.choice import draw_poisoned, keep_index, poison_index
 from data.loading import load_raw
 from data.poisoned_sets.export import export
 from data.poisoning import ATTACKS, build_attack, build_test_sets
@@ -108,10 +108,17 @@ def plan(tiny: Path) -> Config:
     return config.load(tiny)
 
 
+def stored_index(path: Path, labels: np.ndarray, plan: Config) -> np.ndarray:
+    """The poisoned images of a run, which are stored as the run does it."""
+    index = poison_index(path, labels, plan)
+    keep_index(path, index)
+    return index
+
+
 def test_poison_index_is_stored_as_float64_of_0_and_1(plan: Config, tmp_path: Path) -> None:
     """poison_idx.npy has the format of the authors' code, so that either program can use the other's file."""
     path = tmp_path / "run" / "poison_idx.npy"
-    index = poison_index(path, LABELS, plan)
+    index = stored_index(path, LABELS, plan)
     stored = np.load(path, allow_pickle=False)
     assert stored.dtype == np.float64
     assert stored.shape == (400,)
@@ -127,7 +134,7 @@ def test_a_stored_index_is_used_instead_of_drawing(plan: Config, tmp_path: Path,
     assert other.tolist() != loop(LABELS.tolist(), 3, 0.1, 7)
     np.save(path, other.astype(kind))
     before = path.read_bytes()
-    index = poison_index(path, LABELS, plan)
+    index = stored_index(path, LABELS, plan)
     assert index.dtype == np.float64
     assert index.tolist() == other.tolist()
     assert path.read_bytes() == before
@@ -136,7 +143,7 @@ def test_a_stored_index_is_used_instead_of_drawing(plan: Config, tmp_path: Path,
 def refused(path: Path, plan: Config, labels: np.ndarray = LABELS) -> str:
     """Return the error, one line that names the file and a remedy."""
     with pytest.raises(UserError) as caught:
-        poison_index(path, labels, plan)
+        stored_index(path, labels, plan)
     text = str(caught.value)
     assert text.startswith(f"{path}: ") and "\n" not in text
     assert "--resume False" in text
@@ -188,9 +195,9 @@ def test_exact_mode_accepts_the_exact_count_only(tiny: Path, tmp_path: Path, wro
     """With `poison_mode: exact` a stored file must have exactly int(ratio * N) poisoned images."""
     exact = config.load(tiny, ["backdoor.poison_mode=exact"])
     path = tmp_path / "poison_idx.npy"
-    index = poison_index(path, LABELS, exact)
+    index = stored_index(path, LABELS, exact)
     assert index.sum() == 40
-    assert poison_index(path, LABELS, exact).tolist() == index.tolist()
+    assert stored_index(path, LABELS, exact).tolist() == index.tolist()
     changed = index.copy()
     changed[np.flatnonzero((index == (wrong < 0)) & (LABELS != 3))[0]] = wrong > 0
     assert changed.sum() == 40 + wrong
@@ -203,7 +210,7 @@ def test_a_drawn_index_is_never_refused_for_its_count(plan: Config, tmp_path: Pa
     """The check of the ratio allows for random variation: an index drawn with any seed is accepted."""
     path = tmp_path / "poison_idx.npy"
     np.save(path, np.array(loop(LABELS.tolist(), 3, 0.1, seed)))
-    poison_index(path, LABELS, plan)
+    stored_index(path, LABELS, plan)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +267,7 @@ def test_a_damaged_index_is_used_only_if_it_is_valid(at: int, value: int, tmp_pa
     content[at] = value
     path.write_bytes(content)
     try:
-        index = poison_index(path, LABELS, config.load(yaml))
+        index = stored_index(path, LABELS, config.load(yaml))
     except UserError as error:
         assert str(path) in str(error) and "\n" not in str(error)
     else:
@@ -412,15 +419,38 @@ def test_seed_samples_of_a_poisoned_set_are_clean_and_the_originals(
 def test_a_completely_poisoned_class_has_no_seed_samples(tiny: Path, tmp_path: Path) -> None:
     """If a class has too few clean images left, the error names the class and their number."""
     plan, raw = config.load(tiny, ["backdoor.poison_ratio=1.0"]), world()
-    data = poisoned(plan, raw, tmp_path)
+    with pytest.raises(UserError, match=r"global\.seed_num: 2: class 0 has only 0 clean training images"):
+        poisoned(plan, raw, tmp_path)
+    assert not (tmp_path / "poison_idx.npy").exists()  # which would be refused with the ratio that the error recommends
+    data = poisoned(config.load(tiny, ["backdoor.poison_ratio=1.0", "defense=none"]), raw, tmp_path)  # needs no clean images
     with pytest.raises(UserError, match=r"global\.seed_num: 2: class 0 has only 0 clean training images"):
         draw_seed_samples(data.train.labels, data.ground_truth, 10, 2, 7)
+
+
+@pytest.mark.parametrize("mode", ["bernoulli", "exact"])
+def test_an_attack_that_poisons_nothing_is_refused(tiny: Path, tmp_path: Path, mode: str) -> None:
+    """A ratio above 0 that gives no poisoned image is an error: the ASR would be that of an attack that was not made."""
+    plan = config.load(tiny, ["backdoor.poison_ratio=0.0001", f"backdoor.poison_mode={mode}"])
+    with pytest.raises(UserError, match=r"backdoor\.poison_ratio: 0\.0001: poisons none of \d+ images that may be poisoned: "):
+        poisoned(plan, world(), tmp_path)
+    assert not (tmp_path / "poison_idx.npy").exists()
 
 
 def test_a_file_that_cannot_be_written_is_a_clear_error(plan: Config, tmp_path: Path) -> None:
     """If poison_idx.npy cannot be written, one line names the file, and no incomplete file remains."""
     (tmp_path / "run").write_text("a file where the run's folder should be")
     with pytest.raises(UserError, match=r"poison_idx\.npy: cannot be written") as caught:
-        poison_index(tmp_path / "run" / "poison_idx.npy", LABELS, plan)
+        stored_index(tmp_path / "run" / "poison_idx.npy", LABELS, plan)
     assert "\n" not in str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "tiny.yaml"]
+
+
+def test_a_trigger_that_depends_on_the_index_has_that_of_the_test_image(tiny: Path, tmp_path: Path) -> None:
+    """Test images are altered a few hundred at a time; each gets the trigger drawn for its own place among all of them."""
+    plan = config.load(tiny, ["backdoor={refool: {count: 5}, target_label: 3, poison_ratio: 0.1}"])
+    raw = replace(world(), test_images=world().train_images, test_labels=world().train_labels)
+    attack = build_attack(plan, raw)
+    backdoor, others = build_test_sets(plan, raw, attack).backdoor, np.flatnonzero(raw.test_labels != 3)
+    assert len(others) > 256
+    expected = [attack.apply(raw.test_images[i : i + 1], np.array([i]), "test")[0] for i in others]
+    assert np.array_equal(backdoor.images.numpy().transpose(0, 2, 3, 1), np.stack(expected))

@@ -156,6 +156,21 @@ def test_starting_over_forgets_the_poisoned_images_of_a_run_that_never_trained(t
         assert b"old " + name.encode() in everything(run.saved.parent).values()
 
 
+def test_a_run_that_never_trained_is_moved_aside_if_its_settings_change(tiny: Path) -> None:
+    """Its poisoned images may be those of another attack. With the same settings, or others that change nothing, they stay."""
+    run, _ = enter(tiny)
+    index = run.saved / "poison_idx.npy"
+    index.write_bytes(b"drawn")
+    for override in ("num_epochs=5", "evidence=true", "data.placement=host"):
+        _, said = enter(tiny, override)
+        assert index.read_bytes() == b"drawn" and said == []
+    for override in ("backdoor.poison_mode=exact", "seed.seed=8", "backdoor={lookalike: {}}"):
+        index.write_bytes(b"drawn " + override.encode())
+        _, said = enter(tiny, override)
+        assert not index.exists() and "the earlier run was moved to" in said[-1]
+        assert b"drawn " + override.encode() in everything(run.saved.parent).values()
+
+
 def test_a_run_does_not_touch_the_runs_below_it(tiny: Path, tmp_path: Path) -> None:
     """Starting run `a` over does not change run `a/b`, and vice versa."""
     for first, second in (("a", "a/b"), ("c/d", "c")):

@@ -232,6 +232,12 @@ def about(saved: dict[str, Any]) -> tuple[tuple[str, ...], tuple[int, int] | Non
     return tuple(names or ()) if known else (), (size[0], size[1]) if sized and size else None
 
 
+def data_of(saved: dict[str, Any] | None) -> str:
+    """Return the manifest in a checkpoint; empty if it has none, being of the authors or an earlier version, or is None."""
+    data = (saved or {}).get("data")
+    return data if isinstance(data, str) else ""
+
+
 def load_weights(model: nn.Module, saved: dict[str, Any], path: Path) -> None:
     """Load the weights of a checkpoint into the model; raise `UserError` if they are those of another network."""
     own, given = model.state_dict(), saved["model_state_dict"]

@@ -11,6 +11,7 @@ other data it is refused, in one line that names the difference.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from collections import defaultdict
@@ -24,6 +25,7 @@ from utils.files import write_atomically
 FILE = "data.csv"
 HEAD = ("part", "name", "class", "digest")
 TRAIN, TEST, INPUT = "train", "test", "input"
+ASSETS = "assets/"  # prefix of the names of what an attack was made with; checkpoints of earlier versions do not list them
 
 
 class Row(NamedTuple):
@@ -64,6 +66,27 @@ def with_input(text: str, name: str, digest: str) -> str:
     return text + to_text([Row(INPUT, name, "", digest)]).removeprefix(to_text([]))
 
 
+def assets_of(text: str) -> dict[str, str]:
+    """Return the digests of the attack's assets by name; none if the text is not a manifest."""
+    with contextlib.suppress(ValueError):
+        return {row.name.removeprefix(ASSETS): row.digest for row in rows_of(text) if row.name.startswith(ASSETS)}
+    return {}
+
+
+def kept(folder: Path) -> str | None:
+    """Return the manifest that a run's folder has; None if there is none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return (folder / FILE).read_bytes().decode("utf-8", "surrogateescape")
+    except FileNotFoundError:  # a new run, or a run of an earlier version
+        return None
+    except OSError as error:
+        raise UserError(f"{folder / FILE}: cannot be read ({error.strerror}): make it readable") from None
+
+
 # -- Stored with the run -----------------------------------------------------------------------------------------------
 
 
@@ -73,13 +96,10 @@ def check(folder: Path, text: str) -> None:
     Raises:
         UserError: the data differ.
     """
-    try:
-        kept = (folder / FILE).read_bytes().decode("utf-8", "surrogateescape")
-    except FileNotFoundError:  # a new run, or a run of an earlier version
+    then = kept(folder)
+    if then is None or then.startswith(text):  # later inputs are appended
         return
-    except OSError as error:
-        raise UserError(f"{folder / FILE}: cannot be read ({error.strerror}): make it readable") from None
-    changed = [] if kept.startswith(text) else differences(kept, text, whole=False)  # later inputs are appended
+    changed = differences(then, text, whole=False)
     if changed:
         raise other_data(str(folder), "the run was begun", changed)
 
@@ -107,7 +127,7 @@ def differences(then: str, now: str, whole: bool = True) -> list[str]:
     """Return the differences between two manifests, one phrase for each kind of change.
 
     Args:
-        whole: report inputs that only one of them has as well.
+        whole: report inputs that only one of them has as well, except assets.
     """
     if then == now:
         return []
@@ -123,7 +143,7 @@ def differences(then: str, now: str, whole: bool = True) -> list[str]:
     before_, after_ = ({row.name: row.digest for row in rows if row.part == INPUT} for rows in (old, new))
     for name in sorted(before_.keys() | after_.keys()):
         both = name in before_ and name in after_
-        if (both or whole) and before_.get(name) != after_.get(name):
+        if (both or (whole and not name.startswith(ASSETS))) and before_.get(name) != after_.get(name):
             found.append(f"{name} has other contents" if both else f"{name} was {'' if name in before_ else 'not '}given")
     return found
 

@@ -16,6 +16,9 @@ from typing import IO
 from utils import checkpoint, manifest, metrics
 from utils.checkpoint import State
 from utils.config import Config, to_yaml
+from utils.config.compatibility import refuse_other_settings
+from utils.config.layers import read_yaml
+from utils.config.schema import as_dict, stand_ins
 from utils.errors import UserError
 from utils.files import cannot_write, link, remove_leftovers, try_lock, write_atomically, write_text
 from utils.metrics import read_rows
@@ -79,7 +82,8 @@ def locate(config: Config, yaml: Path | None = None) -> Run:
 
 @contextlib.contextmanager
 def open_run(run: Run, config: Config, fresh: bool) -> Iterator[None]:
-    """Create the run's folders and lock the run for the block.
+    """Create the run's folders and lock the run for the block. A run that ended before its first epoch, begun with other
+    settings, is moved aside.
 
     A new run also gets copies of its configuration. A run that has checkpoints keeps its earlier copies until `make_ready`,
     because this command may yet be refused.
@@ -95,13 +99,29 @@ def open_run(run: Run, config: Config, fresh: bool) -> Iterator[None]:
     with lock_run(run):
         for folder in (run.saved, run.log, run.checkpoints):
             remove_leftovers(folder)
-        if fresh:
+        if fresh or begun_otherwise(run, config):
             archive(run)
             run.log.mkdir(parents=True, exist_ok=True)
             run.checkpoints.mkdir(parents=True, exist_ok=True)
         if not any(run.checkpoints.glob("*.pt")):
             keep_settings(run, config)
         yield
+
+
+def begun_otherwise(run: Run, config: Config) -> bool:
+    """Return whether the run ended before its first checkpoint, with settings from which no run with these could resume.
+
+    Its `poison_idx.npy` may then be that of another attack.
+    """
+    path = run.saved / "config.yaml"
+    if any(run.checkpoints.glob("*.pt")) or not is_file(path, "saved_dir"):
+        return False
+    try:
+        begun = {"config": read_yaml(path).tree, "epoch": -1, "data": manifest.kept(run.saved)}
+        refuse_other_settings(path, begun, as_dict(config), {key for key, _, _ in stand_ins(config)})
+    except UserError:
+        return True
+    return False
 
 
 def make_ready(run: Run, config: Config, loaded: Path, state: State, first: bool) -> bool:

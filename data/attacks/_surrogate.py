@@ -75,6 +75,17 @@ def check_classes(name: str, surrogate: Named, context: AttackContext) -> None:
         )
 
 
+def check_size(name: str, surrogate: Named, context: AttackContext) -> None:
+    """Refuse a surrogate of the attack `name` that cannot take images of the data set's size, before anything is trained."""
+    height, width = context.raw.train_images.shape[1:3]
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # without weights
+        network = context.new_classifier(surrogate, context.num_classes).eval()
+        try:
+            network(torch.empty(1, 3, height, width))
+        except UserError as error:  # `network: ...` or `network.NAME.KEY: ...`
+            raise UserError(f"backdoor.{name}.surrogate{str(error).removeprefix('network')}") from None
+
+
 def surrogate_key(settings: SurrogateSettings, context: AttackContext) -> dict[str, Any]:
     """Return everything that the surrogate's weights depend on."""
     s = settings
@@ -94,8 +105,9 @@ def load_surrogate(name: str, settings: SurrogateSettings, context: AttackContex
     Args:
         name: of the attack.
     """
+    check_size(name, settings.surrogate, context)
     key = surrogate_key(settings, context)
-    kept = keep_asset(context, f"{name}_surrogate", key, lambda: train_surrogate(name, settings, context))
+    kept = keep_asset(context, f"{name}_surrogate", key, lambda: train_surrogate(name, settings, context), False)
     with torch.random.fork_rng(devices=[]):
         network = context.new_classifier(settings.surrogate, context.num_classes)
     network.load_state_dict({name: torch.from_numpy(array) for name, array in kept.items()})

@@ -11,11 +11,12 @@ import numpy as np
 
 from data.attack import AttackBase
 from data.attacks._overlay import BLOCK
-from data.io.image_file import read_named
+from data.io.image_file import open_image, read_named
 from data.sets import AttackContext
 from utils.config.schema import setting
 from utils.draws import numpy_generator
 from utils.errors import UserError
+from utils.paths import named_path
 
 CHECKER = (np.indices((3, 3)).sum(0) % 2 == 0)[..., None].repeat(3, 2).astype(np.uint8) * 255
 # Row and column of the upper left pixel, and the pixels. Negative numbers count from the lower right.
@@ -31,7 +32,10 @@ HUES = np.array([[255, 0, 0], [255, 255, 0], [0, 255, 0], [0, 255, 255], [0, 0, 
 @dataclass(frozen=True)
 class Settings:
     trigger_path: str | None = setting(
-        None, "a PNG of the images' size; black pixels are not part of the trigger", stands_for="files", instead_of="pattern"
+        None,
+        "a PNG of the images' size; black and fully transparent pixels are not part of the trigger",
+        stands_for="files",
+        instead_of="pattern",
     )
     pattern: str | None = setting(
         None,
@@ -87,14 +91,26 @@ def read_trigger(name: str, height: int, width: int) -> np.ndarray:
     """Read a trigger image as (height, width, 3) uint8.
 
     Raises:
-        UserError: it cannot be read, has another size, or is all black.
+        UserError: it cannot be read, has another size, or its trigger is empty, covers everything or was compressed as JPEG.
     """
-    pattern = np.asarray(read_named(name, "backdoor.badnets.trigger_path"))
+    key = "backdoor.badnets.trigger_path"
+    pattern = np.array(read_named(name, key))
+    with open_image(named_path(name, key)) as image:
+        if image.format in ("JPEG", "MPO"):
+            raise UserError(f"{key}: {name}: JPEG also changes the pixels around the trigger: give a PNG")
+        clear = np.asarray(image.convert("RGBA"))[..., 3] == 0 if image.has_transparency_data else None
     if pattern.shape != (height, width, 3):
         size = f"{pattern.shape[1]} x {pattern.shape[0]}"
         raise UserError(
             f"{name}: the trigger has {size} pixels and the images have {width} x {height}: the sizes must be equal"
         )
+    if clear is not None:
+        pattern[clear] = 0
     if not pattern.any():
         raise UserError(f"{name}: the trigger image is all black, which means no trigger: draw the pixels of the trigger")
+    if pattern.any(2).all():
+        raise UserError(
+            f"{key}: {name}: covers the whole image, so all poisoned images would be equal: make the pixels beside the trigger "
+            "black or transparent, or use the attack blend"
+        )
     return pattern

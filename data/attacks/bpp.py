@@ -24,7 +24,7 @@ PIXELS = 2**20  # dithered at a time (24 MB of float64): the loop takes as long 
 
 @dataclass(frozen=True)
 class Settings:
-    squeeze_num: int = setting(8, "levels of each channel", low=2, high=256)
+    squeeze_num: int = setting(8, "levels of each channel; 256 would be all", low=2, below=256)
     dithering: bool = setting(False, "diffuse the quantization errors (Floyd-Steinberg)")
     cover_ratio: float = setting(1.0, "cover images (with another image's quantization residual) per poisoned image", low=0)
 

@@ -8,6 +8,7 @@ the clean training set and then frozen, so the trigger is a fixed function of th
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from data.attack import Arrays, AttackBase, fingerprint, in_batches, keep_asset, weights_of
 from data.attacks._iab_networks import EncoderDecoder, blend, density_loss, diversity_loss, sharpen, standardize
-from data.attacks._surrogate import check_classes
+from data.attacks._surrogate import check_classes, check_size
 from data.sets import AttackContext
 from utils.config.schema import Named, as_dict, setting
 from utils.config.settings import NETWORKS
@@ -64,7 +65,7 @@ class Networks(NamedTuple):
 
 
 class Attack(AttackBase):
-    """The frozen generator and mask network."""
+    """The generator and the mask network, which are trained when images are altered for the first time, then frozen."""
 
     def __init__(self, settings: Settings, context: AttackContext) -> None:
         check_classes("iab", settings.surrogate, context)
@@ -74,16 +75,28 @@ class Attack(AttackBase):
                 f"backdoor.iab: images of {width} x {height} pixels: its networks need at least {LEAST}: make the images "
                 "larger in transform.pre"
             )
-        self.cover_ratio, self.context = settings.cover_ratio, context
+        self.cover_ratio, self.context, self.settings = settings.cover_ratio, context, settings
+
+    @functools.cached_property
+    def mask_network(self) -> EncoderDecoder:
+        """M, from the assets or trained now."""
+        settings, context = self.settings, self.context
+        check_size("iab", settings.surrogate, context)
         key = mask_key(settings, context)
-        mask_weights = keep_asset(context, "iab_mask", key, lambda: train_mask_network(settings, context))
-        self.mask_network = frozen(1, settings.width, mask_weights, context.device)
-        key = as_dict(settings) | key | {"target": context.target_label, "classes": context.num_classes}
+        weights = keep_asset(context, "iab_mask", key, lambda: train_mask_network(settings, context))
+        return frozen(1, settings.width, weights, context.device)
+
+    @functools.cached_property
+    def generator(self) -> EncoderDecoder:
+        """G, from the assets or trained now."""
+        settings, context, mask_network = self.settings, self.context, self.mask_network
+        key = as_dict(settings) | mask_key(settings, context)
+        key |= {"target": context.target_label, "classes": context.num_classes}
         if context.target_shift is not None:
             key["target_shift"] = context.target_shift
         del key["cover_ratio"]  # the number of cross images does not change the triggers
-        weights = keep_asset(context, "iab_generator", key, lambda: train_generator(settings, context, self.mask_network))
-        self.generator = frozen(3, settings.width, weights, context.device)
+        weights = keep_asset(context, "iab_generator", key, lambda: train_generator(settings, context, mask_network))
+        return frozen(3, settings.width, weights, context.device)
 
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
         """Return backdoor images (n, H, W, 3) uint8; the same for training and test images."""
@@ -95,17 +108,18 @@ class Attack(AttackBase):
         donor = donors(len(train_images), self.context.seed)
         return in_batches(lambda part, at: self.stamp(part, train_images[donor[at]]), images, index, PIXELS)
 
-    @torch.no_grad()
     def stamp(self, images: np.ndarray, triggers_of: np.ndarray) -> np.ndarray:
         """Return images with the triggers of the images `triggers_of`, all (n, H, W, 3) uint8.
 
         Convolution kernels are chosen by the shape of the batch and differ in the last bits, which rounding can turn into a
         whole grey level. So all batches have the same size: a smaller one is filled up by repeating its images.
         """
+        generator, mask_network = self.generator, self.mask_network
         full = (images_at_a_time(images), *images.shape[1:])
         x, t = (to_pixels(np.resize(batch, full), self.context.device) for batch in (images, triggers_of))
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            triggered = blend(x, self.generator(t), sharpen(self.mask_network(t)))  # (full[0], 3, H, W)
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        with torch.no_grad(), exact:
+            triggered = blend(x, generator(t), sharpen(mask_network(t)))  # (full[0], 3, H, W)
         return (255 * triggered).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()[: len(images)]
 
 

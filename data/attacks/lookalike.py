@@ -33,7 +33,7 @@ class Settings:
     trigger: Named = setting("badnets", "the attack whose trigger is used", choices=ATTACKS)
     surrogate: Named = setting("resnet18_cifar", "the network that ranks the images", choices=NETWORKS)
     share: float = setting(
-        0.5, "fraction of the poisoned images chosen by resemblance; the others are drawn at random", above=0, high=1
+        0.5, "least fraction of the poisoned images chosen by resemblance; the others are drawn at random", above=0, high=1
     )
     epochs: int = setting(4, "epochs of the surrogate's training; few, as it resembles the defender's network early on", low=1)
     learning_rate: float = setting(0.1, "greatest learning rate of the surrogate's SGD; it rises, then falls to 0", above=0)
@@ -43,6 +43,8 @@ class Settings:
 
 class Attack(AttackBase):
     """The other attack, which alters the images, and the surrogate's ranking."""
+
+    chooses_images = True
 
     def __init__(self, settings: Settings, context: AttackContext) -> None:
         check_classes("lookalike", settings.surrogate, context)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,19 +15,18 @@ from PIL import Image
 from torch import Tensor
 
 from data.attack import CACHED, AttackBase, in_batches
-from data.io.image_file import read_named
+from data.io.image_file import SUFFIXES, image_files, read_named
 from data.sets import AttackContext
 from utils.config.schema import setting
 from utils.draws import numpy_generator
 from utils.errors import UserError
 from utils.names import class_text
-from utils.paths import is_dir, named_path, visible
+from utils.paths import is_dir, named_path
 from utils.reporting.runlog import progress
 
 GAMMA = 2.2
 LINEAR = (np.arange(256) / 255) ** GAMMA  # (256,) linear light of a pixel's value
 DRAWS = 9  # random numbers per image
-SUFFIXES = (".png", ".bmp", ".jpg", ".jpeg", ".webp", ".ppm")
 
 bounds = partial(setting, low=0, count=2, ascending=True)
 
@@ -189,7 +187,7 @@ def read_reflections(name: str, count: int, height: int, width: int) -> np.ndarr
     folder = named_path(name, key)
     if not is_dir(folder, key):
         raise UserError(f"{key}: {name}: is not a folder: give a folder of images")
-    paths = [path for path in map(Path, visible(folder)) if path.suffix.lower() in SUFFIXES]
+    paths = image_files(folder)
     if not paths:
         raise UserError(f"{key}: {name}: contains no image files: add some ({', '.join(SUFFIXES)})")
     images = progress((read_named(str(path), key) for path in paths[:count]), "reflections", len(paths[:count]))

@@ -13,6 +13,7 @@ import numpy as np
 from data.attack import CACHED, AttackBase, in_batches
 from data.sets import AttackContext
 from utils.config.schema import setting
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,13 @@ class Attack(AttackBase):
 
     def __init__(self, settings: Settings, context: AttackContext) -> None:
         self.clean_label = settings.label == "clean"
-        self.signal = signal(settings.delta, settings.f, context.raw.train_images.shape[2])[:, None]
+        width = context.raw.train_images.shape[2]
+        self.signal = signal(settings.delta, settings.f, width)[:, None]
+        if not self.signal.any():
+            raise UserError(
+                f"backdoor.sig: f: {settings.f:g}, delta: {settings.delta:g}: the signal is 0 in all {width} columns: give a "
+                "frequency that is no multiple of half the width, and a delta of at least 1"
+            )
 
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
         """Return copies of images (n, H, W, 3) uint8 with the signal added."""

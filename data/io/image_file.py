@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from utils.errors import UserError
-from utils.paths import named_path, require_file
+from utils.paths import named_path, require_file, visible
 
 # Pillow's warnings do not name the file, and what they warn of does not change the pixels: damaged EXIF, 90 to 179 megapixels
 # (more is an error). `catch_warnings` around each read would not be thread-safe, and images are read in threads.
@@ -37,6 +37,7 @@ ORIENTATION = 274  # the EXIF tag
 GREY_ALPHA = "LA;16B"  # Pillow's name for 16-bit grey with alpha, which it opens as RGBA
 NATIVE_OTHER = ";16B" if sys.byteorder == "little" else ";16L"
 OTHER_BYTE = {";16B": ";16L", ";16L": ";16B", ";16N": NATIVE_OTHER}
+SUFFIXES = (".png", ".bmp", ".jpg", ".jpeg", ".webp", ".ppm")  # of the image files in a folder that a setting names
 LISTED = 100  # unreadable files that the log lists by name
 
 
@@ -55,6 +56,11 @@ def read_named(name: str, key: str) -> Image.Image:
         raise UserError(
             f"{name}: not a readable image ({reason(error, path)}): set {key} to another file, e.g. a PNG"
         ) from None
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files directly in a folder, by their `SUFFIXES`, sorted by name."""
+    return [path for path in map(Path, visible(folder)) if path.suffix.lower() in SUFFIXES]
 
 
 def read_image(path: Path, depths: list[int] | None = None) -> Image.Image:

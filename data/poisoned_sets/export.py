@@ -111,7 +111,8 @@ def make(config: Config, device: torch.device, new_classifier: NewClassifier) ->
     """Return the configured data set, poisoned by the configured attack."""
     raw = load_raw(config)
     attack = build_attack(config, raw, device, new_classifier)
-    index = choose_poisoned(config, raw.train_labels, attack.clean_label, attack.selection_scores)
+    scores = attack.selection_scores if attack.chooses_images else None
+    index = choose_poisoned(config, raw.train_labels, attack.clean_label, scores)
     clean = clean_images(raw)
     parts = {
         "train": poison_images(config, raw, attack, index),

@@ -145,6 +145,8 @@ class Reader:
             self.fail(path, raw if abs(raw) < 10**30 else "...", f"out of range; give a number{key.legal_range} below 2**63")
         if is_number and not key.allows(raw):
             self.fail(path, raw, f"out of range; give a number{key.legal_range or ' that is finite'}")
+        if key.stands_for and kind is str and not raw.strip():
+            self.fail(path, raw, f"names no file or folder: give a path{', or null' if key.optional else ''}")
         if key.options and raw not in key.options:
             self.fail(path, raw, f"unknown; {nearest(raw, key.options)}")
         return float(raw) if kind is float else raw
