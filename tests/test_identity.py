@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY, logged
+from conftest import TINY, logged, run_script
 from PIL import Image
 from training import train_here
 
@@ -20,8 +20,7 @@ from data import digests
 from data.attack import checksum
 from data.loading import load_raw
 from data.sets import PoisonedData
-from data.sources import prepare, prepare_tests
-from model.classifier import new_classifier
+from data.sources import prepare
 from utils import checkpoint, config, manifest
 from utils.config.compatibility import refuse_other_settings
 from utils.config.schema import as_dict, stand_ins
@@ -279,7 +278,7 @@ def with_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("assets")
     backdoor = {"target_label": 1, "poison_ratio": 0.3, "iab": IAB}
-    changes = {"seed_samples": None, "backdoor": backdoor, "defense": "none"}
+    changes = {"seed_samples": None, "backdoor": backdoor, "defense": "none", "undefended": {"lr_scheduler": None}}
     run(plan(folder, draw_set(folder / "set"), **changes))
     return folder
 
@@ -316,9 +315,9 @@ def test_a_run_with_another_generator_is_refused(with_assets: Path, tmp_path: Pa
     path = copied(with_assets, tmp_path / "copy")
     asset, latest = alter_asset(tmp_path / "copy"), tmp_path / "copy/storage/own/checkpoint/latest_model.pt"
     if through == "test.py":
-        with pytest.raises(UserError) as caught:
-            prepare_tests(config.load(path), None, new_classifier, checkpoint.data_of(checkpoint.read(latest)))
-        line = str(caught.value)
+        done = run_script("test.py", "--config", path, "--gpu", "cpu")
+        assert done.returncode == 2
+        line = done.stderr.strip().removeprefix("test.py: error: ")
     elif through == "resume":
         line = refusal(path, "num_epochs=3")
     else:
