@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from utils import checkpoint
 from utils.checkpoint import State
 from utils.config import Config
 from utils.config.compatibility import read_config, refuse_other_data
-from utils.config.reader import Reader
 from utils.config.stages import UNDEFENDED, Stage
 from utils.draws import generator
 from utils.errors import UserError
@@ -30,12 +30,6 @@ def undefended_stage(config: Config, start_run: str | None) -> Stage:
     plan = config.undefended
     epochs = 0 if start_run else config.num_epochs
     return Stage(UNDEFENDED_STAGE, epochs, plan.optimizer, plan.lr_scheduler, "undefended.optimizer")
-
-
-def check_clean(config: Config, reader: Reader) -> None:
-    """Refuse a defense that is given no clean images."""
-    if config.global_.seed_num < 1 and config.seed_samples is None:
-        reader.fail("global.seed_num", config.global_.seed_num, f"{config.defense.name} needs clean images: give at least 1")
 
 
 def train_undefended(context: Context, state: State, epoch: int, images: Tensor | None = None) -> dict[str, float]:
@@ -54,7 +48,8 @@ def take_weights(context: Context, state: State, start_run: str) -> None:
     """Load the last weights of a finished run without a defense on the same data.
 
     Raises:
-        UserError: there is no such run, it has a defense, is not finished, or is of another network or other data.
+        UserError: there is no such run, it has a defense, is not finished, or is of another network,
+            preprocessing or other data.
     """
     config = context.config
     path, key = locate(replace(config, run=start_run)).checkpoints / LATEST, f"defense.{config.defense.name}.start_run"
@@ -67,6 +62,12 @@ def take_weights(context: Context, state: State, start_run: str) -> None:
             raise UserError(f"{key}: {start_run}: has defense: {started.defense.name}: name a run without a defense")
         if done < started.epochs:
             raise UserError(f"{key}: {start_run}: has finished {done} of {started.epochs} epochs: resume it first")
+        for part in ("train.remaining", "test.primary", "test.remaining"):
+            if attrgetter(part)(started.transform) != attrgetter(part)(config.transform):
+                raise UserError(
+                    f"{key}: {start_run}: its transform.{part} is another one, so its network would see other numbers: give it "
+                    "to both"
+                )
     refuse_other_data(path, saved, state.data, whole=False)  # that run is given no clean images
     checkpoint.load_weights(state.model, saved, path)
 

@@ -65,7 +65,9 @@ class Settings(DefenseSettings):
             "finetune": (self.finetune_epochs, self.finetune_optimizer, self.finetune_scheduler),
             "unlearn": (self.unlearn_epochs, self.unlearn_optimizer, None),
         }
-        return tuple(Stage(name, *plan, f"defense.abl.{name}_optimizer") for name, plan in plans.items())
+        return tuple(
+            Stage(name, *plan, f"defense.abl.{name}_optimizer", prepares=name != "unlearn") for name, plan in plans.items()
+        )
 
 
 class Defense(DefenseBase):

@@ -44,7 +44,7 @@ class Settings(DefenseSettings):
         """The biased network, then the clean one, which is the model."""
         key = "defense.cbd.optimizer"
         return (
-            Stage(BIASED, self.biased_epochs, self.optimizer, None, key, keeps_model=True),
+            Stage(BIASED, self.biased_epochs, self.optimizer, None, key, keeps_model=True, prepares=True),
             Stage("clean", self.clean_epochs, self.optimizer, self.lr_scheduler, key),
         )
 

@@ -6,6 +6,7 @@ Huang et al., "Backdoor Defense via Decoupling the Training Process", ICLR 2022.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from loss.contrastive import nt_xent
 from loss.mixmatch import ramp_up
 from loss.supervised import symmetric_cross_entropy
 from model.classifier import Classifier
+from utils import plugins
 from utils.checkpoint import State
 from utils.config import Config
 from utils.config.schema import Named, setting
@@ -36,7 +38,7 @@ class Settings(DefenseSettings):
     unread = (*SPLITS, "optimizer", "lr_scheduler", "undefended")
     simclr_transform: tuple[Named, ...] = setting(
         (),
-        "augmentation of the views of SimCLR, in this order; empty: transform.train.primary",
+        "augmentation of the views of SimCLR, in this order; empty: the published one, for square crops of the images' size",
         choices=transforms("transform.train.primary"),
     )
     simclr_epochs: int = setting(100, "epochs of SimCLR", low=1)
@@ -55,14 +57,31 @@ class Settings(DefenseSettings):
         Named("Adam", Adam(lr=0.002)), "one optimizer for the linear layer and for MixMatch", choices=OPTIMIZERS
     )
     mixmatch_epochs: int = setting(190, "epochs of MixMatch; its other settings are those of semi and global.epsilon", low=1)
+    rampup_length: int = setting(
+        190, "epochs, from the first of the linear layer on, over which lambda_u rises (instead of that of semi)", low=0
+    )
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """The optimizer of the linear layer goes on in MixMatch."""
+        key = "defense.dbd"
+        simclr = self.simclr_epochs, self.simclr_optimizer, self.simclr_scheduler
         return (
-            Stage("simclr", self.simclr_epochs, self.simclr_optimizer, self.simclr_scheduler, "defense.dbd.simclr_optimizer"),
-            Stage("head", self.head_epochs, self.optimizer, None, "defense.dbd.optimizer"),
-            Stage("mixmatch", self.mixmatch_epochs, self.optimizer, None, "defense.dbd.optimizer", new_optimizer=False),
+            Stage("simclr", *simclr, f"{key}.simclr_optimizer", prepares=True),
+            Stage("head", self.head_epochs, self.optimizer, None, f"{key}.optimizer", prepares=True),
+            Stage("mixmatch", self.mixmatch_epochs, self.optimizer, None, f"{key}.optimizer", new_optimizer=False),
         )
+
+
+def published_views(side: int) -> tuple[Named, ...]:
+    """Return the augmentation with which DBD was published, which is SimCLR's for CIFAR-10 and a blur; square crops."""
+    steps: dict[str, dict[str, Any]] = {
+        "random_resize_crop": {"size": side, "scale": (0.2, 1.0)},
+        "random_horizontal_flip": {"p": 0.5},
+        "random_color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "p": 0.8},
+        "random_grayscale": {"p": 0.2},
+        "gaussian_blur": {"sigma": (0.1, 2.0), "p": 0.5},
+    }
+    return tuple(Named(name, plugins.settings("data.transforms", name)(**given)) for name, given in steps.items())
 
 
 class Projected(nn.Module):
@@ -84,9 +103,10 @@ class Defense(DefenseBase):
     def __init__(self, context: Context, given: Tensor) -> None:
         super().__init__(context, given)
         check_share(context.config, len(context.train_set), self.settings.simclr_epochs + self.settings.head_epochs)
-        train, images = context.config.transform.train, context.train_set.images
+        train, (height, width) = context.config.transform.train, context.train_set.images.shape[2:]
+        steps = self.settings.simclr_transform or published_views(min(height, width))
         # One pipeline for all steps: its constants are on the device before a step is captured.
-        self.views = Pipeline(self.settings.simclr_transform or train.primary, train.remaining, *images.shape[2:])
+        self.views = Pipeline(steps, train.remaining, height, width)
 
     def build(self, state: State, stage: Stage) -> None:
         """Build the projection head, the stage's optimizer and its stepper."""
@@ -175,6 +195,6 @@ class Defense(DefenseBase):
         pool = class_agnostic_split(losses, self.context.config.global_.epsilon)
         state.keep_split(pool, losses)
         semi = self.context.config.semi
-        ramp = semi.criterion.mixmatch
-        lambda_u = ramp_up(self.settings.head_epochs + e, semi.mixmatch.train_iteration, ramp.lambda_u, ramp.rampup_length)
+        begun, greatest = self.settings.head_epochs + e, semi.criterion.mixmatch.lambda_u
+        lambda_u = ramp_up(begun, semi.mixmatch.train_iteration, greatest, self.settings.rampup_length)
         return train_mixmatch(self.context, epoch, state, pool, lambda_u)

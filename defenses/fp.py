@@ -5,7 +5,7 @@ Liu et al., "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from data.batches import draw_supervised
 from defenses._start import (
     START_HELP,
     UNDEFENDED_STAGE,
-    check_clean,
     split_clean,
     take_weights,
     train_undefended,
@@ -27,7 +26,6 @@ from loss.supervised import cross_entropy
 from model.classifier import Classifier, Features
 from utils.checkpoint import State
 from utils.config import Config
-from utils.config.reader import Reader
 from utils.config.schema import Named, setting
 from utils.config.settings import OPTIMIZERS, SGD
 from utils.config.stages import METHOD, DefenseSettings, Stage
@@ -52,14 +50,10 @@ class Settings(DefenseSettings):
         """The undefended network; one epoch without training, which evaluates the pruned network; fine-tuning."""
         key = "defense.fp.finetune_optimizer"
         return (
-            undefended_stage(config, self.start_run),
+            replace(undefended_stage(config, self.start_run), prepares=True),
             Stage("pruned", 1, self.finetune_optimizer, None, key),
             Stage("finetune", self.finetune_epochs, self.finetune_optimizer, None, key),
         )
-
-    def check(self, config: Config, reader: Reader) -> None:
-        """There are clean images."""
-        check_clean(config, reader)
 
 
 class Defense(DefenseBase):
@@ -100,7 +94,7 @@ class Defense(DefenseBase):
         labels = self.context.train_set.labels[check].cpu()
         both = self.context.train_set.chosen(torch.cat([rank, check]))
         features = infer(self.context, "prune", Features(state.model), both).cpu().float()  # (S, D)
-        order = features[: len(rank)].mean(0).argsort(stable=True)  # (D,): the least active first
+        order = features[: len(rank)].abs().mean(0).argsort(stable=True)  # (D,): the least active first
         return order[: prunable(features[len(rank) :], labels, state.model.linear, order, self.settings.accuracy_drop)]
 
     def train_epoch(self, state: State, epoch: int) -> dict[str, float]:

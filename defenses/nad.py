@@ -7,14 +7,14 @@ it is plain fine-tuning of the student.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from data.batches import draw_supervised
-from defenses._start import START_HELP, UNDEFENDED_STAGE, check_clean, take_weights, train_undefended, undefended_stage
-from engine.context import auxiliary_state
+from defenses._start import START_HELP, UNDEFENDED_STAGE, take_weights, train_undefended, undefended_stage
+from engine.context import Context, auxiliary_state
 from engine.defense import DefenseBase
 from engine.supervised import BatchLoss, image_losses, supervised_steps, train_supervised
 from loss.attention import attention_distance
@@ -26,7 +26,7 @@ from utils.config.reader import Reader
 from utils.config.schema import Named, setting
 from utils.config.settings import OPTIMIZERS, SCHEDULERS, SGD, MultiStep
 from utils.config.stages import METHOD, DefenseSettings, Stage
-from utils.errors import nearest
+from utils.errors import UserError, nearest
 
 TEACHER = "teacher"
 PLAN = Named("SGD", SGD(lr=0.01, momentum=0.9, weight_decay=5e-4))
@@ -54,14 +54,22 @@ class Settings(DefenseSettings):
         """The undefended network, the teacher, the student."""
         key = "defense.nad"
         return (
-            undefended_stage(config, self.start_run),
-            Stage(TEACHER, self.teacher_epochs, self.teacher_optimizer, None, f"{key}.teacher_optimizer", keeps_model=True),
+            replace(undefended_stage(config, self.start_run), prepares=True),
+            Stage(
+                TEACHER,
+                self.teacher_epochs,
+                self.teacher_optimizer,
+                None,
+                f"{key}.teacher_optimizer",
+                keeps_model=True,
+                prepares=True,
+            ),
             Stage("student", self.student_epochs, self.student_optimizer, self.student_scheduler, f"{key}.student_optimizer"),
         )
 
     def check(self, config: Config, reader: Reader) -> None:
         """There are clean images; each layer is one of the network's, and has a weight."""
-        check_clean(config, reader)
+        super().check(config, reader)
         with torch.device("meta"):  # no memory, no random number
             known = [name for name, _ in new_classifier(config.network, config.num_classes).backbone.named_modules() if name]
         for name in self.layers:
@@ -69,10 +77,33 @@ class Settings(DefenseSettings):
                 reader.fail("defense.nad.layers", name, f"the network has no such part; {nearest(name, known)}")
         if len(self.layers) != len(self.betas):
             reader.fail("defense.nad.betas", list(self.betas), f"give {len(self.layers)} numbers, one for each of layers")
+        if config.runtime.compile:
+            reader.fail("runtime.compile", True, "a compiled network does not show nad its feature maps: give false")
+
+
+def check_maps(context: Context, layers: tuple[str, ...]) -> None:
+    """Raise `UserError` if a part of the backbone does not give a feature map (B, c, h, w)."""
+    config, (height, width) = context.config, context.train_transform.output_size
+    with torch.device("meta"):  # only shapes
+        network = new_classifier(config.network, config.num_classes).eval()
+        maps = collect_maps(network, layers)
+        network(torch.empty(1, 3, height, width))
+    for name in layers:
+        found = maps.get(name)
+        if not isinstance(found, Tensor) or found.ndim != 4:
+            shape = list(found.shape) if isinstance(found, Tensor) else "no single tensor"
+            raise UserError(
+                f"defense.nad.layers: {name}: gives {shape} for an image, not a map of channels, rows and columns: name "
+                "convolutional parts of the backbone"
+            )
 
 
 class Defense(DefenseBase):
     """The model is the undefended network: it stays as it is while the teacher is trained, then becomes the student."""
+
+    def __init__(self, context: Context, given: Tensor) -> None:
+        super().__init__(context, given)
+        check_maps(context, self.settings.layers)
 
     def build(self, state: State, stage: Stage) -> None:
         """Build the teacher, the stage's optimizer and its loss."""

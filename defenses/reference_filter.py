@@ -11,6 +11,7 @@ from defenses._start import train_undefended, undefended_stage
 from engine.defense import DefenseBase
 from utils.checkpoint import State
 from utils.config import Config
+from utils.config.reader import Reader
 from utils.config.schema import setting
 from utils.config.stages import METHOD, DefenseSettings, Stage
 from utils.draws import generator
@@ -30,6 +31,12 @@ class Settings(DefenseSettings):
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """All epochs are alike."""
         return (replace(undefended_stage(config, None), name="filtered"),)
+
+    def check(self, config: Config, reader: Reader) -> None:
+        """A random filter does not know cover images."""
+        super().check(config, reader)
+        if self.keeps_cover and self.removes == "random":
+            reader.fail("defense.reference_filter.keeps_cover", True, "has no effect with removes: random: leave it out")
 
 
 def reference_images(config: Config, flags: Tensor) -> Tensor:

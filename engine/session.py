@@ -235,6 +235,11 @@ def build_defense(context: Context, data: PoisonedData, seeds: Tensor) -> Defens
         if truth is None:
             raise UserError(f"defense: {config.defense.name}: needs the ground truth, which is unknown for these images")
         given = plugin.reference_images(config, truth.flags)
+        if len(given) < 2 * context.machine.world_size:
+            raise UserError(
+                f"defense: {config.defense.name}: keeps {len(given)} of {len(truth.flags)} images, too few to train on: lower "
+                "backdoor.poison_ratio"
+            )
     defense: DefenseBase = plugin.Defense(context, given)
     return defense
 
@@ -242,10 +247,11 @@ def build_defense(context: Context, data: PoisonedData, seeds: Tensor) -> Defens
 def save(config: Config, state: State, writer: checkpoint.Writer, report: Report) -> None:
     """Start writing the checkpoint. The epoch is finished, and is reported, once `latest_model.pt` is on disk.
 
-    Without test images no epoch is known to be the best, and there is no `best_model.pt`.
+    The best epoch is one with the highest ACC; the stages in which a defense only prepares its work do not count. Without test
+    images no epoch is known to be the best, and there is no `best_model.pt`.
     """
     acc, best, checkpoints = state.history[-1]["clean_accuracy"], [], report.run.checkpoints
-    if acc is not None and acc > state.best_acc:
+    if acc is not None and acc > state.best_acc and stages.gives_result(config.stages, state.epoch - 1):
         state.best_acc, state.best_epoch, best = acc, state.epoch, [checkpoints / BEST]
     history = list(state.history)
     report.record(history[-1])

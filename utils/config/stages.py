@@ -26,6 +26,7 @@ class Stage:
     key: str = "optimizer"  # the setting that its learning rate is given by, for messages
     new_optimizer: bool = True  # begins with a new optimizer; False: goes on with that of the stage before
     keeps_model: bool = False  # trains another network, so that the model is evaluated once in the stage
+    prepares: bool = False  # its model is not the defense's result yet, e.g. not repaired: it is never `best_model.pt`
     ranks_by: str = "split loss"  # what its split ranks the images by, for plots
 
 
@@ -46,7 +47,13 @@ class DefenseSettings:
         raise NotImplementedError
 
     def check(self, config: Any, reader: Reader) -> None:
-        """Refuse combinations of settings that are each legal, by `reader.fail(key, value, expected)`."""
+        """Refuse combinations of settings that are each legal, by `reader.fail(key, value, expected)`.
+
+        Here: a defense that needs clean images and is given none.
+        """
+        seed_num = config.global_.seed_num
+        if self.needs_clean and seed_num < 1 and config.seed_samples is None:
+            reader.fail("global.seed_num", seed_num, f"{config.defense.name} needs clean images: give at least 1")
 
 
 def locate(stages: Sequence[Stage], epoch: int) -> tuple[Stage, int]:
@@ -60,6 +67,12 @@ def locate(stages: Sequence[Stage], epoch: int) -> tuple[Stage, int]:
             return stage, epoch
         epoch -= stage.epochs
     raise IndexError(epoch)
+
+
+def gives_result(stages: Sequence[Stage], epoch: int) -> bool:
+    """Return whether the model after a 0-based epoch is one that the defense is meant to give."""
+    stage, _ = locate(stages, epoch)
+    return not stage.prepares or epoch >= sum(s.epochs for s in stages) - stage.epochs
 
 
 def schedule_length(stages: Sequence[Stage], stage: Stage) -> int:
