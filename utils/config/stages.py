@@ -72,7 +72,7 @@ def locate(stages: Sequence[Stage], epoch: int) -> tuple[Stage, int]:
 def gives_result(stages: Sequence[Stage], epoch: int) -> bool:
     """Return whether the model after a 0-based epoch is one that the defense is meant to give."""
     stage, _ = locate(stages, epoch)
-    return not stage.prepares or epoch >= sum(s.epochs for s in stages) - stage.epochs
+    return not stage.prepares or stage is [s for s in stages if s.epochs][-1]
 
 
 def schedule_length(stages: Sequence[Stage], stage: Stage) -> int:
