@@ -220,7 +220,9 @@ def situations(attacks: Sequence[str]) -> str:
     titles = [TITLES[attack] for attack in attacks if attack not in other]
     against = [f"against {listed(titles)}"] if titles else []
     phrases = against + [text for attack, text in other.items() if attack in attacks]
-    return (", and " if len(titles) > 1 else " and ").join(phrases)
+    if len(phrases) > 2 or len(titles) > 1:  # commas, since the first phrase may have an `and` of its own
+        phrases = [", ".join(phrases[:-1]) + f", and {phrases[-1]}"] if phrases[1:] else phrases
+    return " and ".join(phrases)
 
 
 def listed(items: Sequence[str]) -> str:
