@@ -182,7 +182,6 @@ def page(folder: Path, runs: Runs) -> str:
         "trials": trials(folder / "trials"),
         "trials_iab": trials(folder / "trials" / "iab"),
         "trials_clb": trials(folder / "trials" / "clb"),
-        "trials_refool": trials(folder / "trials" / "refool"),
     }  # fmt: skip
     return re.sub(r"\{\{(\w+)\}\}", lambda found: pieces[found[1]], (folder / "page.md").read_text(encoding="utf-8"))
 

@@ -29,9 +29,7 @@ NAMES = tuple(metrics.SHARES[key] for key in KEYS)
 LAST = 5  # final epochs to average over
 NOT_RUN = "not run"
 # Runs with ASD that were stopped because the attack had succeeded.
-STOPPED = {
-    "iab": "trials/iab/n800_seed100.jsonl", "clb": "trials/clb/n800.jsonl", "refool": "trials/refool/n800.jsonl",
-}  # fmt: skip
+STOPPED = {"iab": "trials/iab/n800_seed100.jsonl", "clb": "trials/clb/n800.jsonl"}
 Row = dict[str, Any]
 
 
