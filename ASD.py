@@ -120,7 +120,7 @@ def split_losses(context: Context, epoch: int, model: nn.Module, virtual: bool =
     if len(wrong):
         key = "meta.optimizer" if virtual else locate(config.stages, epoch)[0].key
         raise UserError(
-            f"epoch {epoch}: the split loss of {len(wrong)} of {len(losses)} images is not finite (first: image "
+            f"epoch {epoch + 1}: the split loss of {len(wrong)} of {len(losses)} images is not finite (first: image "
             f"{int(wrong[0])}): lower the learning rate of {key} in a new run (--set run=NAME); the checkpoint of the epoch "
             "before is kept"
         )

@@ -83,7 +83,8 @@ def test(loaded: Loaded) -> None:
     fraction of such images among the clean versions of the triggered images, `clean_as_target`.
     """
     settings, machine, run = loaded.config, loaded.machine, loaded.run
-    tests = prepare_tests(settings, machine.device, new_classifier, checkpoint.data_of(loaded.saved)).to(machine.device)
+    known, class_names = checkpoint.data_of(loaded.saved), checkpoint.about(loaded.saved)[0]
+    tests = prepare_tests(settings, machine.device, new_classifier, known, class_names).to(machine.device)
     clean, backdoor = tests.clean, tests.backdoor
     if clean is None:
         raise UserError(f"dataset_dir: {settings.dataset_dir}: no test images: add some, or label images with --images DIR")
@@ -94,7 +95,7 @@ def test(loaded: Loaded) -> None:
     shares = {name: f"{100 * share:.2f} %" for name, share in figures.items() if share is not None}
     print(f"ACC {shares['clean_accuracy']} of {len(clean)} clean test images")
     worst = min((x, c) for c, x in enumerate(confusion.per_class_accuracy(by_class.clean)) if x is not None)
-    print(f"ACC of the worst class, {class_text(worst[1], checkpoint.about(loaded.saved)[0])}: {100 * worst[0]:.2f} %")
+    print(f"ACC of the worst class, {class_text(worst[1], class_names)}: {100 * worst[0]:.2f} %")
     if backdoor is not None:
         print(f"ASR {shares['attack_success_rate']} of {len(backdoor)} triggered test images")
         print(f"RA  {shares['robust_accuracy']} of the triggered images classified as their original class")

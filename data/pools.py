@@ -109,14 +109,14 @@ def check_pool_size(config: Config, n: int, size: int, cause: str, epoch: int) -
 
     Args:
         cause: `key: value` of what determines the size.
-        epoch: the first one with this size.
+        epoch: the first one with this size, 0-based.
     """
     key, batch = cause.partition(":")[0], config.semi.loader.batch_size
     for pool, count in (("clean", size), ("polluted", n - size)):
         if count < batch:
             what = "would be empty" if count <= 0 else f"would hold {count} images, less than a batch"
             raise UserError(
-                f"{cause}: the {pool} pool of epoch {epoch} {what} (semi.loader.batch_size: {batch}; "
+                f"{cause}: the {pool} pool of epoch {epoch + 1} {what} (semi.loader.batch_size: {batch}; "
                 f"training set: {n}): change {key} or lower the batch size"
             )
 

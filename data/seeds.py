@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data.digests import short
+from data.io.image_file import read_prepared
 from data.sets import GroundTruth, PoisonedData
 from utils.config import Config
 from utils.errors import UserError, printable
@@ -43,7 +44,15 @@ def choose_seed_samples(config: Config, data: PoisonedData, folder: Path) -> Ten
         return draw_seed_samples(labels, data.ground_truth, config.num_classes, config.global_.seed_num, config.seed.seed)
     source = user_path(config.seed_samples, "seed_samples")
     names = data.names or tuple(map(str, range(len(labels))))
-    seeds = read_seed_samples(source, names, labels.cpu().numpy(), data.class_names, config.num_classes)
+    pre = [step.settings for step in config.transform.pre]
+
+    def differs(i: int, file: Path) -> bool:
+        """Return whether a file is not the training image i."""
+        pixels = read_prepared(file, pre)
+        image = data.train.fetch(torch.tensor([i]))[0].permute(1, 2, 0).cpu().numpy()
+        return isinstance(pixels, str) or not np.array_equal(pixels, image)
+
+    seeds = read_seed_samples(source, names, labels.cpu().numpy(), data.class_names, config.num_classes, differs)
     keep_with_run(folder / SEED_SAMPLES, [names[i] for i in seeds])
     return torch.from_numpy(seeds)
 
@@ -86,7 +95,12 @@ def complete_manifest(config: Config, data: PoisonedData, seeds: Tensor) -> str:
 
 
 def read_seed_samples(
-    source: Path, names: Sequence[str], labels: np.ndarray, class_names: tuple[str, ...], num_classes: int
+    source: Path,
+    names: Sequence[str],
+    labels: np.ndarray,
+    class_names: tuple[str, ...],
+    num_classes: int,
+    differs: Callable[[int, Path], bool] = lambda i, file: False,
 ) -> np.ndarray:
     """Return the images that a list or a folder names, (S,) int64, sorted.
 
@@ -95,8 +109,10 @@ def read_seed_samples(
             sub-folder per class, whose files have the names of training images of that class.
         names: N names of the training images; if they are numbers, a file `17.png` means image 17.
         labels: (N,) int64.
+        differs: whether a file of a folder is not the training image of that number.
     Raises:
-        UserError: the source cannot be read, a name is unknown or occurs twice, or a class has no seed sample.
+        UserError: the source cannot be read, a name is unknown or occurs twice, a file is not the training image of its name,
+            or a class has no seed sample.
     """
     number, known = {name: i for i, name in enumerate(names)}, Names(names)
     seen: dict[int, str] = {}
@@ -109,6 +125,11 @@ def read_seed_samples(
         at = number[name]
         if at in seen:
             raise UserError(f"{place}: {printable(name)}: named twice, first in {seen[at]}: keep one")
+        if folder and differs(at, Path(place)):
+            raise UserError(
+                f"{place}: is not the training image {printable(name)}, which is used in its place: if that image was altered, "
+                "it is not clean: remove this file; else copy the training image here"
+            )
         seen[at] = place
     seeds = np.sort(np.fromiter(seen, np.int64))
     for label, count in enumerate(np.bincount(labels[seeds], minlength=num_classes)):

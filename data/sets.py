@@ -32,6 +32,7 @@ class RawData:
     test_names: tuple[str, ...] | None = None  # M, likewise
     train_digests: tuple[str, ...] | None = None  # N, `data.digests.pixel_digests`; None: not computed yet
     test_digests: tuple[str, ...] | None = None  # M
+    left_out: int = 0  # images of the data set that cannot be read and are missing here
 
     def cut(self, train: int | None, test: int | None) -> RawData:
         """Return the first `train` and `test` images of the two parts (None: all); nothing is copied."""
@@ -64,6 +65,14 @@ class Listing:
     pre: tuple[Any, ...] = ()  # settings of the transforms that are applied if `transform.pre` names none
     skip_unreadable: bool = False
     limits: tuple[int | None, int | None] = (None, None)  # most training and test images, as given to `cut`
+    passed_over: str | None = None  # a folder between class folder and image, which is no part of an image's name
+
+    def name_of(self, file: str) -> str:
+        """Return an image's name: its path from the class folder on."""
+        parts = file.split("/")
+        if parts[-2] == self.passed_over and len(parts) > 3:  # train/<class>/images/<file>, but not val/images/<file>
+            del parts[-2]
+        return "/".join(parts[-2:])
 
     def cut(self, train: int | None, test: int | None) -> Listing:
         """Return `train` and `test` images of the two parts (None: all), spread evenly, since files are listed by class."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from data.poisoning import build_attack, build_test_sets, clean_images, poison_t
 from data.sets import NewClassifier, PoisonedData, RawData, TestSets, no_network, to_set
 from utils import manifest
 from utils.config import Config
+from utils.errors import UserError, printable
 from utils.kinds import POISONED
 
 logger = logging.getLogger(__name__)
@@ -64,14 +66,29 @@ def prepare(
 
 
 def prepare_tests(
-    config: Config, device: torch.device | None = None, new_classifier: NewClassifier = no_network, known: str = ""
+    config: Config,
+    device: torch.device | None = None,
+    new_classifier: NewClassifier = no_network,
+    known: str = "",
+    class_names: tuple[str, ...] = (),
 ) -> TestSets:
     """Return the test sets of `prepare` without the training set; nothing is written into a run's folder.
 
     Args:
         known: the manifest of the tested checkpoint; empty: it has none.
+        class_names: those of the checkpoint, in order; empty: it has none.
+    Raises:
+        UserError: among others, the data set numbers other classes.
     """
     raw, stored = load_data(config)
+    if class_names and raw.class_names != class_names:
+        pairs = zip_longest(class_names, raw.class_names)
+        label, (then, now) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        was, is_now = (f"{printable(name)!r}" if name else "none" for name in (then, now))
+        raise UserError(
+            f"dataset_dir: {config.dataset_dir}: has other classes than the checkpoint: class {label} was {was}, is {is_now}: "
+            "give test images in class folders of the same names as in training"
+        )
     placement = place(config, raw, stored, device, 1)
     if stored:
         return stored_tests(stored, placement)

@@ -59,7 +59,8 @@ class Session:
         """Yield the 0-based numbers of the remaining epochs; call `finish_epoch` at the end of each."""
         for epoch in range(self.state.epoch, self.context.config.epochs):
             self.started = time.monotonic()
-            torch.manual_seed(key_seed(self.context.config.seed.seed, "torch", epoch))  # for networks with dropout
+            rank = self.context.machine.rank  # on several processes, each part of a batch has its own dropout
+            torch.manual_seed(key_seed(self.context.config.seed.seed, "torch", epoch, *([rank] if rank else [])))
             self.defense.begin_epoch(self.state, epoch)
             yield epoch
 
@@ -97,7 +98,7 @@ class Session:
         if not torch.isfinite(torch.tensor(list(losses.values()))).all():
             key = stages.locate(self.context.config.stages, self.state.epoch)[0].key
             raise UserError(
-                f"epoch {self.state.epoch}: the training loss is not finite: lower the learning rate of {key} in a new run "
+                f"epoch {self.state.epoch + 1}: the training loss is not finite: lower the learning rate of {key} in a new run "
                 "(--set run=NAME); the checkpoint of the epoch before is kept"
             )
 

@@ -45,7 +45,7 @@ class Features(nn.Module):
 def build_classifier(network: Named, num_classes: int, seed: int) -> Classifier:
     """Build the configured network; the same seed gives the authors' initial weights.
 
-    The state of torch's global generator does not change.
+    The state of torch's global generator of the CPU does not change.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

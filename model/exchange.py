@@ -10,6 +10,8 @@ from torch import Tensor
 from model.classifier import build_classifier
 from utils import checkpoint, plugins
 from utils.config import Config
+from utils.config.compatibility import read_config
+from utils.config.stages import UNDEFENDED
 from utils.errors import UserError
 from utils.paths import is_file, user_path
 
@@ -23,7 +25,7 @@ def exchanged_weights(config: Config, given: str | None) -> tuple[str, dict[str,
     Args:
         given: a checkpoint of a run without a defense on the same poisoned set; None: fresh weights, and a warning.
     Raises:
-        UserError: BackdoorBench has no such network, or the checkpoint is of another one.
+        UserError: BackdoorBench has no such network, or the checkpoint is of another one, or of a run with a defense.
     """
     network = config.network
     named = getattr(plugins.load(PACKAGE, network.name), "backdoorbench", lambda settings: None)(network.settings)
@@ -41,6 +43,9 @@ def exchanged_weights(config: Config, given: str | None) -> tuple[str, dict[str,
         path: Path = user_path(given, "--weights")
         if not is_file(path, "--weights"):
             raise UserError(f"--weights {given}: no such file: give a checkpoint of a run with defense: none")
-        checkpoint.load_weights(model, checkpoint.read(path), path)
+        saved = checkpoint.read(path)
+        if isinstance(saved.get("config"), dict) and (found := read_config(saved["config"]).defense.name) != UNDEFENDED:
+            raise UserError(f"--weights {given}: has defense: {found}: give a checkpoint of a run with defense: none")
+        checkpoint.load_weights(model, saved, path)
     weights = {key.removeprefix("backbone."): tensor for key, tensor in model.state_dict().items()}
     return name, {f"{head}{key.removeprefix('linear')}" if key.startswith("linear.") else key: t for key, t in weights.items()}

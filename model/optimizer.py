@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +26,8 @@ def build_optimizer(chosen: Named, parameters: Iterable[nn.Parameter], capturabl
     if capturable:
         settings |= {"fused": True, "lr": torch.tensor(settings["lr"], device=weights[0].device)}
         settings |= {"capturable": True} if chosen.name == "Adam" else {}
+        # Steps before the capture, and the smaller last batch, run outside of the graph on purpose.
+        warnings.filterwarnings("ignore", message=".*running without CUDA graph capture")
     optimizer: torch.optim.Optimizer = kind(weights, **settings)
     return optimizer
 

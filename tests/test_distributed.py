@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +22,10 @@ from torch import nn
 from data.sets import ImageSet
 from engine.context import build_context
 from engine.evaluation import infer
+from engine.session import Session
 from model.classifier import build_classifier
 from utils.config import check_processes, load
+from utils.draws import key_seed
 from utils.errors import UserError
 from utils.runtime.machine import Machine, device_numbers, start_processes
 
@@ -242,6 +245,28 @@ def test_a_batch_that_cannot_be_shared_is_refused(tiny: Path) -> None:
         check_processes(load(tiny, ["semi.loader.batch_size=9"]), 2)
     with pytest.raises(UserError, match=r"defense\.dbd\.simclr_batch_size: 33: .*multiple of 2"):
         check_processes(load(tiny, ["defense={dbd: {simclr_batch_size: 33}}"]), 2)
+    with pytest.raises(UserError, match=r"loader\.batch_size: 2: must be a multiple of 2, .* and at least 4"):
+        check_processes(load(tiny, ["loader.batch_size=2"]), 2)  # one image each, on which batch normalization cannot train
+    with pytest.raises(UserError, match=r"loader\.batch_size: 1: out of range; .* >= 2"):
+        load(tiny, ["loader.batch_size=1"])
+
+
+def test_each_process_has_its_own_dropout() -> None:
+    """The same mask for the same row of every part of a batch would make its images less independent than on one device."""
+    drawn = []
+    for rank in range(2):
+        place = SimpleNamespace(
+            state=SimpleNamespace(epoch=0),
+            context=SimpleNamespace(
+                config=SimpleNamespace(epochs=1, seed=SimpleNamespace(seed=7)), machine=SimpleNamespace(rank=rank)
+            ),
+            defense=SimpleNamespace(begin_epoch=lambda state, epoch: None),
+        )
+        for _ in Session.epochs(place):  # type: ignore[arg-type]
+            drawn.append(torch.rand(4))
+    assert not torch.equal(*drawn)
+    torch.manual_seed(key_seed(7, "torch", 0))
+    assert torch.equal(drawn[0], torch.rand(4))  # as on one device
 
 
 @pytest.mark.parametrize(

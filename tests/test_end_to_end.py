@@ -470,7 +470,7 @@ def assert_one_line(result: subprocess.CompletedProcess[str], script: str, *part
         (("--gpu", "x"), ("--gpu x", "cpu")),
         (("--resume", "other.pt"), ("other.pt", "no such checkpoint")),
         (("--color", "red"), ("--color", "--help")),
-        (("--set", "semi.loader.batch_size=150"), ("clean pool", "semi.loader.batch_size: 150", "epoch 0")),
+        (("--set", "semi.loader.batch_size=150"), ("clean pool", "semi.loader.batch_size: 150", "epoch 1 ")),
     ],
     ids=["config", "no dataset_dir", "dataset_dir", "gpu", "resume", "option", "pool below a batch"],
 )

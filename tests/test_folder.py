@@ -202,6 +202,7 @@ def test_unreadable_images_are_left_out_on_request(tmp_path: Path) -> None:
         raw = read(tmp_path / "data", tmp_path / "cache", skip_unreadable=True)
         assert np.array_equal(raw.train_images, clean.train_images) and np.array_equal(raw.train_labels, clean.train_labels)
         assert raw.names == clean.names
+        assert (raw.left_out, clean.left_out) == (len(broken_files()), 0)
     refusal(tmp_path / "data", tmp_path / "cache")  # without the setting, the cached table does not hide the error
 
 
@@ -234,6 +235,12 @@ def test_each_error_in_a_tree_names_the_folder(tmp_path: Path) -> None:
     assert "no folder train" in refusal(tmp_path / "a", cache)
     (tmp_path / "a" / "train").mkdir()
     assert "contains no class folders" in refusal(tmp_path / "a", cache)
+    (tmp_path / "a/train/cat").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "a/train/cat/1.png")
+    (tmp_path / "a/train/readme.txt").write_text("no image")
+    read(tmp_path / "a", cache)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a/train/2.PNG")
+    assert "2.PNG: an image outside of the class folders: move it" in refusal(tmp_path / "a", cache)
     root = small_tree(tmp_path / "b")
     (root / "train" / "empty").mkdir()
     assert str(root / "train" / "empty") in refusal(root, cache)

@@ -30,6 +30,7 @@ from model.classifier import Classifier, build_classifier, virtual_copy
 from model.forward import forward
 from model.grouped_norm import group
 from model.inference import predict
+from model.networks import vgg16_bn
 from utils import config, plugins
 from utils.checkpoint import State
 from utils.config.schema import Named
@@ -603,3 +604,15 @@ def test_all_three_stages_run(name: str, runs: Path, monkeypatch: pytest.MonkeyP
     fresh = copy.deepcopy(model.state_dict())
     model.load_state_dict(weights)
     assert all(not torch.equal(weights[key], fresh[key]) for key, p in model.named_parameters() if p.ndim > 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 9])
+def test_vgg_pools_as_torch_does(size: int) -> None:
+    """Maps of one pixel and of 7 x 7, from images of 32 and 224 px, need no pooling; values and gradients are the same."""
+    maps = torch.randn(2, 3, size, size, requires_grad=True)
+    found, expected = vgg16_bn.adaptive_pool(maps, 7), nn.functional.adaptive_avg_pool2d(maps, 7)
+    assert torch.equal(found, expected)
+    weights = torch.randn_like(expected)
+    gradients = [torch.autograd.grad((out * weights).sum(), maps)[0] for out in (found, expected)]
+    assert torch.allclose(*gradients, atol=1e-5)
+    assert ("AdaptiveAvgPool2D" in type(found.grad_fn).__name__) == (size not in (1, 7))

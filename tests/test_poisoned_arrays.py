@@ -110,7 +110,7 @@ def test_optional_arrays_and_other_labels(tiny: Path, mine: Arrays) -> None:
     assert stored.backdoor.poison_ratio == 1 and np.array_equal(stored.train.labels, labels)
 
     shifted = np.where(mine["train_poisoned"], (labels + 1) % 10, labels)
-    every = {"triggered_images": mine["test_images"], "triggered_indices": np.arange(43)}
+    every = {"triggered_images": 255 - mine["test_images"], "triggered_indices": np.arange(43)}
     stored = read(tiny, mine | {"train_labels": shifted} | every, target_label=None, target_shift=1)
     assert np.array_equal(stored.backdoor_test.labels, (mine["test_labels"] + 1) % 10)
 
@@ -154,6 +154,11 @@ DAMAGES: dict[str, tuple[Callable[[Arrays], None], str]] = {
     ),
     "clean marked": (change("train_poisoned", lambda x: ~x), "train: labels: poisoned images do not carry class 3"),
     "cover too": (lambda arrays: arrays.update(train_cover=arrays["train_poisoned"]), "train_cover: marks images that"),
+    "no trigger": (
+        lambda arrays: arrays.update(triggered_images=arrays["test_images"][arrays["triggered_indices"]]),
+        "triggered_images: are the test images, without any trigger",
+    ),
+    "equal names": (change("class_names", lambda x: np.full(10, "cat")), "class_names: a name occurs twice"),
     "few names": (change("class_names", lambda x: x[:9]), "there are 9 classes"),
     "empty": (change("train_images", lambda x: x[:0]), "not empty"),
     "objects": (change("train_labels", lambda x: x.astype(object)), "not an .npz file of arrays"),
@@ -188,6 +193,9 @@ def test_settings_with_a_fault_are_refused(tiny: Path, mine: Arrays) -> None:
             read(tiny, mine, **settings)
     for name in ("target_label", "target_shift", "poison_ratio", "poison_mode"):
         with pytest.raises(UserError, match=f"^dataset.poisoned_arrays.attack: {name}: .*another name$"):
+            read(tiny, mine, attack=name)
+    for name in ("", "two words", "a\nb"):
+        with pytest.raises(UserError, match=r"dataset\.poisoned_arrays\.attack: .*: must be a plain name"):
             read(tiny, mine, attack=name)
     settings, _ = plan(tiny, mine, "dataset_dir=nothing.npz")
     with pytest.raises(UserError, match=r"nothing\.npz: no such file"):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from data.sources import prepare
 from model.exchange import exchanged_weights
 from utils import config
 from utils.config import Config
+from utils.config.schema import as_dict
 from utils.errors import UserError
 
 MODEL = ("preactresnet18", {"conv1.weight": torch.arange(6.0).view(2, 3), "linear.bias": torch.zeros(2)})
@@ -111,6 +113,22 @@ def test_what_was_written_is_read_again(tmp_path: Path, which: str) -> None:
     assert read.backdoor.poison_ratio == pytest.approx(poisoned / among) and read.backdoor.poison_mode == "exact"
     assert read.backdoor.attack.name == told.get("attack", "badnet")
     assert (read.backdoor.target_label, read.backdoor.target_shift) == (attack.get("target_label"), attack.get("target_shift"))
+
+
+def test_cover_images_that_are_not_in_blocks_are_noticed(tmp_path: Path) -> None:
+    """A record written here has its cover images anywhere: read as one of BackdoorBench's own, it is refused with the remedy,
+    instead of taking cover images of the target class for poisoned ones."""
+    write(tmp_path, tmp_path / "record/mine", {"target_label": 3, "wanet": {"cover_ratio": 2.0}})
+    read = on(tmp_path, tmp_path / "record/mine", attack="wanet")
+    refused(lambda: prepare(read, tmp_path / "run"), "keeps its label", "set unchanged: cover")
+
+
+def test_a_set_from_which_images_were_left_out_is_no_record(tmp_path: Path) -> None:
+    """All later images would have other places than in BackdoorBench's copy of the data set."""
+    settings = load(tmp_path, "attack", backdoor={"poison_ratio": 0.2, "badnets": {}, "target_label": 3})
+    made = replace(export.make(settings, torch.device("cpu"), no_network), left_out=2)
+    refused(lambda: write_record(tmp_path / "record/mine", made, MODEL), "2 images cannot be read", "repair them")
+    assert not (tmp_path / "record").exists()
 
 
 def test_the_record_is_what_backdoorbench_loads(tmp_path: Path) -> None:
@@ -195,6 +213,8 @@ def test_weights_fit_the_networks_of_backdoorbench(tmp_path: Path) -> None:
         refused(lambda found=found: exchanged_weights(found, None), "network", "final_norm: false")
     refused(lambda: exchanged_weights(plain, str(tmp_path / "none.pt")), "--weights", "no such file")
     saved = {f"backbone.{key}" if not key.startswith("linear") else key: tensor + 1 for key, tensor in weights.items()}
+    torch.save({"model_state_dict": saved, "config": as_dict(plain)}, tmp_path / "asd.pt")
+    refused(lambda: exchanged_weights(plain, str(tmp_path / "asd.pt")), "--weights", "has defense: asd")
     torch.save({"model_state_dict": saved}, tmp_path / "twin.pt")
     _, twin = exchanged_weights(plain, str(tmp_path / "twin.pt"))
     assert all(torch.equal(twin[key], weights[key] + 1) for key in weights)
@@ -549,6 +569,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         refused(
             lambda name=name: prepare(on(tmp_path, tmp_path / "r", attack=name), tmp_path / "run"), f"record.attack: {name}: "
         )
+    refused(lambda: prepare(on(tmp_path, tmp_path / "r", target_label=7), tmp_path / "run"), "target_label: 7", "carry class 3")
     (tmp_path / "r/attack_result.pt").unlink()
     refused(lambda: prepare(on(tmp_path, tmp_path / "r", target_label=10), tmp_path / "run"), "target_label: 10", "0..9")
     inner = {"backdoorbench_record": {"record": str(tmp_path / "r"), "attack": "badnet", "clean": CLEAN, "target_label": 3}}

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from training import train_here
 
 from data import poisoning, seeds, sets, sources
 from data.datasets import shapes
+from data.sources import prepare
 from utils import compare, config
 from utils.errors import UserError
 
@@ -156,6 +158,20 @@ def test_test_py_reports_accuracy_only(own: Path) -> None:
     assert "ACC" in said and "ASR" not in said
     kept = json.loads((own / "saved" / "own" / "log" / "test.json").read_text())
     assert kept["clean_total"] == 3 * EACH and kept["attack_success_rate"] is None and kept["clean_as_target"] is None
+
+
+def test_test_py_refuses_other_classes(own: Path, tmp_path: Path) -> None:
+    """Classes are numbered by their folders: if one is renamed or missing, all others have other numbers than in training."""
+    shutil.copytree(own / "tree", tmp_path / "tree")
+    data = ("--config", own / "own.yaml", "--set", f"dataset_dir={tmp_path / 'tree'}", "--set", f"saved_dir={tmp_path}")
+    latest = own / "storage/own/checkpoint/latest_model.pt"
+    assert "ACC" in run_test_py(*data, "--resume", latest)
+    first = sorted(CLASSES)[0]
+    for part in ("train", "test"):
+        (tmp_path / "tree" / part / first).rename(tmp_path / "tree" / part / "zz")
+    with pytest.raises(UserError, match=f"has other classes than the checkpoint: class 0 was '{first}', is ") as caught:
+        run_test_py(*data, "--resume", latest)
+    assert "\n" not in str(caught.value)
 
 
 def test_runs_of_unknown_truth_can_be_compared(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -401,6 +417,26 @@ def test_a_missing_list_is_named(tmp_path: Path) -> None:
     """A missing list is one line with its path and the remedy."""
     with pytest.raises(UserError, match=r"seed_samples: .*none\.txt: cannot be read \(No such file"):
         seeds.read_seed_samples(tmp_path / "none.txt", NAMES, LABELS, KNOWN, 3)
+
+
+def test_a_copy_must_be_the_training_image(tmp_path: Path) -> None:
+    """A folder of seed samples has copies. One with other pixels, e.g. the original of an image that was altered, would make an
+    altered image a trusted one: it is refused, as is a file that is no image."""
+    write_tree(tmp_path / "tree", test=False)
+    for name in CLASSES:
+        for i in range(SEEDS):
+            (tmp_path / "clean" / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / f"tree/train/{name}/{i:04d}.png", tmp_path / "clean" / name)
+    settings = config.load(plan(tmp_path, seed_samples=str(tmp_path / "clean")))
+    data = prepare(settings, tmp_path / "run")
+    assert len(seeds.choose_seed_samples(settings, data, tmp_path / "run")) == len(CLASSES) * SEEDS
+    odd = tmp_path / "clean" / CLASSES[0] / "0000.png"
+    pixels = np.array(Image.open(odd))
+    pixels[0, 0] ^= 1
+    for spoil in (lambda: Image.fromarray(pixels).save(odd), lambda: odd.write_text("no image")):
+        spoil()
+        with pytest.raises(UserError, match=r"0000\.png: is not the training image .*remove this file"):
+            seeds.choose_seed_samples(settings, data, tmp_path / "run")
 
 
 def test_a_class_without_training_images_is_an_error(tmp_path: Path) -> None:

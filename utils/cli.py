@@ -38,7 +38,7 @@ def parse_arguments(description: str, argv: Sequence[str] | None, training: bool
         "--gpu", default="0", help="CUDA device number, several for ASD.py (0,1: one process each), or cpu (default 0)"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the YAML")
-    parser.add_argument("--amp", action="store_true", help="bf16 convolutions (runtime.amp)")
+    parser.add_argument("--amp", action="store_true", help="convolutions and linear layers in bf16 (runtime.amp)")
     if not training:
         parser.add_argument("--images", metavar="DIR", help="label the image files below this folder instead")
         parser.add_argument("--out", metavar="FILE.csv", help="file for these labels (default: log/labels.csv of the run)")

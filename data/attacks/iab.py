@@ -265,7 +265,7 @@ def seeded(seed: int, what: str) -> Iterator[None]:
 def refuse_divergence(network: nn.Module, name: str, epoch: int, remedy: str) -> None:
     """Raise UserError if a weight or a BN statistic is not finite."""
     if not all(bool(torch.isfinite(tensor).all()) for tensor in network.state_dict().values()):
-        raise UserError(f"backdoor.iab: epoch {epoch} of {name}: weights are not finite: lower {remedy}")
+        raise UserError(f"backdoor.iab: epoch {epoch + 1} of {name}: weights are not finite: lower {remedy}")
 
 
 def frozen(channels_out: int, width: int, weights: Arrays, device: torch.device) -> EncoderDecoder:

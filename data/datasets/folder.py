@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.io.image_file import SUFFIXES
 from data.sets import Listing
 from utils.config.schema import setting
 from utils.errors import UserError, nearest
@@ -55,6 +56,8 @@ def class_folders(part: Path) -> list[str]:
             Path(entry.path), "dataset_dir"
         ):  # perhaps a class on a disk that is not mounted
             raise UserError(f"{entry.path}: broken link: repair or remove it")
+        elif Path(entry.name).suffix.lower() in SUFFIXES:
+            raise UserError(f"{entry.path}: an image outside of the class folders: move it into one of them, or remove it")
     if not names:
         raise UserError(f"{part}: contains no class folders: put the images of each class into a folder with its name there")
     return names

@@ -14,6 +14,7 @@ class_names             (C,) strings; may be left out
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> StoredS
         raise UserError("dataset_dir: missing: give the .npz file with the arrays")
     if (settings.target_label is None) == (settings.target_shift is None):
         raise UserError(f"{at}: needs either target_label, the label that the attacker wants, or target_shift")
+    if not re.fullmatch(r"[\w-]+", settings.attack):
+        raise UserError(f"{at}.attack: {settings.attack!r:.80}: must be a plain name, e.g. badnet")
     refuse_reserved(settings.attack, f"{at}.attack")
     path = user_path(dataset_dir, "dataset_dir")
     arrays = read(path)
@@ -108,6 +111,10 @@ def read(path: Path) -> dict[str, np.ndarray]:
             f"{path}: triggered_indices: {chosen.min()} to {chosen.max()}: must be positions in test_images, 0 to "
             f"{len(arrays['test_images']) - 1}"
         )
+    if np.array_equal(arrays["triggered_images"], arrays["test_images"][chosen]):
+        raise UserError(f"{path}: triggered_images: are the test images, without any trigger: they would give no ASR")
+    if "class_names" in arrays and len(set(arrays["class_names"].tolist())) < len(arrays["class_names"]):
+        raise UserError(f"{path}: class_names: a name occurs twice: the classes could not be told apart")
     return arrays
 
 

@@ -39,7 +39,9 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> Listing
         raise UserError("dataset_dir: missing: give the folder that holds train and val of Tiny-ImageNet-200")
     root = find_folder(user_path(dataset_dir, "dataset_dir"))
     train = by_folder(root / "train")
-    val = annotated(root / "val") if exists(root / "val" / ANNOTATIONS, "dataset_dir") else by_folder(root / "val")
+    # Rearranged copies often keep the annotations, which name files that are in folders of their classes now.
+    original = is_dir(root / "val" / "images", "dataset_dir") and exists(root / "val" / ANNOTATIONS, "dataset_dir")
+    val = annotated(root / "val") if original else by_folder(root / "val")
     unknown = sorted(set(val) - set(train))
     if unknown:
         raise UserError(f"{root / 'val'}: class {unknown[0]!r:.80}: not in {root / 'train'} ({len(unknown)} such): {AGAIN}")
@@ -50,7 +52,7 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> Listing
     wnids = sorted(train)
     return Listing(
         "tiny_imagenet", root, *in_order(train, wnids, root), *in_order(val, wnids, root), names_of(root, wnids), (),
-        settings.skip_unreadable,
+        settings.skip_unreadable, passed_over="images",
     )  # fmt: skip
 
 
@@ -85,7 +87,7 @@ def image_files(folder: Path) -> list[Path]:
 def annotated(part: Path) -> dict[str, list[Path]]:
     """Return the images of val/images by the wnid that `val_annotations.txt` gives them; each image has one line."""
     path = part / ANNOTATIONS
-    there = {file.name: file for file in image_files(part / "images")} if is_dir(part / "images", "dataset_dir") else {}
+    there = {file.name: file for file in image_files(part / "images")}
     found: dict[str, list[Path]] = {}
     for number, line in enumerate(read_lines(path), 1):
         columns = line.split("\t")

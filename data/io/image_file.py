@@ -99,10 +99,9 @@ def read_prepared(path: Path, pre: Sequence[Any], depths: list[int] | None = Non
         depths: as in `read_image`.
     """
     try:
-        image = read_image(path, depths)
+        return prepared(read_image(path, depths), pre)
     except BROKEN as error:
         return reason(error, path)
-    return prepared(image, pre)
 
 
 def open_image(path: Path) -> Image.Image:

@@ -71,22 +71,18 @@ def to_raw(found: RawData | Listing, pre: Sequence[Any], folder: Path, on_disk: 
         first, other = found.train_files[train.kept[0]], found.test_files[test.kept[0]]
         raise several_sizes(found.root, (first, train.images.shape[1:]), (other, test.images.shape[1:]))
     names, test_names = (
-        tuple(name_of(files[i]) for i in table.kept) for files, table in ((found.train_files, train), (found.test_files, test))
+        tuple(found.name_of(files[i]) for i in table.kept)
+        for files, table in ((found.train_files, train), (found.test_files, test))
     )
     raw = RawData(
         train.images, found.train_labels[train.kept], test.images, found.test_labels[test.kept], found.class_names,
-        names, test_names, train.digests, test.digests,
+        names, test_names, train.digests, test.digests, len(train.unreadable) + len(test.unreadable),
     )  # fmt: skip
     for label, count in enumerate(np.bincount(raw.train_labels, minlength=int(found.train_labels.max()) + 1)):
         if count == 0 and (found.train_labels == label).any():
             name = found.class_names[label]
             raise UserError(f"{found.root}: class {name}: none of its training images can be read: repair or replace them")
     return raw
-
-
-def name_of(file: str) -> str:
-    """Return an image's name: its path from the class folder on."""
-    return "/".join(file.split("/")[-2:])
 
 
 def table_of_files(listing: Listing, part: str, pre: Sequence[Any], folder: Path) -> Table:

@@ -51,6 +51,7 @@ class Made:
     parts: dict[str, Part]  # by the names of `PARTS`
     settings: dict[str, Any]  # as set.json has them
     groups: list[Group]  # of the contact sheet
+    left_out: int = 0  # images of the data set that cannot be read
 
 
 def write_arrays(out: Path, made: Made) -> None:
@@ -121,7 +122,7 @@ def make(config: Config, device: torch.device, new_classifier: NewClassifier) ->
     }
     settings = settings_of_set(config, dataset_of(config))
     settings |= {"class_names": list(raw.class_names), INPUTS: digest_of_manifest(config, raw)}
-    return Made(parts, settings, sheet_groups(config, raw, attack, parts["train"], parts["backdoor_test"]))
+    return Made(parts, settings, sheet_groups(config, raw, attack, parts["train"], parts["backdoor_test"]), raw.left_out)
 
 
 def convert(config: Config) -> Made:

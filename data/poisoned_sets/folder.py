@@ -39,6 +39,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
 INPUTS = "inputs"  # optional key: `digest_of_manifest` of the data that the set was made from
 # The keys of `backdoor` besides the attack (poison_ratio etc.) with their types.
 PLAIN = {key: get_args(kind) or (kind,) for key, kind in get_type_hints(Backdoor).items() if kind is not Named}
+MODES = ("bernoulli", "exact")
 REMEDY = "make the set again with python -m data.poison, under another name"
 
 
@@ -133,9 +134,19 @@ def read_description(folder: Path) -> tuple[str, dict[str, Any]]:
     for key, kind in KEYS.items():
         if key not in described or type(described[key]) not in (kind if isinstance(kind, tuple) else (kind,)):
             raise UserError(f"{path}: {key}: missing or of the wrong type: {REMEDY}")
+    names, backdoor = described["class_names"], described["backdoor"]
+    if not names or not all(isinstance(name, str) and is_text(name) for name in names):
+        raise UserError(f"{path}: class_names: must be names: {REMEDY}")
+    if not described["dataset"] or not all(is_text(key) for key in (*described["dataset"], *backdoor)):
+        raise UserError(f"{path}: dataset, backdoor: must name the data set and the attack: {REMEDY}")
     if version == 1:  # from before all-to-all labels
         described["backdoor"].setdefault("target_shift", None)
     return text, described
+
+
+def is_text(text: str) -> bool:
+    """Return whether a text can be shown in a line and be written as UTF-8."""
+    return bool(text) and text.isprintable()
 
 
 def read_part(path: Path, described: object) -> Part:
@@ -165,6 +176,8 @@ def backdoor_of(path: Path, described: dict[str, Any]) -> Backdoor:
         raise UserError(f"{path}: backdoor: must name one attack, and {', '.join(PLAIN)}: {REMEDY}")
     if (described["target_label"] is None) == (described["target_shift"] is None):
         raise UserError(f"{path}: backdoor: needs either target_label or target_shift: {REMEDY}")
+    if not 0 <= described["poison_ratio"] <= 1 or described["poison_mode"] not in MODES:
+        raise UserError(f"{path}: backdoor: poison_ratio must be in 0..1, poison_mode one of {', '.join(MODES)}: {REMEDY}")
     (name,) = attacks
     return Backdoor(Named(name, described[name]), **{key: described[key] for key in PLAIN})
 

@@ -90,6 +90,9 @@ def read_record(folder: Path, hints: Hints, labels: tuple[np.ndarray, np.ndarray
         target = target_of_hints(hints, classes, folder)
         train, test = guess(train, len(labels[0]), target, hints, folder), replace_carried(test, target)
     label, shift = target_of(train, test, classes, source)
+    if hints.target_label not in (None, label):
+        found = f"class {label}" if shift is None else f"labels shifted by {shift}"
+        raise UserError(f"target_label: {hints.target_label}: poisoned images of {source} carry {found}: leave it out")
     flags = flags_of(train, len(labels[0]), label_after(train.original, label, shift, classes), hints, source)
     train_images = read_images(folder / TRAIN, train, size)
     test_images = read_images(folder / TEST, test, train_images.shape[1:3])
@@ -289,7 +292,14 @@ def flags_of(entries: Entries, count: int, wanted: np.ndarray, hints: Hints, sou
         bound = int(position[changed & whole].max(initial=-1)) + 1
         ratio = bound / BLOCK if hints.poison_ratio is None else hints.poison_ratio
         last = max(int(position[changed & ~whole].max(initial=-1)) + 1, int(ratio * int(size.min(initial=BLOCK))))
-        poisoned = changed | ((entries.original == wanted) & (position < np.where(whole, bound, last)))
+        inside = position < np.where(whole, bound, last)
+        odd = np.flatnonzero(~changed & inside & whole & (entries.original != wanted))
+        if len(odd):
+            raise UserError(
+                f"{source}: image {entries.indices[odd[0]]}: keeps its label, among the poisoned images of its block of "
+                f"{BLOCK} ({len(odd)} such): cover images do not follow the poisoned ones here: set unchanged: cover"
+            )
+        poisoned = changed | ((entries.original == wanted) & inside)
     odd = np.flatnonzero(poisoned & (entries.carried != wanted))
     if len(odd):
         i = odd[0]

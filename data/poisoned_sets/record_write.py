@@ -52,6 +52,11 @@ def write_record(out: Path, made: Made, model: Model) -> None:
     for key, limit in made.settings["data"].items():
         if limit is not None:
             raise UserError(f"data.{key}: {limit}: a record counts images by their place in the whole data set: leave it out")
+    if made.left_out:
+        raise UserError(
+            f"dataset_dir: {made.left_out} images cannot be read and are left out, but a record counts images by their place "
+            "in the whole data set: repair them"
+        )
     if not (made.parts["train"].flags == POISONED).any():
         ratio = made.settings["backdoor"]["poison_ratio"]
         raise UserError(f"backdoor.poison_ratio: {ratio}: no training image is poisoned, and a record must have some: raise it")

@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import functional as F
 
 from utils.config.schema import setting
 
+LONGEST = 2**15  # pixels of a side that is not bounded by the setting: a strip of 1 x 65,000 pixels would fill the memory
 PLACES = ("transform.pre", "transform.train.primary", "transform.test.primary")
 
 
@@ -24,4 +25,7 @@ class Settings:
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:
         """Resize uint8 (B, 3, H, W), bilinear with antialiasing as on PIL images."""
         size = [self.size] if isinstance(self.size, int) else list(self.size)
+        height, width = F.get_size(images)
+        if isinstance(self.size, int) and max(height, width) * self.size // min(height, width) > LONGEST:
+            raise ValueError(f"{width} x {height} pixels: with a shorter side of {self.size} the other one is over {LONGEST}")
         return F.resize(images, size, antialias=True)

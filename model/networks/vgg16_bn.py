@@ -56,9 +56,21 @@ class VGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to features (B, hidden)."""
-        maps = F.adaptive_avg_pool2d(self.features(x), self.pool)  # (B, 8 width, pool, pool)
-        out: Tensor = self.classifier(maps.flatten(1))
+        out: Tensor = self.classifier(adaptive_pool(self.features(x), self.pool).flatten(1))
         return out
+
+
+def adaptive_pool(maps: Tensor, side: int) -> Tensor:
+    """Return maps (B, c, h, w) pooled to (B, c, side, side).
+
+    CUDA's backward pass of adaptive pooling is not repeatable. Images of 32 px, whose maps have one pixel, and of 224 px need
+    none: a pixel is copied, and maps of 7 x 7 stay as they are.
+    """
+    if maps.shape[2:] == (side, side):
+        return maps
+    if maps.shape[2:] == (1, 1):
+        return maps.expand(-1, -1, side, side)
+    return F.adaptive_avg_pool2d(maps, side)
 
 
 def build(settings: Settings) -> nn.Module:

@@ -212,8 +212,11 @@ def check_processes(config: Config, processes: int) -> None:
     sizes |= {f"defense.{config.defense.name}.{key}": size for key, size in own.items() if key.endswith("batch_size")}
     unread = config.defense.settings.unread
     for key, size in sizes.items():
-        if size % processes and not any(key.startswith(f"{section}.") for section in unread):
-            raise UserError(f"{key}: {size}: must be a multiple of {processes}, the number of processes")
+        if any(key.startswith(f"{section}.") for section in unread):
+            continue
+        if size % processes or size < 2 * processes:  # batch normalization cannot train on a single image
+            least = f", and at least {2 * processes}" if size < 2 * processes else ""
+            raise UserError(f"{key}: {size}: must be a multiple of {processes}, the number of processes{least}")
     if processes > 1 and config.runtime.mode == "graph":
         raise UserError(f"runtime.mode: graph: supports one process, not {processes}: set runtime.mode=auto or eager")
     for key, on in (("runtime.merged", config.runtime.merged), ("runtime.compile", config.runtime.compile)):

@@ -153,7 +153,7 @@ class Backdoor:
 @dataclass(frozen=True)
 class Loader:
     batch_size: int = setting(
-        128, "batch size of the virtual model's training; for inference and testing on CUDA 8 times as large", low=1
+        128, "batch size of the virtual model's training; for inference and testing on CUDA 8 times as large", low=2
     )
     num_workers: int = setting(0, "accepted for the authors' YAML files; no worker is started", low=0)
     pin_memory: bool = setting(True, "accepted for the authors' YAML files; not needed")
@@ -264,4 +264,4 @@ class Runtime:
         "under dropout",
     )
     compile: bool = setting(False, "torch.compile the network: one process only; takes minutes at the start")
-    amp: bool = setting(False, "bf16 for the convolutions (also --amp); weights, BN and losses stay fp32")
+    amp: bool = setting(False, "bf16 for convolutions and linear layers (also --amp); weights, BN and losses stay fp32")
