@@ -451,7 +451,7 @@ def test_run_sh_makes_every_run_with_settings_that_load(tmp_path: Path) -> None:
     kept = {path.relative_to(STUDY).with_suffix("").as_posix() for path in STUDY.glob("*/*.json")}
     attacks: dict[str, list[Any]] = {}
     # The runs that show why attacks are not weaker.
-    strengths = {"wanet_s1", "clb_eps16", "clb_half", "lookalike_all", *stored.PUBLISHED}
+    strengths = {"wanet_s1", "clb_eps16", "clb_half", "lookalike_all", "adaptive_patch", *stored.PUBLISHED}
     known = strengths | {*stored.TITLES}
     for command in commands:
         sets = [word for before, word in pairwise(command) if before == "--set"]

@@ -54,6 +54,7 @@ lookalike="backdoor={poison_mode: exact, lookalike: {surrogate: {resnet18_cifar:
 sig="backdoor={poison_ratio: 0.8, poison_mode: exact, sig: {}}"
 bpp="backdoor={bpp: {}}"
 adaptive_patch="backdoor={poison_ratio: 0.003, poison_mode: exact, adaptive_patch: {}}"
+adaptive_patch_1pct="backdoor={poison_ratio: 0.01, poison_mode: exact, adaptive_patch: {}}"  # 0.3 % is not learned
 adaptive_blend="backdoor={poison_ratio: 0.003, poison_mode: exact, adaptive_blend: {}}"
 all_to_all="backdoor={poison_ratio: 0.1, target_shift: 1, badnets: {}}"
 
@@ -94,7 +95,8 @@ run sig/asd cifar10_study "$sig"
 run bpp/undefended cifar10_study_undefended "$bpp"
 run bpp/asd cifar10_study "$bpp"
 run adaptive_patch/undefended cifar10_study_undefended "$adaptive_patch"
-run adaptive_patch/asd cifar10_study "$adaptive_patch"
+run adaptive_patch_1pct/undefended cifar10_study_undefended "$adaptive_patch_1pct"
+run adaptive_patch_1pct/asd cifar10_study "$adaptive_patch_1pct"
 run adaptive_blend/undefended cifar10_study_undefended "$adaptive_blend"
 run adaptive_blend/asd cifar10_study "$adaptive_blend"
 run all_to_all/undefended cifar10_study_undefended "$all_to_all"
