@@ -18,7 +18,7 @@ from utils.reporting import suspects
 SIX = {"badnets": "BadNets", "blend": "Blend", "wanet": "WaNet", "iab": "IAB", "refool": "Refool", "clb": "CLB"}
 MAIN = SIX | {"no_attack": "no attack", "gtsrb_badnets": "GTSRB, BadNets"}
 FURTHER = {
-    "lookalike": "look-alike", "sig": "SIG", "bpp": "BPP", "adaptive_patch_1pct": "Adaptive-Patch, 1 %",
+    "lookalike": "look-alike", "sig": "SIG", "bpp": "BPP", "adaptive_patch_1pct": "Adaptive-Patch (1 %)",
     "adaptive_blend": "Adaptive-Blend", "all_to_all": "all-to-all BadNets",
 }  # fmt: skip
 TITLES = MAIN | FURTHER
