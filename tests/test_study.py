@@ -287,7 +287,7 @@ def test_without_runs_every_planned_one_is_not_run(tmp_path: Path) -> None:
     folder = make_study(tmp_path / "study")
     runs = stored.Runs(folder)
     page = report.page(folder, runs)
-    assert len(runs.names) == 43 and "0 of 43 runs" in page and "{{" not in page
+    assert len(runs.names) == 44 and "0 of 44 runs" in page and "{{" not in page
     planned = ", ".join(f"`{name}`" for name in runs.names)
     assert f"Planned, but not run yet: {planned}." in " ".join(page.split())
     assert all(f"| `{name}` |" not in page for name in runs.names)
@@ -451,7 +451,7 @@ def test_run_sh_makes_every_run_with_settings_that_load(tmp_path: Path) -> None:
     kept = {path.relative_to(STUDY).with_suffix("").as_posix() for path in STUDY.glob("*/*.json")}
     attacks: dict[str, list[Any]] = {}
     # The runs that show why attacks are not weaker.
-    strengths = {"wanet_s1", "clb_eps16", "clb_half", "lookalike_all", "adaptive_patch", *stored.PUBLISHED}
+    strengths = {"wanet_s1", "clb_eps16", "clb_half", "lookalike_all", "adaptive_patch", "adaptive_blend", *stored.PUBLISHED}
     known = strengths | {*stored.TITLES}
     for command in commands:
         sets = [word for before, word in pairwise(command) if before == "--set"]

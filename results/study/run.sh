@@ -56,6 +56,7 @@ bpp="backdoor={bpp: {}}"
 adaptive_patch="backdoor={poison_ratio: 0.003, poison_mode: exact, adaptive_patch: {}}"
 adaptive_patch_1pct="backdoor={poison_ratio: 0.01, poison_mode: exact, adaptive_patch: {}}"  # 0.3 % is not learned
 adaptive_blend="backdoor={poison_ratio: 0.003, poison_mode: exact, adaptive_blend: {}}"
+adaptive_blend_1pct="backdoor={poison_ratio: 0.01, poison_mode: exact, adaptive_blend: {}}"  # 0.3 %: undefended ASR 42 %
 all_to_all="backdoor={poison_ratio: 0.1, target_shift: 1, badnets: {}}"
 
 run badnets/undefended cifar10_study_undefended "$badnets"
@@ -98,6 +99,7 @@ run adaptive_patch/undefended cifar10_study_undefended "$adaptive_patch"
 run adaptive_patch_1pct/undefended cifar10_study_undefended "$adaptive_patch_1pct"
 run adaptive_patch_1pct/asd cifar10_study "$adaptive_patch_1pct"
 run adaptive_blend/undefended cifar10_study_undefended "$adaptive_blend"
-run adaptive_blend/asd cifar10_study "$adaptive_blend"
+run adaptive_blend_1pct/undefended cifar10_study_undefended "$adaptive_blend_1pct"
+run adaptive_blend_1pct/asd cifar10_study "$adaptive_blend_1pct"
 run all_to_all/undefended cifar10_study_undefended "$all_to_all"
 run all_to_all/asd cifar10_study "$all_to_all"

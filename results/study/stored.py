@@ -19,7 +19,7 @@ SIX = {"badnets": "BadNets", "blend": "Blend", "wanet": "WaNet", "iab": "IAB", "
 MAIN = SIX | {"no_attack": "no attack", "gtsrb_badnets": "GTSRB, BadNets"}
 FURTHER = {
     "lookalike": "look-alike", "sig": "SIG", "bpp": "BPP", "adaptive_patch_1pct": "Adaptive-Patch (1 %)",
-    "adaptive_blend": "Adaptive-Blend", "all_to_all": "all-to-all BadNets",
+    "adaptive_blend_1pct": "Adaptive-Blend (1 %)", "all_to_all": "all-to-all BadNets",
 }  # fmt: skip
 TITLES = MAIN | FURTHER
 PUBLISHED = {"wanet_published": "WaNet, 5 %, s 0.5", "refool_published": "Refool, 5 %", "clb_eps8": "CLB, eps 8"}
