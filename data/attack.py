@@ -124,7 +124,7 @@ def keep_asset(
             logger.info(f"{name}: using {path}, made earlier with the same settings")
             return checked(context, name, path, kept) if alters else kept
         logger.info(f"{name}: {path} is damaged: making it again")
-    elif name in context.known_assets:
+    elif name in context.assets_of_run.known:
         logger.info(f"{name}: {path}, with which this run was begun, is missing: making it again; on another device it differs")
     remove_leftovers(context.assets)
     arrays = make()
@@ -137,12 +137,12 @@ def keep_asset(
 def checked(context: AttackContext, name: str, path: Path, arrays: Arrays) -> Arrays:
     """Return the arrays of an asset, whose digest becomes part of the manifest; refuse other arrays than the run's."""
     digest = checksum(arrays)[:16]
-    if context.known_assets.get(name, digest) != digest:
+    if context.assets_of_run.known.get(name, digest) != digest:
         raise UserError(
             f"{path}: is not the file that this run was begun with, so the trigger would be another one: restore that file "
             "(from the computer on which the run was begun), or start a new run: --resume False, or --set run=NAME"
         )
-    context.used_assets[name] = digest
+    context.assets_of_run.used[name] = digest
     return arrays
 
 

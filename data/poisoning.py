@@ -11,13 +11,12 @@ from data.attack import BATCH, AttackBase, NoAttack
 from data.choice import draw_cover, keep_index, label_after, poison_index
 from data.io.table_file import own_copy, read_table
 from data.seeds import check_clean_left
-from data.sets import AttackContext, NewClassifier, Part, RawData, TestSets, no_network
+from data.sets import AssetDigests, AttackContext, NewClassifier, Part, RawData, TestSets, no_network
 from utils import plugins
 from utils.config import Config
 from utils.config.settings import Backdoor
 from utils.errors import UserError
 from utils.kinds import CLEAN, COVER, POISONED
-from utils.manifest import assets_of
 from utils.paths import user_path
 from utils.run_files import POISON_INDEX
 
@@ -29,16 +28,14 @@ def build_attack(
     raw: RawData,
     device: torch.device | None = None,
     new_classifier: NewClassifier = no_network,
-    known: str = "",
-    used: dict[str, str] | None = None,
+    digests: AssetDigests | None = None,
 ) -> AttackBase:
     """Build the configured attack, or with `poison_ratio: 0` none; its assets are kept in `<saved_dir>/assets`, for all runs.
 
     Args:
         device: where assets are made; None: the CPU.
         new_classifier: the function of `model.classifier`, for attacks that train a network.
-        known: the manifest of the run, if it has begun: the assets must be those that it names.
-        used: receives the digests of the assets that are used, by name.
+        digests: of the run's assets; None: of a new run.
     Raises:
         UserError: the settings do not fit each other or the data, or the ASR cannot be measured on the test images.
     """
@@ -51,7 +48,7 @@ def build_attack(
     b, shift = config.attacker, config.attacker.target_shift
     context = AttackContext(
         raw, b.target_label, config.num_classes, config.seed.seed, folder, device, new_classifier,
-        assets_of(known), {} if used is None else used, target_shift=shift,
+        digests or AssetDigests(), target_shift=shift,
     )  # fmt: skip
     attack: AttackBase = module.Attack(config.attack.settings, context)
     if attack.clean_label and shift is not None:

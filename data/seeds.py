@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -44,17 +44,27 @@ def choose_seed_samples(config: Config, data: PoisonedData, folder: Path) -> Ten
         return draw_seed_samples(labels, data.ground_truth, config.num_classes, config.global_.seed_num, config.seed.seed)
     source = user_path(config.seed_samples, "seed_samples")
     names = data.names or tuple(map(str, range(len(labels))))
-    pre = [step.settings for step in config.transform.pre]
-
-    def differs(i: int, file: Path) -> bool:
-        """Return whether a file is not the training image i."""
-        pixels = read_prepared(file, pre)
-        image = data.train.fetch(torch.tensor([i]))[0].permute(1, 2, 0).cpu().numpy()
-        return isinstance(pixels, str) or not np.array_equal(pixels, image)
-
-    seeds = read_seed_samples(source, names, labels.cpu().numpy(), data.class_names, config.num_classes, differs)
+    seeds = read_seed_samples(source, names, labels.cpu().numpy(), data.class_names, config.num_classes)
+    if is_dir(source, "seed_samples"):
+        check_copies(config, data, source)
     keep_with_run(folder / SEED_SAMPLES, [names[i] for i in seeds])
     return torch.from_numpy(seeds)
+
+
+def check_copies(config: Config, data: PoisonedData, folder: Path) -> None:
+    """Raise UserError unless every file of the folder, which `read_seed_samples` has accepted, is the image of its name."""
+    names, pre = data.names or tuple(map(str, range(len(data.train)))), [step.settings for step in config.transform.pre]
+    number, known = {name: i for i, name in enumerate(names)}, Names(names)
+    for place, given in from_folder(folder, known, number, data.train.labels.cpu().numpy(), data.class_names):
+        name = known.find(given)
+        assert name is not None
+        pixels = read_prepared(Path(place), pre)
+        image = data.train.fetch(torch.tensor([number[name]]))[0].permute(1, 2, 0).cpu().numpy()
+        if isinstance(pixels, str) or not np.array_equal(pixels, image):
+            raise UserError(
+                f"{place}: is not the training image {printable(name)}, which is used in its place: if that image was altered, "
+                "it is not clean: remove this file; else copy the training image here"
+            )
 
 
 def draw_seed_samples(labels: Tensor, truth: GroundTruth, num_classes: int, seed_num: int, seed: int) -> Tensor:
@@ -100,7 +110,6 @@ def read_seed_samples(
     labels: np.ndarray,
     class_names: tuple[str, ...],
     num_classes: int,
-    differs: Callable[[int, Path], bool] = lambda i, file: False,
 ) -> np.ndarray:
     """Return the images that a list or a folder names, (S,) int64, sorted.
 
@@ -109,10 +118,8 @@ def read_seed_samples(
             sub-folder per class, whose files have the names of training images of that class.
         names: N names of the training images; if they are numbers, a file `17.png` means image 17.
         labels: (N,) int64.
-        differs: whether a file of a folder is not the training image of that number.
     Raises:
-        UserError: the source cannot be read, a name is unknown or occurs twice, a file is not the training image of its name,
-            or a class has no seed sample.
+        UserError: the source cannot be read, a name is unknown or occurs twice, or a class has no seed sample.
     """
     number, known = {name: i for i, name in enumerate(names)}, Names(names)
     seen: dict[int, str] = {}
@@ -125,11 +132,6 @@ def read_seed_samples(
         at = number[name]
         if at in seen:
             raise UserError(f"{place}: {printable(name)}: named twice, first in {seen[at]}: keep one")
-        if folder and differs(at, Path(place)):
-            raise UserError(
-                f"{place}: is not the training image {printable(name)}, which is used in its place: if that image was altered, "
-                "it is not clean: remove this file; else copy the training image here"
-            )
         seen[at] = place
     seeds = np.sort(np.fromiter(seen, np.int64))
     for label, count in enumerate(np.bincount(labels[seeds], minlength=num_classes)):

@@ -215,6 +215,14 @@ def no_network(network: Named, num_classes: int) -> nn.Module:
 
 
 @dataclass(frozen=True)
+class AssetDigests:
+    """The digests, by name, of the assets with which a run's images are altered (`data.attack.keep_asset`)."""
+
+    known: Mapping[str, str] = field(default_factory=dict)  # of a run that has begun: no others may be used
+    used: dict[str, str] = field(default_factory=dict)  # filled while images are altered
+
+
+@dataclass(frozen=True)
 class AttackContext:
     """The data and settings that an attack is built from."""
 
@@ -226,8 +234,7 @@ class AttackContext:
     assets: Path  # the assets' folder, shared by all runs with the same saved_dir
     device: torch.device = torch.device("cpu")  # where assets are made
     new_classifier: NewClassifier = no_network  # builds the network that a section of the YAML names, for so many classes
-    known_assets: Mapping[str, str] = field(default_factory=dict)  # name -> digest: those that the run was begun with
-    used_assets: dict[str, str] = field(default_factory=dict)  # those used so far (`data.attack.keep_asset`)
+    assets_of_run: AssetDigests = field(default_factory=lambda: AssetDigests())
 
     def label_after(self, labels: np.ndarray) -> np.ndarray:
         """Return the labels (n,) int64 that images with the labels (n,) carry once they are poisoned."""

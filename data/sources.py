@@ -18,11 +18,12 @@ from data.loading import load_data
 from data.poisoned_sets.agreement import keep_with_run
 from data.poisoned_sets.stored import StoredSet, examples_of
 from data.poisoning import build_attack, build_test_sets, clean_images, poison_training_set, test_sets, training_caption
-from data.sets import NewClassifier, PoisonedData, RawData, TestSets, no_network, to_set
+from data.sets import AssetDigests, NewClassifier, PoisonedData, RawData, TestSets, no_network, to_set
 from utils import manifest
 from utils.config import Config
 from utils.errors import UserError, printable
 from utils.kinds import POISONED
+from utils.runtime.machine import Machine
 
 logger = logging.getLogger(__name__)
 EXAMPLES = 16  # poisoned images kept for plots
@@ -31,8 +32,7 @@ EXAMPLES = 16  # poisoned images kept for plots
 def prepare(
     config: Config,
     folder: Path,
-    device: torch.device | None = None,
-    processes: int = 1,
+    machine: Machine | None = None,
     new_classifier: NewClassifier = no_network,
     known: str = "",
 ) -> PoisonedData:
@@ -40,24 +40,25 @@ def prepare(
 
     Args:
         folder: the run's folder, where `poison_idx.npy` is kept, and `set.json` of a stored poisoned set.
-        device: where an attack makes its assets; None: the CPU.
-        processes: of the run on this computer.
+        machine: its device makes the assets of an attack; None: the CPU, one process.
         new_classifier: the function of `model.classifier`, for attacks that train a network.
         known: the manifest of the checkpoint that the run is resumed from; empty: there is none.
     Raises:
         UserError: among others, the run in `folder` was begun with other data.
     """
+    device, processes = (machine.device, machine.world_size) if machine else (torch.device("cpu"), 1)
     raw, stored = load_data(config)
-    inputs, assets = manifest_of(config, raw), dict[str, str]()
+    inputs = manifest_of(config, raw)
     manifest.check(folder, inputs)
-    placement = place(config, raw, stored, device, processes)
+    placement, assets = place(config, raw, stored, device, processes), dict[str, str]()
     if stored:
         data = from_stored_set(stored, folder, placement)
     elif config.backdoor is None:
         data = from_unknown_origin(raw, placement)
     else:
-        attack = build_attack(config, raw, device, new_classifier, known or manifest.kept(folder) or "", assets)
-        data = from_attack(config, raw, attack, folder, placement)
+        begun = AssetDigests(manifest.assets_of(known or manifest.kept(folder) or ""))
+        data = from_attack(config, raw, build_attack(config, raw, device, new_classifier, begun), folder, placement)
+        assets = begun.used
     if data.ground_truth is not None:
         inputs = with_poisoned(inputs, data.ground_truth.poisoned().numpy())
     for name, digest in sorted(assets.items()):
@@ -94,7 +95,8 @@ def prepare_tests(
         return stored_tests(stored, placement)
     if config.backdoor is None:
         return untriggered(raw, placement)
-    return build_test_sets(config, raw, build_attack(config, raw, device, new_classifier, known), placement)
+    digests = AssetDigests(manifest.assets_of(known))
+    return build_test_sets(config, raw, build_attack(config, raw, device, new_classifier, digests), placement)
 
 
 def place(config: Config, raw: RawData, stored: StoredSet | None, device: torch.device | None, processes: int) -> str:

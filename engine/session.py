@@ -192,7 +192,7 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, stack
         names = {key for key, _, _ in stand_ins(config)}
         refuse_other_settings(resume, saved, as_dict(config), names)  # before any data is decoded or written
     with machine.first_alone():  # rank 0 writes the run's files, the other ranks read them
-        data = prepare(config, run.saved, machine.device, machine.world_size, new_classifier, checkpoint.data_of(saved))
+        data = prepare(config, run.saved, machine, new_classifier, checkpoint.data_of(saved))
         seeds = choose_seed_samples(config, data, run.saved)
     inputs = complete_manifest(config, data, seeds)
     if not machine.agree(f"{saved and saved.get('epoch')} {config.epochs} {inputs}"):

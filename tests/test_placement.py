@@ -105,7 +105,9 @@ def test_images_are_fetched_by_index(tmp_path: Path, place: str) -> None:
 def test_poisoning_does_not_change_the_raw_images(tiny: Path, tmp_path: Path, place: str) -> None:
     """In each placement the raw images are still clean after the training set has been poisoned."""
     write_folder(tmp_path / "images", shapes.load(shapes.Settings(60, 20), None, False))
-    settings = config.load(tiny, ["dataset=folder", f"dataset_dir={tmp_path / 'images'}", "backdoor.poison_ratio=0.5"])
+    settings = config.load(
+        tiny, ["dataset=folder", f"dataset_dir={tmp_path / 'images'}", "backdoor.poison_ratio=0.5", "defense=none"]
+    )
     raw = loading.load_raw(settings)
     before = np.array(raw.train_images)
     poisoned = poison_training_set(settings, raw, build_attack(settings, raw), tmp_path, place)
@@ -217,11 +219,11 @@ settings = config.load({yaml!r}, ["data.placement={place}"])
 def memory(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
-prepare(settings, Path({warm!r}), torch.device("cpu"))  # makes the table and loads the libraries
+prepare(settings, Path({warm!r}))  # makes the table and loads the libraries
 import gc; gc.collect()
 open("/proc/self/clear_refs", "w").write("5")  # resets the peak
 before = memory("VmRSS")
-data = prepare(settings, Path({folder!r}), torch.device("cpu"))
+data = prepare(settings, Path({folder!r}))
 gc.collect()
 fetched = [data.train.fetch(torch.arange(i, i + 16)) for i in (0, 100, 40)]
 print(memory("VmRSS") - before, memory("VmHWM") - before, memory("RssAnon"))

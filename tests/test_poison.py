@@ -26,6 +26,7 @@ from utils import config, plugins
 from utils.config import Config
 from utils.errors import UserError
 from utils.kinds import CLEAN, POISONED
+from utils.runtime.machine import Machine
 
 LABELS = np.random.default_rng(0).integers(0, 10, 400)
 TRIGGER = [(4, 4), (4, 5), (5, 4), (5, 5)]
@@ -385,7 +386,7 @@ def test_no_attack_is_built_where_its_success_cannot_be_measured(tiny: Path, tmp
     plan = config.load(tiny, ["data.test_limit=1", f"backdoor={{{name}: {{}}, target_label: {label}}}"])
     device = torch.device("cpu")
     for work in (
-        lambda: prepare(plan, tmp_path / "run", device),
+        lambda: prepare(plan, tmp_path / "run", Machine(device)),
         lambda: prepare_tests(plan, device),
         lambda: export(plan, tmp_path / "set", device),
     ):

@@ -160,7 +160,9 @@ def test_all_three_stages_run_as_the_yaml_says(name: str, tmp_path: Path) -> Non
         ranked = list(csv.DictReader(file))
     assert len(ranked) == count
     if case.named:
-        assert all((found := [*data.rglob(row["name"])]) and found[0].is_file() for row in ranked[:5])
+        for row in ranked[:5]:  # Tiny-ImageNet has a folder `images` between class and file, which is no part of the name
+            label, file = row["name"].rsplit("/", 1)
+            assert any(path.is_file() for inside in ("", "images/") for path in data.rglob(f"{label}/{inside}{file}"))
     checkpoint = torch.load(tmp_path / "storage" / name / "checkpoint/latest_model.pt", weights_only=True)
     assert checkpoint["epoch"] == 2
     tested = run_script("test.py", *arguments)

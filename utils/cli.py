@@ -133,4 +133,9 @@ def is_lost_connection(error: RuntimeError) -> bool:
 def fail(line: str, code: int) -> NoReturn:
     """Print one line on standard error and exit."""
     print(line, file=sys.stderr)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized():  # torch's threads sometimes abort a process that ends normally
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)

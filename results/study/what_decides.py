@@ -65,7 +65,7 @@ class Subject(NamedTuple):
 def build(c: Config, base: Path, machine: Machine) -> Subject:
     """Return the configuration's poisoned set with the weights of the checkpoint `base`; nothing stays on disk."""
     with tempfile.TemporaryDirectory() as folder:
-        data = prepare(c, Path(folder), machine.device, new_classifier=new_classifier)
+        data = prepare(c, Path(folder), machine, new_classifier)
     assert data.ground_truth is not None
     train_set = data.train.to(machine.device)
     model = build_state(c, machine, len(train_set)).model
