@@ -105,11 +105,7 @@ def complete_manifest(config: Config, data: PoisonedData, seeds: Tensor) -> str:
 
 
 def read_seed_samples(
-    source: Path,
-    names: Sequence[str],
-    labels: np.ndarray,
-    class_names: tuple[str, ...],
-    num_classes: int,
+    source: Path, names: Sequence[str], labels: np.ndarray, class_names: tuple[str, ...], num_classes: int
 ) -> np.ndarray:
     """Return the images that a list or a folder names, (S,) int64, sorted.
 

@@ -234,7 +234,7 @@ class AttackContext:
     assets: Path  # the assets' folder, shared by all runs with the same saved_dir
     device: torch.device = torch.device("cpu")  # where assets are made
     new_classifier: NewClassifier = no_network  # builds the network that a section of the YAML names, for so many classes
-    assets_of_run: AssetDigests = field(default_factory=lambda: AssetDigests())
+    assets_of_run: AssetDigests = field(default_factory=AssetDigests)
 
     def label_after(self, labels: np.ndarray) -> np.ndarray:
         """Return the labels (n,) int64 that images with the labels (n,) carry once they are poisoned."""

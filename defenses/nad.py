@@ -52,18 +52,10 @@ class Settings(DefenseSettings):
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """The undefended network, the teacher, the student."""
-        key = "defense.nad"
+        key, teacher = "defense.nad", (self.teacher_epochs, self.teacher_optimizer, None)
         return (
             replace(undefended_stage(config, self.start_run), prepares=True),
-            Stage(
-                TEACHER,
-                self.teacher_epochs,
-                self.teacher_optimizer,
-                None,
-                f"{key}.teacher_optimizer",
-                keeps_model=True,
-                prepares=True,
-            ),
+            Stage(TEACHER, *teacher, f"{key}.teacher_optimizer", keeps_model=True, prepares=True),
             Stage("student", self.student_epochs, self.student_optimizer, self.student_scheduler, f"{key}.student_optimizer"),
         )
 

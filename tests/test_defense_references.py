@@ -238,31 +238,9 @@ def test_fine_pruning_is_its_published_loop(undefended: Path, tmp_path: Path, dr
 # -- DBD ---------------------------------------------------------------------------------------------------------------
 
 
-def test_dbd_is_its_published_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SimCLR on two different views of each image; a new linear layer, with symmetric cross-entropy, on features whose BN
-    statistics move; then MixMatch with the same Adam, whose lambda_u has been rising since the linear layer's first epoch."""
-    given = (
-        "simclr_transform=[]",
-        "simclr_optimizer={SGD: {lr: 0.0005, momentum: 0.9, weight_decay: 0.0001}}",
-        "rampup_length=30",
-        "head_batch_size=64",
-    )
-    settings, path = small(tmp_path, "dbd", "run=dbd", *(f"defense.dbd.{text}" for text in given))
-    finish = Session.finish_epoch
-
-    def stop_after_the_head(session: Session, losses: dict[str, float]) -> None:
-        finish(session, losses)
-        session.writer.wait()
-        if session.state.epoch == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Session, "finish_epoch", stop_after_the_head)
-        train_here(settings, path)
-    saved = last(tmp_path, "dbd")
-    plain = Plain(settings, tmp_path)
-    views = Pipeline(published_views(32), settings.transform.train.remaining, 32, 32)
-    network = plain.network()
+def learn_features(plain: Plain, network: Classifier) -> nn.Module:
+    """Two epochs of SimCLR on two views of each image; return the projection that was trained along."""
+    views = Pipeline(published_views(32), plain.config.transform.train.remaining, 32, 32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_seed(SEED, "dbd projection"))
         narrow = nn.Linear(16, 8)  # the program draws this layer's weights first
@@ -290,10 +268,11 @@ def test_dbd_is_its_published_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             optimizer.zero_grad()
             contrast(network, both, index).backward()
             optimizer.step()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key_seed(SEED, "dbd head"))
-        network.linear.load_state_dict(nn.Linear(16, 10).state_dict())
-    assert settings.split.criterion.sce.alpha == 0.1 and settings.split.criterion.sce.beta == 1.0
+    return projection
+
+
+def symmetric_loss(plain: Plain) -> Loss:
+    """The symmetric cross-entropy of the linear layer, on features that get no gradient."""
 
     def sce(network: Classifier, batch: Tensor, index: Tensor) -> Tensor:
         with torch.no_grad():
@@ -303,8 +282,41 @@ def test_dbd_is_its_published_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         onehot = F.one_hot(plain.labels[index], 10).float().clamp(1e-4, 1)
         return 0.1 * F.cross_entropy(logits, plain.labels[index]) - (probabilities * onehot.log()).sum(1).mean()
 
+    return sce
+
+
+def test_dbd_is_its_published_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SimCLR on two different views of each image; a new linear layer, with symmetric cross-entropy, on features whose BN
+    statistics move; then MixMatch with the same Adam, whose lambda_u has been rising since the linear layer's first epoch."""
+    given = (
+        "simclr_transform=[]",
+        "simclr_optimizer={SGD: {lr: 0.0005, momentum: 0.9, weight_decay: 0.0001}}",
+        "rampup_length=30",
+        "head_batch_size=64",
+    )
+    settings, path = small(tmp_path, "dbd", "run=dbd", *(f"defense.dbd.{text}" for text in given))
+    finish = Session.finish_epoch
+
+    def stop_after_the_head(session: Session, losses: dict[str, float]) -> None:
+        finish(session, losses)
+        session.writer.wait()
+        if session.state.epoch == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Session, "finish_epoch", stop_after_the_head)
+        train_here(settings, path)
+    saved = last(tmp_path, "dbd")
+    plain = Plain(settings, tmp_path)
+    network = plain.network()
+    projection = learn_features(plain, network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key_seed(SEED, "dbd head"))
+        network.linear.load_state_dict(nn.Linear(16, 10).state_dict())
+    assert settings.split.criterion.sce.alpha == 0.1 and settings.split.criterion.sce.beta == 1.0
+
     adam = torch.optim.Adam(network.parameters(), lr=0.002)
-    plain.train(network, adam, plain.draws("dbd head", 2, torch.arange(200)), 64, sce)
+    plain.train(network, adam, plain.draws("dbd head", 2, torch.arange(200)), 64, symmetric_loss(plain))
     assert close(network, saved["model_state_dict"]) and close(projection, saved["networks"]["projection"])
     train_here(settings, path)
     rows, steps = last(tmp_path, "dbd")["history"][3:], settings.semi.mixmatch.train_iteration

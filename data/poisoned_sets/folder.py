@@ -22,7 +22,7 @@ import numpy as np
 from data.poisoned_sets.stored import ARRAYS, PARTS, StoredSet, contradiction
 from data.sets import Part
 from utils.config import Config
-from utils.config.schema import Named, as_dict
+from utils.config.schema import Named, as_dict, keys_of
 from utils.config.settings import Backdoor
 from utils.errors import UserError, one_line
 from utils.files import cannot_write, new_folder, write_durably
@@ -39,7 +39,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
 INPUTS = "inputs"  # optional key: `digest_of_manifest` of the data that the set was made from
 # The keys of `backdoor` besides the attack (poison_ratio etc.) with their types.
 PLAIN = {key: get_args(kind) or (kind,) for key, kind in get_type_hints(Backdoor).items() if kind is not Named}
-MODES = ("bernoulli", "exact")
+MODES = keys_of(Backdoor)["poison_mode"].options
 REMEDY = "make the set again with python -m data.poison, under another name"
 
 
