@@ -235,6 +235,46 @@ def test_fine_pruning_is_its_published_loop(undefended: Path, tmp_path: Path, dr
     assert torch.equal(torch.nonzero(zero).squeeze(1), pruned.sort().values)
 
 
+# -- CBD ---------------------------------------------------------------------------------------------------------------
+
+
+def test_cbd_is_its_published_loop(tmp_path: Path) -> None:
+    """A biased network with cross-entropy; then a new one, with new momentum and a falling rate, that learns an image the more
+    the higher the biased network's loss is."""
+    rate = "{SGD: {lr: 0.01, momentum: 0.9, weight_decay: 0.0001, nesterov: true}}"
+    given = [f"optimizer={rate}", "clean_epochs=3", "lr_scheduler={multi_step: {milestones: [1, 2]}}", "batch_size=32"]
+    settings, path = small(tmp_path, "cbd", "run=cbd", *(f"defense.cbd.{text}" for text in given))
+    train_here(settings, path)
+    plain, everything, saved = Plain(settings, tmp_path), torch.arange(200), last(tmp_path, "cbd")
+
+    def nesterov(network: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
+
+    biased = build_classifier(settings.network, 10, SEED + 1).train()
+    optimizer = nesterov(biased)
+    for epoch in range(2):
+        plain.train(biased, optimizer, plain.draws("cbd", epoch, everything), 32, plain.cross_entropy)
+    assert close(biased, saved["networks"]["biased"])
+    biased.eval()
+
+    def deconfounded(network: Classifier, views: Tensor, index: Tensor) -> Tensor:
+        logits, labels = network(views), plain.labels[index]
+        weights = []
+        for own, other, label in zip(logits.detach().double(), biased(views).detach().double(), labels, strict=True):
+            loss, known = (float(each.logsumexp(0) - each[label]) for each in (own, other))
+            weights.append(known / (known + loss + 1e-8))
+        scaled = [w * len(weights) / sum(weights) for w in weights]
+        losses = [row.logsumexp(0) - row[label] for row, label in zip(logits, labels, strict=True)]
+        return torch.stack([w * loss for w, loss in zip(scaled, losses, strict=True)]).mean()
+
+    network = plain.network()
+    optimizer = nesterov(network)
+    for epoch, rate in ((2, 0.01), (3, 0.001), (4, 0.0001)):
+        optimizer.param_groups[0]["lr"] = rate
+        plain.train(network, optimizer, plain.draws("cbd", epoch, everything), 32, deconfounded)
+    assert close(network, saved["model_state_dict"]) and not close(network, plain.network().state_dict())
+
+
 # -- DBD ---------------------------------------------------------------------------------------------------------------
 
 
