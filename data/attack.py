@@ -32,13 +32,14 @@ class AttackBase(ABC):
         clean_label: whether the attacker poisons images of the target class and keeps their labels.
         cover_ratio: number of cover images (altered, label kept) per poisoned image.
         cover_target_class: whether images of the target class may become cover images.
-        chooses_images: whether `selection_scores` decides which images are poisoned; otherwise they are drawn at random.
+        selection_scores: a method that returns a score (N,) for each training image, of which those with the lowest are
+            poisoned, ties by index; None: the poisoned images are drawn at random.
     """
 
     clean_label = False
     cover_ratio = 0.0
     cover_target_class = True
-    chooses_images = False
+    selection_scores: Callable[[], np.ndarray] | None = None
 
     @abstractmethod
     def __init__(self, settings: Any, context: AttackContext) -> None:
@@ -53,10 +54,6 @@ class AttackBase(ABC):
             index: (n,) int64, positions of the images in the training or test set.
             split: "train" or "test".
         """
-
-    def selection_scores(self) -> np.ndarray:
-        """Return a score (N,) for each training image, of which those with the lowest are poisoned, ties by index."""
-        raise NotImplementedError
 
     def cover(self, images: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Return cover images made from training images (n, H, W, 3) uint8; called only if `cover_ratio` > 0."""

@@ -20,7 +20,7 @@ from utils.config.schema import stand_ins
 from utils.errors import UserError
 from utils.manifest import INPUT, TEST, TRAIN, Row, to_text, with_input
 from utils.names import class_name
-from utils.paths import named_path
+from utils.paths import is_dir, named_path
 from utils.run_files import POISON_INDEX
 
 CHUNK = 1 << 20  # bytes of a file that are read at a time
@@ -62,14 +62,12 @@ def digest_of_named(name: str, key: str) -> str:
         UserError: there is no such file or folder, or a file cannot be read.
     """
     path = named_path(name, key)
-    try:
-        files = image_files(path) if path.is_dir() else [path]
-    except OSError as error:
-        raise UserError(f"{key}: {name}: cannot be read ({error.strerror}): make it readable") from None
+    folder = is_dir(path, key)
+    files = image_files(path) if folder else [path]
     parts = [file_digest(file) for file in files]
     if None in parts:
         raise UserError(f"{key}: {files[parts.index(None)]}: cannot be read: make it readable")
-    return parts[0] if len(files) == 1 and not path.is_dir() else short(repr(parts).encode())  # type: ignore[return-value]
+    return short(repr(parts).encode()) if folder else parts[0]  # type: ignore[return-value]
 
 
 # -- The manifest ------------------------------------------------------------------------------------------------------

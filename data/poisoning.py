@@ -78,23 +78,21 @@ def poison_training_set(config: Config, raw: RawData, attack: AttackBase, folder
     hours, and before anything is stored.
     """
     path = folder / POISON_INDEX
-    scores = attack.selection_scores if attack.chooses_images else None
-    index = poison_index(path, raw.train_labels, config, attack.clean_label, scores)
+    index = poison_index(path, raw.train_labels, config, attack.clean_label, attack.selection_scores)
     labels, flags = mark_images(config, raw, attack, index)
     if config.defense.settings.needs_clean and config.seed_samples is None:
         check_clean_left(labels, flags, config.num_classes, config.global_.seed_num)
-    part = poison_images(config, raw, attack, index, placement)
+    part = alter_images(raw, attack, labels, flags, placement)
     keep_index(path, index)
     return part
 
 
-def poison_images(config: Config, raw: RawData, attack: AttackBase, index: np.ndarray, placement: str = "device") -> Part:
+def alter_images(raw: RawData, attack: AttackBase, labels: np.ndarray, flags: np.ndarray, placement: str = "device") -> Part:
     """Return the training set as the attacker leaves it; the raw images are not changed.
 
     Args:
-        index: (N,) of 0 and 1, which images are poisoned; cover images are drawn among the others.
+        labels, flags: as `mark_images` returns them.
     """
-    labels, flags = mark_images(config, raw, attack, index)
     poisoned, cover = np.flatnonzero(flags == POISONED), np.flatnonzero(flags == COVER)
     images = own_copy(raw.train_images, placement)
     if len(poisoned):
@@ -108,7 +106,7 @@ def mark_images(config: Config, raw: RawData, attack: AttackBase, index: np.ndar
     """Return the labels (N,) int64 of the poisoned training set and its flags (N,) uint8: CLEAN, POISONED or COVER.
 
     Args:
-        index: (N,) of 0 and 1, which images are poisoned.
+        index: (N,) of 0 and 1, which images are poisoned; cover images are drawn among the others.
     Raises:
         UserError: there are too few images for the cover images.
     """

@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,25 +47,27 @@ def choose_seed_samples(config: Config, data: PoisonedData, folder: Path) -> Ten
     names = data.names or tuple(map(str, range(len(labels))))
     seeds = read_seed_samples(source, names, labels.cpu().numpy(), data.class_names, config.num_classes)
     if is_dir(source, "seed_samples"):
-        check_copies(config, data, source)
+        pre = [step.settings for step in config.transform.pre]
+        for i, file in seeds.items():
+            image = data.train.fetch(torch.tensor([i]))[0].permute(1, 2, 0).cpu().numpy()  # (H, W, 3)
+            check_copy(Path(file), names[i], image, pre)
     keep_with_run(folder / SEED_SAMPLES, [names[i] for i in seeds])
-    return torch.from_numpy(seeds)
+    return torch.tensor(list(seeds), dtype=torch.int64)
 
 
-def check_copies(config: Config, data: PoisonedData, folder: Path) -> None:
-    """Raise UserError unless every file of the folder, which `read_seed_samples` has accepted, is the image of its name."""
-    names, pre = data.names or tuple(map(str, range(len(data.train)))), [step.settings for step in config.transform.pre]
-    number, known = {name: i for i, name in enumerate(names)}, Names(names)
-    for place, given in from_folder(folder, known, number, data.train.labels.cpu().numpy(), data.class_names):
-        name = known.find(given)
-        assert name is not None
-        pixels = read_prepared(Path(place), pre)
-        image = data.train.fetch(torch.tensor([number[name]]))[0].permute(1, 2, 0).cpu().numpy()
-        if isinstance(pixels, str) or not np.array_equal(pixels, image):
-            raise UserError(
-                f"{place}: is not the training image {printable(name)}, which is used in its place: if that image was altered, "
-                "it is not clean: remove this file; else copy the training image here"
-            )
+def check_copy(file: Path, name: str, image: np.ndarray, pre: Sequence[Any]) -> None:
+    """Raise UserError unless a file in a folder of seed samples is the training image of that name.
+
+    Args:
+        image: (H, W, 3) uint8, the training image.
+        pre: settings of the transforms of `transform.pre`.
+    """
+    pixels = read_prepared(file, pre)
+    if isinstance(pixels, str) or not np.array_equal(pixels, image):
+        raise UserError(
+            f"{file}: is not the training image {printable(name)}, which is used in its place: if that image was altered, "
+            "it is not clean: remove this file; else copy the training image here"
+        )
 
 
 def draw_seed_samples(labels: Tensor, truth: GroundTruth, num_classes: int, seed_num: int, seed: int) -> Tensor:
@@ -106,8 +109,8 @@ def complete_manifest(config: Config, data: PoisonedData, seeds: Tensor) -> str:
 
 def read_seed_samples(
     source: Path, names: Sequence[str], labels: np.ndarray, class_names: tuple[str, ...], num_classes: int
-) -> np.ndarray:
-    """Return the images that a list or a folder names, (S,) int64, sorted.
+) -> dict[int, str]:
+    """Return the images that a list or a folder names, in ascending order, each with the line or the file that names it.
 
     Args:
         source: a text file (UTF-8, or UTF-16 with a byte order mark) with one image name per line, or a folder with one
@@ -129,8 +132,7 @@ def read_seed_samples(
         if at in seen:
             raise UserError(f"{place}: {printable(name)}: named twice, first in {seen[at]}: keep one")
         seen[at] = place
-    seeds = np.sort(np.fromiter(seen, np.int64))
-    for label, count in enumerate(np.bincount(labels[seeds], minlength=num_classes)):
+    for label, count in enumerate(np.bincount(labels[list(seen)], minlength=num_classes)):
         if not (labels == label).any():
             raise UserError(f"num_classes: {num_classes}: the training set has no image of class {label}: lower it")
         if count == 0:
@@ -138,7 +140,7 @@ def read_seed_samples(
                 f"seed_samples: {source}: no image of class {class_text(label, class_names)}: name at least one that is surely "
                 "clean, better ten"
             )
-    return seeds
+    return dict(sorted(seen.items()))
 
 
 def from_list(source: Path, known: Names) -> Iterator[tuple[str, str]]:

@@ -264,7 +264,7 @@ KNOWN = ("cat", "dog", "\u00e9l\u00e9phant")
 def listed(path: Path, text: str, names: tuple[str, ...] = NAMES) -> list[int]:
     """Return the images that a list with that text names."""
     path.write_text(text, encoding="utf-8")
-    return seeds.read_seed_samples(path, names, LABELS, KNOWN, 3).tolist()
+    return list(seeds.read_seed_samples(path, names, LABELS, KNOWN, 3))
 
 
 def test_a_list_names_one_image_per_line(tmp_path: Path) -> None:
@@ -289,9 +289,9 @@ def put(folder: Path, *names: str) -> Path:
 def test_a_folder_has_one_sub_folder_per_class(tmp_path: Path) -> None:
     """Files in class folders stand for the training images of that name or number; hidden files are ignored."""
     folder = put(tmp_path / "named", "cat/b.png", "dog/a.png", "\u00e9l\u00e9phant/\u00fc.png", "cat/.DS_Store", ".git/x")
-    assert seeds.read_seed_samples(folder, NAMES, LABELS, KNOWN, 3).tolist() == [1, 2, 4]
+    assert list(seeds.read_seed_samples(folder, NAMES, LABELS, KNOWN, 3)) == [1, 2, 4]
     folder = put(tmp_path / "numbered", "cat/1.png", "1/3.jpg", "\u00e9l\u00e9phant/4.png")
-    assert seeds.read_seed_samples(folder, tuple("01234"), LABELS, KNOWN, 3).tolist() == [1, 3, 4]
+    assert list(seeds.read_seed_samples(folder, tuple("01234"), LABELS, KNOWN, 3)) == [1, 3, 4]
 
 
 REST = "dog/a.png\n\u00e9l\u00e9phant/\u00fc.png\n"
@@ -327,7 +327,7 @@ ODD_LABELS = np.array([0, 0, 1, 2, 3, 4])
 def listed_odd(path: Path, lines: str) -> list[int]:
     """Return the images that a list names in a data set with unusual names."""
     path.write_text(lines, encoding="utf-8")
-    return seeds.read_seed_samples(path, ODD, ODD_LABELS, ("#ant", " bee", "bee", "d\\og", "e\u0301t"), 5).tolist()
+    return list(seeds.read_seed_samples(path, ODD, ODD_LABELS, ("#ant", " bee", "bee", "d\\og", "e\u0301t"), 5))
 
 
 def test_every_possible_file_name_can_be_listed(tmp_path: Path) -> None:
@@ -343,9 +343,9 @@ def test_every_possible_file_name_can_be_listed(tmp_path: Path) -> None:
 def test_a_folder_of_copies_may_have_the_other_unicode_form(tmp_path: Path) -> None:
     """Copies whose names are decomposed, as on a Mac, stand for the same images, by name and by number."""
     folder = put(tmp_path / "s", "cat/a.png", "dog/a.png", "e\u0301le\u0301phant/u\u0308.png")
-    assert seeds.read_seed_samples(folder, NAMES, LABELS, KNOWN, 3).tolist() == [0, 2, 4]
+    assert list(seeds.read_seed_samples(folder, NAMES, LABELS, KNOWN, 3)) == [0, 2, 4]
     folder = put(tmp_path / "t", "cat/0.png", "dog/2.png", "e\u0301le\u0301phant/4.png")
-    assert seeds.read_seed_samples(folder, tuple("01234"), LABELS, KNOWN, 3).tolist() == [0, 2, 4]
+    assert list(seeds.read_seed_samples(folder, tuple("01234"), LABELS, KNOWN, 3)) == [0, 2, 4]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"])
@@ -353,7 +353,7 @@ def test_a_list_may_have_a_byte_order_mark(tmp_path: Path, encoding: str) -> Non
     """The encodings that PowerShell's > and Windows' editors write can be read."""
     mark = "\ufeff" if encoding.endswith("e") else ""
     (tmp_path / "s.txt").write_bytes((mark + "cat/a.png\r\n" + REST).encode(encoding))
-    assert seeds.read_seed_samples(tmp_path / "s.txt", NAMES, LABELS, KNOWN, 3).tolist() == [0, 2, 4]
+    assert list(seeds.read_seed_samples(tmp_path / "s.txt", NAMES, LABELS, KNOWN, 3)) == [0, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_a_list_can_have_file_names_that_are_not_utf_8(tmp_path: Path) -> None:
     """If file names are Latin-1, a list in Latin-1 matches them; a misspelled name is not reported as a wrong encoding."""
     names = ("cat/a.png", os.fsdecode(b"b\xe9e/a.png"))
     (tmp_path / "s.txt").write_bytes(b"cat/a.png\nb\xe9e/a.png\n")
-    assert seeds.read_seed_samples(tmp_path / "s.txt", names, np.array([0, 1]), ("cat", "b"), 2).tolist() == [0, 1]
+    assert list(seeds.read_seed_samples(tmp_path / "s.txt", names, np.array([0, 1]), ("cat", "b"), 2)) == [0, 1]
     (tmp_path / "s.txt").write_bytes(b"cat/a.png\nb\xe9e/b.png\n")
     with pytest.raises(UserError, match="did you mean"):
         seeds.read_seed_samples(tmp_path / "s.txt", names, np.array([0, 1]), ("cat", "b"), 2)

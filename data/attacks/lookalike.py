@@ -44,8 +44,6 @@ class Settings:
 class Attack(AttackBase):
     """The other attack, which alters the images, and the surrogate's ranking."""
 
-    chooses_images = True
-
     def __init__(self, settings: Settings, context: AttackContext) -> None:
         check_classes("lookalike", settings.surrogate, context)
         name = settings.trigger.name

@@ -39,8 +39,8 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> Listing
     known = Names(class_folders(train))
     test_folders = by_class(class_folders(test), known, test) if is_dir(test, "dataset_dir") else {}
     names = chosen(settings.classes, known, train)
-    train_files, train_labels = image_files(root, train, names, {name: name for name in names})
-    test_files, test_labels = image_files(root, test, names, test_folders)
+    train_files, train_labels = labeled_files(root, train, names, {name: name for name in names})
+    test_files, test_labels = labeled_files(root, test, names, test_folders)
     return Listing(
         "folder", root, train_files, train_labels, test_files, test_labels, tuple(names), (), settings.skip_unreadable
     )
@@ -98,7 +98,7 @@ def chosen(classes: tuple[str, ...], known: Names, train: Path) -> list[str]:
     return sorted(out or known.names)
 
 
-def image_files(root: Path, part: Path, names: list[str], folders: dict[str, str]) -> tuple[tuple[str, ...], np.ndarray]:
+def labeled_files(root: Path, part: Path, names: list[str], folders: dict[str, str]) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the image files of the classes, as paths relative to `root`, and their labels (n,) int64.
 
     Args:

@@ -73,13 +73,13 @@ def by_folder(part: Path) -> dict[str, list[Path]]:
     for entry in visible(part):
         if is_folder(entry):
             folder = Path(entry.path)
-            found[entry.name] = image_files(folder / "images" if is_dir(folder / "images", "dataset_dir") else folder)
+            found[entry.name] = files_but_texts(folder / "images" if is_dir(folder / "images", "dataset_dir") else folder)
     if part.name == "val" and list(found) == ["images"]:
         raise UserError(f"{part / ANNOTATIONS}: no such file, and the images are not in folders of their classes: {AGAIN}")
     return found
 
 
-def image_files(folder: Path) -> list[Path]:
+def files_but_texts(folder: Path) -> list[Path]:
     """Return the images of a folder by name; texts, as the boxes of a class, are none."""
     return [Path(e.path) for e in visible(folder) if not is_folder(e) and not e.name.lower().endswith(".txt")]
 
@@ -87,7 +87,7 @@ def image_files(folder: Path) -> list[Path]:
 def annotated(part: Path) -> dict[str, list[Path]]:
     """Return the images of val/images by the wnid that `val_annotations.txt` gives them; each image has one line."""
     path = part / ANNOTATIONS
-    there = {file.name: file for file in image_files(part / "images")}
+    there = {file.name: file for file in files_but_texts(part / "images")}
     found: dict[str, list[Path]] = {}
     for number, line in enumerate(read_lines(path), 1):
         columns = line.split("\t")

@@ -30,7 +30,7 @@ from data.poisoned_sets.folder import (
     write_set,
 )
 from data.poisoned_sets.stored import PARTS, StoredSet
-from data.poisoning import build_attack, clean_images, poison_images, training_caption, trigger_images
+from data.poisoning import alter_images, build_attack, clean_images, mark_images, training_caption, trigger_images
 from data.sets import NewClassifier, Part, RawData, no_network
 from utils.config import Config
 from utils.config.schema import as_dict
@@ -112,11 +112,10 @@ def make(config: Config, device: torch.device, new_classifier: NewClassifier) ->
     """Return the configured data set, poisoned by the configured attack."""
     raw = load_raw(config)
     attack = build_attack(config, raw, device, new_classifier)
-    scores = attack.selection_scores if attack.chooses_images else None
-    index = choose_poisoned(config, raw.train_labels, attack.clean_label, scores)
+    index = choose_poisoned(config, raw.train_labels, attack.clean_label, attack.selection_scores)
     clean = clean_images(raw)
     parts = {
-        "train": poison_images(config, raw, attack, index),
+        "train": alter_images(raw, attack, *mark_images(config, raw, attack, index)),
         "clean_test": clean,
         "backdoor_test": trigger_images(config, raw, attack) if config.attacker.poison_ratio else clean.first(0),
     }
