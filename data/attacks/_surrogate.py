@@ -29,7 +29,7 @@ WARM_UP = 0.3  # share of the surrogate's training over which the learning rate 
 
 @dataclass(frozen=True)
 class Adversary:
-    """A PGD adversary; `eps` (greatest change of a value) and `step` (change per step) are in grey levels of 255."""
+    """A PGD adversary; `eps` (greatest change of a value) and `step` (change per step) are in grey levels (0 to 255)."""
 
     eps: float
     step: float

@@ -36,7 +36,7 @@ PGD_BATCH = 64
 @dataclass(frozen=True)
 class Settings:
     eps: float = setting(
-        8.0, "greatest change of a value, in grey levels of 255; 16 and 32 make the attack stronger", low=1, high=255
+        8.0, "greatest change of a value, in grey levels (0 to 255); 16 and 32 make the attack stronger", low=1, high=255
     )
     step: float = setting(1.5, "size of a PGD step in grey levels", above=0)
     steps: int = setting(100, "PGD steps", low=1)

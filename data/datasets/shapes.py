@@ -23,7 +23,7 @@ SIDE = 32
 class Settings:
     train_size: int = setting(3000, "training images, as many of each class as possible", low=10)
     test_size: int = setting(1000, "test images", low=10)
-    noise: float = setting(22.0, "standard deviation of the pixel noise, in grey levels of 255", low=0)
+    noise: float = setting(22.0, "standard deviation of the pixel noise, in grey levels (0 to 255)", low=0)
     seed: int = setting(0, "seed of the images; independent of the run's seed", low=0)
 
 

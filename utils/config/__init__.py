@@ -81,7 +81,7 @@ class Config:
     saved_dir: str = setting("./saved_data", "logs and results: <saved_dir>/<run>/")
     storage_dir: str = setting("./storage", "checkpoints: <storage_dir>/<run>/checkpoint/")
     evidence: bool = setting(
-        True, "at the end, keep features and probabilities of all training images in evidence.npz: 4 N (D + C) bytes"
+        True, "at the end, keep features and probabilities of all training images in evidence.npz: 4 N (D + C + 4) bytes"
     )
     run: str | None = setting(None, "the run's name; null: from the YAML's path")
     runtime: Runtime = setting(Runtime)

@@ -106,7 +106,7 @@ class TransformTrain:
 class TransformTest:
     primary: tuple[Named, ...] = setting((), "resize or crop of test images", choices=transforms("transform.test.primary"))
     remaining: tuple[Named, ...] = setting(
-        (), "from bytes to normalized numbers", choices=transforms("transform.test.remaining")
+        (), "conversion of uint8 pixels to normalized floats", choices=transforms("transform.test.remaining")
     )
 
 
