@@ -31,7 +31,7 @@ from utils import checkpoint, config
 from utils.cli import command, parse_arguments
 from utils.config import Config
 from utils.errors import UserError
-from utils.files import write_atomically, write_text
+from utils.files import check_writable, write_atomically, write_text
 from utils.names import class_text
 from utils.paths import is_dir, user_path
 from utils.reporting import confusion
@@ -59,6 +59,8 @@ def main() -> None:
         raise UserError(f"--out {args.out}: only valid together with --images DIR")
     if args.out and is_dir(user_path(args.out, "--out"), "--out"):
         raise UserError(f"--out {args.out}: is a folder: give a file name, e.g. --out {Path(args.out) / 'labels.csv'}")
+    if args.out:
+        check_writable(user_path(args.out, "--out"))
     settings = config.load(args.config, args.set)
     machine = choose_machine(args.gpu, settings.runtime.amp, alone=True)
     set_determinism(settings.seed.deterministic, settings.seed.benchmark)

@@ -166,6 +166,8 @@ def open_session(args: argparse.Namespace) -> Iterator[Session | None]:
     set_determinism(settings.seed.deterministic, settings.seed.benchmark)
     check_processes(settings, machine.world_size)
     run, fresh = locate(settings, Path(args.config)), args.resume == "False"
+    if args.resume and not fresh:
+        run.resume(args.resume)  # before anything is created: it may be missing
     with contextlib.ExitStack() as stack:
         if machine.rank == 0:
             stack.enter_context(open_run(run, settings, fresh))

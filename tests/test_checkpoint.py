@@ -471,6 +471,16 @@ def test_a_file_without_weights(tmp_path: Path, content: Any) -> None:
     assert "model_state_dict" in refusal(path, state, settings)
 
 
+@pytest.mark.parametrize("epoch", [np.int64(2), torch.tensor(2), np.float64(2), 2])
+def test_the_epoch_of_a_checkpoint_is_a_whole_number(tmp_path: Path, epoch: Any) -> None:
+    """Other programs save it as a scalar of numpy or torch; anything else counts as unknown."""
+    torch.save({"model_state_dict": {"a": torch.zeros(1)}, "epoch": epoch}, tmp_path / "a.pt")
+    assert json.dumps(checkpoint.read(tmp_path / "a.pt")["epoch"]) == "2"
+    for wrong in (2.5, "2", None, torch.zeros(2), float("nan")):
+        torch.save({"model_state_dict": {"a": torch.zeros(1)}, "epoch": wrong}, tmp_path / "a.pt")
+        assert checkpoint.read(tmp_path / "a.pt")["epoch"] is None
+
+
 def test_a_missing_checkpoint_lists_the_others(tmp_path: Path) -> None:
     """For a wrong name, the error lists the existing checkpoints."""
     with pytest.raises(UserError, match=r"no such checkpoint.*train first"):
@@ -549,13 +559,13 @@ def test_the_authors_checkpoints_load(tmp_path: Path, prefix: str, zipped: bool)
         for new in set(group) - {"lr", "betas", "eps", "weight_decay", "amsgrad", "params", "initial_lr"}:
             del group[new]
     saved = {
-        "epoch": 7,
+        "epoch": 3,
         "result": result | {"count": np.int64(3), "better": np.bool_(True)},
         "model_state_dict": OrderedDict((prefix + k, t) for k, t in state.model.state_dict().items()),
         "optimizer_state_dict": adam,
         "scheduler_state_dict": state.scheduler.state_dict() if state.scheduler else None,
         "best_acc": np.float64(0.75),
-        "best_epoch": np.int64(6),
+        "best_epoch": np.int64(2),
     }
     torch.save(saved, path, _use_new_zipfile_serialization=zipped)
     model = make_state(tmp_path, PLANS[0])[0].model
@@ -563,7 +573,7 @@ def test_the_authors_checkpoints_load(tmp_path: Path, prefix: str, zipped: bool)
     assert same(dict(model.state_dict()), dict(state.model.state_dict()))
     fresh, _ = make_state(tmp_path, PLANS[0])
     checkpoint.load(path, fresh, settings)
-    assert (fresh.epoch, fresh.best_acc, fresh.best_epoch) == (8, 0.75, 6)
+    assert (fresh.epoch, fresh.best_acc, fresh.best_epoch) == (4, 0.75, 2)
     train(state, 2)
     train(fresh, 2)
     assert same(dict(fresh.model.state_dict()), dict(state.model.state_dict()))
@@ -572,7 +582,7 @@ def test_the_authors_checkpoints_load(tmp_path: Path, prefix: str, zipped: bool)
     save(tmp_path / "next.pt", fresh, settings)
     again, _ = make_state(tmp_path, PLANS[0])
     checkpoint.load(tmp_path / "next.pt", again, settings)
-    assert again.epoch == 9 and [row["epoch"] for row in again.history] == [8]
+    assert again.epoch == 5 and [row["epoch"] for row in again.history] == [4]
 
 
 def test_another_network_is_refused(tmp_path: Path) -> None:
@@ -731,7 +741,7 @@ def test_a_training_state_that_does_not_fit(tmp_path: Path, key: str, value: Any
         {"clean_pool": torch.tensor([0.5])},
         {"clean_pool": [1, 2]},
         {"epochs_in_clean_pool": torch.zeros(19, dtype=torch.int32)},
-        {"epoch": 7},
+        {"epoch": 4},
         {"epoch": -2},
         {"history": [{"epoch": 1}]},
         {"history": [1]},

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import data.attacks
 from utils import config
+from utils.cli import parse_arguments
 from utils.config import Config
 from utils.config.schema import merge
 from utils.errors import UserError
@@ -379,10 +380,10 @@ def test_an_invalid_file_is_refused(tmp_path: Path, content: str | bytes, expect
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
-    """A path that is not a file is refused with the path and the option."""
+    """A path that is not a file is refused with the path and what is expected."""
     for path in (tmp_path / "absent.yaml", tmp_path):
         line = refusal(path)
-        assert str(path) in line and "--config" in line
+        assert str(path) in line and "give a YAML file" in line
 
 
 def test_yaml_merge_keys_work(tmp_path: Path) -> None:
@@ -638,6 +639,54 @@ def test_the_order_of_transforms_is_the_upper_files(tmp_path: Path) -> None:
         path = write(tmp_path / "upper.yaml", upper + "".join(f"      {name}: {{}}\n" for name in order))
         assert [item.name for item in config.load(path).transform.train.primary] == order
     assert [item.name for item in config.load(path).transform.train.remaining] == ["to_tensor", "normalize"]
+
+
+def test_an_override_of_one_transform_leaves_the_others(tiny: Path) -> None:
+    """`--set` below a list of transforms changes that setting alone; `false` removes one transform, a section replaces all."""
+
+    def primary(*overrides: str) -> list[tuple[str, dict[str, Any]]]:
+        steps = config.load(tiny, [f"transform.train.primary{text}" for text in overrides]).transform.train.primary
+        return [(step.name, dataclasses.asdict(step.settings)) for step in steps]
+
+    (crop, settings), flip = primary()
+    assert (crop, flip[0]) == ("random_crop", "random_horizontal_flip") and settings["padding_mode"] == "reflect"
+    assert primary(".random_crop.padding=2") == [(crop, settings | {"padding": 2}), flip]
+    assert primary(".random_horizontal_flip.p=0.25") == [(crop, settings), (flip[0], {"p": 0.25})]
+    assert primary(".random_horizontal_flip=false") == [(crop, settings)]
+    assert primary(".random_crop.padding=2", ".random_horizontal_flip=true") == [(crop, settings | {"padding": 2}), flip]
+    assert [name for name, _ in primary(".random_grayscale.p=0.2")] == [crop, flip[0], "random_grayscale"]
+    assert primary("={random_horizontal_flip: {p: 0.25}}") == [(flip[0], {"p": 0.25})]
+
+
+def test_null_leaves_the_other_key(tiny: Path) -> None:
+    """A key that stands in place of another removes it only if it is given a value."""
+    for override, label, shift in (
+        ("backdoor.target_shift=null", 3, None), ("backdoor.target_shift=1", None, 1), ("backdoor.target_label=5", 5, None),
+    ):  # fmt: skip
+        backdoor = config.load(tiny, ["backdoor.target_label=3", override]).attacker
+        assert (backdoor.target_label, backdoor.target_shift) == (label, shift)
+    backdoor = config.load(tiny, ["backdoor.target_label=8", "backdoor.target_shift=null"]).attacker
+    assert (backdoor.target_label, backdoor.target_shift) == (8, None)
+
+
+@pytest.mark.parametrize("name", ["a/log", "a/checkpoint", "a/log/b", "assets", "tables/a"])
+def test_a_run_is_not_inside_the_folders_of_another(tiny: Path, name: str) -> None:
+    """A run's folder is not one of those that another run has, or that runs share."""
+    with pytest.raises(UserError, match=f"run: '{name}': .* is a folder"):
+        config.load(tiny, [f"run={name}"])
+    assert config.load(tiny, [f"run={name}-1" if "/" not in name else "run=log/a"]).run
+
+
+def test_spaces_around_an_overriding_number_do_not_matter(tiny: Path) -> None:
+    """`--set "seed.seed= 7"` is 7."""
+    assert config.load(tiny, ["seed.seed= 7 "]).seed.seed == 7
+
+
+def test_the_default_configuration_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `--config` the commands use the project's own YAML, wherever they are started."""
+    monkeypatch.chdir(tmp_path)
+    path = parse_arguments("", [], training=True).config
+    assert config.load(path).run == "baseline_asd"
 
 
 @pytest.mark.parametrize("in_base", [True, False])

@@ -225,6 +225,8 @@ def raising(error: BaseException) -> Callable[[], None]:
         (OSError(errno.ENOSPC, "No space left on device", "log/asd.log"), 2, "log/asd.log"),
         (OSError(errno.EFBIG, "File too large"), 2, "disk is full"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "batch_size"),
+        (MemoryError(), 2, "batch size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), 2, "batch size"),
         (KeyboardInterrupt(), 130, "x.py: stopped."),
     ],
 )

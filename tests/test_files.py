@@ -56,6 +56,42 @@ def end(process: subprocess.Popen[str]) -> None:
     process.stdout.close()
 
 
+def test_a_file_keeps_its_mode(tmp_path: Path) -> None:
+    """A file that only its owner may read does not become readable for others when it is written again."""
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    path.chmod(0o600)
+    write_text(path, "new")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_text() == "new"
+
+
+def test_a_text_with_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    """Bytes of file names that are not UTF-8 are written as they are."""
+    write_text(tmp_path / "a.txt", os.fsdecode(b"run \xff"))
+    assert (tmp_path / "a.txt").read_bytes() == b"run \xff"
+
+
+def test_whether_a_file_can_be_written_is_known_before(tmp_path: Path) -> None:
+    """The check makes the folder, and leaves neither a file nor a change of an earlier one."""
+    files.check_writable(tmp_path / "new" / "a.csv")
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file" / "a.csv", tmp_path, Path("/proc/a.csv")):
+        with pytest.raises(UserError, match=r"cannot be written|is a folder"):
+            files.check_writable(path)
+    files.check_writable(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_link_to_a_link_is_a_link_to_the_file(tmp_path: Path) -> None:
+    """A hard link to a symbolic one keeps the contents when the file is replaced."""
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "symbolic").symlink_to(tmp_path / "file")
+    assert files.link(tmp_path / "symbolic", tmp_path / "hard")
+    write_text(tmp_path / "symbolic", "new")
+    assert (tmp_path / "hard").read_text() == "old" and (tmp_path / "file").read_text() == "new"
+
+
 def test_a_rename_is_on_disk_before_writing_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The contents are synchronized before the rename, the folder after it: a power failure leaves the old or the new file."""
     order, fsync, replace = [], os.fsync, os.replace

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, TINY, logged
+from conftest import REPOSITORY, TINY, logged, run_script
 from training import train_here
 
 from engine.session import Session
@@ -140,6 +140,76 @@ def test_starting_over_with_the_yaml_of_the_run(tiny: Path) -> None:
     assert (run.saved / "tiny.yaml").read_bytes() == (saved / "tiny.yaml").read_bytes() == text
 
 
+def test_starting_over_with_a_foreign_config_yaml(tiny: Path, tmp_path: Path) -> None:
+    """A YAML with the name of the run's own file, from another folder, and YAMLs of other names go with the earlier run."""
+    foreign = tmp_path / "published" / "config.yaml"
+    foreign.parent.mkdir()
+    foreign.write_bytes(tiny.read_bytes())
+    for number in (1, 2):
+        settings = load(foreign, "run=r")
+        run = locate(settings, foreign)
+        with open_run(run, settings, True):
+            pass
+        fill(run, f"number {number}")
+        (run.saved / "other.yaml").write_text(f"number: {number}")
+    settings = load(foreign, "run=r")
+    with open_run(run, settings, True):
+        pass
+    assert not (run.saved / "other.yaml").exists() and not list(run.checkpoints.iterdir())
+    assert len(list(run.saved.parent.glob("r.earlier-*"))) == 2 == len(list(run.checkpoints.parents[1].glob("r.earlier-*")))
+
+
+def test_an_interrupted_move_leaves_nothing_to_resume_from(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--resume False` moves the checkpoints first: if it is killed after them, the next command starts over as well."""
+    run, _ = enter(tiny)
+    fill(run, "first")
+    move, moved = shutil.move, list[str]()
+
+    def one(item: str, place: str) -> None:
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(str(move(item, place)))
+
+    monkeypatch.setattr(run_module.shutil, "move", one)
+    with pytest.raises(KeyboardInterrupt):
+        enter(tiny, fresh=True)
+    assert not (run.checkpoints / "latest_model.pt").exists()
+
+
+def test_a_copied_run_has_what_its_links_point_to(finished: Path, tmp_path: Path) -> None:
+    """A run is copied before it goes back, also where its checkpoint is a link to another disk."""
+    run, elsewhere = locate(load(finished)), tmp_path / "disk" / "latest.pt"
+    elsewhere.parent.mkdir()
+    latest = run.checkpoints / "latest_model.pt"
+    shutil.move(latest, elsewhere)
+    latest.symlink_to(elsewhere)
+    before = latest.read_bytes()
+    train(finished, "num_epochs=3", resume="best_model.pt")
+    (storage,) = (tmp_path / "storage").glob("tiny.earlier-*")
+    assert (storage / "checkpoint" / "latest_model.pt").read_bytes() == before
+    assert checkpoint.epochs(latest) == 3
+
+
+def test_a_new_run_from_the_last_checkpoint_of_another_has_it(finished: Path) -> None:
+    """If nothing is left to train, the new run still has the checkpoint that its results are of."""
+    source = locate(load(finished)).checkpoints / "latest_model.pt"
+    other = train(finished, "run=other", resume=str(source))
+    assert checkpoint.epochs(other.checkpoints / "latest_model.pt") == 6
+
+
+def test_a_run_cannot_be_made_shorter(finished: Path) -> None:
+    """A checkpoint with more epochs than the configuration is refused, and what to do is said."""
+    with pytest.raises(UserError, match=r"has 6 epochs.*only 4"):
+        train(finished, "num_epochs=4")
+
+
+def test_a_missing_checkpoint_leaves_no_new_run(tiny: Path, tmp_path: Path) -> None:
+    """`--resume` with the name of no checkpoint is refused before any folder is made."""
+    done = run_script("ASD.py", "--config", tiny, "--gpu", "cpu", "--set", "run=typo", "--resume", "none.pt")
+    assert done.returncode == 2 and "none.pt: no such checkpoint" in done.stderr
+    assert not list(tmp_path.rglob("typo"))
+
+
 def test_starting_over_the_first_time_says_nothing(tiny: Path, tmp_path: Path) -> None:
     """Without an earlier run nothing is moved or logged."""
     _, said = enter(tiny, fresh=True)
@@ -199,10 +269,17 @@ import sys, time
 from pathlib import Path
 from utils.run import Run, lock_run
 saved = Path(sys.argv[1])
-lock = lock_run(Run("tiny", saved, saved))
-print("taken", flush=True)
-time.sleep(60)
+with lock_run(Run("tiny", saved, saved)):
+    print("taken", flush=True)
+    time.sleep(60)
 """
+
+
+def test_a_run_of_two_saved_dirs_is_written_by_one_process(tiny: Path, tmp_path: Path) -> None:
+    """The checkpoints are locked as well: another saved_dir does not make it another run."""
+    settings = load(tiny)
+    with open_run(locate(settings, tiny), settings, False), pytest.raises(UserError, match="is writing this run"):
+        enter(tiny, f"saved_dir={tmp_path}/second", fresh=True)
 
 
 def test_a_run_is_written_by_one_process(tiny: Path) -> None:
@@ -243,7 +320,7 @@ def test_a_run_is_written_by_one_process(tiny: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_disk_that_cannot_lock_does_not_stop_a_run(tiny: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """If locks are not supported, the run starts after one line with the reason."""
+    """If locks are not supported, the run starts after a line with the reason."""
     with monkeypatch.context() as patch:
 
         def fail(*_: object) -> None:
@@ -251,9 +328,10 @@ def test_a_disk_that_cannot_lock_does_not_stop_a_run(tiny: Path, monkeypatch: py
 
         patch.setattr(files.fcntl, "flock", fail)
         _, said = enter(tiny)
-        assert len(said) == 1 and os.strerror(number) in said[0] and "is writing" not in said[0] and "\n" not in said[0]
+        assert len(said) == 2, "one line for each folder"
+        assert all(os.strerror(number) in line and "is writing" not in line and "\n" not in line for line in said)
         patch.setattr(files, "fcntl", None)  # a system without such locks
-        assert len(enter(tiny)[1]) == 1
+        assert len(enter(tiny)[1]) == 2
     assert enter(tiny)[1] == []
 
 

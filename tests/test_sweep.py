@@ -368,6 +368,24 @@ def test_a_setting_that_overrides_an_axis_is_refused(tmp_path: Path, setting: st
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
+def test_a_setting_that_replaces_what_a_yaml_stands_for_is_refused(tmp_path: Path) -> None:
+    """Values that name YAMLs of several defenses cannot all be given one; other settings may be given to all."""
+    (tmp_path / "plain.yaml").write_text("base: tiny.yaml\nnum_epochs: 3\n")
+    tiny = SHORT | {"defense": "asd"}
+    (tmp_path / "none.yaml").write_text("base: tiny.yaml\ndefense: none\nnum_epochs: 3\n")
+    axes = {"method": {"none": {"config": "none.yaml"}, "asd": {}}, "seed.seed": [1, 2]}
+    path = write(tmp_path, {"config": "tiny.yaml", "axes": axes}, tiny)
+    with pytest.raises(UserError, match=r"method: .*overridden"):
+        read(path, ["defense=abl"])
+    assert len(read(path, ["num_epochs=2"]).jobs) == len(read(path, ["network={resnet18_cifar: {width: 4}}"]).jobs) == 4
+
+
+def test_a_value_cannot_name_the_run(tmp_path: Path) -> None:
+    """The runs are named after their values, so `run` is refused wherever it is given."""
+    with pytest.raises(UserError, match="run=other"):
+        read(write(tmp_path, SWEEP | {"axes": {"a": {"b": {"run": "other"}}}, "repeats": None, "columns": [], "x": None}))
+
+
 def test_an_axis_that_overrides_another_is_refused(tmp_path: Path) -> None:
     """Settings of one axis may add to those of another, but not change them."""
     attack = {"patch": {}, "mix": {"backdoor": {"poison_ratio": 0.25, "blend": {"alpha": 0.3}}}}
@@ -737,7 +755,8 @@ def begun(path: Path, *options: object) -> tuple[subprocess.Popen[str], Run]:
 def free(run: Run) -> bool:
     """Whether no process writes the run."""
     try:
-        lock_run(run).close()
+        with lock_run(run):
+            pass
     except UserError:
         return False
     return True
@@ -779,6 +798,30 @@ def test_a_signal_stops_the_children(tmp_path: Path, number: int, code: int) -> 
     assert status_of(read(path).jobs[0]).state == "started" and len(rows(run)) >= 3
 
 
+def test_a_run_that_cannot_be_started_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A regular file in place of a run's folder costs that run; the others are trained."""
+    path = write(tmp_path, {"config": "tiny.yaml", "axes": {"seed.seed": [1, 2, 3]}})
+    plan = read(path)
+    plan.folder.mkdir(parents=True)
+    plan.jobs[1].run.saved.write_text("in the way")
+    launched: list[str] = []
+    monkeypatch.setattr(workers.Worker, "launch", lambda worker: launched.append(worker.job.name))
+    monkeypatch.setattr(workers.Worker, "poll", lambda worker: True)
+    with logged() as lines, pytest.raises(SystemExit) as ended:
+        call_here(path)
+    assert ended.value.code == 1 and launched == [plan.jobs[0].name, plan.jobs[2].name]
+    states = {row["run"]: (row["state"], row["error"]) for row in table_of(plan.folder / "sweep.csv")}
+    assert states[plan.jobs[1].name][0] == "failed" and "cannot be started" in states[plan.jobs[1].name][1]
+    assert any("2/3  failed" in line for line in lines)
+
+
+def test_a_run_whose_start_is_left_out_is_refused(tmp_path: Path) -> None:
+    """`--only` must include what the runs start from, unless it is trained already."""
+    path = write(tmp_path, TABLE)
+    with pytest.raises(UserError, match="--only: leaves out grid/"):
+        call_here(path, "--only", "defense=fp")
+
+
 @pytest.mark.slow
 def test_a_run_locked_by_another_process_is_reported_as_failed(tmp_path: Path) -> None:
     """Where ASD.py refuses a run, its own line is in the table."""
@@ -786,9 +829,9 @@ def test_a_run_locked_by_another_process_is_reported_as_failed(tmp_path: Path) -
     plan = read(path, (), ["trigger=good", "seed=1"])
     run = plan.jobs[0].run
     run.saved.mkdir(parents=True)
-    lock = lock_run(run)
-    code, _, _ = call(path, "--only", "trigger=good", "--only", "seed=1")
-    lock.close()
+    run.checkpoints.mkdir(parents=True)
+    with lock_run(run):
+        code, _, _ = call(path, "--only", "trigger=good", "--only", "seed=1")
     (row,) = table_of(plan.folder / "sweep.csv")
     assert code == 1 and row["state"] == "failed" and str(os.getpid()) in row["error"] and "is writing this run" in row["error"]
 

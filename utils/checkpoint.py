@@ -202,8 +202,18 @@ def read(path: Path) -> dict[str, Any]:
     weights = loaded.get("model_state_dict") if isinstance(loaded, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(t, Tensor) for t in weights.values()):
         raise UserError(f"{path}: no model_state_dict: not a checkpoint of ASD.py")
+    if "epoch" in loaded:
+        loaded["epoch"] = whole_number(loaded["epoch"])
     loaded["model_state_dict"] = {plain_name(str(key)): tensor for key, tensor in weights.items()}
     return dict(loaded)
+
+
+def whole_number(value: Any) -> int | None:
+    """Return a number, numpy scalar or tensor as an int; None if it is not whole, or none at all."""
+    try:
+        return int(value) if int(value) == value else None
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
 
 
 def plain_name(key: str) -> str:

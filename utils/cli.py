@@ -8,15 +8,18 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from utils.errors import UserError
 from utils.files import FULL
 from utils.logs import on_screen
+from utils.paths import PROJECT
 from utils.runtime.processes import Process, find_process, rank
 from utils.startup import Stopped, prepare_streams, stoppable
 
 DEFAULT_CONFIG = "config/baseline_asd.yaml"
+NO_MEMORY = "this computer is out of memory: use a smaller network, batch size or data set, or see data.placement"
 TORCHRUN_FLAGS = ("--world-size", "--rank", "--dist-port")
 
 
@@ -48,6 +51,8 @@ def parse_arguments(description: str, argv: Sequence[str] | None, training: bool
     for flag in TORCHRUN_FLAGS:
         if getattr(args, flag[2:].replace("-", "_")) is not None:
             raise UserError(f"{flag}: is not an option: start several processes with torchrun, which sets it")
+    if args.config == DEFAULT_CONFIG and not Path(DEFAULT_CONFIG).exists():  # started from another folder
+        args.config = str(PROJECT / DEFAULT_CONFIG)
     if args.amp:
         args.set.append("runtime.amp=true")
     return args
@@ -88,6 +93,8 @@ def run(name: str, main: Callable[[], None]) -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of the output has exited
         sys.exit(141)
+    except MemoryError:
+        fail(f"{name}: error: {who()}{NO_MEMORY}", 2)
     except RuntimeError as error:
         import torch
         import torch.distributed as dist
@@ -95,6 +102,8 @@ def run(name: str, main: Callable[[], None]) -> None:
         if isinstance(error, torch.OutOfMemoryError):
             sizes = "loader.batch_size, semi.loader.batch_size, undefended.batch_size or the batch size of the defense"
             fail(f"{name}: error: the device is out of memory: lower {sizes}, whichever was in use", 2)
+        if "can't allocate memory" in str(error):  # torch, on the CPU
+            fail(f"{name}: error: {who()}{NO_MEMORY}", 2)
         if not (dist.is_available() and dist.is_initialized() and is_lost_connection(error)):
             raise
         fail(f"{name}: error: {who()}another process of the run has died: see the lines above, then start the run again", 1)

@@ -9,6 +9,11 @@ same network, poisoned set and seed.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the slow imports
+    from utils.startup import begin
+
+    begin("utils.compare")
+
 import argparse
 import statistics
 from hashlib import sha256

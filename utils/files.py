@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import logging
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -31,6 +33,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+logger = logging.getLogger(__name__)
 Write = Callable[[IO[bytes]], Any]
 
 # Earlier versions had the process number in place of boot and token.
@@ -64,6 +67,8 @@ def write_atomically(path: Path, write: Write, also: Sequence[Path] = ()) -> Non
         with temporary(target) as (part, descriptor):
             with open(descriptor, "wb", closefd=False) as file:
                 write_durably(file, write)
+            with contextlib.suppress(OSError):  # there is no earlier file, or it belongs to somebody else
+                os.fchmod(descriptor, stat.S_IMODE(target.stat().st_mode))
             for named in also:
                 if not link(part, named):
                     write_atomically(named, write)
@@ -76,7 +81,19 @@ def write_atomically(path: Path, write: Write, also: Sequence[Path] = ()) -> Non
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))  # paths need not be UTF-8
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError if a file cannot be written there, before the work that it is for."""
+    try:
+        if not is_stream(path):
+            target = Path(os.path.realpath(path))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary(target):
+                pass
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 @contextlib.contextmanager
@@ -114,12 +131,12 @@ def sync_folder(folder: Path) -> None:
 def link(source: Path, path: Path) -> bool:
     """Make `path` a hard link to `source`, atomically; return False if the disk does not support that or is another one.
 
-    Neither file may be modified in place afterwards; replace it instead.
+    Neither file may be modified in place afterwards; replace it instead. Links are followed.
     """
     path = Path(os.path.realpath(path))
     part = part_name(path)
     try:
-        os.link(source, part)
+        os.link(os.path.realpath(source), part)
     except OSError:
         return False
     try:
@@ -242,6 +259,35 @@ def try_lock(descriptor: int) -> bool:
             return False
         raise
     return True
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file for the block, or until this process ends in any other way. If the disk has no locks, log that.
+
+    Args:
+        busy: what another process that holds it is doing, and what to do then, e.g. `is writing this run: wait for it`.
+    Raises:
+        UserError: another process holds it, or the file cannot be written.
+    """
+    try:
+        lock = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    with lock:
+        try:
+            if not try_lock(lock.fileno()):
+                lock.seek(0)
+                raise UserError(f"{path.parent}: process {lock.read().strip() or 'unknown'} {busy}")
+        except OSError as error:
+            reason = error.strerror
+            logger.info(
+                f"{path}: cannot be locked ({reason}): continuing without; do not start a second process for this folder"
+            )
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {platform.node() or 'this computer'}")
+        lock.flush()
+        yield
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,7 +18,7 @@ from utils.config.compatibility import refuse_other_settings
 from utils.config.layers import read_yaml
 from utils.config.schema import as_dict, stand_ins
 from utils.errors import UserError
-from utils.files import cannot_write, link, remove_leftovers, try_lock, write_atomically, write_text
+from utils.files import cannot_write, link, locked, remove_leftovers, write_atomically, write_text
 from utils.metrics import read_rows
 from utils.paths import exists, is_file, user_path
 from utils.reporting import confusion, evidence, page, suspects
@@ -29,7 +27,8 @@ from utils.run_files import POISON_INDEX, SEED_SAMPLES, STORED_SET
 logger = logging.getLogger(__name__)
 SUSPECTS = (suspects.CSV, suspects.PICTURE, suspects.QUALITY, evidence.FILE)
 FACTS = (manifest.FILE, POISON_INDEX, STORED_SET, SEED_SAMPLES, *SUSPECTS)
-OWN = ("config.yaml", *FACTS, "log")  # the files of a run, together with its YAML
+OWN = (*FACTS, "log")  # the files of a run, together with its YAML and `config.yaml`
+YAMLS = (".yaml", ".yml")
 LATEST, BEST = "latest_model.pt", "best_model.pt"
 
 
@@ -95,7 +94,9 @@ def open_run(run: Run, config: Config, fresh: bool) -> Iterator[None]:
         run.log.mkdir(parents=True, exist_ok=True)
         run.checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{error.filename}: cannot be created ({error.strerror}): change saved_dir or storage_dir") from None
+        raise UserError(
+            f"{error.filename}: cannot be created ({error.strerror}): change saved_dir, storage_dir or run"
+        ) from None
     with lock_run(run):
         for folder in (run.saved, run.log, run.checkpoints):
             remove_leftovers(folder)
@@ -138,6 +139,8 @@ def make_ready(run: Run, config: Config, loaded: Path, state: State, first: bool
     if finished and (count > state.epoch or foreign):
         logger.info(f"{loaded} has all {config.epochs} epochs: nothing to do; {run.saved} has {count} and is unchanged")
         return False
+    if first and finished and loaded.exists() and not is_own(run, loaded):
+        replace(run.checkpoints / LATEST, loaded)  # a new run, from the last checkpoint of another one
     if first and not finished:
         if count > state.epoch or foreign:
             folders = archive_later_epochs(run, loaded, state)
@@ -152,41 +155,32 @@ def keep_settings(run: Run, config: Config) -> None:
     """Write the configuration into the run's folder: a copy of the YAML, and `config.yaml` with every setting."""
     write_text(run.saved / "config.yaml", to_yaml(config))
     yaml = run.yaml
-    if yaml is not None and yaml.name != "config.yaml" and yaml.resolve() != (run.saved / yaml.name).resolve():
+    if yaml is None or not yaml.is_file():  # a pipe can be read only once
+        return
+    if yaml.name != "config.yaml" and yaml.resolve() != (run.saved / yaml.name).resolve():
         write_text(run.saved / yaml.name, yaml.read_text(encoding="utf-8"))
 
 
-def lock_run(run: Run) -> IO[str]:
-    """Lock the run until this process ends, in whatever way. If the disk has no locks, log that and continue."""
-    path = run.saved / ".lock"
-    try:
-        lock = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the run ends
-    except OSError as error:
-        raise UserError(f"{run.saved}: cannot be written ({error.strerror}): make it writable or set saved_dir") from None
-    try:
-        if not try_lock(lock.fileno()):
-            lock.seek(0)
-            raise UserError(
-                f"{run.saved}: process {lock.read().strip() or 'unknown'} is writing this run: wait for it, or give this run "
-                "another name by --set run=NAME"
-            )
-    except OSError as error:
-        logger.info(
-            f"{path}: cannot be locked ({error.strerror}): continuing without; do not start a second process for this run"
-        )
-    lock.truncate(0)
-    lock.write(f"{os.getpid()} on {platform.node() or 'this computer'}")
-    lock.flush()
-    return lock
+@contextlib.contextmanager
+def lock_run(run: Run) -> Iterator[None]:
+    """Lock the run for the block, in both of its folders: a run of that name may have another saved_dir."""
+    with contextlib.ExitStack() as stack:
+        for folder in {path.resolve(): path for path in (run.saved, run.checkpoints.parent)}.values():
+            busy = "is writing this run: wait for it, or give this run another name by --set run=NAME"
+            stack.enter_context(locked(folder / ".lock", busy))
+        yield
 
 
 # -- Archives of a run -------------------------------------------------------------------------------------------------
 
 
 def archive(run: Run) -> None:
-    """Move the files of an earlier run into `<run>.earlier-<time>`; nothing is deleted."""
-    names = OWN if run.yaml is None else (*OWN, run.yaml.name)
-    saved = [run.saved / name for name in names if (run.saved / name).exists()]
+    """Move the files of an earlier run into `<run>.earlier-<time>`; nothing is deleted.
+
+    Checkpoints first: if this is interrupted, nothing is left to resume from.
+    """
+    yamls = sorted(path for suffix in YAMLS for path in run.saved.glob(f"*{suffix}") if path.is_file())
+    saved = list(dict.fromkeys([path for name in OWN if (path := run.saved / name).exists()] + yamls))
     checkpoints = list(run.checkpoints.iterdir())
     if not checkpoints and not any(run.log.iterdir()) and not any(p.name in FACTS for p in saved):
         return
@@ -249,7 +243,7 @@ def archive_paths(run: Run, saved: list[Path], checkpoints: list[Path]) -> list[
     """Make new folders, `<folder>.earlier-<time>`; return each item with its path in them."""
     stamp = time.strftime("earlier-%Y%m%d-%H%M%S")
     places = []
-    for folder, items in ((run.saved, saved), (run.checkpoints.parent, checkpoints)):
+    for folder, items in ((run.checkpoints.parent, checkpoints), (run.saved, saved)):
         if items:
             target = unused(folder.with_name(f"{folder.name}.{stamp}"))
             target.mkdir(parents=True)
@@ -263,9 +257,10 @@ def folders_of(places: list[tuple[Path, Path]]) -> str:
 
 
 def copy(item: Path, place: Path) -> None:
-    """Copy a file or a folder; checkpoints, which are never modified in place, as hard links if the disk supports them."""
+    """Copy a file or a folder, what links point to included; checkpoints, which are never modified in place, as hard links if
+    the disk supports them."""
     if item.is_dir():
-        shutil.copytree(item, place, symlinks=True, copy_function=lambda one, to: copy(Path(one), Path(to)))
+        shutil.copytree(item, place, ignore_dangling_symlinks=True, copy_function=lambda one, to: copy(Path(one), Path(to)))
     elif item.suffix != ".pt" or not link(item, place):
         shutil.copy2(item, place)
 

@@ -42,6 +42,7 @@ from utils.errors import UserError
 from utils.paths import PROJECT
 
 DEFAULT_TARGET = 3  # the target class of the paper's experiments
+PARTS, SHARED = ("log", "checkpoint"), ("assets", "tables")  # folders of a run, and folders in saved_dir
 SMALLEST = 2.0**-126  # the smallest normal float32
 
 
@@ -141,8 +142,9 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
     config: Config = reader.section(Config, layers.tree)
     if config.backdoor is not None and config.backdoor.target_label is None and config.backdoor.target_shift is None:
         config = replace(config, backdoor=replace(config.backdoor, target_label=DEFAULT_TARGET))
+    config = replace(config, run=run_name(path) if config.run is None else config.run)
     check(config, reader)
-    return replace(config, run=config.run or run_name(path))
+    return config
 
 
 def check(config: Config, reader: Reader) -> None:
@@ -191,11 +193,20 @@ def check(config: Config, reader: Reader) -> None:
     if config.dataset is None and config.dataset_dir is None:
         built_in = ", ".join(DATASETS.declared("BUILT_IN"))
         reader.fail("dataset_dir", None, f"missing: give the folder of the data set, or a built-in `dataset`: {built_in}")
-    if (config.run is not None and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", config.run)) or ".." in (config.run or ""):
-        reader.fail("run", config.run, "must be a name such as asd-seed-1 or group/asd-seed-1")
+    check_run_name(str(config.run), reader)
     config.defense.settings.check(config, reader)
     if not config.epochs:
         reader.fail(f"defense.{config.defense.name}", 0, "no stage has any epochs: give one at least 1")
+
+
+def check_run_name(name: str, reader: Reader) -> None:
+    """Refuse a name that is not one, or whose folder would be inside that of another run or of files that runs share."""
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", name) or ".." in name:
+        reader.fail("run", name, "must be a name such as asd-seed-1 or group/asd-seed-1")
+    first, *below = name.split("/")
+    taken = next((part for part in below if part in PARTS), first if first in SHARED else None)
+    if taken:
+        reader.fail("run", name, f"{taken} is a folder that runs have or share: give another name, e.g. {name}-1")
 
 
 def check_processes(config: Config, processes: int) -> None:

@@ -37,7 +37,12 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
     except UserError:  # it has a setting that no longer exists: the comparison names it
         written = None
     then, now = flatten(as_dict(written) if written else saved["config"]), flatten(config)
-    wanted = read_config(config)
+    wanted, done = read_config(config), saved.get("epoch")
+    if isinstance(done, int) and done >= wanted.epochs:
+        raise UserError(
+            f"{path}: has {done + 1} epochs, but the configuration only {wanted.epochs}: set num_epochs back, resume from an "
+            "earlier checkpoint, or start a new run: --resume False, or --set run=NAME without --resume"
+        )
     free = [*FREE, *wanted.defense.settings.unread, *(stand_ins if saved.get("data") else ())]
     if not may_have_other_length(written, saved.get("epoch"), wanted):
         free.remove("num_epochs")

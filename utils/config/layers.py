@@ -28,10 +28,13 @@ class Layer:
     tree: dict[str, Any]
     origin: dict[str, str] = field(default_factory=dict)  # dotted key -> the file, or `--set key`, that sets it
     written: dict[str, str] = field(default_factory=dict)  # path (`a.b`, `a.b[0]`) -> source text of a non-string
+    path: tuple[str, ...] = ()  # of an override: the keys of its value
 
     def under(self, over: Layer, schema: type) -> Layer:
         """Return this layer overridden by `over`; both follow the schema."""
-        return Layer(merge(self.tree, over.tree, schema), self.origin | over.origin, self.written | over.written)
+        return Layer(
+            merge(self.tree, over.tree, schema, path=over.path), self.origin | over.origin, self.written | over.written
+        )
 
 
 class Loader(yaml.SafeLoader):
@@ -95,13 +98,13 @@ def read_yaml(path: Path) -> Layer:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file: --config expects a YAML file, e.g. config/baseline_asd.yaml") from None
+        raise UserError(f"{path}: no such file: give a YAML file of settings, e.g. config/baseline_asd.yaml") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         raise UserError(f"{path}:{line} invalid YAML: {problem(error)}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error}): --config expects a YAML file") from None
+        raise UserError(f"{path}: cannot be read as text ({error}): give a YAML file") from None
     except (ValueError, TypeError, RecursionError) as error:  # an invalid date; a recursive alias
         raise UserError(f"{path}: invalid YAML: {error}") from None
     if not isinstance(raw, dict):
@@ -168,11 +171,12 @@ def parse_override(text: str) -> Layer:
     elif lost or isinstance(parsed, str):
         parsed = value
     elif value.strip():
-        written[key] = value
+        written[key] = value.strip()
     tree: Any = parsed
-    for part in reversed(key.split(".")):
+    path = tuple(key.split("."))
+    for part in reversed(path):
         tree = {part: tree}
-    return Layer(tree, dict.fromkeys(leaves(tree), f"--set {key}"), written)
+    return Layer(tree, dict.fromkeys(leaves(tree), f"--set {key}"), written, path)
 
 
 NOT_VALUES = (yaml.AnchorToken, yaml.TagToken, yaml.DirectiveToken, yaml.DocumentStartToken, yaml.DocumentEndToken)

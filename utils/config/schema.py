@@ -164,21 +164,27 @@ def join(path: str, name: object) -> str:
 
 
 def merge(
-    base: Mapping[str, Any], over: Mapping[str, Any], schema: type | None, choices: Choices | None = None
+    base: Mapping[str, Any],
+    over: Mapping[str, Any],
+    schema: type | None,
+    choices: Choices | None = None,
+    path: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Return the mapping `base` overridden by `over`, section by section.
 
     In a choice of one name (optimizer, network, attack), another name replaces that of the base, and a key declared
-    `instead_of` another removes that one. A list of names, as of transforms, replaces that of the base.
+    `instead_of` another removes that one, unless it is null. A list of names, as of transforms, replaces that of the base; a
+    path that goes on below the list changes that one name, in its place.
 
     Args:
         schema: of both mappings; None: they have no known keys.
         choices: the choices if both mappings are a choice of one name.
+        path: the keys, from here on, of the only value in `over`; empty: it has any number of values.
     """
     keys = {} if schema is None else keys_of(schema)
     inline = None if schema is None else inline_key(schema)
     choices = inline.choices if inline else choices
-    dropped = {key.instead_of for name, key in keys.items() if name in over}
+    dropped = {key.instead_of for name, key in keys.items() if over.get(name) is not None}
     if choices is not None and set(over) - set(keys) - set(base):
         dropped |= set(base) - set(keys)
     out = {name: value for name, value in base.items() if name not in dropped}
@@ -187,11 +193,14 @@ def merge(
         if not isinstance(value, Mapping) or not isinstance(below, Mapping):
             out[name] = value
         elif key is None:
-            out[name] = merge(below, value, choices.schema(name) if choices and name in choices.names() else None)
+            own = choices.schema(name) if choices and name in choices.names() else None
+            out[name] = merge(below, value, own, path=path[1:])
         elif key.kinds[0] is Named:
-            out[name] = merge(below, value, None, key.choices)
+            out[name] = merge(below, value, None, key.choices, path[1:])
+        elif is_section(key.kinds[0]):
+            out[name] = merge(below, value, key.kinds[0], path=path[1:])
         else:
-            out[name] = merge(below, value, key.kinds[0]) if is_section(key.kinds[0]) else value
+            out[name] = merge(below, value, None) if path[1:] else value
     return out
 
 

@@ -109,17 +109,18 @@ def draw_triggered(path: Path, examples: np.ndarray, title: str) -> None:
 def draw_suspects(path: Path, images: np.ndarray, captions: list[str], title: str) -> None:
     """Draw a contact sheet of (n, H, W, 3) uint8, ten images in a row, each with its caption below."""
     n, height, width = images.shape[:3]
-    rows, aspect = -(-n // 10), height / width
-    tall = rows * (1.1 * aspect + 0.22) + 0.4  # inches
-    with drawing(path, (12, tall), rows, 10) as (figure, panels):
-        for axes in panels.flat:
-            axes.axis("off")
-        for axes, image, caption in zip(panels.flat, images, captions, strict=False):
-            axes.imshow(image)
-            short = caption if len(caption) <= 24 else caption[:23] + "\u2026"
-            axes.text(0.5, -0.03, short, ha="center", va="top", fontsize=6, transform=axes.transAxes)
-        figure.suptitle(title, y=1 - 0.1 / tall, va="top", fontsize=9)
-        figure.set_layout_engine("tight", pad=0.3, rect=(0, 0, 1, 1 - 0.3 / tall))
+    rows, tall = -(-n // 10), height / width  # heights relative to the width of an image
+    step = tall + 0.25
+    inches = 1.1 * rows * step + 0.4
+    with drawing(path, (12, inches)) as (figure, ((axes,),)):
+        for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+            x, y = 1.1 * (i % 10), step * (i // 10)
+            axes.imshow(image, extent=(x, x + 1, y + tall, y))
+            short = caption if len(caption) <= 21 else caption[:20] + "\u2026"
+            axes.text(x + 0.5, y + tall + 0.04, short, ha="center", va="top", fontsize=6)
+        axes.set(xlim=(0, 10.9), ylim=(rows * step, 0))
+        axes.axis("off")
+        figure.suptitle(title, y=1 - 0.1 / inches, va="top", fontsize=9)
 
 
 def draw_confusion(path: Path, matrix: np.ndarray, class_names: Sequence[str], title: str) -> None:
@@ -168,7 +169,7 @@ def draw_features(path: Path, features: Tensor, groups: dict[str, dict[str, np.n
             axes.set(xlabel=f"component 1 ({100 * shares[0]:.0f} % of the variance)", title=name)
             axes.set_ylabel(f"component 2 ({100 * shares[1]:.0f} %)")
             axes.grid(alpha=0.25)
-            axes.legend(fontsize=8, markerscale=3)
+            axes.legend(fontsize=8, markerscale=3, loc="upper right")  # `best` takes seconds for so many points
         figure.suptitle(f"{title}: penultimate features", fontsize=10, wrap=True)
 
 

@@ -17,7 +17,7 @@ from utils.errors import UserError
 from utils.sweep.plan import Plan, read
 from utils.sweep.progress import Progress
 from utils.sweep.report import write_report
-from utils.sweep.status import FAILED, FINISHED, status_of
+from utils.sweep.status import FAILED, FINISHED, not_started, status_of
 from utils.sweep.workers import SCRIPTS, Worker, command_text, devices, locked, run_all
 
 logger = logging.getLogger(__name__)
@@ -51,10 +51,11 @@ def main() -> None:
     if args.dry_run:
         show_plan(plan, places[0])
         return
+    blocked: dict[str, str] = {}
     if not args.report:
         with locked(plan):
-            run(plan, places)
-    states = {job.name: status_of(job) for job in plan.jobs}
+            blocked = run(plan, places)
+    states = {job.name: not_started(job, blocked[job.name]) if job.name in blocked else status_of(job) for job in plan.jobs}
     write_report(plan, states)
     count = Counter(state.state for state in states.values())
     if count[FAILED] and not args.report:
@@ -71,17 +72,24 @@ def show_plan(plan: Plan, device: str) -> None:
                 print(f"  {command_text(job, script, device)}")
 
 
-def run(plan: Plan, places: list[str]) -> None:
-    """Run what is not finished."""
+def run(plan: Plan, places: list[str]) -> dict[str, str]:
+    """Run what is not finished; return the reason for each run, by name, that could not be started."""
+    left_out = {job.name: job for job in plan.others}
     states = {job.name: status_of(job) for job in plan.jobs}
     todo = [job for job in plan.jobs if states[job.name].state != FINISHED]
+    for job in todo:
+        start = left_out.get(job.start or "")
+        if start and status_of(start).epochs < start.config.epochs:
+            raise UserError(
+                f"--only: leaves out {start.name}, which is not finished and from which {job.name} starts: include it"
+            )
     progress = Progress(todo, places, states)
     for job in plan.jobs:
         if states[job.name].state == FINISHED:
             progress.learn(job, states[job.name].seconds)
     finished = len(plan.jobs) - len(todo)
     logger.info(f"{plan.name}: {len(plan.jobs)} runs, {finished} finished, {len(todo)} to do; workers: {', '.join(places)}")
-    run_all(todo, [Worker(number, device) for number, device in enumerate(places)], progress)
+    return run_all(todo, [Worker(number, device) for number, device in enumerate(places)], progress)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,9 @@ from utils.sweep.sweep_file import (
     yaml_beside,
 )
 
+CHOICES = ("defense", "network", "backdoor", "dataset")
+OVERRIDDEN = "is overridden by another axis or by --set: remove one of the two"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -150,10 +153,10 @@ def build_job(sweep: str, axes: Sequence[Axis], labels: dict[str, str], file: So
     if len(yamls) > 1:
         raise UserError(f"{file.path}: {name}: config: {len(yamls)} of its values name a YAML: only one axis may")
     base = yamls[0] if yamls else file.base
-    for text in (*file.common, *overrides):
+    settings = (*file.common, *(text for value in values for text in value.settings), *overrides)
+    for text in settings:
         if key_of(text) == "run":
             raise UserError(f"{file.path}: {text}: the runs of a sweep are named after their values: leave it out")
-    settings = (*file.common, *(text for value in values for text in value.settings), *overrides)
     other = starts_of(axes, labels)
     start = run_name(sweep, axes, labels | other) if other else None
     try:
@@ -164,10 +167,36 @@ def build_job(sweep: str, axes: Sequence[Axis], labels: dict[str, str], file: So
         for axis, value in zip(axes, values, strict=True):
             again = [*settings, *value.settings, f"run={name}"]
             if is_touched(axis, value, settings, overrides) and (not value.settings or config.load(base, again) != settled):
-                raise UserError(f"{axis.name}: {value.label}: is overridden by another axis or by --set: remove one of the two")
+                raise UserError(f"{axis.name}: {value.label}: {OVERRIDDEN}")
+            if chosen_by(axis, file.base) & changed_names(config.load(base), settled, overrides):
+                raise UserError(f"{axis.name}: {value.label}: {OVERRIDDEN}")
     except UserError as error:
         raise UserError(f"{file.path}: {name}: {error}") from None
     return Job(labels, base, settings, settled, locate(settled), start)
+
+
+def chosen_by(axis: Axis, base: Path) -> set[str]:
+    """Return the `CHOICES` in which the YAMLs of an axis differ: what its values stand for."""
+    yamls = {value.yaml or base for value in axis.values}
+    if len(yamls) == 1:
+        return set()
+    loaded = [names_of(config.load(path)) for path in yamls]
+    return {key for key in CHOICES if len({names[key] for names in loaded}) > 1}
+
+
+def changed_names(own: Config, settled: Config, overrides: Sequence[str]) -> set[str]:
+    """Return the `CHOICES` in which `--set` gives a run another name than its own YAML does."""
+    given = {key_of(text).partition(".")[0] for text in overrides}
+    before, after = names_of(own), names_of(settled)
+    return {key for key in CHOICES if key in given and before[key] != after[key]}
+
+
+def names_of(settled: Config) -> dict[str, str]:
+    """Return the name that a configuration has for each of `CHOICES`."""
+    attack, dataset = settled.backdoor and settled.attack.name, settled.dataset and settled.dataset.name
+    return {
+        "defense": settled.defense.name, "network": settled.network.name, "backdoor": attack or "", "dataset": dataset or "",
+    }  # fmt: skip
 
 
 def key_of(setting: str) -> str:

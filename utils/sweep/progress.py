@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from utils.reporting.runlog import percent
 from utils.sweep.plan import Job
-from utils.sweep.status import FAILED, FINISHED, OUTPUT, Status, rows_of, status_of
+from utils.sweep.status import FAILED, FINISHED, OUTPUT, Status, not_started, rows_of, status_of
 
 logger = logging.getLogger(__name__)
 EVERY = 60.0  # seconds between two lines of a worker where the output is no terminal
@@ -59,9 +59,9 @@ class Progress:
         self.running[worker] = job
         self.shown[worker] = (time.monotonic(), -1)
 
-    def ended(self, worker: int, job: Job, seconds: float) -> None:
-        """Show the line of a run that has ended."""
-        status = status_of(job)
+    def ended(self, worker: int, job: Job, seconds: float, error: str = "") -> None:
+        """Show the line of a run that has ended, or that could not be started because of an error."""
+        status = not_started(job, error) if error else status_of(job)
         self.done += 1
         del self.todo[job.name], self.running[worker]
         if worker in self.bars:
@@ -72,7 +72,7 @@ class Progress:
         left = self.left()
         rest = f", about {duration(left)} left" if self.todo and left is not None else ""
         logger.info(f"{self.done}/{self.count}  {status.state}  {job.name}  {found}  ({duration(seconds)}{rest})")
-        if status.state == FAILED:
+        if status.state == FAILED and not error:
             logger.info(f"{' ' * len(f'{self.done}/{self.count}')}  its output: {job.run.saved / OUTPUT}")
 
     def left(self) -> float | None:

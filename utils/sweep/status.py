@@ -50,6 +50,11 @@ def status_of(job: Job) -> Status:
     return Status(STARTED if rows else WAITING, len(rows), total, seconds)
 
 
+def not_started(job: Job, error: str) -> Status:
+    """Return the status of a run that could not be started."""
+    return Status(FAILED, 0, job.config.epochs, error=error)
+
+
 def is_tested(job: Job, last: dict[str, Any], tested: dict[str, Any]) -> bool:
     """Return whether test.json is of the weights of the last epoch, tested as the run tests them.
 
@@ -77,6 +82,8 @@ def has_settings(job: Job) -> bool:
     path = job.run.saved / "config.yaml"
     try:
         kept = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(kept, dict):
+            return False
         refuse_other_settings(path, {"config": kept}, as_dict(job.config))
     except (OSError, ValueError, yaml.YAMLError, UserError):
         return False

@@ -16,8 +16,8 @@ from typing import IO
 
 import torch
 
-from utils.errors import UserError
-from utils.files import try_lock
+from utils import files
+from utils.errors import UserError, one_line
 from utils.paths import PROJECT
 from utils.runtime.machine import device_numbers
 from utils.sweep import child
@@ -90,7 +90,7 @@ class Worker:
         """Start the next script of the run, in a session of its own: Ctrl-C is passed on by the sweep."""
         assert self.job is not None and self.output is not None
         script = self.scripts[0]
-        self.output.write(f"$ {command_text(self.job, script, self.device)}\n".encode())
+        self.output.write(f"$ {command_text(self.job, script, self.device)}\n".encode("utf-8", "surrogateescape"))
         self.output.flush()
         guard = [sys.executable, "-I", "-S", str(child.__file__), str(os.getpid())]
         self.process = subprocess.Popen(
@@ -122,7 +122,7 @@ class Worker:
         """Return why the script failed, in one line."""
         assert self.job is not None
         if code < 0:
-            return f"{self.scripts[0]}: ended by {signal.Signals(-code).name}"
+            return f"{self.scripts[0]}: ended by signal {-code} ({signal.strsignal(-code) or 'unknown'})"
         with open(self.job.run.saved / OUTPUT, "rb") as file:
             file.seek(self.start_of_output)
             return last_line(file.read().decode(errors="replace"))
@@ -144,10 +144,14 @@ class Worker:
             self.output.close()
 
 
-def run_all(jobs: Sequence[Job], workers: Sequence[Worker], progress: Progress) -> None:
+def run_all(jobs: Sequence[Job], workers: Sequence[Worker], progress: Progress) -> dict[str, str]:
     """Run all jobs in order, each on the first worker that is free; one that starts from another waits for it. However this
-    ends, no child is left."""
-    queue = [*jobs]
+    ends, no child is left.
+
+    Returns:
+        the reason for each run, by name, that could not even be started, e.g. because its folder cannot be written.
+    """
+    queue, blocked = [*jobs], dict[str, str]()
     try:
         while queue or any(worker.job for worker in workers):
             for worker in workers:
@@ -156,10 +160,15 @@ def run_all(jobs: Sequence[Job], workers: Sequence[Worker], progress: Progress) 
                     worker.job = None
                 if worker.job is None and (ready := next_job(queue, workers)):
                     queue.remove(ready)
-                    worker.begin(ready)
                     progress.began(worker.number, ready)
+                    try:
+                        worker.begin(ready)
+                    except (OSError, UserError) as error:
+                        worker.job, blocked[ready.name] = None, f"cannot be started: {one_line(error)}"
+                        progress.ended(worker.number, ready, 0.0, blocked[ready.name])
             progress.show()
             time.sleep(POLL)
+        return blocked
     finally:
         for worker in workers:
             worker.stop()
@@ -184,15 +193,5 @@ def locked(plan: Plan) -> Iterator[None]:
         UserError: another process holds it.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
-    with open(plan.folder / LOCK, "a+", encoding="utf-8") as lock:
-        with contextlib.suppress(OSError):
-            if not try_lock(lock.fileno()):
-                lock.seek(0)
-                raise UserError(
-                    f"{plan.folder}: process {lock.read().strip() or 'unknown'} is running this sweep: wait for it or stop "
-                    "it; --report shows how far it is"
-                )
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+    with files.locked(plan.folder / LOCK, "is running this sweep: wait for it or stop it; --report shows how far it is"):
         yield
