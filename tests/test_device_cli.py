@@ -56,6 +56,9 @@ def test_with_cuda_the_numbered_device_computes(monkeypatch: pytest.MonkeyPatch,
     assert made_current == [1] and said == []
     with pytest.raises(UserError, match=r"--gpu 2: .*0\.\.1"):
         choose_device("2", 0)
+    assert [choose_device(gpu, 1).index for gpu in ("0", "1,0")] == [1, 0]
+    with pytest.raises(UserError, match="--gpu 0,1: 2 devices for more processes"):
+        choose_device("0,1", 2)
 
 
 def small_network() -> nn.Module:

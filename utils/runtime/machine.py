@@ -266,7 +266,9 @@ def choose_device(gpu: str, local: int) -> torch.device:
     if not torch.cuda.is_available():
         logger.info("no CUDA device found: running on the CPU (as with --gpu cpu)")
         return torch.device("cpu")
-    number = numbers[local] if len(numbers) > 1 and local < len(numbers) else numbers[0] + local
+    if 1 < len(numbers) <= local:
+        raise UserError(f"--gpu {gpu}: {len(numbers)} devices for more processes: name one for each, or the first one alone")
+    number = numbers[local] if len(numbers) > 1 else numbers[0] + local
     count = torch.cuda.device_count()
     if max(number, *numbers) >= count:
         raise UserError(f"--gpu {gpu}: must be in 0..{count - 1}, one device for each process")
