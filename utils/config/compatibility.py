@@ -38,11 +38,6 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
         written = None
     then, now = flatten(as_dict(written) if written else saved["config"]), flatten(config)
     wanted, done = read_config(config), saved.get("epoch")
-    if isinstance(done, int) and done >= wanted.epochs:
-        raise UserError(
-            f"{path}: has {done + 1} epochs, but the configuration only {wanted.epochs}: set num_epochs back, resume from an "
-            "earlier checkpoint, or start a new run: --resume False, or --set run=NAME without --resume"
-        )
     free = [*FREE, *wanted.defense.settings.unread, *(stand_ins if saved.get("data") else ())]
     if not may_have_other_length(written, saved.get("epoch"), wanted):
         free.remove("num_epochs")
@@ -53,6 +48,11 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
         raise UserError(
             f"{path}: was written with {key}: {before!r}, but the configuration has {after!r}: set it back, or "
             "start a new run: --resume False, or --set run=NAME without --resume"
+        )
+    if isinstance(done, int) and done >= wanted.epochs:
+        raise UserError(
+            f"{path}: has {done + 1} epochs, but the configuration only {wanted.epochs}: set num_epochs back, resume from an "
+            "earlier checkpoint, or start a new run: --resume False, or --set run=NAME without --resume"
         )
 
 
