@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from training import last, small, train_here
 
 from data.augment import Pipeline
-from data.batches import SupervisedDraws, draw_supervised
+from data.batches import SupervisedDraws, draw_supervised, draw_views
 from data.seeds import choose_seed_samples
 from data.sources import prepare
 from defenses._start import split_clean
@@ -91,13 +91,21 @@ def close(network: nn.Module, saved: dict[str, Tensor], tolerance: float = 1e-3)
 # -- ABL ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("unlearn_bn", "gamma"), [("train", 2.35), ("eval", 2.4)])
-def test_abl_is_its_published_loop(tmp_path: Path, unlearn_bn: str, gamma: float) -> None:
+@pytest.mark.parametrize(
+    ("unlearn_bn", "gamma", "augmented"),
+    [("train", 2.35, ("isolation", "finetune", "unlearn")), ("eval", 2.4, ("finetune",)), ("train", 2.35, ("isolation",))],
+)
+def test_abl_is_its_published_loop(tmp_path: Path, unlearn_bn: str, gamma: float, augmented: tuple[str, ...]) -> None:
     """Local gradient ascent on all images; fine-tuning on those that are not isolated, with new momentum and a falling rate;
-    gradient ascent on the isolated ones."""
+    gradient ascent on the isolated ones. The stages that are not named in `augmented` see the images as they are."""
     rate = "{SGD: {lr: 0.002, momentum: 0.9, weight_decay: 0.0005}}"  # a high one would let rounding errors grow
     given = [f"gamma={gamma}", "finetune_scheduler={multi_step: {milestones: [1]}}", "unlearn_epochs=2"]
-    given += [f"unlearn_bn={unlearn_bn}", f"isolation_optimizer={rate}", f"finetune_optimizer={rate}"]
+    given += [
+        f"augmented=[{', '.join(augmented)}]",
+        f"unlearn_bn={unlearn_bn}",
+        f"isolation_optimizer={rate}",
+        f"finetune_optimizer={rate}",
+    ]
     settings, path = small(tmp_path, "abl", "run=abl", *(f"defense.abl.{text}" for text in given))
     train_here(settings, path)
     plain = Plain(settings, tmp_path)
@@ -108,9 +116,13 @@ def test_abl_is_its_published_loop(tmp_path: Path, unlearn_bn: str, gamma: float
         signs.add(float(mean.detach()) > gamma)
         return mean if mean > gamma else -mean
 
+    def one_pass(stage: str, epoch: int, chosen: Tensor, loss: Loss) -> None:
+        transform = plain.augment if stage in augmented else plain.resize
+        plain.train(network, optimizer, plain.draws("abl", epoch, chosen, transform), 32, loss, transform)
+
     optimizer = sgd(network, 0.002)
     for epoch in range(2):
-        plain.train(network, optimizer, plain.draws("abl", epoch, everything), 32, ascent)
+        one_pass("isolation", epoch, everything, ascent)
     assert signs == {True, False}
     losses = F.cross_entropy(plain.logits(network), plain.labels, reduction="none")
     isolated = losses.argsort(stable=True)[:20].sort().values
@@ -120,11 +132,11 @@ def test_abl_is_its_published_loop(tmp_path: Path, unlearn_bn: str, gamma: float
     for epoch, lr in ((2, 0.002), (3, 0.0002)):
         optimizer = optimizer if epoch == 3 else sgd(network, lr)
         optimizer.param_groups[0]["lr"] = lr
-        plain.train(network, optimizer, plain.draws("abl", epoch, others), 32, plain.cross_entropy)
+        one_pass("finetune", epoch, others, plain.cross_entropy)
     optimizer = sgd(network, 5e-4)
     network.train(unlearn_bn == "train")
     for epoch in (4, 5):
-        plain.train(network, optimizer, plain.draws("abl", epoch, isolated), 32, lambda *batch: -plain.cross_entropy(*batch))
+        one_pass("unlearn", epoch, isolated, lambda *batch: -plain.cross_entropy(*batch))
     assert close(network, saved["model_state_dict"])
 
 
@@ -325,9 +337,20 @@ def symmetric_loss(plain: Plain) -> Loss:
     return sce
 
 
+@torch.no_grad()
+def split_loss(plain: Plain, network: Classifier, epoch: int) -> Tensor:
+    """The symmetric cross-entropy of each image under one augmented view, in eval mode."""
+    views = plain.augment(plain.images, draw_views(SEED, "score", epoch, 200, plain.augment))
+    logits, labels = network.eval()(views), plain.labels
+    probabilities, onehot = logits.softmax(1).clamp(1e-7, 1), F.one_hot(labels, 10).float().clamp(1e-4, 1)
+    out: Tensor = 0.1 * F.cross_entropy(logits, labels, reduction="none") - (probabilities * onehot.log()).sum(1)
+    return out
+
+
 def test_dbd_is_its_published_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SimCLR on two different views of each image; a new linear layer, with symmetric cross-entropy, on features whose BN
-    statistics move; then MixMatch with the same Adam, whose lambda_u has been rising since the linear layer's first epoch."""
+    statistics move; then MixMatch, on the half with the lowest losses, with the same Adam, whose lambda_u has been rising since
+    the linear layer's first epoch."""
     given = (
         "simclr_transform=[]",
         "simclr_optimizer={SGD: {lr: 0.0005, momentum: 0.9, weight_decay: 0.0001}}",
@@ -337,16 +360,20 @@ def test_dbd_is_its_published_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     settings, path = small(tmp_path, "dbd", "run=dbd", *(f"defense.dbd.{text}" for text in given))
     finish = Session.finish_epoch
 
-    def stop_after_the_head(session: Session, losses: dict[str, float]) -> None:
+    def stop_after(session: Session, losses: dict[str, float]) -> None:
         finish(session, losses)
         session.writer.wait()
-        if session.state.epoch == 3:
+        if session.state.epoch in (3, 4):
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Session, "finish_epoch", stop_after_the_head)
-        train_here(settings, path)
-    saved = last(tmp_path, "dbd")
+    saved_after = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "finish_epoch", stop_after)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                train_here(settings, path)
+            saved_after.append(last(tmp_path, "dbd"))
+    saved, first = saved_after
     plain = Plain(settings, tmp_path)
     network = plain.network()
     projection = learn_features(plain, network)
@@ -358,6 +385,8 @@ def test_dbd_is_its_published_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     adam = torch.optim.Adam(network.parameters(), lr=0.002)
     plain.train(network, adam, plain.draws("dbd head", 2, torch.arange(200)), 64, symmetric_loss(plain))
     assert close(network, saved["model_state_dict"]) and close(projection, saved["networks"]["projection"])
+    losses = split_loss(plain, plain.network(saved["model_state_dict"]), 3)
+    assert torch.equal(losses.argsort(stable=True)[:100].sort().values, first["clean_pool"])
     train_here(settings, path)
     rows, steps = last(tmp_path, "dbd")["history"][3:], settings.semi.mixmatch.train_iteration
     greatest = settings.semi.criterion.mixmatch.lambda_u

@@ -15,19 +15,22 @@ from conftest import REPOSITORY
 from torch import Tensor, nn
 from training import SMALL, last, same, small, train_here
 
+from data.batches import SupervisedDraws
 from data.seeds import draw_seed_samples
 from data.sets import GroundTruth, TestSets
-from defenses import abl, cbd, dbd, fp, reference_filter, reference_split
+from defenses import _start, abl, cbd, dbd, fp, reference_filter, reference_split
 from defenses._start import split_clean
 from engine import session
 from engine.context import Context
 from engine.evaluation import Evaluation, evaluate
 from engine.session import Session
+from engine.supervised import train_supervised
 from loss.attention import attention_distance, attention_map
 from loss.contrastive import nt_xent
 from loss.mixmatch import ramp_up
 from loss.supervised import cross_entropy
 from utils import config, plugins
+from utils.checkpoint import State
 from utils.config.compatibility import refuse_other_settings
 from utils.config.schema import as_dict
 from utils.config.stages import Stage, locate, schedule_length
@@ -288,9 +291,13 @@ def test_dbd_has_its_published_augmentation_and_ramp_with_any_configuration() ->
     found = config.load(REPOSITORY / "config/gtsrb.yaml", ["defense=dbd"]).defense.settings
     assert found == config.load(REPOSITORY / "config/table1/dbd.yaml").defense.settings
     assert found.rampup_length == 190
-    names = ["random_resize_crop", "random_horizontal_flip", "random_color_jitter", "random_grayscale", "gaussian_blur"]
-    assert [step.name for step in dbd.published_views(224)] == names
-    assert as_dict(dbd.published_views(224)[0].settings)["size"] == 224
+    assert as_dict(dbd.published_views(224)) == {
+        "random_resize_crop": {"size": 224, "scale": [0.2, 1.0], "ratio": [3 / 4, 4 / 3]},
+        "random_horizontal_flip": {"p": 0.5},
+        "random_color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "p": 0.8},
+        "random_grayscale": {"p": 0.2},
+        "gaussian_blur": {"sigma": [0.1, 2.0], "p": 0.5},
+    }
 
 
 def test_stages_and_schedules() -> None:
@@ -459,6 +466,43 @@ def test_oracle_baselines_select_by_ground_truth(tmp_path: Path) -> None:
     pool = chosen(reference_split, "reference_split")
     assert len(pool) == 20 and sorted(set(pool)) == pool and all(flags[i] == 0 for i in pool)
     assert any(flags[i] for i in chosen(reference_split, "reference_split", pool="random"))
+
+
+@pytest.mark.parametrize("removes", ["poisoned", "random"])
+def test_the_filter_trains_on_what_it_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removes: str) -> None:
+    """Each epoch is one pass over the kept images and no others; without the poisoned ones there are only clean ones."""
+    seen: list[Tensor] = []
+
+    def recorded(context: Context, state: State, purpose: str, draws: SupervisedDraws, batch_size: int) -> float:
+        seen.append(draws.order)
+        return train_supervised(context, state, purpose, draws, batch_size)
+
+    monkeypatch.setattr(_start, "train_supervised", recorded)
+    settings, path = small(tmp_path, "reference_filter", f"defense.reference_filter.removes={removes}")
+    train_here(settings, path)
+    saved = last(tmp_path, "reference_filter")
+    kept, row = saved["sets"]["kept"], saved["history"][-1]
+    assert row["kept_size"] == len(kept) < 200 and (row["poisoned_in_kept"] == 0) == (removes == "poisoned")
+    assert len(seen) == settings.epochs
+    for order in seen:
+        assert torch.equal(order.sort().values, kept)
+
+
+@pytest.mark.parametrize("pool", ["clean", "random"])
+def test_the_fixed_pool_is_trained_on_as_asd_does(tmp_path: Path, pool: str) -> None:
+    """Every epoch uses the same pool, and lambda_u rises as with ASD."""
+    settings, path = small(tmp_path, "reference_split", f"defense.reference_split.pool={pool}")
+    train_here(settings, path)
+    saved = last(tmp_path, "reference_split")
+    assert set(saved["epochs_in_clean_pool"].tolist()) == {0, settings.epochs}
+    rows = saved["history"]
+    assert len({(row["clean_pool_size"], row["poisoned_in_clean_pool"]) for row in rows}) == 1
+    assert (rows[0]["poisoned_in_clean_pool"] == 0) == (pool == "clean")
+    semi = settings.semi
+    expected = [
+        float(ramp_up(e, 3, semi.criterion.mixmatch.lambda_u, semi.criterion.mixmatch.rampup_length).mean()) for e in range(3)
+    ]
+    assert [row["lambda_u"] for row in rows] == pytest.approx(expected) and expected[0] < expected[1] < expected[2]
 
 
 def test_larger_clean_sets_hold_the_smaller_ones() -> None:

@@ -14,7 +14,8 @@ chosen=" $* "
 # CLB's surrogate, which takes half an hour to make, is stored with the results.
 mkdir -p "$saved/assets"
 for asset in results/study/assets/*.npz; do
-  [ -e "$saved/assets/${asset##*/}" ] || cp "$asset" "$saved/assets/"
+  kept="$saved/assets/${asset##*/}"
+  [ -e "$kept" ] || { cp "$asset" "$kept.$$"; mv "$kept.$$" "$kept"; }  # whole at once: another shell may do the same
 done
 
 # run NAME CONFIG SETTING ...: train, test, keep
