@@ -71,6 +71,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.workers = list(dict.fromkeys(options.workers))
     if options.first_look and options.device != "cuda":
         raise UserError("--first-look: needs --device cuda")
+    for name in ("rounds", "workers", "json", "quick"):
+        if options.first_look and getattr(options, name) != parser.get_default(name):
+            raise UserError(f"--{name}: has no effect with --first-look: leave it out")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device found: leave the option out to measure the CPU")
     if options.json and Path(options.json).is_dir():

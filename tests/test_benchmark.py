@@ -120,6 +120,13 @@ def test_bad_numbers_are_refused_in_one_line(arguments: str) -> None:
     assert arguments.split()[-1] in str(error.value)
 
 
+@pytest.mark.parametrize("option", ["--rounds 3", "--workers 2", "--json a.json", "--quick"])
+def test_the_first_look_refuses_what_it_would_ignore(option: str) -> None:
+    """An option that has no effect there is named before anything is measured."""
+    with pytest.raises(UserError, match=f"{option.split()[0]}: has no effect with --first-look"):
+        run.main(f"--device cuda --first-look {option}".split())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without CUDA")
 @pytest.mark.parametrize("arguments", ["--device cuda", "--device cuda --first-look"])
 def test_a_missing_cuda_device_is_named(arguments: str) -> None:
