@@ -26,6 +26,7 @@ from model.classifier import build_classifier
 from model.optimizer import build_optimizer, build_scheduler
 from utils import checkpoint, config, files
 from utils.checkpoint import State
+from utils.config.compatibility import flatten, refuse_other_settings
 from utils.config.schema import as_dict
 from utils.errors import UserError
 
@@ -674,6 +675,32 @@ def test_settings_of_place_and_speed_may_change(tmp_path: Path, override: str) -
     assert other != settings
     checkpoint.load(tmp_path / "a.pt", fresh, other)
     assert same(snapshot(fresh), snapshot(state))
+
+
+def test_all_other_settings_are_compared(tmp_path: Path) -> None:
+    """Settings outside this list must be the same on resuming: each of them, changed alone, is refused."""
+    may_change = (
+        "run", "saved_dir", "storage_dir", "dataset_dir", "download", "prefetch", "evidence", "num_epochs", "runtime",
+        "sync_bn", "criterion", "undefended", "global.epoch_third", "seed.deterministic", "seed.benchmark", "data.placement",
+        "data.cache_dir", *(f"{part}loader.{key}" for part in ("", "semi.") for key in ("num_workers", "pin_memory")),
+    )  # fmt: skip
+    settings = make_state(tmp_path)[1]
+    refused = set()
+    for key in flatten(settings):
+        changed = copy.deepcopy(settings)
+        place, name = changed, key.rpartition(".")[2]
+        for part in key.split(".")[:-1]:
+            place = place[part]
+        place[name] = "something else"
+        try:
+            refuse_other_settings(tmp_path, {"config": changed, "epoch": 0}, settings)
+        except UserError as error:
+            assert "was written with" in str(error)
+            refused.add(key)
+    free = flatten(settings).keys() - refused
+    assert free == {key for key in flatten(settings) if key.startswith(may_change)}
+    assert {name for name in may_change if not any(key.startswith(name) for key in free)} == set()
+    assert {"meta.epoch", "split.criterion.sce.alpha", "global.seed_num", "semi.mixmatch.temperature"} < refused
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,11 @@ def data_of(poison: str, seeds: str | None = None) -> str:
         (1, {"backdoor": {"blend": {"alpha": 0.1}}}, data_of("aa"), "no undefended run"),
         (1, {"network": "wide_resnet"}, data_of("aa"), "no undefended run"),
         (1, {"dataset": "gtsrb"}, None, "no undefended run"),
+        (1, {"num_classes": 5}, None, "no undefended run"),
+        (1, {"data": {"train_limit": 5}}, None, "no undefended run"),
+        (1, {"data": {"test_limit": 5}}, None, "no undefended run"),
+        (1, {"transform": {"pre": {"resize": {"size": 16}}}}, None, "no undefended run"),
+        (1, {"transform": {"train": {"primary": {}}}}, None, "0.980"),
     ],
 )
 def test_a_twin_has_the_same_network_and_poisoned_set(

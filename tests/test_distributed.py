@@ -251,22 +251,24 @@ def test_a_batch_that_cannot_be_shared_is_refused(tiny: Path) -> None:
         load(tiny, ["loader.batch_size=1"])
 
 
-def test_each_process_has_its_own_dropout() -> None:
-    """The same mask for the same row of every part of a batch would make its images less independent than on one device."""
-    drawn = []
+def test_each_process_and_each_epoch_has_its_own_dropout() -> None:
+    """The same mask for the same row of every part of a batch would make its images less independent than on one device; the
+    same masks in every epoch would never train the dropped units together."""
+    drawn = {}
     for rank in range(2):
         place = SimpleNamespace(
             state=SimpleNamespace(epoch=0),
             context=SimpleNamespace(
-                config=SimpleNamespace(epochs=1, seed=SimpleNamespace(seed=7)), machine=SimpleNamespace(rank=rank)
+                config=SimpleNamespace(epochs=2, seed=SimpleNamespace(seed=7)), machine=SimpleNamespace(rank=rank)
             ),
             defense=SimpleNamespace(begin_epoch=lambda state, epoch: None),
         )
-        for _ in Session.epochs(place):  # type: ignore[arg-type]
-            drawn.append(torch.rand(4))
-    assert not torch.equal(*drawn)
-    torch.manual_seed(key_seed(7, "torch", 0))
-    assert torch.equal(drawn[0], torch.rand(4))  # as on one device
+        for epoch in Session.epochs(place):  # type: ignore[arg-type]
+            drawn[rank, epoch] = torch.rand(4)
+    assert len({tuple(numbers.tolist()) for numbers in drawn.values()}) == 4
+    for epoch in range(2):
+        torch.manual_seed(key_seed(7, "torch", epoch))
+        assert torch.equal(drawn[0, epoch], torch.rand(4))  # as on one device, and when resumed
 
 
 @pytest.mark.parametrize(

@@ -406,6 +406,12 @@ def test_a_set_of_the_target_class_only_cannot_be_reflected() -> None:
         Attack(Settings(source="classes"), context(noise(4), np.full(4, 3)))
 
 
+def test_a_source_beside_a_folder_is_refused(tmp_path: Path) -> None:
+    """With a folder of reflections, `source: classes` would have no effect."""
+    with pytest.raises(UserError, match=r"backdoor\.refool\.source: classes: has no effect with reflections"):
+        Attack(Settings(reflections=str(tmp_path), source="classes"), context(noise(4)))
+
+
 def test_textures_are_drawn_by_the_seed_and_alike_at_every_size() -> None:
     """Procedural textures differ from one another and by seed, have contrast, and show the same context at 32 and at 224 px."""
 

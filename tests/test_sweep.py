@@ -347,7 +347,7 @@ def test_a_test_of_something_else_does_not_count(tmp_path: Path) -> None:
     """Figures of a later test with another trigger or on other images are not those of the run."""
     plan = read(write(tmp_path, SWEEP))
     saved = fake(plan, NAME, {"clean_accuracy": 0.5, "attack_success_rate": 0.9})
-    for other in ({"clean_accuracy": 0.5, "attack_success_rate": 0.6}, {"clean_accuracy": 0.5}):
+    for other in ({"clean_accuracy": 0.5, "attack_success_rate": 0.88}, {"clean_accuracy": 0.5}):
         (saved / "log" / "test.json").write_text(json.dumps({"epoch": 1} | other))
         assert state_of(plan, NAME) != "finished"
 
@@ -439,6 +439,18 @@ def test_the_der_does_not_depend_on_what_is_shown(tmp_path: Path) -> None:
     some = read(plan.path, (), ["defense=asd"])
     found = {record.job.name: record.der for record in table.records_of(some, states_of(some))}
     assert len(found) == 12 and found.items() <= everything.items() and any(found.values())
+
+
+def test_the_baseline_has_the_same_data(tmp_path: Path) -> None:
+    """The undefended run of another folder of images is not the baseline, even if there is no other one."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    data = {name: {"dataset": "folder", "dataset_dir": str(tmp_path / name)} for name in ("here", "there")}
+    axes = {"data": data, "defense": ["none", "asd"]}
+    for skip, expected in (([], "grid/there/none"), ([{"data": "there", "defense": "none"}], None)):
+        plan = read(write(tmp_path, {"config": "tiny.yaml", "axes": axes, "skip": skip}))
+        found = table.baseline_of(plan, next(job for job in plan.jobs if job.name == "grid/there/asd"))
+        assert (found and found.name) == expected
 
 
 def test_a_figure_of_some_runs_says_of_how_many(tmp_path: Path) -> None:

@@ -61,6 +61,8 @@ class Attack(AttackBase):
         self.settings, self.seed = settings, context.seed
         height, width = context.raw.train_images.shape[1:3]
         if settings.reflections is not None:
+            if settings.source == "classes":
+                raise UserError("backdoor.refool.source: classes: has no effect with reflections: leave one of them out")
             self.reflections = read_reflections(settings.reflections, settings.count, height, width)
         elif settings.source == "classes":
             self.reflections = other_classes(context, settings.count)
