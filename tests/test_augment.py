@@ -19,6 +19,7 @@ from torchvision.transforms import functional as TF
 from torchvision.transforms.v2 import functional as TF2
 
 from data.augment import Pipeline
+from data.sets import ImageSet
 from data.transforms import (
     center_crop,
     gaussian_blur,
@@ -30,6 +31,7 @@ from data.transforms import (
     random_resize_crop,
     resize,
 )
+from engine.context import build_transforms
 from utils import config, plugins
 from utils.config.schema import Named
 from utils.errors import UserError
@@ -220,6 +222,26 @@ def test_normalize_equals_to_tensor_and_normalize_for_every_level() -> None:
     assert torch.equal(normalized, T.Normalize(MEAN, STD)(reference))
     exact = (levels[0].double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     torch.testing.assert_close(normalized.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_each_section_of_the_yaml_has_its_own_pipeline(tiny: Path) -> None:
+    """`transform.test.primary` and `remaining` decide how images are evaluated, those of `transform.train` how they are
+    trained on."""
+    changes = {
+        "transform.test.primary": "{resize: {size: 16}, center_crop: {size: 8}}",
+        "transform.test.remaining": "{to_tensor: true, normalize: {mean: [0.0, 0.0, 0.0], std: [1.0, 1.0, 1.0]}}",
+        "transform.train.primary": "{random_crop: {size: 24, padding: 0}}",
+        "transform.train.remaining": "{to_tensor: true, normalize: {mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}}",
+    }
+    loaded = config.load(tiny, [f"{key}={value}" for key, value in changes.items()])
+    images = smooth(3, 32, 32)
+    train, test = build_transforms(loaded, ImageSet(images, torch.zeros(3, dtype=torch.int64)))
+    draws = train.draw(3, torch.Generator().manual_seed(0))
+    views, seen = train(images, draws), test(images, torch.zeros(3, 0))
+    assert views.shape == (3, 3, 24, 24) and seen.shape == (3, 3, 8, 8)
+    small = resize.Settings(16).apply(images, torch.zeros(3, 0))
+    assert torch.allclose(seen, small[:, :, 4:12, 4:12].float() / 255, atol=1e-6)
+    assert views.min() < -0.01 and seen.min() >= 0
 
 
 def test_the_images_are_never_changed() -> None:

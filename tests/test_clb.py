@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -369,8 +369,18 @@ def test_fewer_images_than_a_batch_train_a_surrogate(tmp_path: Path) -> None:
 # -- Assets ------------------------------------------------------------------------------------------------------------
 
 
+BOTH, IMAGES = {"clb_surrogate", "clb_images"}, {"clb_images"}
+MAKES: dict[str, tuple[Any, set[str]]] = {  # another value of each setting, and what is made with it
+    "eps": (16.0, IMAGES), "step": (2.0, IMAGES), "steps": (6, IMAGES), "trigger": ("block2x2", set()),
+    "training": ("pgd", BOTH),
+    "surrogate": (Named("resnet18_cifar", resnet18_cifar.Settings(width=3, blocks=1)), BOTH),
+    "epochs": (1, BOTH), "learning_rate": (0.05, BOTH), "batch_size": (8, BOTH),
+}  # fmt: skip
+
+
 def test_assets_are_made_again_only_if_their_inputs_change(tmp_path: Path) -> None:
-    """A second run makes nothing; another eps needs new perturbations with the same surrogate; another data set needs both."""
+    """A second run makes nothing; the trigger comes after both; another eps needs new perturbations with the same surrogate;
+    another seed, other images and other labels need both."""
 
     def made(chosen: Settings = QUICK, **context: Any) -> set[str]:
         with logged() as lines:
@@ -378,21 +388,25 @@ def test_assets_are_made_again_only_if_their_inputs_change(tmp_path: Path) -> No
             attack.apply(*victims(attack), "train")
         return {line.partition(":")[0] for line in lines if ": made " in line}
 
-    both = {"clb_surrogate", "clb_images"}
-    assert made() == both
+    assert made() == BOTH and made() == set()
+    assert MAKES.keys() == {field.name for field in fields(Settings)}
+    for name, (value, expected) in MAKES.items():
+        assert made(replace(QUICK, **{name: value})) == expected, name
+    assert made(seed=6) == BOTH
+    assert made(raw=world(seed=1)) == BOTH
+    raw = world()
+    labels = raw.train_labels.copy()
+    other = labels != TARGET
+    labels[other] = 2 - labels[other]  # 0 and 2 exchanged: the images that are perturbed are the same
+    assert made(raw=replace(raw, train_labels=labels)) == BOTH
     assert made() == set()
-    assert made(replace(QUICK, trigger="block2x2")) == set()  # the trigger comes after both
-    assert made(replace(QUICK, eps=16.0)) == {"clb_images"}
-    assert made(replace(QUICK, step=2.0)) == {"clb_images"}
-    assert made(replace(QUICK, steps=6)) == {"clb_images"}
-    assert made(replace(QUICK, training="pgd")) == both
-    assert made(replace(QUICK, epochs=1)) == both
-    assert made(replace(QUICK, learning_rate=0.05)) == both
-    assert made(replace(QUICK, batch_size=8)) == both
-    assert made(replace(QUICK, surrogate=Named("resnet18_cifar", resnet18_cifar.Settings(width=3, blocks=1)))) == both
-    assert made(seed=6) == both
-    assert made(raw=world(seed=1)) == both
-    assert made() == set()
+
+
+def test_the_perturbed_images_identify_the_poisoned_set(tmp_path: Path) -> None:
+    """They become part of the run's manifest; the surrogate, with which they were made, need not be at hand later."""
+    attack = make(tmp_path)
+    attack.apply(*victims(attack), "train")
+    assert attack.context.assets_of_run.used.keys() == {"clb_images"}
 
 
 def test_assets_of_other_images_are_not_used(tmp_path: Path) -> None:

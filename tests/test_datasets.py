@@ -123,7 +123,7 @@ def test_batches_of_any_length_and_pickle_are_read(tmp_path: Path, dump: Callabl
         warnings.simplefilter("error")
         raw = load(tmp_path / FOLDER)
     assert_same(raw, batches)
-    assert raw.class_names[3] == "cat" and len(raw.class_names) == 10
+    assert " ".join(raw.class_names) == "airplane automobile bird cat deer dog frog horse ship truck"  # as in batches.meta
 
 
 def test_the_folder_or_its_parent_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,6 +490,16 @@ def test_shapes_have_the_wanted_sizes_and_balanced_classes(train: int, test: int
         assert labels.shape == (count,) and labels.dtype == np.int64
         per_class = [labels.tolist().count(c) for c in range(10)]
         assert sum(per_class) == count and max(per_class) - min(per_class) <= 1
+
+
+def test_shapes_are_large_enough_to_be_recognized() -> None:
+    """Discs, the first class, are 12 to 20 pixels wide and high and completely inside the image."""
+    masks = shapes.shape_masks(np.zeros(300, np.int64), np.random.default_rng(0)) > 0.5
+    for axis in (1, 2):
+        inside = masks.any(axis)  # (300, 32) columns or rows
+        width = inside.sum(1)
+        assert not inside[:, 0].any() and not inside[:, -1].any()
+        assert 11 <= width.min() <= 13 and 19 <= width.max() <= 21 and abs(width.mean() - 16) < 0.5
 
 
 def test_shapes_are_the_same_on_every_call_and_differ_by_seed() -> None:

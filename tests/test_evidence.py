@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import math
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,17 @@ def test_the_arrays_are_those_of_the_final_model(tiny: Path, tmp_path: Path, def
             assert np.allclose(held["features"][i], model.features(view)[0], atol=1e-4)
             assert np.allclose(held["pred_probs"][i], model(view)[0].softmax(0), atol=1e-5)
     assert np.allclose(held["pred_probs"].sum(1), 1, atol=1e-6)
+    if defense == "asd":
+        with open(run.saved / "suspects.csv", newline="") as file:
+            listed = {int(row["name"]): row for row in csv.DictReader(file)}
+        assert listed.keys() == set(range(200))
+        for i, row in listed.items():
+            probabilities, label = held["pred_probs"][i].astype(float), int(held["labels"][i])
+            wrong = sum(p * math.log(1e4) for c, p in enumerate(probabilities) if c != label)
+            assert float(row["split_loss"]) == pytest.approx(0.1 * -math.log(probabilities[label]) + 1.0 * wrong, rel=1e-3)
+            assert row["label"] == data.class_names[label]
+            assert row["model_label"] == data.class_names[int(probabilities.argmax())]
+            assert float(row["confidence"]) == pytest.approx(probabilities.max(), abs=1e-4)
 
 
 def test_it_can_be_left_out_and_added_later(tiny: Path) -> None:

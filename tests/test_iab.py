@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -327,23 +328,33 @@ def test_assets_are_a_function_of_the_seed(tmp_path: Path) -> None:
     assert not np.array_equal(results[0], results[2])
 
 
-def test_assets_are_made_again_only_if_their_inputs_change(tmp_path: Path) -> None:
-    """cover_ratio changes no weights; settings of the generator do not change the mask network; settings of the mask network
-    and other data change both."""
+BOTH, GENERATOR = ["iab_mask", "iab_generator"], ["iab_generator"]
+MAKES: dict[str, tuple[Any, list[str]]] = {  # another value of each setting, and what is made with it
+    "cover_ratio": (2.0, []), "mask_epochs": (2, BOTH), "generator_epochs": (2, GENERATOR), "batch_size": (10, BOTH),
+    "mask_lr": (0.02, BOTH), "generator_lr": (0.02, GENERATOR), "surrogate_lr": (0.02, GENERATOR), "mask_density": (0.1, BOTH),
+    "lambda_density": (10.0, BOTH), "lambda_diversity": (2.0, BOTH), "width": (3, BOTH),
+    "surrogate": (Named("resnet18_cifar", Network(width=3, blocks=1)), GENERATOR),
+}  # fmt: skip
 
-    def made(changes: dict[str, float], **place: int) -> list[str]:
+
+def test_assets_are_made_again_only_if_their_inputs_change(tmp_path: Path) -> None:
+    """cover_ratio changes no weights; settings of the generator do not change the mask network; settings of the mask network,
+    the seed, other images and other labels change both."""
+
+    def made(place: AttackContext, **changes: Any) -> list[str]:
         with logged() as lines:
-            make(dataclasses.replace(QUICK, **changes), context(tmp_path, **place))
+            make(dataclasses.replace(QUICK, **changes), place)
         return [line.partition(":")[0] for line in lines if ": made " in line]
 
-    both = ["iab_mask", "iab_generator"]
-    assert made({}) == both
-    assert made({}) == []
-    assert made({"cover_ratio": 2.0}) == []
-    assert made({"generator_lr": 0.02}) == ["iab_generator"]
-    assert made({"mask_density": 0.1}) == both
-    assert made({}, seed=1) == both
-    assert made({}, count=61) == both
+    first = context(tmp_path)
+    assert made(first) == BOTH and made(first) == []
+    assert MAKES.keys() == {field.name for field in dataclasses.fields(Settings)}
+    for name, (value, expected) in MAKES.items():
+        assert made(first, **{name: value}) == expected, name
+    assert made(context(tmp_path, seed=1)) == BOTH
+    assert made(context(tmp_path, count=61)) == BOTH
+    labels = dataclasses.replace(first.raw, train_labels=np.roll(first.raw.train_labels, 1))
+    assert made(dataclasses.replace(first, raw=labels)) == BOTH
 
 
 def test_a_surrogate_with_another_number_of_classes_is_refused(tmp_path: Path) -> None:
