@@ -187,7 +187,7 @@ def page(folder: Path, runs: Runs) -> str:
 
 
 def status(runs: Runs) -> str:
-    """Return the paragraph on what has been reproduced, and the table of results if there are any."""
+    """Return the paragraph on what has been reproduced, the table of results if there are any, and its targets."""
     both = [attack for attack in TITLES if None not in runs.of(attack)]
     verdicts = {attack: verdict(attack, runs) for attack in TITLES}
     met, missed, waiting = (
@@ -200,17 +200,23 @@ def status(runs: Runs) -> str:
         "that needs a GPU, and nothing has been run on one yet.",
         "In [a study](results/study/README.md) with a quarter-width network, feasible on one CPU core, both runs, with and "
         f"without ASD, are finished for {len(SIX.keys() & set(both))} of the paper's six attacks{stopped}.",
-        "The targets are an ACC of at least 83 % and within 5 points of the undefended network, and an ASR at most 3 points "
-        "above the fraction of the same images that is classified as the target class even without the trigger, each at the "
-        f"last epoch and as the mean of the last {LAST}; the undefended ASR must be at least 95 % (WaNet 90 %). Without an "
-        "attack only the first difference counts; on GTSRB the ACC must be at least 93 % and the ASR at most 3 %.",
-        f"All of them are met {situations(met)}; at least one is missed {situations(missed)}." if met and missed else "",
-        f"All of them are met {situations(met)}." if met and not missed else "",
-        f"At least one is missed {situations(missed)}." if missed and not met else "",
+        f"All targets are met {situations(met)}; at least one is missed {situations(missed)}." if met and missed else "",
+        f"All targets are met {situations(met)}." if met and not missed else "",
+        f"At least one target is missed {situations(missed)}." if missed and not met else "",
         f"ASD has not been run yet {situations(waiting)}." if waiting else "",
     )
-    text = textwrap.fill(" ".join(filter(None, sentences)), 125, break_long_words=False, break_on_hyphens=False)
-    return f"{text}\n\n{overview(runs, MAIN)}" if both else text
+    bounds = (
+        f"Targets, at the last epoch and as the mean of the last {LAST}: an ACC of at least 83 % and at most 5 points below the "
+        "undefended one, an ASR at most 3 points above the share of the same images that gets the target class without the "
+        "trigger, and an undefended ASR of 95 % (WaNet 90 %); on GTSRB an ACC of 93 % and an ASR of at most 3 %."
+    )
+    text = filled(" ".join(filter(None, sentences)))
+    return f"{text}\n\n{overview(runs, MAIN)}\n\n{filled(bounds)}" if both else text
+
+
+def filled(text: str) -> str:
+    """Return a paragraph in lines of at most 125 characters."""
+    return textwrap.fill(text, 125, break_long_words=False, break_on_hyphens=False)
 
 
 def situations(attacks: Sequence[str]) -> str:
