@@ -30,6 +30,8 @@ from model.inference import predict
 from utils import checkpoint, config
 from utils.cli import command, parse_arguments
 from utils.config import Config
+from utils.config.compatibility import other_tests
+from utils.config.schema import as_dict
 from utils.errors import UserError
 from utils.files import check_writable, write_atomically, write_text
 from utils.names import class_text
@@ -92,7 +94,11 @@ def test(loaded: Loaded) -> None:
         raise UserError(f"dataset_dir: {settings.dataset_dir}: no test images: add some, or label images with --images DIR")
     figures, by_class = evaluate(build_context(settings, machine, clean), loaded.model, tests)
     assert by_class is not None
+    others = other_tests(loaded.saved, as_dict(settings))
+    if others:
+        print(f"note: the test images are not those of the run: {'; '.join(others)}")
     result: dict[str, Any] = {"checkpoint": str(loaded.path), "epoch": loaded.saved.get("epoch")} | figures
+    result |= {"other_than_in_training": others} if others else {}
     result |= {"clean_total": len(clean), "backdoor_total": None if backdoor is None else len(backdoor)}
     shares = {name: f"{100 * share:.2f} %" for name, share in figures.items() if share is not None}
     print(f"ACC {shares['clean_accuracy']} of {len(clean)} clean test images")

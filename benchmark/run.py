@@ -23,7 +23,8 @@ from benchmark.rows import CPU, CUDA, QUICK, growth, rows
 from benchmark.workload import make_context
 from utils.cli import Parser
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import check_writable, write_text
+from utils.paths import user_path
 from utils.runtime.machine import has_bf16, processor
 
 HEAD = f"{'row':28s} {'variant':30s} {'ms':>10s} {'ratio (min to max)':28s} against"
@@ -76,8 +77,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name}: has no effect with --first-look: leave it out")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device found: leave the option out to measure the CPU")
-    if options.json and Path(options.json).is_dir():
-        raise UserError(f"--json {options.json}: is a folder: give a file name")
+    if options.json:
+        options.json = str(user_path(options.json, "--json"))
+        if Path(options.json).is_dir():
+            raise UserError(f"--json {options.json}: is a folder: give a file name")
+        check_writable(Path(options.json))
     return options
 
 

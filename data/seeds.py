@@ -47,10 +47,9 @@ def choose_seed_samples(config: Config, data: PoisonedData, folder: Path) -> Ten
     names = data.names or tuple(map(str, range(len(labels))))
     seeds = read_seed_samples(source, names, labels.cpu().numpy(), data.class_names, config.num_classes)
     if is_dir(source, "seed_samples"):
-        pre = [step.settings for step in config.transform.pre]
         for i, file in seeds.items():
             image = data.train.fetch(torch.tensor([i]))[0].permute(1, 2, 0).cpu().numpy()  # (H, W, 3)
-            check_copy(Path(file), names[i], image, pre)
+            check_copy(Path(file), names[i], image, data.pre)
     keep_with_run(folder / SEED_SAMPLES, [names[i] for i in seeds])
     return torch.tensor(list(seeds), dtype=torch.int64)
 
@@ -60,7 +59,7 @@ def check_copy(file: Path, name: str, image: np.ndarray, pre: Sequence[Any]) -> 
 
     Args:
         image: (H, W, 3) uint8, the training image.
-        pre: settings of the transforms of `transform.pre`.
+        pre: settings of the transforms that the training images have been through.
     """
     pixels = read_prepared(file, pre)
     if isinstance(pixels, str) or not np.array_equal(pixels, image):

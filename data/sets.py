@@ -33,6 +33,7 @@ class RawData:
     train_digests: tuple[str, ...] | None = None  # N, `data.digests.pixel_digests`; None: not computed yet
     test_digests: tuple[str, ...] | None = None  # M
     left_out: int = 0  # images of the data set that cannot be read and are missing here
+    pre: tuple[Any, ...] = ()  # settings of the transforms that the images have been through
 
     def cut(self, train: int | None, test: int | None) -> RawData:
         """Return the first `train` and `test` images of the two parts (None: all); nothing is copied."""
@@ -204,6 +205,7 @@ class PoisonedData:
     ground_truth: GroundTruth | None = None  # for seed samples and reports only; None: unknown
     backdoor: Backdoor | None = None  # the attack that made the set; None: unknown
     manifest: str = ""  # identity of the data (`utils/manifest.py`)
+    pre: tuple[Any, ...] = ()  # settings of the transforms that the images have been through before the attack
 
 
 NewClassifier = Callable[[Named, int], nn.Module]

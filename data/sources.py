@@ -63,7 +63,7 @@ def prepare(
         inputs = with_poisoned(inputs, data.ground_truth.poisoned().numpy())
     for name, digest in sorted(assets.items()):
         inputs = manifest.with_input(inputs, f"{manifest.ASSETS}{name}", digest)
-    return replace(data, manifest=inputs)
+    return replace(data, manifest=inputs, pre=raw.pre or tuple(step.settings for step in config.transform.pre))
 
 
 def prepare_tests(

@@ -37,7 +37,8 @@ class ImageFiles:
         if not is_dir(root, "--images"):
             raise UserError(f"--images {root}: not a folder: give the folder of the images")
         self.root, self.pre, self.size = root, pre, size
-        self.files = list(files_below(root, ""))
+        self.linked: list[str] = []  # folders
+        self.files = list(files_below(root, "", self.linked))
         if not self.files:
             raise UserError(f"--images {root}: contains no files: give the folder of the images")
         self.kept: list[str] = []
@@ -88,16 +89,25 @@ class ImageFiles:
         depths = depth_line(self.depths, len(self.kept))
         if depths:
             yield depths
+        if self.linked:
+            first = printable(self.linked[0])
+            yield f"{len(self.linked)} links to folders are not followed (first: {first}): label those folders separately"
         yield from unreadable_lines(self.unreadable)
 
 
-def files_below(root: Path, inside: str) -> Iterator[str]:
-    """Yield the files below a folder, as paths relative to it with `/`, sorted by folder; links to folders are not followed."""
+def files_below(root: Path, inside: str, linked: list[str]) -> Iterator[str]:
+    """Yield the files below a folder, as paths relative to it with `/`, sorted by folder.
+
+    Args:
+        linked: gets the links to folders, which are not followed: they could lead round in a circle.
+    """
     for entry in visible(root / inside):
         name = f"{inside}{entry.name}"
         if entry.is_dir(follow_symlinks=False):
-            yield from files_below(root, f"{name}/")
-        elif not is_folder(entry):  # a file that is not an image, or cannot be opened, is reported as unreadable
+            yield from files_below(root, f"{name}/", linked)
+        elif is_folder(entry):
+            linked.append(name)
+        else:  # a file that is not an image, or cannot be opened, is reported as unreadable
             yield name
 
 

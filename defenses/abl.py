@@ -56,7 +56,7 @@ class Settings(DefenseSettings):
     augmented: tuple[str, ...] = setting(
         ("isolation", "finetune", "unlearn"), "stages that see augmented images", options=("isolation", "finetune", "unlearn")
     )
-    batch_size: int = setting(128, "batch size of all stages", low=2)
+    batch_size: int = setting(128, "batch size of all stages", low=2, high=65536)
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """Each stage has an optimizer of its own, without momentum from the one before."""

@@ -38,7 +38,7 @@ class Settings(DefenseSettings):
         "learning-rate schedule of the clean network; null: constant",
         choices=SCHEDULERS,
     )
-    batch_size: int = setting(64, "batch size of both", low=2)
+    batch_size: int = setting(64, "batch size of both", low=2, high=65536)
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """The biased network, then the clean one, which is the model."""

@@ -44,7 +44,7 @@ class Settings(DefenseSettings):
     finetune_optimizer: Named = setting(
         Named("SGD", SGD(lr=0.01, momentum=0.9, weight_decay=5e-4)), "optimizer of the fine-tuning", choices=OPTIMIZERS
     )
-    batch_size: int = setting(128, "batch size of the fine-tuning", low=2)
+    batch_size: int = setting(128, "batch size of the fine-tuning", low=2, high=65536)
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """The undefended network; one epoch without training, which evaluates the pruned network; fine-tuning."""

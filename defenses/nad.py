@@ -48,7 +48,7 @@ class Settings(DefenseSettings):
     )
     layers: tuple[str, ...] = setting(("layer2", "layer3", "layer4"), "parts of the backbone whose attention maps are compared")
     betas: tuple[float, ...] = setting((500.0, 500.0, 500.0), "weight of each of them", low=0)
-    batch_size: int = setting(64, "batch size of teacher and student", low=2)
+    batch_size: int = setting(64, "batch size of teacher and student", low=2, high=65536)
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """The undefended network, the teacher, the student."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from loss.supervised import full_precision
+
 EPSILON = 1e-6
 
 
 def attention_map(features: Tensor) -> Tensor:
     """Return `a / (|a|_2 + 1e-6)` of `a = sum_c |f_c|^2`: (B, c, h, w) -> (B, h w)."""
-    attention = features.float().square().sum(1).flatten(1)
+    attention = full_precision(features).square().sum(1).flatten(1)
     return attention / (attention.norm(dim=1, keepdim=True) + EPSILON)
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loss.supervised import full_precision
+
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     """Return the loss of each image: its two views against all other views of the batch.
@@ -17,7 +19,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     Returns:
         (B,).
     """
-    first, second = F.normalize(first.float(), dim=1), F.normalize(second.float(), dim=1)
+    first, second = (F.normalize(full_precision(z), dim=1) for z in (first, second))
     positive = (first * second).sum(1) / temperature  # (B,)
     others = first @ torch.cat([first, second]).T / temperature  # (B, 2B)
     itself = torch.eye(len(first), 2 * len(first), dtype=torch.bool, device=first.device)

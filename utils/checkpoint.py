@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import copy
 import io
+import lzma
 import pickle
+import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -186,6 +189,10 @@ def read(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_SCALARS):  # the authors have numpy scalars
             warnings.simplefilter("ignore")  # torch's warnings about old pickles
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip() is not None:  # torch does not compare the checksums: the weights would be wrong
+                        raise broken
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error)
@@ -196,7 +203,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror}): make it readable") from None
     except (
         RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError,
-        OverflowError, MemoryError, AssertionError, ImportError,
+        OverflowError, MemoryError, AssertionError, ImportError, struct.error, zlib.error, lzma.LZMAError,
     ):  # fmt: skip
         raise broken from None
     weights = loaded.get("model_state_dict") if isinstance(loaded, dict) else None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from utils.errors import UserError
+from utils.errors import UserError, without_controls
 from utils.files import FULL
 from utils.logs import on_screen
 from utils.paths import PROJECT
@@ -89,7 +89,7 @@ def run(name: str, main: Callable[[], None]) -> None:
     except UserError as error:
         if rank() > 0:
             time.sleep(3)  # an error on all ranks is reported by rank 0, and torchrun then ends this one
-        fail(f"{name}: error: {who()}{error}", 2)
+        fail(f"{name}: error: {who()}{without_controls(str(error))}", 2)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of the output has exited
         sys.exit(141)

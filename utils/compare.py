@@ -2,7 +2,8 @@
 
     python -m utils.compare RUN_FOLDER [RUN_FOLDER ...] [--plot FILE] [--markdown]
 
-A run folder is `<saved_dir>/<run>`. Runs that differ only in their seed are summarized by mean and standard deviation. The
+A run folder is `<saved_dir>/<run>`. Runs that differ only in their seed are summarized by mean and standard deviation. A run
+that is not finished has a row of its own, with the number of its epochs, and is no baseline. The
 DER of a run with a defense is computed relative to its undefended baseline: the first given run without a defense that has the
 same network, poisoned set and seed.
 """
@@ -24,9 +25,12 @@ import yaml
 
 from utils import manifest, metrics
 from utils.cli import Parser, command
+from utils.config.compatibility import read_config
 from utils.config.stages import UNDEFENDED
 from utils.errors import UserError
+from utils.files import check_writable
 from utils.metrics import read_rows
+from utils.paths import user_path
 from utils.reporting.best_effort import BestEffort
 from utils.reporting.plots import draw_comparison
 
@@ -56,8 +60,19 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: not the folder of a run ({what}): give <saved_dir>/<run>") from None
     if not rows:
         raise UserError(f"{folder}: the run has not finished an epoch yet")
+    epochs = epochs_of(settings)
     seed, name = settings.pop("seed")["seed"], str(settings.pop("run", None) or folder.name)
-    return {"name": name, "seed": seed, "settings": settings, "rows": rows, "data": data}
+    finished = epochs is None or len(rows) >= epochs
+    name = name if finished else f"{name} (epoch {len(rows)} of {epochs})"
+    return {"name": name, "seed": seed, "settings": settings, "rows": rows, "data": data, "finished": finished}
+
+
+def epochs_of(settings: dict[str, Any]) -> int | None:
+    """Return the number of epochs of a run with these settings; None: they are of an earlier version and cannot be read."""
+    try:
+        return read_config(settings).epochs
+    except UserError:
+        return None
 
 
 def data_digest(path: Path) -> str | None:
@@ -70,10 +85,10 @@ def data_digest(path: Path) -> str | None:
 
 
 def group(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Group the runs whose settings are equal except for the seed, in the order given; no seed twice in a group."""
+    """Group the finished runs whose settings are equal except for the seed, in the order given; no seed twice in a group."""
     groups: list[list[dict[str, Any]]] = []
     for run in runs:
-        alike = (g for g in groups if g[0]["settings"] == run["settings"])
+        alike = (g for g in groups if g[0]["settings"] == run["settings"] and g[0]["finished"] and run["finished"])
         same = next((g for g in alike if run["seed"] not in [other["seed"] for other in g]), None)
         if same is None:
             groups.append([run])
@@ -115,7 +130,7 @@ def pool_text(row: dict[str, Any]) -> str:
 
 def is_baseline(baseline: dict[str, Any], run: dict[str, Any]) -> bool:
     """Return whether a run without a defense trains the same network on the same poisoned set as another run."""
-    if baseline["rows"][-1]["defense"] != UNDEFENDED or baseline["seed"] != run["seed"]:
+    if baseline["rows"][-1]["defense"] != UNDEFENDED or baseline["seed"] != run["seed"] or not baseline["finished"]:
         return False
     if None not in (baseline["data"], run["data"]) and baseline["data"] != run["data"]:
         return False
@@ -205,13 +220,16 @@ def main() -> None:
     for i, folder in enumerate(args.folders):
         if places[i] in places[:i]:
             raise UserError(f"{folder}: is given twice: give each run once")
+    plot = args.plot and user_path(args.plot, "--plot")
+    if plot:
+        check_writable(plot)
     groups = group([read_run(folder) for folder in args.folders])
     print(render(table(groups), args.markdown))
-    if args.plot:
+    if plot:
         panels = [(title_of(runs, groups), [run["rows"] for run in runs]) for runs in groups]
-        if not BestEffort().attempt(str(args.plot), draw_comparison, args.plot, panels):
+        if not BestEffort().attempt(str(plot), draw_comparison, plot, panels):
             raise UserError(f"--plot {args.plot}: could not be drawn: see the warning above, or leave the option out")
-        print(f"plot written to {args.plot}")
+        print(f"plot written to {plot}")
 
 
 if __name__ == "__main__":

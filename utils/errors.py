@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -18,6 +19,11 @@ def one_line(error: BaseException | str) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 200 else text[:199] + "\u2026"
+
+
+def without_controls(text: str) -> str:
+    """Return a text with escapes such as `\\n` for its line breaks and control characters; other characters are kept."""
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
 
 
 def printable(text: str) -> str:

@@ -51,7 +51,9 @@ class Settings:
     )
     epochs: int = setting(30, "epochs of the surrogate's training", low=1)
     learning_rate: float = setting(0.1, "greatest learning rate of the surrogate's SGD; it rises, then falls to 0", above=0)
-    batch_size: int = setting(128, "images per step of the surrogate's training; lower it if memory runs out", low=2)
+    batch_size: int = setting(
+        128, "images per step of the surrogate's training; lower it if memory runs out", low=2, high=65536
+    )
 
 
 class Attack(AttackBase):

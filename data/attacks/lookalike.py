@@ -37,7 +37,9 @@ class Settings:
     )
     epochs: int = setting(4, "epochs of the surrogate's training; few, as it resembles the defender's network early on", low=1)
     learning_rate: float = setting(0.1, "greatest learning rate of the surrogate's SGD; it rises, then falls to 0", above=0)
-    batch_size: int = setting(128, "images per step of the surrogate's training; lower it if memory runs out", low=2)
+    batch_size: int = setting(
+        128, "images per step of the surrogate's training; lower it if memory runs out", low=2, high=65536
+    )
     training = "benign"  # the surrogate has no adversary
 
 

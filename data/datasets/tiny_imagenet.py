@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.io.image_file import SUFFIXES
 from data.sets import Listing
 from utils.config.schema import setting
 from utils.errors import UserError, one_line
@@ -72,16 +73,33 @@ def by_folder(part: Path) -> dict[str, list[Path]]:
     found = {}
     for entry in visible(part):
         if is_folder(entry):
-            folder = Path(entry.path)
-            found[entry.name] = files_but_texts(folder / "images" if is_dir(folder / "images", "dataset_dir") else folder)
+            found[entry.name] = images_of_class(Path(entry.path))
+        elif entry.is_symlink() and not exists(Path(entry.path), "dataset_dir"):  # without it, all labels would shift
+            raise UserError(f"{entry.path}: broken link: repair or remove it")
+        elif Path(entry.name).suffix.lower() in SUFFIXES:
+            raise UserError(f"{entry.path}: an image outside of the class folders: {AGAIN}")
     if part.name == "val" and list(found) == ["images"]:
         raise UserError(f"{part / ANNOTATIONS}: no such file, and the images are not in folders of their classes: {AGAIN}")
     return found
 
 
+def images_of_class(folder: Path) -> list[Path]:
+    """Return the images of a class folder by name: those in its folder images, or those directly in it."""
+    if not is_dir(folder / "images", "dataset_dir"):
+        return files_but_texts(folder)
+    beside = [entry for entry in visible(folder) if entry.name != "images" and not entry.name.lower().endswith(".txt")]
+    if beside:
+        raise UserError(f"{beside[0].path}: only the folder images and texts belong there: {AGAIN}")
+    return files_but_texts(folder / "images")
+
+
 def files_but_texts(folder: Path) -> list[Path]:
     """Return the images of a folder by name; texts, as the boxes of a class, are none."""
-    return [Path(e.path) for e in visible(folder) if not is_folder(e) and not e.name.lower().endswith(".txt")]
+    entries = [entry for entry in visible(folder) if not entry.name.lower().endswith(".txt")]
+    for entry in entries:
+        if is_folder(entry):
+            raise UserError(f"{entry.path}: a folder among the images of a class: {AGAIN}")
+    return [Path(entry.path) for entry in entries]
 
 
 def annotated(part: Path) -> dict[str, list[Path]]:

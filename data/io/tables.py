@@ -62,7 +62,12 @@ def to_raw(found: RawData | Listing, pre: Sequence[Any], folder: Path, on_disk: 
             for images, name in ((found.train_images, "train"), (found.test_images, "test"))
         )
         return replace(
-            found, train_images=train.images, test_images=test.images, train_digests=train.digests, test_digests=test.digests
+            found,
+            train_images=train.images,
+            test_images=test.images,
+            train_digests=train.digests,
+            test_digests=test.digests,
+            pre=tuple(pre),
         )
     pre = pre or found.pre
     train, test = (table_of_files(found, part, pre, folder) for part in ("train", "test"))
@@ -76,7 +81,7 @@ def to_raw(found: RawData | Listing, pre: Sequence[Any], folder: Path, on_disk: 
     )
     raw = RawData(
         train.images, found.train_labels[train.kept], test.images, found.test_labels[test.kept], found.class_names,
-        names, test_names, train.digests, test.digests, len(train.unreadable) + len(test.unreadable),
+        names, test_names, train.digests, test.digests, len(train.unreadable) + len(test.unreadable), tuple(pre),
     )  # fmt: skip
     for label, count in enumerate(np.bincount(raw.train_labels, minlength=int(found.train_labels.max()) + 1)):
         if count == 0 and (found.train_labels == label).any():
@@ -259,10 +264,12 @@ def check_unreadable(listing: Listing, train: Table, test: Table) -> None:
         logger.info(line)
     count, total = len(unreadable), len(listing.train_files) + len(listing.test_files)
     key = f"dataset.{listing.name}.skip_unreadable"
-    if not listing.skip_unreadable or len(train.kept) == 0:
-        first = ": ".join(map(printable, unreadable[0]))
+    first = ": ".join(map(printable, unreadable[0]))
+    if not listing.skip_unreadable:
         raise UserError(
             f"{listing.root}: {count} of {total} images cannot be read (first: {first}): repair or remove them, or leave them "
             f"out with --set {key}=true; a run that was begun with them then needs another name, --set run=NAME"
         )
+    if len(train.kept) == 0:
+        raise UserError(f"{listing.root}: none of the training images can be read (first: {first}): repair them")
     logger.info(f"{count} of {total} images are left out ({key})")

@@ -22,6 +22,7 @@ from data.poisoned_sets.agreement import same_arrays
 from data.poisoned_sets.folder import (
     INPUTS,
     KEYS,
+    LEFT_OUT,
     count,
     description_of,
     holds_same_set,
@@ -36,6 +37,7 @@ from utils.config import Config
 from utils.config.schema import as_dict
 from utils.errors import UserError
 from utils.kinds import COVER, POISONED
+from utils.names import class_name
 from utils.paths import exists, is_dir
 from utils.reporting.best_effort import BestEffort
 from utils.run_files import STORED_SET
@@ -121,6 +123,8 @@ def make(config: Config, device: torch.device, new_classifier: NewClassifier) ->
     }
     settings = settings_of_set(config, dataset_of(config))
     settings |= {"class_names": list(raw.class_names), INPUTS: digest_of_manifest(config, raw)}
+    if raw.left_out:
+        settings[LEFT_OUT] = raw.left_out
     return Made(parts, settings, sheet_groups(config, raw, attack, parts["train"], parts["backdoor_test"]), raw.left_out)
 
 
@@ -130,16 +134,26 @@ def convert(config: Config) -> Made:
     assert isinstance(stored, StoredSet)
     parts = {name: getattr(stored, name) for name in PARTS}
     described = json.loads(stored.description)
-    settings = {key: described[key] for key in (*KEYS, "source", INPUTS) if key in described and key not in ("counts", "files")}
+    settings = {
+        key: described[key]
+        for key in (*KEYS, "source", INPUTS, LEFT_OUT)
+        if key in described and key not in ("counts", "files")
+    }
     settings["backdoor"] = as_dict(stored.backdoor)  # set.json of version 1 lacks target_shift
     limits = {"train_limit": config.data.train_limit, "test_limit": config.data.test_limit}
-    given = {key: limit for key, limit in limits.items() if limit is not None}
+    given = {key: least(limit, settings["data"].get(key)) for key, limit in limits.items() if limit is not None}
     if given:
         settings["data"] |= given
         settings.pop(INPUTS, None)  # the set was made from more images
     clean, title = stored.clean_test, f"triggered test images, labeled {stored.backdoor.target_text(stored.class_names)}"
     shown = [(title, stored.backdoor_test, clean, POISONED, "triggered")]
-    return Made(parts, settings, groups_of(stored.backdoor.attack.name, stored.class_names, shown))
+    left_out = settings.get(LEFT_OUT, 0)
+    return Made(parts, settings, groups_of(stored.backdoor.attack.name, stored.class_names, shown), left_out)
+
+
+def least(limit: int, stored: int | None) -> int:
+    """Return the smaller of the limit that is given and the one that the set was made with (None: all images)."""
+    return limit if stored is None else min(limit, stored)
 
 
 def sheet_groups(config: Config, raw: RawData, attack: AttackBase, train: Part, backdoor_test: Part) -> list[Group]:
@@ -167,7 +181,7 @@ def groups_of(name: str, class_names: Sequence[str], shown: Sequence[Shown]) -> 
             n = min(len(at), columns(max(part.images.shape[1:3])))
             at = at[np.arange(n) * len(at) // n]  # spread over the set
             place = part.indices[at]
-            names = [class_names[label] for label in part.original_labels[at]]
+            names = [class_name(label, class_names) for label in part.original_labels[at].tolist()]
             captions = [f"{i} {text}" for i, text in zip(place, names, strict=True)]
             originals = before.images[np.searchsorted(before.indices, place)]
             groups.append(Group(f"{name}: {title}", row, originals, part.images[at], captions))

@@ -20,7 +20,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 
 from data.poisoned_sets.stored import ARRAYS, PARTS, StoredSet, contradiction
-from data.sets import Part
+from data.sets import MOST_CLASSES, Part
 from utils.config import Config
 from utils.config.schema import Named, as_dict, keys_of
 from utils.config.settings import Backdoor
@@ -36,6 +36,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "backdoor": dict, "dataset": dict, "data": dict, "seed": (int, type(None)), "num_classes": int, "class_names": list,
     "transform_pre": dict, "counts": dict, "files": dict,
 }  # fmt: skip
+LEFT_OUT = "left_out"  # optional key: how many images of the data set could not be read and are missing
 INPUTS = "inputs"  # optional key: `digest_of_manifest` of the data that the set was made from
 # The keys of `backdoor` besides the attack (poison_ratio etc.) with their types.
 PLAIN = {key: get_args(kind) or (kind,) for key, kind in get_type_hints(Backdoor).items() if kind is not Named}
@@ -103,7 +104,7 @@ def read_set(folder: Path) -> StoredSet:
     text, described = read_description(folder)
     train, clean, triggered = (read_part(folder / f"{name}.npz", described["files"].get(f"{name}.npz")) for name in PARTS)
     parts = dict(zip(PARTS, (train, clean, triggered), strict=True))
-    backdoor = backdoor_of(path, described["backdoor"])
+    backdoor = backdoor_of(path, described["backdoor"], described["num_classes"])
     wrong = contradiction(parts, backdoor, described["num_classes"])
     if wrong is None and described["counts"] != {name: count(part) for name, part in parts.items()}:
         wrong = f"{STORED_SET}: counts: do not match the files"
@@ -135,13 +136,22 @@ def read_description(folder: Path) -> tuple[str, dict[str, Any]]:
         if key not in described or type(described[key]) not in (kind if isinstance(kind, tuple) else (kind,)):
             raise UserError(f"{path}: {key}: missing or of the wrong type: {REMEDY}")
     names, backdoor = described["class_names"], described["backdoor"]
-    if not names or not all(isinstance(name, str) and is_text(name) for name in names):
-        raise UserError(f"{path}: class_names: must be names: {REMEDY}")
-    if not described["dataset"] or not all(is_text(key) for key in (*described["dataset"], *backdoor)):
+    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+        raise UserError(f"{path}: class_names: must be different names: {REMEDY}")
+    if not 1 < described["num_classes"] <= MOST_CLASSES:
+        raise UserError(f"{path}: num_classes: must be in 2..{MOST_CLASSES}: {REMEDY}")
+    if len(described["dataset"]) != 1 or not all(is_text(key) for key in (*described["dataset"], *backdoor)):
         raise UserError(f"{path}: dataset, backdoor: must name the data set and the attack: {REMEDY}")
+    if not is_count(described.get(LEFT_OUT, 0)):
+        raise UserError(f"{path}: {LEFT_OUT}: must be a number of images: {REMEDY}")
     if version == 1:  # from before all-to-all labels
         described["backdoor"].setdefault("target_shift", None)
     return text, described
+
+
+def is_count(value: object) -> bool:
+    """Return whether a value is a whole number that is not negative."""
+    return type(value) is int and value >= 0
 
 
 def is_text(text: str) -> bool:
@@ -169,13 +179,16 @@ def read_part(path: Path, described: object) -> Part:
     return Part(**arrays)
 
 
-def backdoor_of(path: Path, described: dict[str, Any]) -> Backdoor:
+def backdoor_of(path: Path, described: dict[str, Any], num_classes: int) -> Backdoor:
     """Return the `backdoor` section of `set.json`; the attack's own settings are kept as they are."""
     attacks = [key for key in described if key not in PLAIN]
     if len(attacks) != 1 or any(type(described.get(key, ...)) not in kinds for key, kinds in PLAIN.items()):
         raise UserError(f"{path}: backdoor: must name one attack, and {', '.join(PLAIN)}: {REMEDY}")
     if (described["target_label"] is None) == (described["target_shift"] is None):
         raise UserError(f"{path}: backdoor: needs either target_label or target_shift: {REMEDY}")
+    for key, low in {"target_label": 0, "target_shift": 1}.items():
+        if described[key] is not None and not low <= described[key] < num_classes:
+            raise UserError(f"{path}: backdoor: {key}: must be in {low}..{num_classes - 1}: {REMEDY}")
     if not 0 <= described["poison_ratio"] <= 1 or described["poison_mode"] not in MODES:
         raise UserError(f"{path}: backdoor: poison_ratio must be in 0..1, poison_mode one of {', '.join(MODES)}: {REMEDY}")
     (name,) = attacks

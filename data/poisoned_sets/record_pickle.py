@@ -7,6 +7,7 @@ numbers, numeric arrays or nothing; every other global is rejected. Weights are 
 from __future__ import annotations
 
 import io
+import lzma
 import pickle
 import struct
 import zipfile
@@ -25,8 +26,8 @@ MEMBER = "data.pkl"
 LIMIT = 64 << 20  # bytes of the pickle; 100,000 images with long paths take a third of it
 ENDINGS = ("Storage",)  # of torch's classes that hold weights
 BROKEN = (
-    pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, TypeError, LookupError,
-    AttributeError, ImportError, OSError, OverflowError, MemoryError, RuntimeError,
+    pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError, TypeError,
+    LookupError, AttributeError, ImportError, OSError, OverflowError, MemoryError, RuntimeError,
 )  # fmt: skip
 
 

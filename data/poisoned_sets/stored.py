@@ -105,6 +105,8 @@ def contradiction(
         return f"{called['backdoor_test']}: {what}"
     if not np.isin(triggered.indices, clean.indices).all():
         return f"{called['backdoor_test']}: indices: some are not in {called['clean_test']}"
+    if (triggered.original_labels != clean.original_labels[np.searchsorted(clean.indices, triggered.indices)]).any():
+        return f"{called['backdoor_test']}: original_labels: not those of the same images in {called['clean_test']}"
     return None
 
 

@@ -10,8 +10,13 @@ from typing import Any
 
 import torch
 
+from utils.errors import UserError, one_line
+
 
 def check(network: ModuleType, settings: Any) -> None:
     """Refuse settings from which the network cannot be built; called when the YAML is read."""
     with torch.device("meta"):  # no memory, no random number; 60 ms
-        network.build(settings)
+        try:
+            network.build(settings)
+        except RuntimeError as error:  # of torch: sizes that no tensor can have
+            raise UserError(f"cannot be built ({one_line(error)}): lower its width") from None

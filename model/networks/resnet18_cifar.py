@@ -15,7 +15,7 @@ from utils.config.schema import setting
 class Settings:
     num_classes: int | None = setting(None, "must equal the top-level num_classes; null: the same", low=1)
     width: int = setting(64, "channels of the stem; the stages have 1, 2, 4, 8 times as many", low=1)
-    blocks: int = setting(2, "basic blocks of each stage; 2 is ResNet-18", low=1)
+    blocks: int = setting(2, "basic blocks of each stage; 2 is ResNet-18", low=1, high=1000)
     last_parts: tuple[str, ...] | None = setting(None, "what the virtual model trains; null: layer3, layer4")
 
 

@@ -206,8 +206,8 @@ def status(runs: Runs) -> str:
         f"ASD has not been run yet {situations(waiting)}." if waiting else "",
     )
     bounds = (
-        f"Targets, at the last epoch and as the mean of the last {LAST}: an ACC of at least 83 % and at most 5 points below the "
-        "undefended one, an ASR at most 3 points above the share of the same images that gets the target class without the "
+        f"Targets, at the last epoch and as the mean of the last {LAST}: an ACC of at least 83 % and at most 5 points below "
+        "the undefended one, an ASR at most 3 points above the share of the same images that gets the target class without the "
         "trigger, and an undefended ASR of 95 % (WaNet 90 %); on GTSRB an ACC of 93 % and an ASR of at most 3 %."
     )
     text = filled(" ".join(filter(None, sentences)))

@@ -56,6 +56,28 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
         )
 
 
+TESTED = ("backdoor", "seed.seed", "transform.pre", "transform.test")  # settings that decide what test images look like
+
+
+def other_tests(saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """Return lines on the settings of the test images that differ from those with which a checkpoint was trained.
+
+    To test with another trigger is legitimate, but must not go unnoticed. Checkpoints of the authors store no settings.
+    """
+    if not isinstance(saved.get("config"), dict):
+        return []
+    try:
+        then = flatten(as_dict(read_config(saved["config"])))
+    except UserError:  # of an earlier version
+        return []
+    now, lines = flatten(config), {}
+    for key in dict.fromkeys((*then, *now)):
+        if then.get(key) != now.get(key) and any(key == tested or key.startswith(f"{tested}.") for tested in TESTED):
+            at, before, after = chosen_differently(key, then, now) or (key, then.get(key), now.get(key))
+            lines[at] = f"{at}: {after}, in training {before}"
+    return list(lines.values())
+
+
 def may_have_other_length(written: Config | None, epoch: Any, wanted: Config) -> bool:
     """Whether a run may resume from a checkpoint although its `num_epochs` is another one.
 
@@ -69,14 +91,20 @@ def may_have_other_length(written: Config | None, epoch: Any, wanted: Config) ->
         return False
     if written is None:
         return True
-    before = stage_names(written)
-    done = epoch + 1 if isinstance(epoch, int) else len(before)
-    return all(then == now for then, now in zip(before[:done], stage_names(wanted), strict=False))
+    done = epoch + 1 if isinstance(epoch, int) else written.epochs
+    done = min(done, written.epochs, wanted.epochs)
+    return stage_ends(written, done) == stage_ends(wanted, done)
 
 
-def stage_names(config: Config) -> list[str]:
-    """Return the name of the stage of each epoch."""
-    return [stage.name for stage in config.stages for _ in range(stage.epochs)]
+def stage_ends(config: Config, done: int) -> list[tuple[str, int]]:
+    """Return the stages of the first `done` epochs, each with the number of epochs up to its end."""
+    ends: list[tuple[str, int]] = []
+    total = 0
+    for stage in config.stages:
+        if stage.epochs and total < done:
+            total += stage.epochs
+            ends.append((stage.name, min(total, done)))
+    return ends
 
 
 def chosen_differently(key: str, then: dict[str, Any], now: dict[str, Any]) -> tuple[str, str, str] | None:

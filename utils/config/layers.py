@@ -32,9 +32,14 @@ class Layer:
 
     def under(self, over: Layer, schema: type) -> Layer:
         """Return this layer overridden by `over`; both follow the schema."""
-        return Layer(
-            merge(self.tree, over.tree, schema, path=over.path), self.origin | over.origin, self.written | over.written
-        )
+        given = tuple(leaves(over.tree))
+        kept = {at: text for at, text in self.written.items() if not any(is_below(at, key) for key in given)}
+        return Layer(merge(self.tree, over.tree, schema, path=over.path), self.origin | over.origin, kept | over.written)
+
+
+def is_below(path: str, key: str) -> bool:
+    """Return whether a path such as `a.b[0]` is that key, or a part of its value."""
+    return path == key or path.startswith((f"{key}.", f"{key}["))
 
 
 class Loader(yaml.SafeLoader):

@@ -145,6 +145,8 @@ class Reader:
             self.fail(path, raw if abs(raw) < 10**30 else "...", f"out of range; give a number{key.legal_range} below 2**63")
         if is_number and not key.allows(raw):
             self.fail(path, raw, f"out of range; give a number{key.legal_range or ' that is finite'}")
+        if kind is str and "\0" in raw:
+            self.fail(path, raw, "contains a null character, which no file and no name can have")
         if key.stands_for and kind is str and not raw.strip():
             self.fail(path, raw, f"names no file or folder: give a path{', or null' if key.optional else ''}")
         if key.options and raw not in key.options:

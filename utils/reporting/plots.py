@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,7 +149,7 @@ def draw_confusion(path: Path, matrix: np.ndarray, class_names: Sequence[str], t
             axes.set_xticks(range(n), short, rotation=90, fontsize=size)
             axes.set_yticks(range(n), short, fontsize=size)
         axes.set(xlabel="predicted class", ylabel="true class")
-        axes.set_title(title, fontsize=9, wrap=True)
+        axes.set_title(wrapped(title, side), fontsize=9)
 
 
 def draw_features(path: Path, features: Tensor, groups: dict[str, dict[str, np.ndarray]], title: str) -> None:
@@ -170,7 +171,7 @@ def draw_features(path: Path, features: Tensor, groups: dict[str, dict[str, np.n
             axes.set_ylabel(f"component 2 ({100 * shares[1]:.0f} %)")
             axes.grid(alpha=0.25)
             axes.legend(fontsize=8, markerscale=3, loc="upper right")  # `best` takes seconds for so many points
-        figure.suptitle(f"{title}: penultimate features", fontsize=10, wrap=True)
+        figure.suptitle(wrapped(f"{title}: penultimate features", 5.4 * len(groups)), fontsize=10)
 
 
 def draw_comparison(path: Path, groups: list[tuple[str, list[list[dict[str, Any]]]]]) -> None:
@@ -187,11 +188,16 @@ def draw_comparison(path: Path, groups: list[tuple[str, list[list[dict[str, Any]
                     if history[-1][key] is not None:  # None: no images to test on
                         values = [100 * row[key] for row in history]
                         (lines[name],) = axes.plot(epochs, values, "o-", ms=3, lw=1.2, alpha=0.8, color=color)
-            axes.set_title(title, fontsize=10, wrap=True)
+            axes.set_title(wrapped(title, 4.5), fontsize=10)
             axes.set(xlabel="epoch", ylim=(-3, 103))
             axes.grid(alpha=0.25)
         panels[0][0].set_ylabel("%")
         panels[0][0].legend(lines.values(), lines, fontsize=8)
+
+
+def wrapped(title: str, width: float) -> str:
+    """Return a title in lines that fit into `width` inches. matplotlib's own wrapping reads `$` as the start of a formula."""
+    return "\n".join(textwrap.wrap(title, max(20, round(13 * width)), break_on_hyphens=False))
 
 
 def shade_stages(axes: Any, history: list[dict[str, Any]]) -> None:

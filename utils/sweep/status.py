@@ -41,6 +41,8 @@ class Status:
 def status_of(job: Job) -> Status:
     """Return how far a run is; files that cannot be read count as missing."""
     rows, tested = rows_of(job.run.log / "metrics.jsonl"), as_mapping(read_json(job.run.log / "test.json"))
+    if not all(isinstance(figures.get(key), (int, float, type(None))) for figures in (*rows[-1:], tested) for key in SHARES):
+        tested = {}
     total, seconds = job.config.epochs, sum(row["seconds"] for row in rows)
     if len(rows) == total and is_tested(job, rows[-1], tested) and has_settings(job):
         return Status(FINISHED, total, total, seconds, {key: tested.get(key) for key in SHARES})
@@ -96,7 +98,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         rows = read_rows(path)
     except (OSError, ValueError):
         return []
-    return rows if all({"epoch", "seconds"} <= row.keys() for row in rows) else []
+    return rows if all(isinstance(row.get(key), (int, float)) for row in rows for key in ("epoch", "seconds")) else []
 
 
 def read_json(path: Path) -> Any:
