@@ -186,6 +186,9 @@ def test_the_patches_occur_about_equally_often() -> None:
     assert kinds.sum() == 2000 and (abs(np.sort(kinds)[-4:] - 500) < 120).all()
     disc = attack.patterns[1][attack.opacities[1, ..., 0] > 0]
     assert len(np.unique(disc, axis=0)) == 3
+    squares = [(y - 6) ** 2 + (x - 6) ** 2 for y in range(13) for x in range(13)]  # distances from the center, squared
+    rings = (sum(d <= 4 for d in squares), sum(4 < d <= 18 for d in squares), sum(18 < d <= 6.5**2 for d in squares))
+    assert sorted(np.unique(disc, axis=0, return_counts=True)[1].tolist()) == sorted(rings) and sum(rings) == 137
     assert not np.array_equal(attack.patterns[0], make("adaptive_patch", seed=1).patterns[0])
 
 

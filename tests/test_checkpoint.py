@@ -26,7 +26,7 @@ from model.classifier import build_classifier
 from model.optimizer import build_optimizer, build_scheduler
 from utils import checkpoint, config, files
 from utils.checkpoint import State
-from utils.config.compatibility import flatten, refuse_other_settings
+from utils.config.compatibility import flatten, other_tests, refuse_other_settings, stage_ends
 from utils.config.schema import as_dict
 from utils.errors import UserError
 
@@ -442,6 +442,33 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
     checkpoint.load(path, state, settings)
 
 
+def test_a_changed_byte_of_a_weight_is_refused(tmp_path: Path) -> None:
+    """The checksums inside the file are compared: torch itself would load wrong weights without a word."""
+    state, settings = make_state(tmp_path, steps=1)
+    path = tmp_path / "flipped.pt"
+    save(path, state, settings)
+    content = bytearray(path.read_bytes())
+    name, weight = next((key, w) for key, w in state.model.state_dict().items() if w.numel() > 20)
+    at = content.find(weight.detach().numpy().tobytes())
+    assert at > 0
+    content[at + 3] ^= 0x80  # the sign of the first value
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path, weights_only=True)["model_state_dict"][name], weight)
+    assert "truncated, or not a checkpoint" in refusal(path, state, settings)
+
+
+def test_a_truncated_checkpoint_of_the_old_format_is_refused(tmp_path: Path) -> None:
+    """Also one that torch wrote before its files were archives."""
+    state, settings = make_state(tmp_path, steps=1)
+    torch.save(
+        {"epoch": 0, "model_state_dict": state.model.state_dict()}, tmp_path / "old.pt", _use_new_zipfile_serialization=False
+    )
+    whole = (tmp_path / "old.pt").read_bytes()
+    for content in (*(whole[: len(whole) * i // 20] for i in range(20)), whole[:300], b"\x80\x02X\x00"):
+        (tmp_path / "cut.pt").write_bytes(content)
+        assert "truncated" in refusal(tmp_path / "cut.pt", state, settings)
+
+
 @pytest.mark.parametrize("content", [b"", b"hello, world\n", b"\x80\x02}", b"PK\x03\x04" + bytes(40), bytes(range(256)) * 9])
 def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
     """An empty file, a text file and a foreign binary are refused with their names."""
@@ -701,6 +728,29 @@ def test_all_other_settings_are_compared(tmp_path: Path) -> None:
     assert free == {key for key in flatten(settings) if key.startswith(may_change)}
     assert {name for name in may_change if not any(key.startswith(name) for key in free)} == set()
     assert {"meta.epoch", "split.criterion.sce.alpha", "global.seed_num", "semi.mixmatch.temperature"} < refused
+
+
+def test_stages_end_where_their_epochs_do() -> None:
+    """The stages of finished epochs are compared without a list of all epochs, so that a run may be planned without an end."""
+    plan = ["num_epochs=1000000000", "global.epoch_third=1000000000"]
+    endless = config.load(REPOSITORY / "config/baseline_asd.yaml", plan)
+    assert stage_ends(endless, 100) == [("class-aware", 60), ("class-agnostic", 90), ("meta-split", 100)]
+    assert stage_ends(endless, 60) == [("class-aware", 60)] and stage_ends(endless, 0) == []
+
+
+def test_other_test_images_than_in_training_are_named(tmp_path: Path) -> None:
+    """Another attack, target, seed or transform decides what is tested; other settings do not."""
+    trained = make_state(tmp_path)[1]
+
+    def lines(*overrides: str) -> list[str]:
+        return other_tests({"config": trained}, make_state(tmp_path, overrides)[1])
+
+    assert lines() == lines("run=other", "num_epochs=5", "runtime.amp=true", "optimizer={Adam: {lr: 0.1}}") == []
+    assert lines("backdoor={blend: {}}") == ["backdoor: blend, in training badnets"]
+    found = lines("backdoor.target_label=1", "seed.seed=8")
+    assert sorted(found) == ["backdoor.target_label: 1, in training 3", "seed.seed: 8, in training 7"]
+    assert len(lines("transform.test.primary={resize: {size: 16}}")) == 1
+    assert other_tests({}, trained) == other_tests({"config": {"seed": 3}}, trained) == []
 
 
 @pytest.mark.parametrize(

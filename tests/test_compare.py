@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from training import metrics_row
 
-from utils import compare, manifest
+from utils import compare, config, manifest
+from utils.config.schema import as_dict
 from utils.errors import UserError
 
 
@@ -190,6 +192,26 @@ def test_a_twin_has_the_same_network_and_poisoned_set(
         (baseline / manifest.FILE).write_text(data)
     run_main(monkeypatch, own, baseline, "--markdown")
     assert capsys.readouterr().out.splitlines()[2].split(" | ")[5] == der
+
+
+def test_an_unfinished_run_is_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is not averaged with finished ones, its row says how far it is, and it is no baseline."""
+    plan = as_dict(config.load(REPOSITORY / "config/demo.yaml", ["num_epochs=2", "global.epoch_third=2", "global.epoch_first=1",
+                                                                "global.epoch_second=1"]))  # fmt: skip
+    changes = {key: value for key, value in plan.items() if key not in ("seed", "run", "defense")}
+    one, two = (make_run(tmp_path / name, seed, "asd", 0.9, 0.04, **changes) for name, seed in (("a", 1), ("b", 2)))
+    bare = make_run(tmp_path / "c", 1, "none", 0.9, 1.0, **changes)
+    run_main(monkeypatch, one, two, bare, "--markdown")
+    assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["| 2 seeds (1, 2)", "| c"]
+    for folder in (two, bare):
+        path = folder / "log/metrics.jsonl"
+        path.write_text(path.read_text().splitlines(keepends=True)[0])
+    run_main(monkeypatch, one, two, bare, "--markdown")
+    found = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [cells[0] for cells in found] == ["| a", "| b (epoch 1 of 2)", "| c (epoch 1 of 2)"]
+    assert found[0][5] == "no undefended run"
 
 
 DAMAGES = {

@@ -537,6 +537,39 @@ def test_of_two_keys_that_exclude_each_other_the_upper_one_counts(tmp_path: Path
         assert c.attacker.poison_ratio == 0.25
 
 
+def test_what_a_base_has_written_does_not_stand_for_an_override(tmp_path: Path, tiny: Path) -> None:
+    """A value of a base is neither used nor shown in place of the one that replaces it."""
+    (tmp_path / "base.yaml").write_text(tiny.read_text() + "run: 001\n")
+    for text, expected in (("run: mine", "mine"), ("run: 0x6", "0x6")):
+        (tmp_path / "own.yaml").write_text(f"base: base.yaml\n{text}\n")
+        assert config.load(tmp_path / "own.yaml").run == expected
+    assert config.load(tmp_path / "base.yaml", ["run=other"]).run == "other"
+    for value, shown in (("", "None"), ("[1, 2]", "[1, 2]"), ("{}", "{}")):
+        with pytest.raises(UserError) as caught:
+            config.load(tiny, [f"num_epochs={value}"])
+        assert f"num_epochs: {shown}" in str(caught.value) and "6" not in str(caught.value).partition("num_epochs")[2][:12]
+    (tmp_path / "own.yaml").write_text("base: base.yaml\nrun: [a]\n")
+    with pytest.raises(UserError, match=r"run: .*wrong type"):
+        config.load(tmp_path / "own.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ('saved_dir="a\\0b"', "saved_dir: .*null character"),
+        ("network.resnet18_cifar.width=1000000000", r"network\.resnet18_cifar.*cannot be built .*lower its width"),
+        ("network.resnet18_cifar.blocks=100000", "blocks: 100000: out of range"),
+        ("loader.batch_size=4611686018427387904", r"loader\.batch_size: .*out of range"),
+        ("seed.seed=9223372036854775808", r"seed\.seed: .*out of range"),
+    ],
+)
+def test_what_no_system_can_hold_is_refused(tiny: Path, override: str, expected: str) -> None:
+    """Before anything is trained, and in one line."""
+    with pytest.raises(UserError, match=expected) as caught:
+        config.load(tiny, [override])
+    assert "\n" not in str(caught.value)
+
+
 def test_the_last_override_wins(tiny: Path) -> None:
     """Of two `--set` options for one key, the later one wins."""
     assert config.load(tiny, ["num_epochs=3", "num_epochs=5"]).num_epochs == 5

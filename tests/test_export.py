@@ -490,6 +490,12 @@ def with_keys(**changes: Any) -> Callable[[Path], None]:
     return damage
 
 
+def add(folder: Path, **more: Any) -> None:
+    """Add keys to set.json."""
+    path = folder / "set.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+
 def entry(name: str, key: str, at: Any, value: Any) -> Callable[[Path], None]:
     """Return a function that sets an entry of an array and updates the checksums."""
 
@@ -538,8 +544,20 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "bytes": (lambda folder: (folder / "set.json").write_bytes(b"\xff\xfe"), ("set.json", "JSON")),
     "no class": (with_keys(class_names=[]), ("set.json", "class_names")),
     "numbers for classes": (with_keys(class_names=[*range(10)]), ("set.json", "class_names")),
-    "half a letter": (with_keys(class_names=["x\ud800"] * 10), ("set.json", "class_names")),
+    "an empty name": (with_keys(class_names=["", *map(str, range(9))]), ("set.json", "class_names")),
+    "one name twice": (with_keys(class_names=["x\ud800"] * 10), ("set.json", "class_names", "different")),
     "no data set": (with_keys(dataset={}), ("set.json", "dataset")),
+    "two data sets": (with_keys(dataset={"shapes": {}, "folder": {}}), ("set.json", "dataset")),
+    "too many classes": (with_keys(num_classes=10**30), ("set.json", "num_classes")),
+    "a target that is no class": (
+        with_keys(backdoor={"a": {}, "poison_ratio": 0.1, "target_label": 10, "target_shift": None, "poison_mode": "exact"}),
+        ("set.json", "target_label", "0..9"),
+    ),
+    "a shift of nothing": (
+        with_keys(backdoor={"a": {}, "poison_ratio": 0.1, "target_label": None, "target_shift": 0, "poison_mode": "exact"}),
+        ("set.json", "target_shift", "1..9"),
+    ),
+    "a text for a number of images": (lambda folder: add(folder, left_out="x"), ("set.json", "left_out")),
     "another format": (with_keys(format="a cake"), ("set.json", "does not describe a poisoned set")),
     "a later version": (with_keys(version=3), ("set.json", "version 3")),
     "no seed": (with_keys(seed=None), ("set.json", "seed", "missing")),
@@ -574,6 +592,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "indices fall": (whole("train.npz", "indices", lambda a: a[::-1]), ("train.npz", "indices", "ascend")),
     "a negative index": (entry("train.npz", "indices", 0, -1), ("train.npz", "indices", "ascend")),
+    "original classes exchanged": (
+        whole("backdoor_test.npz", "original_labels", lambda a: np.where(a == 0, 1, np.where(a == 1, 0, a))),
+        ("backdoor_test.npz", "original_labels", "clean_test.npz"),
+    ),
     "an unknown test image": (entry("backdoor_test.npz", "indices", -1, 99), ("backdoor_test.npz", "not in clean_test.npz")),
     "fewer labels": (whole("train.npz", "labels", lambda a: a[:-1]), ("train.npz", "one entry for each")),
     "grey": (whole("train.npz", "images", lambda a: a[..., 0]), ("train.npz", "(n, H, W, 3)")),
@@ -621,6 +643,26 @@ def test_no_changed_byte_goes_unnoticed(
         assert all(np.array_equal(before[key], after[key]) for key in ARRAYS)
     finally:
         shutil.copy(good / name, folder / name)
+
+
+@pytest.mark.parametrize("odd", ["a\u200cb", "\u6771\u3000\u4eac", "a\tb", "caf\u00e9\n"])
+def test_a_set_with_unusual_class_names_is_read_again(good: Path, tmp_path: Path, odd: str) -> None:
+    """Names of class folders may have characters that are not printed, as joiners in Persian or wide spaces."""
+    folder = tmp_path / "set"
+    shutil.copytree(good, folder)
+    with_keys(class_names=[odd, *map(str, range(1, 10))])(folder)
+    assert read_set(folder).class_names[0] == odd
+
+
+def test_a_smaller_limit_of_the_set_is_kept(tiny: Path, tmp_path: Path) -> None:
+    """A set of the first 50 images that is converted with a limit of 100 still has 50, and says so."""
+    first, _ = write(tiny, tmp_path / "first", "data.train_limit=50")
+    on = ("dataset={poisoned_set: {}}", f"dataset_dir={first}", "backdoor=null")
+    for limit, expected in ((100, 50), (30, 30)):
+        out, _ = write(tiny, tmp_path / f"to{limit}", *on, f"data.train_limit={limit}")
+        described = json.loads((out / "set.json").read_text())
+        assert described["data"]["train_limit"] == expected
+        assert sum(described["counts"]["train"].values()) == expected
 
 
 class Bait:

@@ -213,6 +213,13 @@ def test_a_class_with_unreadable_images_only_is_refused(tmp_path: Path) -> None:
     assert "class ant" in refusal(root, tmp_path / "cache", skip_unreadable=True)
 
 
+def test_a_set_without_a_readable_training_image_has_another_remedy(tmp_path: Path) -> None:
+    """The remedy is not to set what is set already."""
+    root = write_tree(tmp_path / "data", {"train/a/1.png": b"", "train/b/1.png": b"", "test/a/1.png": image(1)})
+    line = refusal(root, tmp_path / "cache", skip_unreadable=True)
+    assert "none of the training images" in line and "skip_unreadable" not in line
+
+
 @pytest.mark.parametrize("place", ["train/dog/zz.png", "test/cat/zz.png"])
 def test_images_of_several_sizes_are_named(tmp_path: Path, place: str) -> None:
     """Without a common size the error names two images with their sizes, and transforms that give a common size."""

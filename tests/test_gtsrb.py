@@ -8,12 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision
+import yaml
+from conftest import TINY
 from PIL import Image
 from torchvision.transforms import Resize
 
 from data.datasets import gtsrb
 from data.io import tables
+from data.seeds import choose_seed_samples
 from data.sets import RawData
+from data.sources import prepare
+from utils import config
 from utils.errors import UserError
 
 HEADER = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"
@@ -64,6 +69,35 @@ def assert_right(raw: RawData) -> None:
         assert labels.tolist() == [c for _, c in wanted]
         for image, (original, _) in zip(images, wanted, strict=True):
             assert np.array_equal(image, np.asarray(Resize((32, 32))(original)))
+
+
+def test_csv_files_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """As spreadsheet programs write them."""
+    write_official(tmp_path / "GTSRB")
+    for path in (tmp_path / "GTSRB").rglob("*.csv"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert_right(read(tmp_path / "GTSRB", tmp_path / "cache"))
+
+
+def test_copies_of_training_images_are_seed_samples(tmp_path: Path) -> None:
+    """A folder of known clean images holds files of the data set: they are compared after the resize that the set itself has,
+    and another image is refused."""
+    root = write_official(tmp_path / "GTSRB")
+    for label in TRAIN:
+        (tmp_path / f"clean/{label:05d}").mkdir(parents=True)
+        shutil.copy(root / f"Final_Training/Images/{label:05d}/00000_00000.ppm", tmp_path / f"clean/{label:05d}")
+    raw = TINY | {
+        "dataset": "gtsrb", "dataset_dir": str(root), "num_classes": 43, "seed_samples": str(tmp_path / "clean"),
+        "saved_dir": str(tmp_path / "saved"), "backdoor": {"poison_ratio": 0, "badnets": {}},
+    }  # fmt: skip
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    loaded = config.load(tmp_path / "own.yaml")
+    data = prepare(loaded, tmp_path / "run")
+    chosen = choose_seed_samples(loaded, data, tmp_path / "run")
+    assert data.names is not None and [data.names[i] for i in chosen] == [f"{c:05d}/00000_00000.ppm" for c in TRAIN]
+    sign(1, 33, 29).save(tmp_path / "clean/00000/00000_00000.ppm")
+    with pytest.raises(UserError, match="is not the training image"):
+        choose_seed_samples(loaded, data, tmp_path / "run")
 
 
 @pytest.mark.parametrize("named", [".", "GTSRB"])

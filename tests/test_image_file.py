@@ -178,6 +178,17 @@ def test_decoders_print_no_warnings(tmp_path: Path) -> None:
     assert done.stderr == "" and done.stdout.splitlines()[-1] == "(10000, 9500)" and len(done.stdout.splitlines()) == 3
 
 
+def test_linked_folders_are_not_followed_but_mentioned(tmp_path: Path) -> None:
+    """A link could lead round in a circle; whoever expects its images to be labeled reads that they are not."""
+    root = make_set(tmp_path / "data", 8, 8)
+    (root / "more").symlink_to(make_set(tmp_path / "other", 8, 8, 8) / "train")
+    (root / "again").symlink_to(root)
+    unlabeled = ImageFiles(root, (), (6, 7))
+    assert sum(len(batch) for batch in unlabeled.batches(9)) == 2
+    (line,) = (text for text in unlabeled.remarks() if "links" in text)
+    assert "2 links to folders" in line and "again" in line
+
+
 # -- Files that are not regular ----------------------------------------------------------------------------------------
 
 

@@ -12,10 +12,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from loss.attention import attention_distance, attention_map
+from loss.contrastive import nt_xent
 from loss.mixmatch import guess_labels, interleave_order, mixmatch_loss, mixup, ramp_up, sharpen
 from loss.supervised import cross_entropy, reverse_cross_entropy, symmetric_cross_entropy
 
 FEW = settings(max_examples=25, deadline=None)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+def test_losses_are_computed_in_at_least_float32(kind: torch.dtype) -> None:
+    """Half precision is widened, and float64 is kept, so that variants can be compared exactly."""
+    wanted = torch.float64 if kind == torch.float64 else torch.float32
+    x, y, labels = torch.rand(4, 3, 2, 2).to(kind), torch.rand(4, 3, 2, 2).to(kind), torch.tensor([0, 1, 2, 0])
+    logits, other = x[..., 0, 0], y[..., 0, 0]
+    for loss in (cross_entropy(logits, labels), symmetric_cross_entropy(logits, labels, 0.1, 1.0),
+                 nt_xent(logits, other, 0.5), attention_distance(x, y)):  # fmt: skip
+        assert loss.dtype == wanted and loss.shape == (4,)
+
+
+def test_the_attention_map_of_faint_features_is_damped() -> None:
+    """The 1e-6 in the denominator: a map of norm 1e-6 gets half the length, a dark one stays 0."""
+    faint = torch.full((1, 1, 2, 2), (0.5e-6) ** 0.5)  # four squares of 0.5e-6: norm 1e-6
+    assert float(attention_map(faint).norm()) == pytest.approx(0.5, rel=1e-3)
+    assert float(attention_map(0 * faint).norm()) == 0
 
 
 # The references: one row at a time, Python floats.

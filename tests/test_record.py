@@ -26,8 +26,9 @@ from training import train_here
 from data import poison
 from data.datasets import shapes
 from data.io import unpickle
+from data.loading import load_raw
 from data.poisoned_sets import export, record_pickle, record_read
-from data.poisoned_sets.folder import read_set
+from data.poisoned_sets.folder import read_set, write_set
 from data.poisoned_sets.record_write import write_record
 from data.sets import PoisonedData, no_network
 from data.sources import prepare
@@ -129,6 +130,19 @@ def test_a_set_from_which_images_were_left_out_is_no_record(tmp_path: Path) -> N
     made = replace(export.make(settings, torch.device("cpu"), no_network), left_out=2)
     refused(lambda: write_record(tmp_path / "record/mine", made, MODEL), "2 images cannot be read", "repair them")
     assert not (tmp_path / "record").exists()
+
+
+def test_a_converted_set_remembers_what_was_left_out(tmp_path: Path) -> None:
+    """Nor is a record made of it through an exported set, in which the indices have shifted already."""
+    settings = load(tmp_path, "attack", backdoor={"poison_ratio": 0.2, "badnets": {}, "target_label": 3})
+    raw = replace(load_raw(settings), left_out=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "load_raw", lambda _: raw)
+        made = export.make(settings, torch.device("cpu"), no_network)
+    write_set(tmp_path / "set", made.parts, made.settings, lambda path: path.write_bytes(b""))
+    on_set = {"dataset": "poisoned_set", "dataset_dir": str(tmp_path / "set"), "backdoor": None}
+    converted = export.convert(load(tmp_path, "attack", **on_set))
+    refused(lambda: write_record(tmp_path / "record/mine", converted, MODEL), "2 images cannot be read", "repair them")
 
 
 def test_the_record_is_what_backdoorbench_loads(tmp_path: Path) -> None:

@@ -423,7 +423,7 @@ def test_textures_are_drawn_by_the_seed_and_alike_at_every_size() -> None:
     assert np.array_equal(more[:20], small)  # asking for more keeps the first ones
     assert np.array_equal(small, drawn(0, 32)) and (small != drawn(1, 32)).any((1, 2, 3)).all()
     assert len({texture.tobytes() for texture in small}) == 20
-    assert (small.max((1, 2, 3)).astype(int) - small.min((1, 2, 3)) > 60).all()
+    assert (small.max((1, 2)) >= 220).all() and (small.min((1, 2)) <= 25).all()  # of each channel: networks need the contrast
     assert abs(large[:, 3::7, 3::7].astype(int) - small).max() <= 1  # the middle pixel of each 7 x 7
 
 

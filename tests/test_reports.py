@@ -333,12 +333,27 @@ def test_the_suffix_of_a_plot_is_its_format(tmp_path: Path, name: str, start: by
     assert (tmp_path / name).read_bytes().startswith(start)
 
 
-@pytest.mark.parametrize("name", ["$", "$x\\foo$", "b\udce9e", "a_1^2", "%&#{"])
-def test_a_name_in_a_plot_is_drawn_literally(tmp_path: Path, name: str) -> None:
-    """Names are not read as formulas and cause no errors; different names give different plots."""
-    plots.draw_accuracy(tmp_path / "a.png", rows(2), f"class {name}")
-    plots.draw_accuracy(tmp_path / "b.png", rows(2), "class ")
-    assert (image(tmp_path / "a.png") != image(tmp_path / "b.png")).any()
+def draw_any(kind: str, path: Path, title: str) -> None:
+    """Draw a plot of a kind with a title."""
+    if kind == "accuracy":
+        plots.draw_accuracy(path, rows(2), title)
+    elif kind == "confusion":
+        plots.draw_confusion(path, np.eye(3, dtype=np.int64), ["$", "$$", "$$$"], title)
+    elif kind == "features":
+        plots.draw_features(path, torch.arange(24.0).view(8, 3) % 7, {}, title)
+    else:
+        plots.draw_comparison(path, [(title, [rows(2)]), ("$$", [rows(2)])])
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "confusion", "features", "comparison"])
+@pytest.mark.parametrize("name", ["$", "$$", "$x\\foo$", "$x\\foo$ $$ " * 12, "b\udce9e", "a_1^2", "%&#{"])
+def test_a_name_in_a_plot_is_drawn_literally(tmp_path: Path, name: str, kind: str) -> None:
+    """Names are not read as formulas and cause no errors, also in titles of several lines; different names give different
+    plots."""
+    draw_any(kind, tmp_path / "a.png", f"class {name}")
+    draw_any(kind, tmp_path / "b.png", "class ")
+    one, other = image(tmp_path / "a.png"), image(tmp_path / "b.png")
+    assert one.shape != other.shape or (one != other).any()
 
 
 class BrokenDisk:

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+from utils import cli
+from utils.errors import UserError
+
 SIGNALS = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
 
 
@@ -141,6 +144,20 @@ def test_any_name_can_be_printed(tmp_path: Path, encoding: str, expected: bytes)
     odd = {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", PRINT, tmp_path / "x"], env=os.environ | odd, capture_output=True)
     assert (done.returncode, done.stdout) == (0, expected)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\rb", "a\x1b[2Jb", "a\u2028b"])
+def test_an_error_is_one_line_whatever_it_names(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """A folder or file name with a line break or a control character does not forge a second line."""
+
+    def fail() -> None:
+        raise UserError(f"/data/{name}/caf\u00e9: not a folder")
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run("x.py", fail)
+    line = capsys.readouterr().err
+    assert caught.value.code == 2 and line.count("\n") == 1 and line.endswith("caf\u00e9: not a folder\n")
+    assert line.strip().isprintable()
 
 
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])

@@ -343,6 +343,30 @@ def test_figures_of_other_weights_or_settings_do_not_count(tmp_path: Path) -> No
     assert state_of(read(tmp_path / "grid.yaml", ["data.placement=host"]), NAME) == "finished"
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("test.json", '{"epoch": 1, "clean_accuracy": "x"}'),
+        ("test.json", '{"epoch": 1, "clean_accuracy": [1]}'),
+        ("metrics.jsonl", '{"epoch": 0, "seconds": null, "clean_accuracy": 0.5}\n'),
+        ("metrics.jsonl", '{"epoch": "a", "seconds": 1.0, "clean_accuracy": 0.5}\n'),
+    ],
+)
+def test_a_damaged_file_of_one_run_does_not_end_the_sweep(tmp_path: Path, file: str, text: str) -> None:
+    """A file whose values are no numbers counts as missing."""
+    plan = read(write(tmp_path, SWEEP))
+    saved = fake(plan, NAME, {"clean_accuracy": 0.5})
+    (saved / "log" / file).write_text(text)
+    assert state_of(plan, NAME) in ("epoch 2 of 2", "not started")
+    assert table.to_markdown(plan, table.records_of(plan, states_of(plan)))
+
+
+def test_a_value_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    """0.1 and 0.10 would be one run, counted twice."""
+    with pytest.raises(UserError, match=r"poison_ratio\[1\].*given twice"):
+        read(write(tmp_path, SWEEP | {"axes": {"backdoor.poison_ratio": [0.1, 0.10]}, "repeats": None, "x": None}))
+
+
 def test_a_test_of_something_else_does_not_count(tmp_path: Path) -> None:
     """Figures of a later test with another trigger or on other images are not those of the run."""
     plan = read(write(tmp_path, SWEEP))

@@ -126,6 +126,18 @@ def test_the_folders_name_is_enough() -> None:
     assert loading.name_of_folder("/data/imagenet") == "folder"
 
 
+def test_text_files_of_other_programs_are_read(tmp_path: Path) -> None:
+    """A byte order mark, and texts beside the images, change nothing."""
+    root = write(tmp_path / "set")
+    wanted = read(root, tmp_path / "cache")
+    for path in (root / "wnids.txt", root / "words.txt", root / "val/val_annotations.txt"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    (root / f"train/{SORTED[0]}/images/NOTES.TXT").write_text("hello")
+    found = read(root, tmp_path / "other cache")
+    assert found.names == wanted.names and found.class_names == wanted.class_names
+    assert np.array_equal(found.train_images, wanted.train_images) and np.array_equal(found.test_labels, wanted.test_labels)
+
+
 def annotate(change: Callable[[str], str]) -> Callable[[Path], object]:
     """Return what changes the text of the annotations."""
     return lambda root: (path := root / "val/val_annotations.txt").write_text(change(path.read_text()))
@@ -144,6 +156,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda root: shutil.rmtree(root / f"train/{SORTED[1]}/images"),
         ("train", SORTED[1], "no images"),
     ),
+    "a class on a disk that is not mounted": (
+        lambda root: (root / "train/n00000001").symlink_to(root / "nowhere"),
+        ("train", "n00000001", "broken link", "repair"),
+    ),
+    "an image outside of the classes": (lambda root: drawn(1).save(root / "train/a.JPEG"), ("train", "a.JPEG", "outside")),
+    "an image beside the folder images": (
+        lambda root: drawn(1).save(root / f"train/{SORTED[0]}/a.JPEG"),
+        (SORTED[0], "a.JPEG", "only the folder images"),
+    ),
+    "a folder among the images": (
+        lambda root: (root / f"train/{SORTED[0]}/images/more").mkdir(),
+        (SORTED[0], "more", "a folder among the images"),
+    ),
     "a class without validation images": (
         lambda root: shutil.copytree(root / f"train/{SORTED[0]}", root / "train/n09999999"),
         ("val", "n09999999", "no images"),
@@ -160,6 +185,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, damage: str) -> None:
     with pytest.raises(UserError) as caught:
         read(root, tmp_path / "cache")
     line = str(caught.value)
-    assert "\n" not in line and "unpack" in line
+    assert "\n" not in line and ("unpack" in line or "repair" in line)
     for part in (str(root), *parts):
         assert part in line, line

@@ -72,7 +72,9 @@ def other_tests(saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
         return []
     now, lines = flatten(config), {}
     for key in dict.fromkeys((*then, *now)):
-        if then.get(key) != now.get(key) and any(key == tested or key.startswith(f"{tested}.") for tested in TESTED):
+        if (then.get(key) or None) != (now.get(key) or None) and any(
+            key == tested or key.startswith(f"{tested}.") for tested in TESTED
+        ):
             at, before, after = chosen_differently(key, then, now) or (key, then.get(key), now.get(key))
             lines[at] = f"{at}: {after}, in training {before}"
     return list(lines.values())
