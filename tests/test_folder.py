@@ -309,11 +309,22 @@ def test_names_match_in_either_unicode_form(tmp_path: Path) -> None:
         write_tree(root, {f"test/{test}/1.png": image(3)})
         raw = read(root, tmp_path / "cache", classes=(test,))
         assert raw.class_names == (train,) and raw.names == (f"{train}/1.png",) and raw.test_labels.tolist() == [0]
-    write_tree(root, {f"test/{train}/2.png": image(4)})  # now both forms exist: ambiguous
-    assert "rename" in refusal(root, tmp_path / "cache")
-    (root / "test" / test / "1.png").unlink()
-    (root / "test" / test).rmdir()
-    assert len(read(root, tmp_path / "cache").test_images) == 1
+        write_tree(root, {f"test/{train}/2.png": image(4)})  # now both forms exist: the one that train has too is right
+        line = refusal(root, tmp_path / "cache")
+        assert "rename" in line and f"{root / 'test' / test}: no such class" in line
+        (root / "test" / test / "1.png").unlink()
+        (root / "test" / test).rmdir()
+        assert len(read(root, tmp_path / "cache").test_images) == 1
+
+
+def test_a_set_is_the_same_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link to the folder of a data set, as on clusters, is not another set: nothing is decoded again."""
+    root = small_tree(tmp_path / "data")
+    first = read(root, tmp_path / "cache")
+    (tmp_path / "link").symlink_to(root)
+    opened = count_decoded(monkeypatch)
+    assert np.array_equal(read(tmp_path / "link", tmp_path / "cache").train_images, first.train_images) and not opened
+    assert len(list((tmp_path / "cache").glob("*.u8"))) == 2
 
 
 def test_two_classes_that_differ_in_unicode_form_only_are_distinguished(tmp_path: Path) -> None:
