@@ -363,7 +363,7 @@ def test_a_damaged_file_of_one_run_does_not_end_the_sweep(tmp_path: Path, file: 
 
 def test_a_value_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     """0.1 and 0.10 would be one run, counted twice."""
-    with pytest.raises(UserError, match=r"poison_ratio\[1\].*given twice"):
+    with pytest.raises(UserError, match=r"poison_ratio: 0\.1: is given twice"):
         read(write(tmp_path, SWEEP | {"axes": {"backdoor.poison_ratio": [0.1, 0.10]}, "repeats": None, "x": None}))
 
 

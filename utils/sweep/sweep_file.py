@@ -79,7 +79,7 @@ def read_axes(reader: Reader, path: Path, raw: Mapping[str, Any]) -> tuple[Axis,
         if isinstance(values, list) and values:
             for i, value in enumerate(values):
                 if value in values[:i]:  # also 0.10 beside 0.1
-                    reader.fail(f"{at}[{i}]", value, "is given twice: keep one")
+                    reader.fail(at, value, "is given twice: keep one")
             found = [listed_value(reader, key, value, f"{at}[{i}]") for i, value in enumerate(values)]
         elif isinstance(values, Mapping) and values:
             found = [named_value(reader, path, label, value, join(at, label)) for label, value in values.items()]
