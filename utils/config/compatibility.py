@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import Config
+from utils.config.layers import is_below
 from utils.config.reader import Reader
 from utils.config.schema import as_dict
 from utils.errors import UserError
@@ -42,7 +43,7 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
     if not may_have_other_length(written, saved.get("epoch"), wanted):
         free.remove("num_epochs")
     for key in [*now, *(k for k in then if k not in now)]:
-        if any(key == f or key.startswith(f + ".") for f in free) or then.get(key) == now.get(key):
+        if any(is_below(key, f) for f in free) or then.get(key) == now.get(key):
             continue
         key, before, after = chosen_differently(key, then, now) or (key, then.get(key), now.get(key))
         raise UserError(
@@ -72,9 +73,7 @@ def other_tests(saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
         return []
     now, lines = flatten(config), {}
     for key in dict.fromkeys((*then, *now)):
-        if (then.get(key) or None) != (now.get(key) or None) and any(
-            key == tested or key.startswith(f"{tested}.") for tested in TESTED
-        ):
+        if (then.get(key) or None) != (now.get(key) or None) and any(is_below(key, tested) for tested in TESTED):
             at, before, after = chosen_differently(key, then, now) or (key, then.get(key), now.get(key))
             lines[at] = f"{at}: {after}, in training {before}"
     return list(lines.values())
