@@ -117,3 +117,12 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:
         return False
+
+
+def is_broken_link(entry: os.DirEntry[str], key: str) -> bool:
+    """Return whether an entry of a folder is a link to nothing.
+
+    Args:
+        key: the setting that names the folder, for errors.
+    """
+    return entry.is_symlink() and not exists(Path(entry.path), key)

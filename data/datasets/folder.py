@@ -17,7 +17,7 @@ from data.sets import Listing
 from utils.config.schema import setting
 from utils.errors import UserError, nearest
 from utils.names import Names
-from utils.paths import exists, is_dir, is_folder, user_path, visible
+from utils.paths import is_broken_link, is_dir, is_folder, user_path, visible
 
 FOLDER_NAMES = "^(?!.*tiny.?imagenet).*(imagenet|vggface2?)"
 
@@ -52,9 +52,7 @@ def class_folders(part: Path) -> list[str]:
     for entry in visible(part):
         if is_dir(Path(entry.path), "dataset_dir"):
             names.append(entry.name)
-        elif entry.is_symlink() and not exists(
-            Path(entry.path), "dataset_dir"
-        ):  # perhaps a class on a disk that is not mounted
+        elif is_broken_link(entry, "dataset_dir"):  # perhaps a class on a disk that is not mounted
             raise UserError(f"{entry.path}: broken link: repair or remove it")
         elif Path(entry.name).suffix.lower() in SUFFIXES:
             raise UserError(f"{entry.path}: an image outside of the class folders: move it into one of them, or remove it")

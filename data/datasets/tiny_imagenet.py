@@ -21,7 +21,7 @@ from data.io.image_file import SUFFIXES
 from data.sets import Listing
 from utils.config.schema import setting
 from utils.errors import UserError, one_line
-from utils.paths import exists, is_dir, is_folder, require_file, user_path, visible
+from utils.paths import exists, is_broken_link, is_dir, is_folder, require_file, user_path, visible
 
 FOLDER_NAMES = "tiny.?imagenet"
 BACKDOORBENCH = "tiny"
@@ -74,7 +74,7 @@ def by_folder(part: Path) -> dict[str, list[Path]]:
     for entry in visible(part):
         if is_folder(entry):
             found[entry.name] = images_of_class(Path(entry.path))
-        elif entry.is_symlink() and not exists(Path(entry.path), "dataset_dir"):  # without it, all labels would shift
+        elif is_broken_link(entry, "dataset_dir"):  # without it, all labels would shift
             raise UserError(f"{entry.path}: broken link: repair or remove it")
         elif Path(entry.name).suffix.lower() in SUFFIXES:
             raise UserError(f"{entry.path}: an image outside of the class folders: {AGAIN}")
