@@ -20,7 +20,7 @@ from engine.supervised import BatchLoss, image_losses, mean_cross_entropy, super
 from loss.supervised import cross_entropy
 from utils.checkpoint import State
 from utils.config import Config
-from utils.config.schema import Named, setting
+from utils.config.schema import Named, batch_size_setting, setting
 from utils.config.settings import OPTIMIZERS, SCHEDULERS, SGD, MultiStep
 from utils.config.stages import METHOD, DefenseSettings, Stage, locate
 from utils.errors import UserError
@@ -56,7 +56,7 @@ class Settings(DefenseSettings):
     augmented: tuple[str, ...] = setting(
         ("isolation", "finetune", "unlearn"), "stages that see augmented images", options=("isolation", "finetune", "unlearn")
     )
-    batch_size: int = setting(128, "batch size of all stages", low=2, high=65536)
+    batch_size: int = batch_size_setting(128, "batch size of all stages")
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """Each stage has an optimizer of its own, without momentum from the one before."""

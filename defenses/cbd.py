@@ -18,7 +18,7 @@ from engine.supervised import BatchLoss, image_losses, mean_cross_entropy, super
 from model.classifier import build_classifier
 from utils.checkpoint import State
 from utils.config import Config
-from utils.config.schema import Named, setting
+from utils.config.schema import Named, batch_size_setting, setting
 from utils.config.settings import OPTIMIZERS, SCHEDULERS, SGD, MultiStep
 from utils.config.stages import METHOD, DefenseSettings, Stage
 
@@ -38,7 +38,7 @@ class Settings(DefenseSettings):
         "learning-rate schedule of the clean network; null: constant",
         choices=SCHEDULERS,
     )
-    batch_size: int = setting(64, "batch size of both", low=2, high=65536)
+    batch_size: int = batch_size_setting(64, "batch size of both")
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """The biased network, then the clean one, which is the model."""

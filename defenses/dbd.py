@@ -25,7 +25,7 @@ from model.classifier import Classifier
 from utils import plugins
 from utils.checkpoint import State
 from utils.config import Config
-from utils.config.schema import Named, setting
+from utils.config.schema import Named, batch_size_setting, setting
 from utils.config.settings import OPTIMIZERS, SCHEDULERS, SGD, Adam, CosineAnnealing, transforms
 from utils.config.stages import SPLITS, DefenseSettings, Stage, locate
 from utils.draws import generator, key_seed
@@ -48,11 +48,11 @@ class Settings(DefenseSettings):
     simclr_scheduler: Named | None = setting(
         Named("cosine_annealing", CosineAnnealing(T_max=1000)), "learning rate of SimCLR; null: constant", choices=SCHEDULERS
     )
-    simclr_batch_size: int = setting(512, "images of a SimCLR step, two views of each", low=2, high=65536)
+    simclr_batch_size: int = batch_size_setting(512, "images of a SimCLR step, two views of each")
     temperature: float = setting(0.5, "temperature of SimCLR's similarities", above=0)
     projection_dim: int = setting(128, "width of the projection that SimCLR compares", low=1)
     head_epochs: int = setting(10, "epochs of the linear layer", low=1)
-    head_batch_size: int = setting(128, "batch size of the linear layer", low=2, high=65536)
+    head_batch_size: int = batch_size_setting(128, "batch size of the linear layer")
     optimizer: Named = setting(
         Named("Adam", Adam(lr=0.002)), "one optimizer for the linear layer and for MixMatch", choices=OPTIMIZERS
     )

@@ -26,7 +26,7 @@ from loss.supervised import cross_entropy
 from model.classifier import Classifier, Features
 from utils.checkpoint import State
 from utils.config import Config
-from utils.config.schema import Named, setting
+from utils.config.schema import Named, batch_size_setting, setting
 from utils.config.settings import OPTIMIZERS, SGD
 from utils.config.stages import METHOD, DefenseSettings, Stage
 
@@ -44,7 +44,7 @@ class Settings(DefenseSettings):
     finetune_optimizer: Named = setting(
         Named("SGD", SGD(lr=0.01, momentum=0.9, weight_decay=5e-4)), "optimizer of the fine-tuning", choices=OPTIMIZERS
     )
-    batch_size: int = setting(128, "batch size of the fine-tuning", low=2, high=65536)
+    batch_size: int = batch_size_setting(128, "batch size of the fine-tuning")
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """The undefended network; one epoch without training, which evaluates the pruned network; fine-tuning."""

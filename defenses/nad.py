@@ -23,7 +23,7 @@ from model.feature_maps import collect_maps
 from utils.checkpoint import State
 from utils.config import Config
 from utils.config.reader import Reader
-from utils.config.schema import Named, setting
+from utils.config.schema import Named, batch_size_setting, setting
 from utils.config.settings import OPTIMIZERS, SCHEDULERS, SGD, MultiStep
 from utils.config.stages import METHOD, DefenseSettings, Stage
 from utils.errors import UserError, nearest
@@ -48,7 +48,7 @@ class Settings(DefenseSettings):
     )
     layers: tuple[str, ...] = setting(("layer2", "layer3", "layer4"), "parts of the backbone whose attention maps are compared")
     betas: tuple[float, ...] = setting((500.0, 500.0, 500.0), "weight of each of them", low=0)
-    batch_size: int = setting(64, "batch size of teacher and student", low=2, high=65536)
+    batch_size: int = batch_size_setting(64, "batch size of teacher and student")
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """The undefended network, the teacher, the student."""

@@ -20,7 +20,7 @@ from data.attack import Arrays, AttackBase, keep_asset
 from data.attacks._overlay import BLOCK, Patch, corners, enlarge, patch_pixel
 from data.attacks._surrogate import LEVELS, Adversary, check_classes, load_surrogate, losses, pgd, surrogate_key
 from data.sets import AttackContext
-from utils.config.schema import Named, setting
+from utils.config.schema import Named, batch_size_setting, setting
 from utils.config.settings import NETWORKS
 from utils.errors import UserError
 from utils.reporting.runlog import progress
@@ -51,9 +51,7 @@ class Settings:
     )
     epochs: int = setting(30, "epochs of the surrogate's training", low=1)
     learning_rate: float = setting(0.1, "greatest learning rate of the surrogate's SGD; it rises, then falls to 0", above=0)
-    batch_size: int = setting(
-        128, "images per step of the surrogate's training; lower it if memory runs out", low=2, high=65536
-    )
+    batch_size: int = batch_size_setting(128, "images per step of the surrogate's training; lower it if memory runs out")
 
 
 class Attack(AttackBase):

@@ -23,7 +23,7 @@ from data.attack import Arrays, AttackBase, fingerprint, in_batches, keep_asset,
 from data.attacks._iab_networks import EncoderDecoder, blend, density_loss, diversity_loss, sharpen, standardize
 from data.attacks._surrogate import check_classes, check_size
 from data.sets import AttackContext
-from utils.config.schema import Named, as_dict, setting
+from utils.config.schema import Named, as_dict, batch_size_setting, setting
 from utils.config.settings import NETWORKS
 from utils.draws import generator, key_seed, numpy_generator
 from utils.errors import UserError
@@ -45,7 +45,7 @@ class Settings:
     # 10,000 images. The authors train for 600 epochs because their surrogate is the victim; here it is discarded (its ASR is
     # 55 to 82 % after 2,300 steps).
     generator_epochs: int = setting(10, "epochs of the generator's training together with the surrogate", low=1)
-    batch_size: int = setting(128, "images per step; 16 for 224 px on a device with 8 GB", low=10, high=65536)
+    batch_size: int = batch_size_setting(128, "images per step; 16 for 224 px on a device with 8 GB", low=10)
     mask_lr: float = setting(0.01, "learning rate of the mask network's Adam", above=0)
     generator_lr: float = setting(0.01, "learning rate of the generator's Adam", above=0)
     surrogate_lr: float = setting(0.01, "learning rate of the surrogate's SGD", above=0)

@@ -20,7 +20,7 @@ from data.attack import AttackBase
 from data.attacks._surrogate import check_classes, load_surrogate, losses
 from data.sets import AttackContext
 from utils import plugins
-from utils.config.schema import Named, setting
+from utils.config.schema import Named, batch_size_setting, setting
 from utils.config.settings import ATTACKS, NETWORKS
 from utils.draws import numpy_generator
 from utils.errors import UserError
@@ -37,9 +37,7 @@ class Settings:
     )
     epochs: int = setting(4, "epochs of the surrogate's training; few, as it resembles the defender's network early on", low=1)
     learning_rate: float = setting(0.1, "greatest learning rate of the surrogate's SGD; it rises, then falls to 0", above=0)
-    batch_size: int = setting(
-        128, "images per step of the surrogate's training; lower it if memory runs out", low=2, high=65536
-    )
+    batch_size: int = batch_size_setting(128, "images per step of the surrogate's training; lower it if memory runs out")
     training = "benign"  # the surrogate has no adversary
 
 

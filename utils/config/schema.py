@@ -136,6 +136,11 @@ def setting(default: Any = REQUIRED, help: str = "", **declared: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def batch_size_setting(default: int, help: str, low: int = 2) -> Any:
+    """Declare a batch size; the upper bound, far above what any device holds, is there to report typing errors at the start."""
+    return setting(default, help, low=low, high=65536)
+
+
 @functools.cache
 def keys_of(schema: type) -> dict[str, Key]:
     """Return the keys of a section by name in the YAML."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.config.schema import REQUIRED, Choices, Named, setting
+from utils.config.schema import REQUIRED, Choices, Named, batch_size_setting, setting
 from utils.names import class_text
 
 ATTACKS = Choices(kind="attacks")
@@ -152,11 +152,9 @@ class Backdoor:
 
 @dataclass(frozen=True)
 class Loader:
-    batch_size: int = setting(
+    batch_size: int = batch_size_setting(
         128,
         "batch size of the virtual model's training; for inference and testing on CUDA 8 times as large",
-        low=2,
-        high=65536,
     )
     num_workers: int = setting(0, "accepted for the authors' YAML files; no worker is started", low=0)
     pin_memory: bool = setting(True, "accepted for the authors' YAML files; not needed")
@@ -164,7 +162,7 @@ class Loader:
 
 @dataclass(frozen=True)
 class SemiLoader:
-    batch_size: int = setting(64, "labeled images of a MixMatch step, and as many unlabeled ones", low=2, high=65536)
+    batch_size: int = batch_size_setting(64, "labeled images of a MixMatch step, and as many unlabeled ones")
     num_workers: int = setting(0, "accepted for the authors' YAML files", low=0)
     pin_memory: bool = setting(True, "accepted for the authors' YAML files")
 
@@ -245,7 +243,7 @@ class Meta:
 class Undefended:
     """`defense: none`: the same network on the same poisoned set, without ASD."""
 
-    batch_size: int = setting(128, "batch size", low=2, high=65536)
+    batch_size: int = batch_size_setting(128, "batch size")
     optimizer: Named = setting(
         Named("SGD", SGD(lr=0.1, momentum=0.9, weight_decay=5e-4)), "the optimizer without defense", choices=OPTIMIZERS
     )
