@@ -50,6 +50,9 @@ blend="backdoor={blend: {}}"
 refool="backdoor={poison_ratio: 0.1, refool: {}}"  # with 0.05 the undefended ASR is 93 %
 iab="backdoor={iab: {width: 16, batch_size: 64, mask_epochs: 1, mask_lr: 0.003, generator_epochs: 1, \
 surrogate: {resnet18_cifar: {width: 16, blocks: 1}}}}"
+# The paper's own settings, but with the study's network and half as many steps per epoch.
+paper="network={resnet18_cifar: {num_classes: 10, width: 16, blocks: 1}}"
+steps="semi.mixmatch.train_iteration=512"
 # Attacks that the paper does not have.
 lookalike="backdoor={poison_mode: exact, lookalike: {surrogate: {resnet18_cifar: {width: 16, blocks: 1}}}}"
 sig="backdoor={poison_ratio: 0.8, poison_mode: exact, sig: {}}"
@@ -89,6 +92,10 @@ run clb_eps8/undefended cifar10_study_undefended "$clb" backdoor.clb.eps=8
 run clb_eps8/asd cifar10_study "$clb" backdoor.clb.eps=8
 run clb_eps16/undefended cifar10_study_undefended "$clb" backdoor.clb.eps=16
 run clb_half/undefended cifar10_study_undefended "$clb" backdoor.clb.eps=16 backdoor.poison_ratio=0.5
+run clb_paper/asd baseline_asd "$paper" "$steps" runtime.amp=true "$clb"
+run iab_paper/asd baseline_asd "$paper" "$steps" runtime.amp=true "$iab"
+run refool_paper/asd baseline_asd "$paper" "$steps" runtime.amp=true "$refool"
+run badnets_paper/asd baseline_asd "$paper" "$steps" runtime.amp=true "$badnets"
 run lookalike_all/undefended cifar10_study_undefended "$lookalike" backdoor.lookalike.share=1.0
 run lookalike/undefended cifar10_study_undefended "$lookalike"
 run lookalike/asd cifar10_study "$lookalike"
