@@ -452,13 +452,16 @@ def test_run_sh_makes_every_run_with_settings_that_load(tmp_path: Path) -> None:
     attacks: dict[str, list[Any]] = {}
     # The runs that show why attacks are not weaker.
     strengths = {"wanet_s1", "clb_eps16", "clb_half", "lookalike_all", "adaptive_patch", "adaptive_blend", *stored.PUBLISHED}
-    known = strengths | {*stored.TITLES}
+    known = strengths | {*stored.TITLES, *stored.PAPER}
     for command in commands:
         sets = [word for before, word in pairwise(command) if before == "--set"]
         c = config.load(REPOSITORY / command[command.index("--config") + 1], sets)
         attack, _, run = str(c.run).partition("/")
         assert attack in known and (c.defense.name == "none") == (run == "undefended")
         attacks.setdefault(attack, []).append(c.backdoor)
+        baseline = STUDY / stored.subject(attack) / "undefended/config.yaml"
+        if baseline.exists():
+            attacks[attack].append(config.load(baseline).backdoor)
     assert {str(name) for name in attacks} | {name.partition("/")[0] for name in kept} == known
     assert all(backdoor == found[0] for found in attacks.values() for backdoor in found)
     assert len(commands) + len(kept) >= 36

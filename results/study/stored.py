@@ -23,6 +23,7 @@ FURTHER = {
 }  # fmt: skip
 TITLES = MAIN | FURTHER
 PUBLISHED = {"wanet_published": "WaNet, 5 %, s 0.5", "refool_published": "Refool, 5 %", "clb_eps8": "CLB, eps 8"}
+PAPER = {"badnets_paper": "BadNets", "clb_paper": "CLB", "iab_paper": "IAB", "refool_paper": "Refool"}
 STAGES = ("class-aware", "class-agnostic", "meta-split", "undefended")
 KEYS = ("clean_accuracy", "attack_success_rate", "clean_as_target", "robust_accuracy")
 NAMES = tuple(metrics.SHARES[key] for key in KEYS)
@@ -69,7 +70,12 @@ class Runs(dict[str, Run]):
 
     def of(self, attack: str) -> tuple[Run | None, Run | None]:
         """Return the runs without and with ASD against an attack, for the first seed."""
-        return self.get(f"{attack}/undefended"), self.get(f"{attack}/asd")
+        return self.get(f"{subject(attack)}/undefended"), self.get(f"{attack}/asd")
+
+
+def subject(attack: str) -> str:
+    """Return the attack whose poisoned set and undefended run belong to a row: the same for both settings of ASD."""
+    return attack.removesuffix("_paper")
 
 
 def read(path: Path) -> Any:
@@ -100,6 +106,7 @@ class Target(NamedTuple):
 
 def targets(attack: str) -> list[Target]:
     """Return the targets for an attack."""
+    attack = subject(attack)
     gap = Target("ACC drop", "<=", 5, lambda own, baseline: baseline["clean_accuracy"] - own["clean_accuracy"])
     if attack == "no_attack":
         return [gap]
