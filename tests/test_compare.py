@@ -97,6 +97,27 @@ def test_runs_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         run_main(monkeypatch, folders[0], f"{folders[0]}/")
 
 
+def test_means_over_the_last_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --last, shares and DER are computed from means over the last epochs, without those of an earlier stage; pools and
+    seconds are not."""
+    folders = [make_run(tmp_path / "asd", 1, "asd", 0.8, 0.1), make_run(tmp_path / "none", 1, "none", 0.9, 1.0)]
+    run_main(monkeypatch, *folders, "--last", 2, "--markdown")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| asd | asd | 60.00 % | 10.00 % | 90.00 % | 0.913 | 1 of 40 | 22 |"
+    assert lines[3].startswith("| none | none | 67.50 % | 100.00 % |")
+    run_main(monkeypatch, *folders, "--last", 99, "--markdown")
+    assert capsys.readouterr().out.splitlines() == lines
+    path = folders[0] / "log" / "metrics.jsonl"
+    first, second = map(json.loads, path.read_text().splitlines())
+    path.write_text("".join(json.dumps(row | {"stage": stage}) + "\n" for row, stage in ((first, "before"), (second, "last"))))
+    run_main(monkeypatch, *folders, "--last", 2, "--markdown")
+    assert capsys.readouterr().out.splitlines()[2].startswith("| asd | asd | 80.00 % |")
+    with pytest.raises(UserError, match="--last 0: give at least 1"):
+        run_main(monkeypatch, *folders, "--last", 0)
+
+
 @pytest.mark.parametrize(
     ("found", "cell"),
     [({"cover_in_clean_pool": 0}, "1 of 40 (and 0 cover)"), ({"poisoned_in_clean_pool": None}, "unknown of 40")],

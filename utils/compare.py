@@ -1,11 +1,11 @@
 """Compare finished runs: a table on the screen, and optionally one plot.
 
-    python -m utils.compare RUN_FOLDER [RUN_FOLDER ...] [--plot FILE] [--markdown]
+    python -m utils.compare RUN_FOLDER [RUN_FOLDER ...] [--last N] [--plot FILE] [--markdown]
 
 A run folder is `<saved_dir>/<run>`. Runs that differ only in their seed are summarized by mean and standard deviation. A run
-that is not finished has a row of its own, with the number of its epochs, and is no baseline. The
-DER of a run with a defense is computed relative to its undefended baseline: the first given run without a defense that has the
-same network, poisoned set and seed.
+that is not finished has a row of its own, with the number of its epochs, and is no baseline. The figures are those of the last
+epoch; with `--last N`, ACC, ASR, RA and DER are computed from means over the last N. The DER of a run with a defense is
+relative to its undefended baseline: the first given run without a defense that has the same network, poisoned set and seed.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """Return a run's name, settings without the seed, rows of `metrics.jsonl`, and digest of its data (None: unknown)."""
+def read_run(folder: Path, last: int = 1) -> dict[str, Any]:
+    """Return a run's name, settings without the seed, rows of `metrics.jsonl`, their `ending`, and digest of its data (None:
+    unknown)."""
     try:
         data = data_digest(folder / manifest.FILE)
         rows = read_rows(folder / "log" / metrics.FILE)
@@ -64,7 +65,22 @@ def read_run(folder: Path) -> dict[str, Any]:
     seed, name = settings.pop("seed")["seed"], str(settings.pop("run", None) or folder.name)
     finished = epochs is None or len(rows) >= epochs
     name = name if finished else f"{name} (epoch {len(rows)} of {epochs})"
-    return {"name": name, "seed": seed, "settings": settings, "rows": rows, "data": data, "finished": finished}
+    end = ending(rows, last)
+    return {"name": name, "seed": seed, "settings": settings, "rows": rows, "end": end, "data": data, "finished": finished}
+
+
+def ending(rows: list[dict[str, Any]], last: int) -> dict[str, Any]:
+    """Return the last row, with the means of its shares over the last `last` epochs, as far as they belong to its stage."""
+    stage, tail = rows[-1].get("stage"), []
+    for row in reversed(rows[-last:]):
+        if row.get("stage") != stage:
+            break
+        tail.append(row)
+    means = {}
+    for key in metrics.SHARES.keys() & rows[-1].keys():
+        known = [row[key] for row in tail if row.get(key) is not None]
+        means[key] = statistics.fmean(known) if known else None
+    return rows[-1] | means
 
 
 def epochs_of(settings: dict[str, Any]) -> int | None:
@@ -165,7 +181,7 @@ def der_text(runs: list[dict[str, Any]], every: list[dict[str, Any]]) -> str:
     if runs[0]["rows"][-1]["defense"] == UNDEFENDED or not attacked(runs[0]):
         return "-"
     pairs = [(run, next((baseline for baseline in every if is_baseline(baseline, run)), None)) for run in runs]
-    rates = [effectiveness(run["rows"][-1], baseline["rows"][-1]) for run, baseline in pairs if baseline]
+    rates = [effectiveness(run["end"], baseline["end"]) for run, baseline in pairs if baseline]
     known = [rate for rate in rates if rate is not None]
     if not known:
         return "unknown" if rates else "no undefended run"
@@ -176,7 +192,7 @@ def table(groups: list[list[dict[str, Any]]]) -> list[tuple[str, ...]]:
     """Return the rows of the table, beginning with the header."""
     out: list[tuple[str, ...]] = [HEAD]
     for runs in groups:
-        last = [run["rows"][-1] for run in runs]
+        last = [run["end"] for run in runs]
         name = runs[0]["name"] if len(runs) == 1 else f"{len(runs)} seeds ({', '.join(str(r['seed']) for r in runs)})"
         pool = "no split"
         if last[0]["clean_pool_size"] is not None:
@@ -213,9 +229,12 @@ def main() -> None:
     """Read the command line, print the table, draw the plot."""
     parser: argparse.ArgumentParser = Parser(prog="utils.compare", description="Compare finished runs.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument("--last", type=int, default=1, metavar="N", help="shares as means over the last N epochs (default 1)")
     parser.add_argument("--plot", type=Path, help="also plot ACC and ASR over epochs into this file")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     args = parser.parse_args()
+    if args.last < 1:
+        raise UserError(f"--last {args.last}: give at least 1")
     places = [folder.resolve() for folder in args.folders]
     for i, folder in enumerate(args.folders):
         if places[i] in places[:i]:
@@ -223,7 +242,7 @@ def main() -> None:
     plot = args.plot and user_path(args.plot, "--plot")
     if plot:
         check_writable(plot)
-    groups = group([read_run(folder) for folder in args.folders])
+    groups = group([read_run(folder, args.last) for folder in args.folders])
     print(render(table(groups), args.markdown))
     if plot:
         panels = [(title_of(runs, groups), [run["rows"] for run in runs]) for runs in groups]
