@@ -376,6 +376,22 @@ def test_a_run_that_was_stopped_counts_as_missed(tmp_path: Path) -> None:
     assert stored.verdict("iab", stored.Runs(folder)) == "met"
 
 
+def test_a_run_that_goes_on_is_shown_at_its_last_epoch(tmp_path: Path) -> None:
+    """The rows beside the checkpoint of an unfinished run stand in the table, with its epoch, until its card is stored."""
+    folder = make_study(tmp_path / "study")
+    make_run(folder, "clb/undefended", 0.88, 1.0)
+    make_run(folder, "clb_paper/asd", 0.60, 0.03)
+    rows = (folder / "clb_paper/asd/metrics.jsonl").read_text().splitlines()[:7]
+    shutil.rmtree(folder / "clb_paper")
+    (folder / "unfinished/clb_paper").mkdir(parents=True)
+    (folder / "unfinished/clb_paper/asd.jsonl").write_text("\n".join(rows) + "\n")
+    runs, acc = stored.Runs(folder), 100 * json.loads(rows[-1])["clean_accuracy"]
+    line = f"| CLB | 88.00 | 100.00 | {acc:.2f} | 3.00 | 2.00 | not run to the end: epoch 7 |"
+    assert line in report.overview(runs, stored.PAPER) and line in report.page(folder, runs)
+    make_run(folder, "clb_paper/asd", 0.84, 0.03)
+    assert stored.verdict("clb_paper", stored.Runs(folder)) == "met"
+
+
 def test_the_picture_puts_stages_side_by_side(tmp_path: Path) -> None:
     """Each stage is one unit wide for any number of epochs, and chance is 1; different figures give different plots."""
     folder = make_study(tmp_path / "study")
@@ -471,6 +487,8 @@ def test_unfinished_runs_go_on_from_their_checkpoints(tmp_path: Path) -> None:
     """On a machine that has nothing of a run, run.sh starts it from the stored checkpoint, with the commit that began it."""
     names = [path.relative_to(STUDY / "unfinished").with_suffix("") for path in (STUDY / "unfinished").glob("*/*.pt")]
     planned_commands(tmp_path)
+    rows = (STUDY / "unfinished").glob("*/*.jsonl")
+    assert sorted(path.relative_to(STUDY / "unfinished").with_suffix("") for path in rows) == sorted(names)
     for name in names:
         assert not (STUDY / name).with_suffix(".json").exists(), f"{name} is finished: remove its checkpoint"
         for kept, copied in (

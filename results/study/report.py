@@ -69,7 +69,8 @@ def overview(runs: Runs, titles: dict[str, str]) -> str:
     for attack, title in titles.items():
         baseline, own = runs.of(attack)
         left = cells(baseline.ends[0], KEYS[:2]) if baseline else (NOT_RUN, NONE)
-        last = own.ends[0] if own else percents(runs.stopped[attack][-1]) if attack in runs.stopped else None
+        partial = runs.stopped.get(attack) or runs.unfinished.get(attack)
+        last = own.ends[0] if own else percents(partial[-1]) if partial else None
         right = cells(last, KEYS[:3]) if last else (NOT_RUN, NONE, NONE)
         table.append((title, *left, *right, verdict(attack, runs)))
     return render(table, markdown=True)
@@ -205,7 +206,7 @@ def status(runs: Runs) -> str:
         f"All targets are met {situations(met)}; at least one is missed {situations(missed)}." if met and missed else "",
         f"All targets are met {situations(met)}." if met and not missed else "",
         f"At least one target is missed {situations(missed)}." if missed and not met else "",
-        f"ASD has not been run yet {situations(waiting)}." if waiting else "",
+        f"ASD has not been run to the end yet {situations(waiting)}." if waiting else "",
     )
     bounds = (
         f"Targets, at the last epoch and as the mean of the last {LAST}: an ACC of at least 83 % and at most 5 points below "

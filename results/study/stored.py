@@ -66,6 +66,7 @@ class Runs(dict[str, Run]):
         planned = re.findall(r"^run (\S+)", (folder / "run.sh").read_text(), re.MULTILINE)
         self.names = list(dict.fromkeys([*planned, *self]))
         self.defended = [name for name in self.names if not name.endswith("/undefended")]
+        self.unfinished = {path.parent.name: read_rows(path) for path in folder.glob("unfinished/*/asd.jsonl")}
         self.stopped = {attack: read_rows(folder / file) for attack, file in STOPPED.items() if (folder / file).exists()}
 
     def of(self, attack: str) -> tuple[Run | None, Run | None]:
@@ -137,6 +138,8 @@ def verdict(attack: str, runs: Runs) -> str:
     run = runs.of(attack)[1]
     if run is None and attack in runs.stopped:
         return f"missed: stopped after {len(runs.stopped[attack])} epochs"
+    if run is None and attack in runs.unfinished:
+        return f"{NOT_RUN} to the end: epoch {len(runs.unfinished[attack])}"
     found = judge(run, runs) if run else []
     missed = [target.name for target, values in found if not target.holds(values)]
     if not found:
