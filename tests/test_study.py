@@ -497,6 +497,9 @@ def test_unfinished_runs_go_on_from_their_checkpoints(tmp_path: Path) -> None:
         ):
             assert (tmp_path / copied).read_bytes() == (STUDY / "unfinished" / kept).read_bytes()
     assert len(list((tmp_path / "storage").rglob("*.pt"))) == len(names)
+    assets = [path for folder in ("assets", "unfinished/assets") for path in (STUDY / folder).glob("*.npz")]
+    assert assets and all((tmp_path / "saved/assets" / path.name).read_bytes() == path.read_bytes() for path in assets)
+    assert len(list((tmp_path / "saved/assets").iterdir())) == len(assets)
 
 
 def test_run_sh_makes_the_named_runs_alone(tmp_path: Path) -> None:

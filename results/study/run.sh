@@ -11,11 +11,14 @@ python="${PYTHON:-python}" device="${DEVICE:-cpu}" saved="${SAVED:-saved_data/st
 cifar10="${CIFAR10:-dataset/cifar-10-batches-py}" gtsrb="${GTSRB:-dataset/GTSRB}"
 chosen=" $* "
 
-# CLB's surrogate, which takes half an hour to make, is stored with the results.
+# What attacks train first is stored with the results: it takes up to half an hour to make, and differs a little between
+# processors, so that a run could not be resumed on another one.
 mkdir -p "$saved/assets"
-for asset in results/study/assets/*.npz; do
+for asset in results/study/assets/*.npz results/study/unfinished/assets/*.npz; do
   kept="$saved/assets/${asset##*/}"
-  [ -e "$kept" ] || { cp "$asset" "$kept.$$"; mv "$kept.$$" "$kept"; }  # whole at once: another shell may do the same
+  if [ ! -e "$asset" ] || [ -e "$kept" ]; then continue; fi
+  cp "$asset" "$kept.$$"
+  mv "$kept.$$" "$kept"  # whole at once: another shell may do the same
 done
 
 # run NAME CONFIG SETTING ...: train, test, keep
