@@ -4,6 +4,9 @@
 
 The run must be trained by ASD.py, and its last checkpoint tested by test.py. Writes `badnets/asd.pt`, the folder
 `badnets/asd/` and, last, the card `badnets/asd.json` next to this file. Paths of the machine that ran it are removed.
+
+With `--unfinished`, the checkpoint of a run that is not finished and its metrics are stored in `unfinished/` instead: `run.sh`
+then resumes it on any machine.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from data.loading import dataset_of
 from utils import checkpoint, config
 from utils.cli import Parser, command
 from utils.config import Config
+from utils.config.compatibility import read_config
+from utils.config.schema import as_dict
 from utils.errors import UserError
 from utils.files import write_text
 from utils.metrics import SHARES, read_rows
@@ -41,12 +46,36 @@ def main() -> None:
     parser.add_argument("--commit", required=True, help="commit of this repository that the run was made with")
     parser.add_argument("--processor", default=processor(), help="processor that ran it (default: that of this machine)")
     parser.add_argument("--out", default=HERE, type=Path, help="folder of the study (default: this one)")
+    parser.add_argument("--unfinished", action="store_true", help="store an unfinished run, to be resumed elsewhere")
     args = parser.parse_args()
     if not re.fullmatch("[0-9a-f]{7,40}", args.commit):
         raise UserError(f"--commit {args.commit}: must be 7 to 40 hexadecimal digits")
     facts = {"commit": args.commit, "processor": args.processor}
-    card = collect(args.run, args.saved / args.run, args.storage / args.run / "checkpoint" / LATEST, facts, args.out)
-    print(f"written to {card}")
+    weights = args.storage / args.run / "checkpoint" / LATEST
+    if args.unfinished:
+        print(f"written to {keep_unfinished(args.run, weights, args.commit, args.out)}")
+    else:
+        print(f"written to {collect(args.run, args.saved / args.run, weights, facts, args.out)}")
+
+
+def keep_unfinished(run: str, weights: Path, commit: str, out: Path) -> Path:
+    """Store the checkpoint of an unfinished run, its metrics and the commit that began it; return the new checkpoint.
+
+    Args:
+        run: its name in the study.
+        weights: its last checkpoint.
+        out: folder of the study.
+    Raises:
+        UserError: the run is finished.
+    """
+    saved, kept = checkpoint.read(weights), out / "unfinished" / f"{run}.pt"
+    c = read_config(saved["config"])
+    if saved["epoch"] + 1 >= c.epochs:
+        raise UserError(f"{weights}: all {c.epochs} epochs are finished: leave --unfinished out")
+    write_text(kept.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in saved["history"]))
+    write_text(kept.with_suffix(".commit"), f"{commit}\n")
+    checkpoint.write(kept, saved | {"config": as_dict(portable(c))})
+    return kept
 
 
 def collect(run: str, source: Path, weights: Path, facts: dict[str, str], out: Path) -> Path:

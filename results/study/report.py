@@ -202,11 +202,12 @@ def status(runs: Runs) -> str:
         "**Status.** The paper's own results (full-width ResNet-18, 120 epochs of 1,024 steps) have not been reproduced: "
         "that needs a GPU, and nothing has been run on one yet.",
         "In [a study](results/study/README.md) with a quarter-width network, feasible on one CPU core, both runs, with and "
-        f"without ASD, are finished for {len(SIX.keys() & set(both))} of the paper's six attacks{stopped}.",
+        f"without ASD, are finished for {len(SIX.keys() & set(both))} of the paper's six attacks{stopped}"
+        + (f"; ASD has not been run to the end yet {situations(waiting)}." if waiting else "."),
         f"All targets are met {situations(met)}; at least one is missed {situations(missed)}." if met and missed else "",
         f"All targets are met {situations(met)}." if met and not missed else "",
         f"At least one target is missed {situations(missed)}." if missed and not met else "",
-        f"ASD has not been run to the end yet {situations(waiting)}." if waiting else "",
+        with_paper_settings(runs),
     )
     bounds = (
         f"Targets, at the last epoch and as the mean of the last {LAST}: an ACC of at least 83 % and at most 5 points below "
@@ -215,6 +216,21 @@ def status(runs: Runs) -> str:
     )
     text = filled(" ".join(filter(None, sentences)))
     return f"{text}\n\n{overview(runs, MAIN)}\n\n{filled(bounds)}" if both else text
+
+
+def with_paper_settings(runs: Runs) -> str:
+    """Return a sentence on the runs with the paper's settings, at the last epoch of each; empty without such runs."""
+    found = []
+    for attack, title in PAPER.items():
+        own = runs.of(attack)[1]
+        rows = own.rows if own else runs.unfinished.get(attack, [])
+        if rows:
+            figures = percents(rows[-1])
+            asr, base = (f"{figures[key]:.1f} %" for key in ("attack_success_rate", "clean_as_target"))
+            found.append(
+                f"{asr} against {title} ({base} without the trigger; {'' if own else 'not finished, '}epoch {len(rows)})"
+            )
+    return f"With the paper's own settings on the same network the ASR is {listed(found)}." if found else ""
 
 
 def filled(text: str) -> str:
