@@ -413,10 +413,10 @@ def test_a_run_that_goes_on_is_shown_at_its_last_epoch(tmp_path: Path) -> None:
     runs, acc = stored.Runs(folder), 100 * json.loads(rows[-1])["clean_accuracy"]
     line = f"| CLB | 88.00 | 100.00 | {acc:.2f} | 3.00 | 2.00 | not run to the end: epoch 7 |"
     assert line in report.overview(runs, stored.PAPER) and line in report.page(folder, runs)
-    sentence = "With the paper's own settings on the same network the ASR is 3.0 % against CLB (2.0 % without the trigger; "
-    assert f"{sentence}not finished, epoch 7)." in " ".join(report.status(runs).split())
+    sentence = "With the paper's own settings on this network the ASR is 3.0 % against CLB (2.0 % without trigger; "
+    assert f"{sentence}so far 7 epochs)." in " ".join(report.status(runs).split())
     make_run(folder, "clb_paper/asd", 0.84, 0.03)
-    assert f"{sentence}epoch 21)." in " ".join(report.status(stored.Runs(folder)).split())
+    assert f"{sentence}21 epochs)." in " ".join(report.status(stored.Runs(folder)).split())
     assert stored.verdict("clb_paper", stored.Runs(folder)) == "met"
 
 

@@ -193,17 +193,20 @@ def status(runs: Runs) -> str:
     """Return the paragraph on what has been reproduced, the table of results if there are any, and its targets."""
     both = [attack for attack in TITLES if None not in runs.of(attack)]
     verdicts = {attack: verdict(attack, runs) for attack in TITLES}
-    met, missed, waiting = (
+    met, missed, left = (
         [attack for attack in TITLES if verdicts[attack].startswith(word)] for word in ("met", "missed", NOT_RUN)
     )
+    later = [attack for attack in left if attack in FURTHER]
+    waiting = [situations([attack for attack in left if attack in MAIN])] * (len(left) > len(later))
+    waiting += [f"against {len(later)} of {len(FURTHER)} further attacks"] * bool(later)
     early = listed([TITLES[attack] for attack in runs.stopped if f"{attack}/asd" not in runs])
-    stopped = early and f"; against {early} ASD was stopped early, when the attack had succeeded"
+    stopped = early and f"; against {early} ASD was stopped as lost"
     sentences = (
         "**Status.** The paper's own results (full-width ResNet-18, 120 epochs of 1,024 steps) have not been reproduced: "
-        "that needs a GPU, and nothing has been run on one yet.",
-        "In [a study](results/study/README.md) with a quarter-width network, feasible on one CPU core, both runs, with and "
-        f"without ASD, are finished for {len(SIX.keys() & set(both))} of the paper's six attacks{stopped}"
-        + (f"; ASD has not been run to the end yet {situations(waiting)}." if waiting else "."),
+        "nothing has been run on a GPU yet.",
+        "In [a study](results/study/README.md) with a quarter-width network on one CPU core, runs with and without ASD are "
+        f"finished for {len(SIX.keys() & set(both))} of the paper's six attacks{stopped}"
+        f"{'; ' * bool(waiting)}{' and '.join(waiting)}{' it is not finished' * bool(waiting)}.",
         f"All targets are met {situations(met)}; at least one is missed {situations(missed)}." if met and missed else "",
         f"All targets are met {situations(met)}." if met and not missed else "",
         f"At least one target is missed {situations(missed)}." if missed and not met else "",
@@ -227,10 +230,8 @@ def with_paper_settings(runs: Runs) -> str:
         if rows:
             figures = percents(rows[-1])
             asr, base = (f"{figures[key]:.1f} %" for key in ("attack_success_rate", "clean_as_target"))
-            found.append(
-                f"{asr} against {title} ({base} without the trigger; {'' if own else 'not finished, '}epoch {len(rows)})"
-            )
-    return f"With the paper's own settings on the same network the ASR is {listed(found)}." if found else ""
+            found.append(f"{asr} against {title} ({base} without trigger; {'' if own else 'so far '}{len(rows)} epochs)")
+    return f"With the paper's own settings on this network the ASR is {listed(found)}." if found else ""
 
 
 def filled(text: str) -> str:
