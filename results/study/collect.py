@@ -16,6 +16,7 @@ import re
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -72,7 +73,7 @@ def keep_unfinished(run: str, weights: Path, commit: str, out: Path) -> Path:
     c = read_config(saved["config"])
     if saved["epoch"] + 1 >= c.epochs:
         raise UserError(f"{weights}: all {c.epochs} epochs are finished: leave --unfinished out")
-    write_text(kept.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in saved["history"]))
+    write_text(kept.with_suffix(".jsonl"), to_jsonl(saved["history"]))
     write_text(kept.with_suffix(".commit"), f"{commit}\n")
     checkpoint.write(kept, saved | {"config": as_dict(portable(c))})
     return kept
@@ -103,7 +104,7 @@ def collect(run: str, source: Path, weights: Path, facts: dict[str, str], out: P
         raise UserError(
             f"{source / 'log' / 'test.json'}: does not belong to the last epoch: run test.py --resume {LATEST} again"
         )
-    kept = {"metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows), "config.yaml": config.to_yaml(portable(c))}
+    kept = {"metrics.jsonl": to_jsonl(rows), "config.yaml": config.to_yaml(portable(c))}
     kept["test.json"] = confusion.to_json(tested | {"checkpoint": f"results/study/{run}.pt"})
     if c.defense.name == "asd":
         quality = json.loads(readable(source / suspects.QUALITY).read_text())
@@ -134,6 +135,11 @@ def collect(run: str, source: Path, weights: Path, facts: dict[str, str], out: P
     }
     write_text(out / f"{run}.json", json.dumps(card, indent=2) + "\n")  # last: it marks the run as complete
     return out / f"{run}.json"
+
+
+def to_jsonl(rows: list[dict[str, Any]]) -> str:
+    """Return rows as the text of a `metrics.jsonl`."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def readable(path: Path, remedy: str = "give the folders of a finished run") -> Path:

@@ -67,11 +67,10 @@ def overview(runs: Runs, titles: dict[str, str]) -> str:
     """Return the table of results: the last epoch for each attack of `titles`, for the first seed."""
     table: list[Cells] = [("attack", "undefended: ACC, %", "ASR", "ASD: ACC, %", "ASR", "without trigger", "targets")]
     for attack, title in titles.items():
-        baseline, own = runs.of(attack)
+        baseline, _ = runs.of(attack)
         left = cells(baseline.ends[0], KEYS[:2]) if baseline else (NOT_RUN, NONE)
-        partial = runs.stopped.get(attack) or runs.unfinished.get(attack)
-        last = own.ends[0] if own else percents(partial[-1]) if partial else None
-        right = cells(last, KEYS[:3]) if last else (NOT_RUN, NONE, NONE)
+        rows = runs.epochs_of(attack)
+        right = cells(percents(rows[-1]), KEYS[:3]) if rows else (NOT_RUN, NONE, NONE)
         table.append((title, *left, *right, verdict(attack, runs)))
     return render(table, markdown=True)
 
@@ -197,16 +196,18 @@ def status(runs: Runs) -> str:
         [attack for attack in TITLES if verdicts[attack].startswith(word)] for word in ("met", "missed", NOT_RUN)
     )
     later = [attack for attack in left if attack in FURTHER]
-    waiting = [situations([attack for attack in left if attack in MAIN])] * (len(left) > len(later))
-    waiting += [f"against {len(later)} of {len(FURTHER)} further attacks"] * bool(later)
+    waiting = [
+        situations([attack for attack in left if attack in MAIN]),
+        f"against {len(later)} of {len(FURTHER)} further attacks" if later else "",
+    ]
+    open_ = f"; {' and '.join(filter(None, waiting))} it is not finished" if left else ""
     early = listed([TITLES[attack] for attack in runs.stopped if f"{attack}/asd" not in runs])
     stopped = early and f"; against {early} ASD was stopped as lost"
     sentences = (
         "**Status.** The paper's own results (full-width ResNet-18, 120 epochs of 1,024 steps) have not been reproduced: "
         "nothing has been run on a GPU yet.",
         "In [a study](results/study/README.md) with a quarter-width network on one CPU core, runs with and without ASD are "
-        f"finished for {len(SIX.keys() & set(both))} of the paper's six attacks{stopped}"
-        f"{'; ' * bool(waiting)}{' and '.join(waiting)}{' it is not finished' * bool(waiting)}.",
+        f"finished for {len(SIX.keys() & set(both))} of the paper's six attacks{stopped}{open_}.",
         f"All targets are met {situations(met)}; at least one is missed {situations(missed)}." if met and missed else "",
         f"All targets are met {situations(met)}." if met and not missed else "",
         f"At least one target is missed {situations(missed)}." if missed and not met else "",
@@ -225,12 +226,11 @@ def with_paper_settings(runs: Runs) -> str:
     """Return a sentence on the runs with the paper's settings, at the last epoch of each; empty without such runs."""
     found = []
     for attack, title in PAPER.items():
-        own = runs.of(attack)[1]
-        rows = own.rows if own else runs.unfinished.get(attack, [])
+        rows = runs.epochs_of(attack)
         if rows:
-            figures = percents(rows[-1])
+            figures, so_far = percents(rows[-1]), "so far " if attack in runs.unfinished and f"{attack}/asd" not in runs else ""
             asr, base = (f"{figures[key]:.1f} %" for key in ("attack_success_rate", "clean_as_target"))
-            found.append(f"{asr} against {title} ({base} without trigger; {'' if own else 'so far '}{len(rows)} epochs)")
+            found.append(f"{asr} against {title} ({base} without trigger; {so_far}{len(rows)} epochs)")
     return f"With the paper's own settings on this network the ASR is {listed(found)}." if found else ""
 
 

@@ -11,8 +11,8 @@ python="${PYTHON:-python}" device="${DEVICE:-cpu}" saved="${SAVED:-saved_data/st
 cifar10="${CIFAR10:-dataset/cifar-10-batches-py}" gtsrb="${GTSRB:-dataset/GTSRB}"
 chosen=" $* "
 
-# What attacks train first is stored with the results: it takes up to half an hour to make, and differs a little between
-# processors, so that a run could not be resumed on another one.
+# What attacks train first is stored with the results: it takes up to half an hour to make. Made again on another
+# processor it would differ a little, and an unfinished run could not be resumed there.
 mkdir -p "$saved/assets"
 for asset in results/study/assets/*.npz results/study/unfinished/assets/*.npz; do
   kept="$saved/assets/${asset##*/}"

@@ -73,6 +73,11 @@ class Runs(dict[str, Run]):
         """Return the runs without and with ASD against an attack, for the first seed."""
         return self.get(f"{subject(attack)}/undefended"), self.get(f"{attack}/asd")
 
+    def epochs_of(self, attack: str) -> list[Row]:
+        """Return the rows of the run with ASD against an attack, for the first seed, even if it was stopped or goes on."""
+        own = self.of(attack)[1]
+        return own.rows if own else self.stopped.get(attack) or self.unfinished.get(attack, [])
+
 
 def subject(attack: str) -> str:
     """Return the attack whose poisoned set and undefended run belong to a row: the same for both settings of ASD."""
