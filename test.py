@@ -31,7 +31,7 @@ from utils import checkpoint, config
 from utils.cli import command, parse_arguments
 from utils.config import Config
 from utils.config.compatibility import other_tests
-from utils.config.schema import as_dict
+from utils.config.schema import as_dict, stand_ins
 from utils.errors import UserError
 from utils.files import check_writable, write_atomically, write_text
 from utils.names import class_text
@@ -57,12 +57,13 @@ def main() -> None:
     args = parse_arguments("Test a checkpoint on clean and on triggered images.", None, training=False)
     if args.resume.lower() == "false":
         raise UserError(f"--resume {args.resume}: testing needs a checkpoint: name one, or leave the option out")
-    if args.out and not args.images:
+    images, named = (
+        None if path is None else user_path(path, key) for path, key in ((args.images, "--images"), (args.out, "--out"))
+    )
+    if named is not None and images is None:
         raise UserError(f"--out {args.out}: only valid together with --images DIR")
-    if args.out and is_dir(user_path(args.out, "--out"), "--out"):
-        raise UserError(f"--out {args.out}: is a folder: give a file name, e.g. --out {Path(args.out) / 'labels.csv'}")
-    if args.out:
-        check_writable(user_path(args.out, "--out"))
+    if named is not None and is_dir(named, "--out"):
+        raise UserError(f"--out {args.out}: is a folder: give a file name, e.g. --out {named / 'labels.csv'}")
     settings = config.load(args.config, args.set)
     machine = choose_machine(args.gpu, settings.runtime.amp, alone=True)
     set_determinism(settings.seed.deterministic, settings.seed.benchmark)
@@ -71,13 +72,15 @@ def main() -> None:
     saved = checkpoint.read(path)
     model = build_classifier(settings.network, settings.num_classes, settings.seed.seed)
     checkpoint.load_weights(model, saved, path)
+    out = named or run.log / ("test.json" if images is None else "labels.csv")
+    check_writable(out)  # before the work
     model.to(machine.device).to(memory_format=machine.memory_format)
     print(f"{path}")
     loaded = Loaded(settings, machine, run, path, saved, model)
-    if args.images:
-        label(loaded, user_path(args.images, "--images"), user_path(args.out, "--out") if args.out else run.log / "labels.csv")
-    else:
+    if images is None:
         test(loaded)
+    else:
+        label(loaded, images, out)
 
 
 def test(loaded: Loaded) -> None:
@@ -88,15 +91,16 @@ def test(loaded: Loaded) -> None:
     """
     settings, machine, run = loaded.config, loaded.machine, loaded.run
     known, class_names = checkpoint.data_of(loaded.saved), checkpoint.about(loaded.saved)[0]
-    tests = prepare_tests(settings, machine.device, new_classifier, known, class_names).to(machine.device)
+    others = other_tests(loaded.saved, as_dict(settings), {key for key, _, _ in stand_ins(settings)})
+    note(others)  # first: to make another trigger may take hours
+    tests, other_files = prepare_tests(settings, machine.device, new_classifier, known, class_names)
+    note(other_files)
+    tests, others = tests.to(machine.device), [*others, *other_files]
     clean, backdoor = tests.clean, tests.backdoor
     if clean is None:
         raise UserError(f"dataset_dir: {settings.dataset_dir}: no test images: add some, or label images with --images DIR")
     figures, by_class = evaluate(build_context(settings, machine, clean), loaded.model, tests)
     assert by_class is not None
-    others = other_tests(loaded.saved, as_dict(settings))
-    if others:
-        print(f"note: the test images are not those of the run: {'; '.join(others)}")
     result: dict[str, Any] = {"checkpoint": str(loaded.path), "epoch": loaded.saved.get("epoch")} | figures
     result |= {"other_than_in_training": others} if others else {}
     result |= {"clean_total": len(clean), "backdoor_total": None if backdoor is None else len(backdoor)}
@@ -110,6 +114,12 @@ def test(loaded: Loaded) -> None:
         print(f"without the trigger, {shares['clean_as_target']} of these images are classified as the attacker wants")
     write_text(run.log / "test.json", confusion.to_json(result | confusion.figures(by_class)))
     print(f"written to {run.log / 'test.json'}")
+
+
+def note(others: list[str]) -> None:
+    """Print how the tested images differ from those of the run, if they do."""
+    if others:
+        print(f"note: the test images are not those of the run: {'; '.join(others)}")
 
 
 def label(loaded: Loaded, folder: Path, out: Path) -> None:

@@ -77,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name}: has no effect with --first-look: leave it out")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device found: leave the option out to measure the CPU")
-    if options.json:
+    if options.json is not None:
         options.json = str(user_path(options.json, "--json"))
         if Path(options.json).is_dir():
             raise UserError(f"--json {options.json}: is a folder: give a file name")

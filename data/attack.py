@@ -14,9 +14,10 @@ import numpy as np
 from torch import nn
 
 from data.digests import digests_of
+from data.io.arrays import read_arrays
 from data.sets import AttackContext, RawData
 from utils.errors import UserError
-from utils.files import remove_leftovers, write_atomically
+from utils.files import check_writable, locked, remove_leftovers, write_atomically
 from utils.manifest import TRAIN
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class AttackBase(ABC):
         clean_label: whether the attacker poisons images of the target class and keeps their labels.
         cover_ratio: number of cover images (altered, label kept) per poisoned image.
         cover_target_class: whether images of the target class may become cover images.
+        from_training_images: whether the trigger of test images depends on the training images.
         selection_scores: a method that returns a score (N,) for each training image, of which those with the lowest are
             poisoned, ties by index; None: the poisoned images are drawn at random.
     """
@@ -39,6 +41,7 @@ class AttackBase(ABC):
     clean_label = False
     cover_ratio = 0.0
     cover_target_class = True
+    from_training_images = False
     selection_scores: Callable[[], np.ndarray] | None = None
 
     @abstractmethod
@@ -102,8 +105,9 @@ def keep_asset(
 ) -> Arrays:
     """Return an asset's arrays: those in the assets' folder if they were made with the same inputs, else new ones, saved there.
 
-    The log names the file. A damaged file is detected by its checksum and made again. The same settings can give other arrays
-    on another device, so those that decide how images are altered become part of the run's manifest.
+    The log names the file. A damaged file is detected by its checksum and made again. Of several runs that need the same asset,
+    one makes it and the others wait. The same settings can give other arrays on another device, so those that decide how images
+    are altered become part of the run's manifest.
 
     Args:
         name: of the asset, e.g. `iab_mask`; the file is `<name>-<digest of depends_on>.npz`.
@@ -111,43 +115,57 @@ def keep_asset(
         make: returns new arrays.
         alters: whether the arrays decide how images are altered, rather than what other assets are made with.
     Raises:
-        UserError: the run was begun with other arrays.
+        UserError: the run was begun with other arrays, or the file cannot be written.
     """
     key = json.dumps(depends_on, sort_keys=True)
     path = context.assets / f"{name}-{sha256(key.encode()).hexdigest()[:16]}.npz"
+    arrays = kept_asset(name, path, key)
+    if arrays is None:
+        check_writable(path)  # before hours of training
+        busy = f"is making {path.name}, which this run needs too: waiting for it"
+        with locked(path.with_name(f".{path.name}.lock"), busy, wait=True):
+            arrays = kept_asset(name, path, key) or make_asset(context, name, path, key, make)
+    return checked(context, name, path, arrays) if alters else arrays
+
+
+def kept_asset(name: str, path: Path, key: str) -> Arrays | None:
+    """Return the arrays of an asset's file; None if there is no such file, or a damaged one."""
+    arrays = read_asset(path, key) if path.exists() else None
+    if arrays is not None:
+        logger.info(f"{name}: using {path}, made earlier with the same settings")
+    return arrays
+
+
+def make_asset(context: AttackContext, name: str, path: Path, key: str, make: Callable[[], Arrays]) -> Arrays:
+    """Make an asset's arrays and write its file."""
     if path.exists():
-        kept = read_asset(path, key)
-        if kept is not None:
-            logger.info(f"{name}: using {path}, made earlier with the same settings")
-            return checked(context, name, path, kept) if alters else kept
         logger.info(f"{name}: {path} is damaged: making it again")
-    elif name in context.assets_of_run.known:
+    elif context.assets_of_run.digest(name, path.stem) is not None:
         logger.info(f"{name}: {path}, with which this run was begun, is missing: making it again; on another device it differs")
     remove_leftovers(context.assets)
     arrays = make()
     stored = arrays | {"_key": np.array(key), "_sha256": np.array(checksum(arrays))}
     write_atomically(path, lambda file: np.savez(file, **stored))  # type: ignore[arg-type]
     logger.info(f"{name}: made {path}")
-    return checked(context, name, path, arrays) if alters else arrays
+    return arrays
 
 
 def checked(context: AttackContext, name: str, path: Path, arrays: Arrays) -> Arrays:
     """Return the arrays of an asset, whose digest becomes part of the manifest; refuse other arrays than the run's."""
     digest = checksum(arrays)[:16]
-    if context.assets_of_run.known.get(name, digest) != digest:
+    if context.assets_of_run.digest(name, path.stem) not in (None, digest):
         raise UserError(
             f"{path}: is not the file that this run was begun with, so the trigger would be another one: restore that file "
             "(from the computer on which the run was begun), or start a new run: --resume False, or --set run=NAME"
         )
-    context.assets_of_run.used[name] = digest
+    context.assets_of_run.used[path.stem] = digest
     return arrays
 
 
 def read_asset(path: Path, key: str) -> Arrays | None:
     """Return the arrays of an asset's file, or None if it is damaged or was written for another key."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays, _ = read_arrays(path)
         stored_key, digest = str(arrays.pop("_key")), str(arrays.pop("_sha256"))
     except PermissionError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): make it readable or move it away") from None

@@ -114,12 +114,13 @@ def draw_cover(poisoned: np.ndarray, ratio: float, seed: int, allowed: np.ndarra
         (n,) int64, sorted.
     """
     free = poisoned == 0 if allowed is None else (poisoned == 0) & allowed
-    others, count = np.flatnonzero(free), int(ratio * poisoned.sum())
-    if count > len(others):
+    others, wanted = np.flatnonzero(free), ratio * int(poisoned.sum())
+    if wanted >= len(others) + 1:
         raise UserError(
-            f"backdoor: cover_ratio: {ratio}: needs {count} cover images, but there are {len(others)} to choose from: lower it"
+            f"backdoor: cover_ratio: {ratio}: needs {wanted:.0f} cover images, but there are {len(others)} to choose from: "
+            "lower it"
         )
-    return np.sort(numpy_generator(seed, "cover").choice(others, count, replace=False))
+    return np.sort(numpy_generator(seed, "cover").choice(others, int(wanted), replace=False))
 
 
 def poison_index(
@@ -176,7 +177,7 @@ def misfit(poisoned: np.ndarray, config: Config, labels: np.ndarray, clean_label
     else:
         expected = b.poison_ratio * int(allowed.sum())
         slack = 5 * (expected * (1 - b.poison_ratio)) ** 0.5 + 1  # five standard deviations of a binomial count
-    if abs(poisoned.sum() - expected) > slack:
+    if poisoned.any() != (b.poison_ratio > 0) or abs(poisoned.sum() - expected) > slack:
         found = f"{int(poisoned.sum())} poisoned images"
         return f"{found}, but backdoor.poison_ratio {b.poison_ratio} means about {expected:.0f}"
     return None

@@ -38,7 +38,7 @@ def main(new_classifier: NewClassifier, weights_of: WeightsOf | None = None) -> 
     Args:
         weights_of: `model.exchange`'s, for a record of BackdoorBench.
     """
-    parser = Parser(prog="data.poison", description="Write a poisoned data set into a folder.", allow_abbrev=False)
+    parser = Parser(prog="python -m data.poison", description="Write a poisoned data set into a folder.", allow_abbrev=False)
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="YAML", help=f"settings (default {DEFAULT_CONFIG})")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the set: new, empty, or that of the same set")
     parser.add_argument("--format", default=FORMATS[0], choices=FORMATS, help="arrays (default), or a record of BackdoorBench")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from data.attack import BATCH, AttackBase, NoAttack
-from data.choice import draw_cover, keep_index, label_after, poison_index
+from data.choice import SelectionScores, choose_poisoned, draw_cover, keep_index, label_after, poison_index
 from data.io.table_file import own_copy, read_table
 from data.seeds import check_clean_left
 from data.sets import AssetDigests, AttackContext, NewClassifier, Part, RawData, TestSets, no_network
@@ -17,6 +17,7 @@ from utils.config import Config
 from utils.config.settings import Backdoor
 from utils.errors import UserError
 from utils.kinds import CLEAN, COVER, POISONED
+from utils.names import class_text
 from utils.paths import user_path
 from utils.run_files import POISON_INDEX
 
@@ -42,6 +43,7 @@ def build_attack(
     check_test_images(config, raw)  # first: an attack may train networks for hours
     if not config.attacker.poison_ratio:
         return NoAttack()
+    check_target(config, raw)
     module = plugins.load(ATTACKS, config.attack.name)
     folder = user_path(config.saved_dir, "saved_dir") / "assets"
     device = device or torch.device("cpu")
@@ -71,6 +73,19 @@ def check_test_images(config: Config, raw: RawData) -> None:
         )
 
 
+def check_target(config: Config, raw: RawData) -> None:
+    """Raise UserError if no training image has a label that the attacker gives to images."""
+    target, shift = config.attacker.target_label, config.attacker.target_shift
+    missing = np.setdiff1d(wanted_labels(config, raw.train_labels), raw.train_labels)
+    if len(missing):
+        at = f"backdoor.target_shift: {shift}" if shift is not None else f"backdoor.target_label: {target}"
+        label = class_text(int(missing[0]), raw.class_names)
+        raise UserError(
+            f"{at}: no training image is of class {label}: give another value, set num_classes to the number of classes, or "
+            "raise data.train_limit"
+        )
+
+
 def poison_training_set(config: Config, raw: RawData, attack: AttackBase, folder: Path, placement: str = "device") -> Part:
     """Return the poisoned training set; which images are poisoned is stored as `poison_idx.npy` in the run's folder.
 
@@ -78,13 +93,38 @@ def poison_training_set(config: Config, raw: RawData, attack: AttackBase, folder
     hours, and before anything is stored.
     """
     path = folder / POISON_INDEX
-    index = poison_index(path, raw.train_labels, config, attack.clean_label, attack.selection_scores)
+    index = poison_index(path, raw.train_labels, config, attack.clean_label, scores_of(config, raw, attack))
     labels, flags = mark_images(config, raw, attack, index)
     if config.defense.settings.needs_clean and config.seed_samples is None:
         check_clean_left(labels, flags, config.num_classes, config.global_.seed_num)
     part = alter_images(raw, attack, labels, flags, placement)
     keep_index(path, index)
     return part
+
+
+def scores_of(config: Config, raw: RawData, attack: AttackBase) -> SelectionScores | None:
+    """Return the attack's `selection_scores`, which refuse too many cover images before they are computed."""
+    compute = attack.selection_scores
+    if compute is None:
+        return None
+
+    def scores() -> np.ndarray:
+        # How many images may become cover images does not depend on which ones are poisoned, so images drawn at random will do.
+        mark_images(config, raw, attack, choose_poisoned(config, raw.train_labels, attack.clean_label))
+        return compute()
+
+    return scores
+
+
+def altered(attack: AttackBase, images: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Return images that an attack has altered, if they have the dtype and shape of those that it was given."""
+    if images.dtype != like.dtype or images.shape != like.shape:
+        name = type(attack).__module__.replace(".", "/")
+        raise UserError(
+            f"{name}.py: returned altered images of dtype {images.dtype} and shape {images.shape}: must be {like.dtype}, "
+            f"{like.shape}"
+        )
+    return images
 
 
 def alter_images(raw: RawData, attack: AttackBase, labels: np.ndarray, flags: np.ndarray, placement: str = "device") -> Part:
@@ -96,9 +136,11 @@ def alter_images(raw: RawData, attack: AttackBase, labels: np.ndarray, flags: np
     poisoned, cover = np.flatnonzero(flags == POISONED), np.flatnonzero(flags == COVER)
     images = own_copy(raw.train_images, placement)
     if len(poisoned):
-        images[poisoned] = attack.apply(raw.train_images[poisoned], poisoned, "train")
+        before = raw.train_images[poisoned]
+        images[poisoned] = altered(attack, attack.apply(before, poisoned, "train"), before)
     if len(cover):
-        images[cover] = attack.cover(raw.train_images[cover], cover)
+        before = raw.train_images[cover]
+        images[cover] = altered(attack, attack.cover(before, cover), before)
     return Part(images, labels, raw.train_labels.astype(np.int64), flags, np.arange(len(labels)))
 
 
@@ -158,7 +200,8 @@ def trigger_images(config: Config, raw: RawData, attack: AttackBase) -> Part:
     images = np.empty((n, *raw.test_images.shape[1:]), np.uint8)
     for start in range(0, n, BATCH):  # not all at once, which would copy the whole test set
         part = others[start : start + BATCH]
-        images[start : start + BATCH] = attack.apply(raw.test_images[part], part, "test")
+        before = raw.test_images[part]
+        images[start : start + BATCH] = altered(attack, attack.apply(before, part, "test"), before)
     originals = raw.test_labels[others].astype(np.int64)
     return Part(images, wanted[others], originals, np.full(n, POISONED, np.uint8), others)
 

@@ -218,10 +218,21 @@ def no_network(network: Named, num_classes: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class AssetDigests:
-    """The digests, by name, of the assets with which a run's images are altered (`data.attack.keep_asset`)."""
+    """The digests of the assets with which a run's images are altered (`data.attack.keep_asset`), by their files' stems.
+
+    A stem consists of the asset's name and a digest of all that it depends on, so assets for other settings do not conflict.
+    """
 
     known: Mapping[str, str] = field(default_factory=dict)  # of a run that has begun: no others may be used
     used: dict[str, str] = field(default_factory=dict)  # filled while images are altered
+
+    def digest(self, name: str, stem: str) -> str | None:
+        """Return the digest of an asset of a run that has begun; None if it has no such asset.
+
+        Args:
+            name: of the asset, which is all that the manifests of earlier versions have.
+        """
+        return self.known.get(stem, self.known.get(name))
 
 
 @dataclass(frozen=True)

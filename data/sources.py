@@ -72,8 +72,10 @@ def prepare_tests(
     new_classifier: NewClassifier = no_network,
     known: str = "",
     class_names: tuple[str, ...] = (),
-) -> TestSets:
+) -> tuple[TestSets, list[str]]:
     """Return the test sets of `prepare` without the training set; nothing is written into a run's folder.
+
+    Also returned are lines on what the trigger is made from and that differs from the data of the checkpoint.
 
     Args:
         known: the manifest of the tested checkpoint; empty: it has none.
@@ -92,11 +94,12 @@ def prepare_tests(
         )
     placement = place(config, raw, stored, device, 1)
     if stored:
-        return stored_tests(stored, placement)
+        return stored_tests(stored, placement), []
     if config.backdoor is None:
-        return untriggered(raw, placement)
-    digests = AssetDigests(manifest.assets_of(known))
-    return build_test_sets(config, raw, build_attack(config, raw, device, new_classifier, digests), placement)
+        return untriggered(raw, placement), []
+    attack = build_attack(config, raw, device, new_classifier, AssetDigests(manifest.assets_of(known)))
+    others = manifest.other_trigger(known, manifest_of(config, raw), attack.from_training_images) if known else []
+    return build_test_sets(config, raw, attack, placement), others
 
 
 def place(config: Config, raw: RawData, stored: StoredSet | None, device: torch.device | None, processes: int) -> str:

@@ -226,6 +226,29 @@ def test_transparent_pixels_are_not_part_of_the_trigger(tmp_path: Path, mode: st
     assert np.array_equal(triggered, stamp(noise(10), {(4, 5): (200, 200, 200)}))
 
 
+@pytest.mark.parametrize("size", [(32, 32), (24, 32)])
+def test_a_turned_trigger_is_turned_with_its_transparency(tmp_path: Path, size: tuple[int, int]) -> None:
+    """The EXIF orientation turns colors and transparency alike, whatever the sides of the file."""
+    image, exif = Image.new("RGBA", size, (255, 255, 255, 0)), Image.Exif()
+    image.putpixel((5, 4), (200, 200, 200, 255))
+    exif[274] = 6  # to be shown turned by 90 degrees clockwise: the upper left corner comes to the upper right
+    image.save(tmp_path / "turned.png", exif=exif)
+    width, height = size[1], size[0]
+    images = np.zeros((1, height, width, 3), np.uint8)
+    raw = RawData(images, np.zeros(1, np.int64), images, np.zeros(1, np.int64), ("one",))
+    attack = Attack(Settings(trigger_path=str(tmp_path / "turned.png")), AttackContext(raw, 3, 10, 0, Path("nowhere")))
+    assert np.argwhere(attack.mask).tolist() == [[5, width - 1 - 4]]
+
+
+def test_a_transparent_trigger_of_16_bits_is_refused(tmp_path: Path) -> None:
+    """Pillow has no transparency for its levels, so it would count as covering the whole image."""
+    levels = np.full((32, 32), 65535, np.uint16)
+    levels[4, 5] = 300
+    Image.fromarray(levels).save(tmp_path / "deep.png", transparency=65535)
+    with pytest.raises(UserError, match=r"deep\.png: is transparent and has 16 bits per level: save it with 8 bits"):
+        make(Settings(trigger_path=str(tmp_path / "deep.png")))
+
+
 def test_a_damaged_trigger_file_is_never_a_traceback(tmp_path: Path) -> None:
     """A PNG truncated or changed at any byte either still has a trigger or is an error of one line."""
     path = tmp_path / "trigger.png"

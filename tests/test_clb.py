@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from data.attack import keep_asset
 from data.attacks import _surrogate as surrogate
 from data.attacks import badnets, clb
 from data.attacks._surrogate import Adversary, build_augmentation, load_surrogate, pgd, rise_and_fall, train_surrogate
@@ -356,7 +360,7 @@ def test_a_training_that_diverges_is_a_clear_error(tmp_path: Path) -> None:
     attack = make(tmp_path / "assets", replace(QUICK, learning_rate=1e30))
     with pytest.raises(UserError, match=r"backdoor\.clb\.learning_rate: 1e\+30: .* lower it"):
         attack.apply(*victims(attack), "train")
-    assert not list((tmp_path / "assets").glob("*"))
+    assert not list((tmp_path / "assets").glob("*.npz"))
 
 
 def test_fewer_images_than_a_batch_train_a_surrogate(tmp_path: Path) -> None:
@@ -406,7 +410,8 @@ def test_the_perturbed_images_identify_the_poisoned_set(tmp_path: Path) -> None:
     """They become part of the run's manifest; the surrogate, with which they were made, need not be at hand later."""
     attack = make(tmp_path)
     attack.apply(*victims(attack), "train")
-    assert attack.context.assets_of_run.used.keys() == {"clb_images"}
+    (path,) = tmp_path.glob("clb_images-*.npz")
+    assert attack.context.assets_of_run.used.keys() == {path.stem}
 
 
 def test_assets_of_other_images_are_not_used(tmp_path: Path) -> None:
@@ -427,6 +432,37 @@ def test_a_damaged_asset_is_made_again(tmp_path: Path, said: list[str]) -> None:
         path.write_bytes(path.read_bytes()[:-100])
     assert np.array_equal(make(tmp_path).apply(images, index, "train"), first)
     assert sum("is damaged" in line for line in said) == 2
+
+
+def test_of_two_runs_that_need_an_asset_one_makes_it(tmp_path: Path) -> None:
+    """While a run makes an asset, another one waits for it and uses the same file, instead of replacing it by its own."""
+    place = make(tmp_path).context
+    begun, made = threading.Event(), []
+
+    def slowly(value: float) -> dict[str, np.ndarray]:
+        begun.set()
+        made.append(value)
+        time.sleep(1.5)
+        return {"weights": np.full(3, value)}
+
+    def run(value: float) -> np.ndarray:
+        return keep_asset(place, "thing", {"seed": 1}, lambda: slowly(value))["weights"]
+
+    with ThreadPoolExecutor(2) as pool, logged() as lines:
+        first = pool.submit(run, 1.0)
+        assert begun.wait(20)
+        second = pool.submit(run, 2.0)
+        assert first.result(60).tolist() == second.result(60).tolist() == [1, 1, 1] and made == [1.0]
+    assert sum("which this run needs too: waiting for it" in line for line in lines) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    """Nothing is trained whose result could not be kept."""
+    (tmp_path / "file").write_text("")
+    attack = make(tmp_path / "file" / "assets")
+    with logged() as lines, pytest.raises(UserError, match="cannot be written"):
+        attack.apply(*victims(attack), "train")
+    assert not lines
 
 
 # -- Sizes and settings ------------------------------------------------------------------------------------------------

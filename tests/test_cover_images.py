@@ -84,10 +84,14 @@ def test_the_seed_decides_which_images_are_cover_images() -> None:
     assert not np.array_equal(draw_cover(poisoned, 2, 0), draw_cover(poisoned, 2, 1))
 
 
-@pytest.mark.parametrize("more", ["poison_ratio: 0.97", "poison_ratio: 0.5, iab: {cover_ratio: 9}"])
+CHOOSY = "poison_ratio: 0.5, lookalike: {trigger: {wanet: {cover_ratio: 9}}, surrogate: {resnet18_cifar: {width: 2}}}"
+
+
+@pytest.mark.parametrize("more", ["poison_ratio: 0.97", "poison_ratio: 0.5, iab: {cover_ratio: 9}", CHOOSY])
 def test_too_many_images_are_refused_before_networks_are_trained(more: str, tiny: Path, tmp_path: Path) -> None:
-    """IAB trains two networks, which may take hours; whether there are enough images is checked first."""
-    attack = more if "iab" in more else f"iab: {{}}, {more}"
+    """IAB trains two networks, which may take hours, and an attack that chooses its images another one; whether there are
+    enough images is checked first."""
+    attack = more if "{" in more else f"iab: {{}}, {more}"
     plan = config.load(tiny, [f"backdoor={{{attack}, target_label: {TARGET}, poison_mode: exact}}", f"saved_dir={tmp_path}"])
     with pytest.raises(UserError, match="lower it"):
         poison_training_set(plan, world(), build_attack(plan, world(), torch.device("cpu"), new_classifier), tmp_path)
@@ -101,3 +105,6 @@ def test_cover_images_are_drawn_among_the_allowed_images() -> None:
     assert np.array_equal(draw_cover(poisoned, 1, 0), draw_cover(poisoned, 1, 0, np.ones(40, bool)))
     with pytest.raises(UserError, match=r"cover_ratio: 2: needs 20 cover images, but there are 15 "):
         draw_cover(poisoned, 2, 0, allowed)
+    with pytest.raises(UserError, match=r"cover_ratio: 1e\+308: needs inf cover images"):
+        draw_cover(poisoned, 1e308, 0)
+    assert len(draw_cover(poisoned, 1.59, 0, allowed)) == 15

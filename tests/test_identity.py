@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -19,8 +20,8 @@ from training import train_here
 from data import digests
 from data.attack import checksum
 from data.loading import load_raw
-from data.sets import PoisonedData
-from data.sources import prepare
+from data.sets import AssetDigests, PoisonedData
+from data.sources import prepare, prepare_tests
 from utils import checkpoint, config, manifest
 from utils.config.compatibility import refuse_other_settings
 from utils.config.schema import as_dict, stand_ins
@@ -305,7 +306,9 @@ def alter_asset(place: Path) -> Path:
 
 def test_the_manifest_names_what_an_attack_was_made_with(with_assets: Path) -> None:
     """The generator and the mask network decide what poisoned images look like."""
-    assert manifest.assets_of((with_assets / "saved/own/data.csv").read_text()).keys() == {"iab_generator", "iab_mask"}
+    files = {path.stem for path in (with_assets / "saved/assets").glob("*.npz") if "surrogate" not in path.stem}
+    known = manifest.assets_of((with_assets / "saved/own/data.csv").read_text())
+    assert known.keys() == files and {name.partition("-")[0] for name in files} == {"iab_generator", "iab_mask"}
 
 
 @pytest.mark.parametrize("through", ["resume", "checkpoint", "test.py"])
@@ -340,6 +343,51 @@ def test_a_lost_generator_is_made_again(with_assets: Path, tmp_path: Path) -> No
     torch.save(saved, latest)
     (tmp_path / "copy/saved/own/data.csv").unlink()
     assert run(path, "num_epochs=4")["epoch"] == 3
+
+
+@pytest.mark.parametrize("kind", ["file", "moved", "classes", "textures"])
+def test_a_test_with_another_trigger_is_named(tmp_path: Path, kind: str) -> None:
+    """What the trigger is made from is compared by content: the file that a setting names, wherever it is, and the training
+    images if the trigger is made from them, but not otherwise."""
+    data, trigger = draw_set(tmp_path / "set"), tmp_path / "trigger.png"
+    pixels = np.zeros((20, 20, 3), np.uint8)
+    pixels[:3, :3] = 9
+    Image.fromarray(pixels).save(trigger)
+    by_file = kind in ("file", "moved")
+    attack = {"badnets": {"trigger_path": str(trigger)}} if by_file else {"refool": {"source": kind, "count": 3}}
+    settings = attacked(tmp_path, data, attack)
+    known = prepare(settings, tmp_path / "facts").manifest
+    assert prepare_tests(settings, known=known)[1] == []
+    if kind == "file":
+        pixels[:3, :3] = 200
+        Image.fromarray(pixels).save(trigger)
+    elif kind == "moved":
+        shutil.move(trigger, tmp_path / "other.png")
+        settings = attacked(tmp_path, data, {"badnets": {"trigger_path": str(tmp_path / "other.png")}})
+    else:
+        Image.fromarray(pixels).save(next((data / "train").glob("*/*.png")))
+    found = {"file": "backdoor.badnets.trigger_path has other contents", "classes": "of the training images 1 has other pixels"}
+    (line,) = prepare_tests(settings, known=known)[1] or [""]
+    assert line.startswith(found.get(kind, "")) and bool(line) == (kind in found)
+
+
+def test_test_py_with_other_settings_of_an_attack_makes_another_trigger(with_assets: Path, tmp_path: Path) -> None:
+    """It is legitimate, and named in the output and in test.json, for an attack that trains networks too; no asset of the run
+    is said to be missing."""
+    path = copied(with_assets, tmp_path / "copy")
+    done = run_script("test.py", "--config", path, "--gpu", "cpu", "--set", "backdoor.iab.generator_lr=0.02")
+    assert done.returncode == 0 and "missing" not in done.stderr + done.stdout, done.stderr
+    assert "note: the test images are not those of the run: backdoor.iab.generator_lr: 0.02, in training" in done.stdout
+    tested = json.loads((tmp_path / "copy/saved/own/log/test.json").read_text())
+    assert len(tested["other_than_in_training"]) == 1
+
+
+def test_assets_are_known_from_manifests_of_earlier_versions() -> None:
+    """They list an asset by its name alone: that still means the run's asset."""
+    digests = AssetDigests({"iab_mask": "1", "iab_generator-12ab": "2"})
+    assert digests.digest("iab_mask", "iab_mask-99ff") == "1" and digests.digest("clb_images", "clb_images-99ff") is None
+    assert digests.digest("iab_generator", "iab_generator-12ab") == "2"
+    assert digests.digest("iab_generator", "iab_generator-34cd") is None
 
 
 def test_other_poisoned_images_are_other_data(tmp_path: Path) -> None:

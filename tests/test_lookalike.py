@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,32 @@ def test_a_trigger_without_changed_labels_is_refused(tiny: Path, tmp_path: Path,
     with pytest.raises(UserError, match=rf"backdoor\.lookalike\.trigger: {trigger}: .*changes labels") as caught:
         attack_of(plan_of(tiny, f"lookalike: {{trigger: {{{trigger}: {{}}}}}}"), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("trigger", "key"),
+    [
+        ("badnets: {trigger_path: nowhere.png}", "backdoor.lookalike.trigger.badnets.trigger_path"),
+        ("iab: {surrogate: {resnet18_cifar: {num_classes: 7}}}", "backdoor.lookalike.trigger.iab.surrogate.resnet18_cifar."),
+    ],
+)
+def test_errors_of_the_trigger_name_its_keys(tiny: Path, tmp_path: Path, trigger: str, key: str) -> None:
+    """The settings of the other attack are named as they are in the YAML, below `lookalike`."""
+    with pytest.raises(UserError, match=re.escape(key)) as error:
+        attack_of(plan_of(tiny, f"lookalike: {{trigger: {{{trigger}}}}}"), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 11])
+def test_the_share_is_rounded_down(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Of any number of poisoned images at least the share, rounded down to whole images, are those of lowest loss."""
+    plan = plan_of(tiny, LOOKALIKE.replace("share: 1.0", "share: 0.5"))
+    attack, losses = attack_of(plan, tmp_path), np.random.default_rng(count).random(COUNT)
+    monkeypatch.setattr(attack, "losses", lambda: losses)
+    may = np.flatnonzero(world().train_labels != TARGET)
+    easiest = set(may[np.argsort(losses[may])][:count].tolist())
+    chosen = may[np.argsort(attack.selection_scores()[may], kind="stable")[:count]]
+    assert len(easiest & set(chosen.tolist())) >= count // 2
 
 
 def test_no_surrogate_without_poisoned_images(tiny: Path, tmp_path: Path) -> None:

@@ -31,6 +31,13 @@ from utils.run import Run, locate
 NOBODY = "~nobody-of-this-name/x"
 
 
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_path_is_refused(name: str) -> None:
+    """It is that of a shell variable that is not set, and would mean the current folder."""
+    with pytest.raises(UserError, match=r"saved_dir: '\s*': names no file or folder"):
+        paths.user_path(name, "saved_dir")
+
+
 def test_a_tilde_is_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`~` is the user's home folder; that of an unknown user is refused, unless a file or folder has that very name."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -15,10 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.attack import AttackBase
 from data.choice import draw_poisoned, keep_index, poison_index
 from data.loading import load_raw
 from data.poisoned_sets.export import export
-from data.poisoning import ATTACKS, build_attack, build_test_sets
+from data.poisoning import ATTACKS, build_attack, build_test_sets, poison_training_set
 from data.seeds import draw_seed_samples
 from data.sets import PoisonedData, RawData
 from data.sources import from_attack, prepare, prepare_tests
@@ -455,3 +456,45 @@ def test_a_trigger_that_depends_on_the_index_has_that_of_the_test_image(tiny: Pa
     assert len(others) > 256
     expected = [attack.apply(raw.test_images[i : i + 1], np.array([i]), "test")[0] for i in others]
     assert np.array_equal(backdoor.images.numpy().transpose(0, 2, 3, 1), np.stack(expected))
+
+
+@pytest.mark.parametrize(("ratio", "index"), [(0.02, np.zeros(400)), (0, (np.arange(400) == 5).astype(float))])
+def test_a_stored_index_poisons_something_if_and_only_if_there_is_an_attack(
+    tiny: Path, tmp_path: Path, ratio: float, index: np.ndarray
+) -> None:
+    """No draw gives an attack without poisoned images, or poisoned images without an attack, however small the ratio."""
+    np.save(tmp_path / "poison_idx.npy", index)
+    assert "poisoned images" in refused(tmp_path / "poison_idx.npy", config.load(tiny, [f"backdoor.poison_ratio={ratio}"]))
+
+
+@pytest.mark.parametrize("target", ["target_label: 3", "target_label: 3, sig: {}", "target_shift: 1"])
+def test_a_target_class_without_training_images_is_refused(tiny: Path, tmp_path: Path, target: str) -> None:
+    """Labels that no training image has are given to none, whatever the attack: one line names the key and the class."""
+    attack = f"backdoor={{{target}, poison_ratio: 0.5{'' if 'sig' in target else ', badnets: {}'}}}"
+    plan, raw = config.load(tiny, [attack]), world()
+    labels = np.where(raw.train_labels == 3, 2, raw.train_labels)
+    with pytest.raises(UserError, match=r"backdoor\.target_(label|shift): \d: no training image is of class 3 \(d\)"):
+        build_attack(plan, replace(raw, train_labels=labels))
+    build_attack(plan, raw)
+
+
+class Faulty(AttackBase):
+    """An attack whose result is computed in floats, or is one row short."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
+        """Return images brighter than white, or images that are cut."""
+        return images * 0.5 + 150 if self.kind == "floats" else images[:, 1:]
+
+
+@pytest.mark.parametrize("kind", ["floats", "shape"])
+def test_an_attack_must_return_images_of_the_same_type_and_size(plan: Config, tmp_path: Path, kind: str) -> None:
+    """Floats would be cast without a word, 260 becoming 4: training and test images are checked, and the file is named."""
+    for work in (
+        lambda: poison_training_set(plan, world(), Faulty(kind), tmp_path),
+        lambda: build_test_sets(plan, world(), Faulty(kind)),
+    ):
+        with pytest.raises(UserError, match=r"test_poison\.py: returned altered images of dtype .*: must be uint8"):
+            work()

@@ -40,6 +40,7 @@ Write = Callable[[IO[bytes]], Any]
 PART = re.compile(r"\.(?P<name>.+)\.(?:(?P<boot>[0-9a-f]{12})-[0-9a-f]{12}|\d+)\.part", re.DOTALL)
 UNKNOWN = "0" * 12
 ABANDONED = 24 * 3600  # seconds without a change; generous, because a writer may be suspended overnight
+PAUSE = 0.5  # seconds between two looks at a lock that is waited for
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -82,6 +83,16 @@ def write_atomically(path: Path, write: Write, also: Sequence[Path] = ()) -> Non
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))  # paths need not be UTF-8
+
+
+def check_folder_writable(folder: Path, named: object) -> None:
+    """Raise UserError, which names `named`, if nothing can be written into a folder or the folder cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary(folder / "check"):
+            pass
+    except OSError as error:
+        raise cannot_write(named, error) from None
 
 
 def check_writable(path: Path) -> None:
@@ -262,11 +273,12 @@ def try_lock(descriptor: int) -> bool:
 
 
 @contextlib.contextmanager
-def locked(path: Path, busy: str) -> Iterator[None]:
+def locked(path: Path, busy: str, wait: bool = False) -> Iterator[None]:
     """Hold a lock file for the block, or until this process ends in any other way. If the disk has no locks, log that.
 
     Args:
         busy: what another process that holds it is doing, and what to do then, e.g. `is writing this run: wait for it`.
+        wait: until it is free, after a line in the log, instead of raising.
     Raises:
         UserError: another process holds it, or the file cannot be written.
     """
@@ -278,7 +290,12 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         try:
             if not try_lock(lock.fileno()):
                 lock.seek(0)
-                raise UserError(f"{path.parent}: process {lock.read().strip() or 'unknown'} {busy}")
+                line = f"{path.parent}: process {lock.read().strip() or 'unknown'} {busy}"
+                if not wait:
+                    raise UserError(line)
+                logger.info(line)
+                while not try_lock(lock.fileno()):
+                    time.sleep(PAUSE)
         except OSError as error:
             reason = error.strerror
             logger.info(

@@ -25,7 +25,8 @@ from utils.files import write_atomically
 FILE = "data.csv"
 HEAD = ("part", "name", "class", "digest")
 TRAIN, TEST, INPUT = "train", "test", "input"
-ASSETS = "assets/"  # prefix of the names of what an attack was made with; checkpoints of earlier versions do not list them
+ATTACKER = "backdoor."  # prefix of the settings of the attack
+ASSETS = "assets/"  # prefix of what an attack was made with: stems of files, or names; earlier versions do not list them
 
 
 class Row(NamedTuple):
@@ -67,7 +68,7 @@ def with_input(text: str, name: str, digest: str) -> str:
 
 
 def assets_of(text: str) -> dict[str, str]:
-    """Return the digests of the attack's assets by name; none if the text is not a manifest."""
+    """Return the digests of the attack's assets; none if the text is not a manifest."""
     with contextlib.suppress(ValueError):
         return {row.name.removeprefix(ASSETS): row.digest for row in rows_of(text) if row.name.startswith(ASSETS)}
     return {}
@@ -132,9 +133,27 @@ def differences(then: str, now: str, whole: bool = True) -> list[str]:
     if then == now:
         return []
     try:
-        old, new = rows_of(then), rows_of(now)
+        return row_differences(rows_of(then), rows_of(now), whole)
     except ValueError as error:
         return [str(error)]
+
+
+def other_trigger(then: str, now: str, from_training_images: bool) -> list[str]:
+    """Return the differences between the inputs that the triggers of two manifests are made from.
+
+    Args:
+        from_training_images: whether the training images are such an input, beside the files that settings of the attack name.
+    """
+    parts = (TRAIN,) if from_training_images else ()
+    try:
+        rows = [[row for row in rows_of(text) if row.part in parts or row.name.startswith(ATTACKER)] for text in (then, now)]
+    except ValueError as error:
+        return [str(error)]
+    return row_differences(rows[0], rows[1])
+
+
+def row_differences(old: list[Row], new: list[Row], whole: bool = True) -> list[str]:
+    """Return the differences between the rows of two manifests; the arguments are those of `differences`."""
     found = []
     for part, kind in ((TRAIN, "training"), (TEST, "test")):
         before, after = ([row for row in rows if row.part == part] for rows in (old, new))

@@ -30,8 +30,10 @@ def user_path(name: str | Path, key: str) -> Path:
     Args:
         key: the setting or option that names the path, for the error.
     Raises:
-        UserError: the home folder is unknown.
+        UserError: the name is empty or blank, e.g. of a shell variable that is not set; or the home folder is unknown.
     """
+    if not str(name).strip():
+        raise UserError(f"{key}: {str(name)!r}: names no file or folder: give a path, or leave it out")
     path = Path(name)
     if not str(name).startswith("~"):  # pathlib's parts would not show the ./ of ./~name
         return path

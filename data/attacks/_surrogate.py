@@ -29,7 +29,7 @@ WARM_UP = 0.3  # share of the surrogate's training over which the learning rate 
 
 @dataclass(frozen=True)
 class Adversary:
-    """A PGD adversary; `eps` (greatest change of a value) and `step` (change per step) are in grey levels (0 to 255)."""
+    """A PGD adversary; `eps` (maximum change of a value) and `step` (change per step) are in grey levels (0 to 255)."""
 
     eps: float
     step: float
@@ -58,7 +58,7 @@ class SurrogateSettings(Protocol):
 
     @property
     def learning_rate(self) -> float:
-        """The greatest learning rate of SGD; it rises, then falls to 0."""
+        """The peak learning rate of SGD; it rises, then falls to 0."""
 
     @property
     def batch_size(self) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 
 from data.attack import AttackBase
 from data.attacks._overlay import BLOCK
-from data.io.image_file import open_image, read_named
+from data.io.image_file import open_image, read_named, upright
 from data.sets import AttackContext
 from utils.config.schema import setting
 from utils.draws import numpy_generator
@@ -98,7 +98,10 @@ def read_trigger(name: str, height: int, width: int) -> np.ndarray:
     with open_image(named_path(name, key)) as image:
         if image.format in ("JPEG", "MPO"):
             raise UserError(f"{key}: {name}: JPEG also changes the pixels around the trigger: give a PNG")
-        clear = np.asarray(image.convert("RGBA"))[..., 3] == 0 if image.has_transparency_data else None
+        if image.has_transparency_data and image.mode.startswith("I"):
+            raise UserError(f"{key}: {name}: is transparent and has 16 bits per level: save it with 8 bits")
+        alpha = upright(image, image.convert("RGBA")) if image.has_transparency_data else None
+        clear = None if alpha is None else np.asarray(alpha)[..., 3] == 0
     if pattern.shape != (height, width, 3):
         size = f"{pattern.shape[1]} x {pattern.shape[0]}"
         raise UserError(

@@ -36,7 +36,7 @@ PGD_BATCH = 64
 @dataclass(frozen=True)
 class Settings:
     eps: float = setting(
-        8.0, "greatest change of a value, in grey levels (0 to 255); 16 and 32 make the attack stronger", low=1, high=255
+        8.0, "maximum change of a value, in grey levels (0 to 255); 16 and 32 make the attack stronger", low=1, high=255
     )
     step: float = setting(1.5, "size of a PGD step in grey levels", above=0)
     steps: int = setting(100, "PGD steps", low=1)
@@ -50,7 +50,7 @@ class Settings:
         options=("pgd", "fast", "benign"),
     )
     epochs: int = setting(30, "epochs of the surrogate's training", low=1)
-    learning_rate: float = setting(0.1, "greatest learning rate of the surrogate's SGD; it rises, then falls to 0", above=0)
+    learning_rate: float = setting(0.1, "peak learning rate of the surrogate's SGD; it rises, then falls to 0", above=0)
     batch_size: int = batch_size_setting(128, "images per step of the surrogate's training; lower it if memory runs out")
 
 

@@ -67,6 +67,8 @@ class Networks(NamedTuple):
 class Attack(AttackBase):
     """The generator and the mask network, which are trained when images are altered for the first time, then frozen."""
 
+    from_training_images = True
+
     def __init__(self, settings: Settings, context: AttackContext) -> None:
         check_classes("iab", settings.surrogate, context)
         height, width = context.raw.train_images.shape[1:3]

@@ -11,6 +11,8 @@ into the pool once the network knows it. The trigger is that of any other attack
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,10 +35,10 @@ class Settings:
     trigger: Named = setting("badnets", "the attack whose trigger is used", choices=ATTACKS)
     surrogate: Named = setting("resnet18_cifar", "the network that ranks the images", choices=NETWORKS)
     share: float = setting(
-        0.5, "least fraction of the poisoned images chosen by resemblance; the others are drawn at random", above=0, high=1
+        0.5, "minimum fraction of poisoned images chosen by resemblance, rounded down; the others are drawn", above=0, high=1
     )
     epochs: int = setting(4, "epochs of the surrogate's training; few, as it resembles the defender's network early on", low=1)
-    learning_rate: float = setting(0.1, "greatest learning rate of the surrogate's SGD; it rises, then falls to 0", above=0)
+    learning_rate: float = setting(0.1, "peak learning rate of the surrogate's SGD; it rises, then falls to 0", above=0)
     batch_size: int = batch_size_setting(128, "images per step of the surrogate's training; lower it if memory runs out")
     training = "benign"  # the surrogate has no adversary
 
@@ -47,19 +49,24 @@ class Attack(AttackBase):
     def __init__(self, settings: Settings, context: AttackContext) -> None:
         check_classes("lookalike", settings.surrogate, context)
         name = settings.trigger.name
-        attack = None if name == "lookalike" else plugins.load(ATTACKS.package, name).Attack(settings.trigger.settings, context)
+        with inner_keys(name):
+            build = None if name == "lookalike" else plugins.load(ATTACKS.package, name).Attack
+            attack = build and build(settings.trigger.settings, context)
         if attack is None or attack.clean_label:
             raise UserError(f"backdoor.lookalike.trigger: {name}: give an attack of its own that changes labels, e.g. badnets")
         self.settings, self.context, self.attack = settings, context, attack
         self.cover_ratio, self.cover_target_class = attack.cover_ratio, attack.cover_target_class
+        self.from_training_images = attack.from_training_images
 
     def apply(self, images: np.ndarray, index: np.ndarray, split: str) -> np.ndarray:
         """Return copies of images (n, H, W, 3) uint8 with the trigger."""
-        return np.asarray(self.attack.apply(images, index, split))
+        with inner_keys(self.settings.trigger.name):
+            return np.asarray(self.attack.apply(images, index, split))
 
     def cover(self, images: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Return cover images made from training images (n, H, W, 3) uint8."""
-        return np.asarray(self.attack.cover(images, index))
+        with inner_keys(self.settings.trigger.name):
+            return np.asarray(self.attack.cover(images, index))
 
     def selection_scores(self) -> np.ndarray:
         """Return (N,) float64: of any number of images with the lowest scores, `share` are those that resemble most the class
@@ -79,6 +86,15 @@ class Attack(AttackBase):
         starts = range(0, len(labels), BATCH)
         parts = [losses(network, np.array(raw.train_images[at : at + BATCH]), labels[at : at + BATCH]) for at in starts]
         return torch.cat(parts).cpu().numpy()
+
+
+@contextlib.contextmanager
+def inner_keys(name: str) -> Iterator[None]:
+    """Let errors of the attack whose trigger is used name its settings as they are in the YAML."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(f"backdoor.{name}", f"backdoor.lookalike.trigger.{name}")) from None
 
 
 def ranks(values: np.ndarray) -> np.ndarray:

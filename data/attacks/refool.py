@@ -41,7 +41,7 @@ class Settings:
         "reflections without a folder: procedural textures, or images of the other classes",
         options=("textures", "classes"),
     )
-    count: int = setting(200, "greatest number of images to reflect", low=1)
+    count: int = setting(200, "maximum number of images to reflect", low=1)
     ghost_probability: float = setting(0.49, "probability of a ghost; otherwise the reflection is out of focus", low=0, high=1)
     reflectance: tuple[float, ...] = bounds((0.05, 0.45), "share of the image's light that the pane takes away", high=1)
     ghost_weight: tuple[float, ...] = bounds((0.15, 0.5), "weight of the fainter of a ghost's two copies", high=1)
@@ -66,6 +66,7 @@ class Attack(AttackBase):
             self.reflections = read_reflections(settings.reflections, settings.count, height, width)
         elif settings.source == "classes":
             self.reflections = other_classes(context, settings.count)
+            self.from_training_images = True
         else:
             self.reflections = textures(settings.count, height, width, numpy_generator(context.seed, "refool", "textures"))
 

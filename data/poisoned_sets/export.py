@@ -31,11 +31,12 @@ from data.poisoned_sets.folder import (
     write_set,
 )
 from data.poisoned_sets.stored import PARTS, StoredSet
-from data.poisoning import alter_images, build_attack, clean_images, mark_images, training_caption, trigger_images
+from data.poisoning import alter_images, build_attack, clean_images, mark_images, scores_of, training_caption, trigger_images
 from data.sets import NewClassifier, Part, RawData, no_network
 from utils.config import Config
 from utils.config.schema import as_dict
 from utils.errors import UserError
+from utils.files import check_folder_writable
 from utils.kinds import COVER, POISONED
 from utils.names import class_name
 from utils.paths import exists, is_dir
@@ -89,6 +90,7 @@ def export(
             logger.info(f"{out}: contains this set already; its files match set.json")
             return
         raise UserError(f"--out {out}: not empty, and not a set made with the same settings and data: give another name")
+    check_folder_writable(out.parent, f"--out {out}")  # before an attack trains networks for hours
     made = convert(config) if converts else make(config, device, new_classifier)
     write(out, made)
     counts = count(made.parts["train"])
@@ -114,7 +116,7 @@ def make(config: Config, device: torch.device, new_classifier: NewClassifier) ->
     """Return the configured data set, poisoned by the configured attack."""
     raw = load_raw(config)
     attack = build_attack(config, raw, device, new_classifier)
-    index = choose_poisoned(config, raw.train_labels, attack.clean_label, attack.selection_scores)
+    index = choose_poisoned(config, raw.train_labels, attack.clean_label, scores_of(config, raw, attack))
     clean = clean_images(raw)
     parts = {
         "train": alter_images(raw, attack, *mark_images(config, raw, attack, index)),
