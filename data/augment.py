@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from utils.config.schema import Named
+from utils.errors import UserError
 
 # How many float32 numbers a transform works on at a time. This bounds the memory, and on a CPU the numbers stay in the cache,
 # which is 1.2 to 2.5 times faster than 32 images of 224 px at once. A GPU needs few and large kernels.
@@ -39,7 +40,10 @@ class Pipeline:
             self.sizes.append((probe.shape[2], probe.shape[3]))
             draws = step.draw(1, *self.sizes[-1], torch.Generator())
             self.columns.append(draws.shape[1])
-            probe = self.move(probe, [(step, draws)])
+            try:
+                probe = self.move(probe, [(step, draws)])
+            except ValueError as error:
+                raise UserError(f"transform: images of {error}") from None
             self.area = max(self.area, probe.shape[2] * probe.shape[3])
         self.output_size = (probe.shape[2], probe.shape[3])
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from data.io.image_file import depth_line, printable, read_prepared, unreadable_lines
 from data.io.threads import in_threads
+from utils.csv_text import csv_text
 from utils.errors import UserError
 from utils.names import class_name
 from utils.paths import is_dir, is_folder, visible
@@ -123,13 +122,11 @@ def label_table(files: Sequence[str], logits: Tensor, class_names: Sequence[str]
         files: n paths.
         logits: (n, C).
     """
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(HEAD)
+    rows: list[Sequence[object]] = [HEAD]
     shares, labels = logits.softmax(1).sort(stable=True, dim=1, descending=True)
     for file, best_labels, best_shares in zip(files, labels[:, :3].tolist(), shares[:, :3].tolist(), strict=True):
         row = [file]
         for label, share in zip(best_labels, best_shares, strict=True):
             row += [class_name(label, class_names), f"{share:.4f}"]
-        rows.writerow(row + [""] * (len(HEAD) - len(row)))  # with two classes there is no third label
-    return text.getvalue().encode("utf-8", "surrogateescape")  # file names need not be UTF-8
+        rows.append(row + [""] * (len(HEAD) - len(row)))  # with two classes there is no third label
+    return csv_text(rows).encode("utf-8", "surrogateescape")  # file names need not be UTF-8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -688,3 +689,22 @@ def test_a_transform_becomes_part_of_a_cuda_graph(name: str) -> None:
         assert not device.uploads and sum(device.reads.values()) == len(later)  # `.cpu()` of this test
     for (x, draws), expected in zip(batches[1:], eager, strict=True):
         assert (augment(x, draws) - expected).abs().max() <= (1.01 / 255 / min(STD) if name in ("resize", "all") else 0)
+
+
+def test_a_resize_beyond_all_bounds_is_one_line(tiny: Path) -> None:
+    """Too large a size is refused with the key; a strip whose longer side would follow, with its size."""
+    for key in ("transform.pre.resize.size", "transform.test.primary.resize.size"):
+        with pytest.raises(UserError, match=rf"{re.escape(key)}: 40000: "):
+            config.load(tiny, [f"{key}=40000"])
+    with pytest.raises(UserError, match=r"transform: images of 3000 x 4 pixels: with a shorter side of 256"):
+        Pipeline([Named("resize", resize.Settings(256))], (), 4, 3000)
+
+
+@pytest.mark.parametrize("ratio", [(70.0, 80.0), (0.01, 0.012)])
+def test_a_crop_has_at_least_one_pixel(ratio: tuple[float, float]) -> None:
+    """A shape that fits in no attempt gives a strip of one row or column, not an empty box, which would be black."""
+    step = random_resize_crop.Settings(size=8, ratio=ratio)
+    image = torch.full((1, 3, 32, 32), 200, dtype=torch.uint8)
+    assert torch.equal(
+        step.apply(image, step.draw(1, 32, 32, torch.Generator())).unique(), torch.tensor([200], dtype=torch.uint8)
+    )

@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,16 @@ def test_a_folder_with_other_contents_is_not_changed(tiny: Path, tmp_path: Path)
     assert contents(write(tiny, empty)[0]) == contents(write(tiny, tmp_path / "no" / "such" / "folder")[0])
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attack may train networks for hours: where its set cannot be written is found out before."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(export, "make", None)
+    with pytest.raises(UserError, match=r"--out .*/file/set: cannot be written"):
+        export.export(config.load(tiny), tmp_path / "file" / "set", torch.device("cpu"))
+
+
 def test_a_set_is_written_whole_or_not_at_all(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted export leaves no files and can be repeated; leftovers of a killed one are removed."""
 
@@ -396,7 +407,7 @@ def test_test_py_has_the_same_test_sets(tiny: Path, tmp_path: Path, toys: None) 
     """From the folder a checkpoint is tested on the same images and labels as from the YAML, and no run folder is written."""
     path = plan(tiny, "tinted")
     out, _ = write(path, tmp_path / "set")
-    one, two = prepare_tests(config.load(path)), prepare_tests(stored(tiny, out))
+    one, two = prepare_tests(config.load(path))[0], prepare_tests(stored(tiny, out))[0]
     assert one.backdoor is not None and two.backdoor is not None
     for a, b in ((one.clean, two.clean), (one.backdoor, two.backdoor)):
         assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
@@ -525,6 +536,12 @@ def swap(folder: Path) -> None:
     shutil.copy(folder / "clean_test.npz", folder / "backdoor_test.npz")
 
 
+def append(path: Path) -> None:
+    """Add a member that is not an array."""
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("more", b"hello")
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     **{f"no {name}": (lambda folder, n=name: (folder / n).unlink(), (name, "no such file")) for name in (*FILES, "set.json")},
     "a pixel": (unsealed("train.npz", "images", lambda a: a ^ np.uint8(1)), ("train.npz", "images", "SHA-256")),
@@ -545,7 +562,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no class": (with_keys(class_names=[]), ("set.json", "class_names")),
     "numbers for classes": (with_keys(class_names=[*range(10)]), ("set.json", "class_names")),
     "an empty name": (with_keys(class_names=["", *map(str, range(9))]), ("set.json", "class_names")),
-    "one name twice": (with_keys(class_names=["x\ud800"] * 10), ("set.json", "class_names", "different")),
+    "one name twice": (with_keys(class_names=["x\ud800"] * 10), ("set.json", "class_names", "occurs twice")),
     "no data set": (with_keys(dataset={}), ("set.json", "dataset")),
     "two data sets": (with_keys(dataset={"shapes": {}, "folder": {}}), ("set.json", "dataset")),
     "too many classes": (with_keys(num_classes=10**30), ("set.json", "num_classes")),
@@ -567,7 +584,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("set.json", "one attack"),
     ),
     "wrong counts": (with_keys(counts={}), ("set.json", "counts")),
-    "no files": (with_keys(files={}), ("train.npz", "contains")),
+    "no files": (with_keys(files={}), ("train.npz", "must describe")),
+    "a text for a limit": (with_keys(data={"train_limit": "x"}), ("set.json", "data", "number of images")),
+    "another limit": (with_keys(data={"train_limit": None, "valid_limit": 3}), ("set.json", "data", "only train_limit")),
+    "a text for a file": (with_keys(files=dict.fromkeys(FILES, "x")), ("train.npz", "must describe")),
+    "bytes for an array": (lambda folder: append(folder / "train.npz"), ("train.npz", "not a file of arrays", "'more'")),
     "files of nothing": (with_keys(files={"train.npz": dict.fromkeys(ARRAYS)}), ("train.npz", "SHA-256")),
     "few classes": (with_keys(num_classes=9), ("labels", "there are 9 classes")),
     "another target": (

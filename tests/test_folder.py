@@ -302,6 +302,31 @@ def test_a_class_that_is_a_broken_link_is_named(tmp_path: Path) -> None:
 COMPOSED, DECOMPOSED = "b\u00e9e", "be\u0301e"  # the same letters in the forms that Linux and macOS use
 
 
+@pytest.mark.parametrize("part", ["test", "val"])
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_test_folder_that_cannot_be_read_is_named(tmp_path: Path, part: str, kind: str) -> None:
+    """A broken link, perhaps to a disk that is not mounted, or a file in its place does not count as a data set without test
+    images, nor is val used instead."""
+    root = write_tree(tmp_path / "data", {"train/cat/a.png": image(1), "train/dog/b.png": image(2)})
+    if part == "test":
+        write_tree(root, {"val/cat/c.png": image(3)})
+    if kind == "link":
+        (root / part).symlink_to(tmp_path / "not-mounted")
+    else:
+        (root / part).write_text("")
+    line = refusal(root, tmp_path / "cache")
+    assert line.startswith(f"{root / part}: a file or a broken link")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".TIFF", ".gif", ".jp2"])
+def test_images_outside_of_the_class_folders_are_named(tmp_path: Path, suffix: str) -> None:
+    """They belong to no class, whatever their format; other files there are ignored."""
+    root = write_tree(tmp_path / "data", {"train/cat/a.png": image(1), "train/dog/b.png": image(2), "train/labels.txt": b"x"})
+    read(root, tmp_path / "cache")
+    write_tree(root, {f"train/stray{suffix}": b""})
+    assert "an image outside of the class folders" in refusal(root, tmp_path / "cache")
+
+
 def test_names_match_in_either_unicode_form(tmp_path: Path) -> None:
     """The name of a test folder or in `classes` may be composed if that of the training folder is decomposed, or vice versa."""
     for train, test in ((COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)):

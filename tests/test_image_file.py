@@ -43,14 +43,28 @@ def tiff(levels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def color_tiff16(levels: np.ndarray) -> bytes:
-    """Return levels (H, W, 3) as an uncompressed little-endian TIFF with 16 bits."""
-    height, width, _ = levels.shape
-    data = levels.astype("<u2").tobytes()
-    entries = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 8 + len(data)), (259, 3, 1, 1), (262, 3, 1, 2),
-               (273, 4, 1, 8), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(data))]  # fmt: skip
+def tiff16(
+    levels: np.ndarray, rows: int = 10**6, deflate: bool = False, photometric: int | None = None, planar: int = 1
+) -> bytes:
+    """Return levels (H, W, C) as a little-endian TIFF with 16 bits, in strips of so many rows."""
+    height, width, channels = levels.shape
+    parts = [levels[start : start + rows].astype("<u2").tobytes() for start in range(0, height, rows)]
+    parts = [zlib.compress(part) if deflate else part for part in parts]
+    n, data = len(parts), b"".join(parts)
+    sizes = [len(part) for part in parts]
+    offsets = [8 + sum(sizes[:i]) for i in range(n)]
+    bits_at = 8 + len(data)
+    offsets_at, sizes_at = bits_at + 2 * channels, bits_at + 2 * channels + 4 * n
+    color = (2 if channels == 3 else 1) if photometric is None else photometric
+    entries = [
+        (256, 3, 1, width), (257, 3, 1, height), (258, 3, channels, bits_at if channels > 2 else 16),
+        (259, 3, 1, 8 if deflate else 1), (262, 3, 1, color), (273, 4, n, offsets_at if n > 1 else offsets[0]),
+        (277, 3, 1, channels), (278, 3, 1, min(rows, height)), (279, 4, n, sizes_at if n > 1 else sizes[0]),
+        (284, 3, 1, planar),
+    ]  # fmt: skip
     directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
-    return b"II*\0" + struct.pack("<I", 8 + len(data) + 6) + data + struct.pack("<HHH", 16, 16, 16) + directory
+    tables = struct.pack(f"<{channels}H", *[16] * channels) + struct.pack(f"<{2 * n}I", *offsets, *sizes)
+    return b"II*\0" + struct.pack("<I", sizes_at + 4 * n) + data + tables + directory
 
 
 def ramp(bits: int, *shape: int) -> np.ndarray:
@@ -59,7 +73,21 @@ def ramp(bits: int, *shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
-@pytest.mark.parametrize("kind", ["png", "uint16 tiff", "int32 tiff", "grey alpha", "color png", "color tiff", "alpha png"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "png",
+        "uint16 tiff",
+        "int32 tiff",
+        "grey alpha",
+        "color png",
+        "color tiff",
+        "strips",
+        "deflate",
+        "deflated strips",
+        "alpha png",
+    ],
+)
 def test_levels_of_any_range_keep_their_upper_8_bits(tmp_path: Path, bits: int, kind: str) -> None:
     """A file with 16 or 32 bits per level that uses 8, 10, 12, 14 or 16 of them is reduced to the upper 8 of the used bits,
     whose number is returned."""
@@ -77,7 +105,8 @@ def test_levels_of_any_range_keep_their_upper_8_bits(tmp_path: Path, bits: int, 
         path.write_bytes(png16(np.dstack([wanted, np.full((6, 7), 65535)])))
     else:
         wanted = colors
-        path.write_bytes(png16(wanted) if kind == "color png" else color_tiff16(wanted))
+        rows, deflate = 2 if "strips" in kind else 10, "deflate" in kind
+        path.write_bytes(png16(wanted) if kind == "color png" else tiff16(wanted, rows, deflate))
     assert np.array_equal(read_image(path, depths), np.broadcast_to(wanted >> (bits - 8), (6, 7, 3)))
     assert depths == [bits]
 
@@ -122,6 +151,42 @@ def test_the_assumed_ranges_are_reported_once_per_set(tmp_path: Path, said: list
     said.clear()
     tables.to_raw(folder.load(folder.Settings(), str(root), False), (), tmp_path / "cache", False)
     assert said and not [line for line in said if "bits" in line]
+
+
+@pytest.mark.parametrize(
+    ("channels", "options", "reason"), [(3, {"planar": 2}, "one after the other"), (1, {"photometric": 0}, "white")]
+)
+def test_tiffs_that_pillow_decodes_into_other_levels_are_refused(
+    tmp_path: Path, channels: int, options: dict[str, int], reason: str
+) -> None:
+    """Separate planes, and grey levels that count from white, are named as unreadable instead of giving wrong pixels."""
+    (tmp_path / "x.tif").write_bytes(tiff16(ramp(16, 6, 7, channels), **options))
+    found = read_prepared(tmp_path / "x.tif", ())
+    assert isinstance(found, str) and reason in found and "save it with 8 bits" in found
+
+
+def test_a_file_that_asks_for_absurd_memory_is_unreadable(tmp_path: Path) -> None:
+    """One damaged length in a JPEG 2000 makes Pillow ask for more memory than there is: the file is named, the run goes on."""
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(image, "JPEG2000")
+    content = bytearray(image.getvalue())
+    at = content.index(b"jp2h") - 4
+    content[at : at + 16] = struct.pack(">I", 1) + b"jp2h" + struct.pack(">Q", 2**56)
+    (tmp_path / "x.jp2").write_bytes(content)
+    assert isinstance(read_prepared(tmp_path / "x.jp2", ()), str)
+
+
+def test_an_image_that_has_become_readable_is_counted_once(tmp_path: Path, said: list[str]) -> None:
+    """It is decoded twice, as a trial and for the new table, but is one image."""
+    root = make_set(tmp_path / "data", 12)
+    (root / "train" / "a" / "1.png").write_bytes(b"damaged")
+    chosen = folder.Settings(skip_unreadable=True)
+    tables.to_raw(folder.load(chosen, str(root), False), (), tmp_path / "cache", False)
+    (root / "train" / "a" / "1.png").write_bytes(png16(ramp(12, 6, 7)))
+    said.clear()
+    tables.to_raw(folder.load(chosen, str(root), False), (), tmp_path / "cache", False)
+    (line,) = [line for line in said if "bits" in line]
+    assert "1 of 2 images" in line or "2 of 2 images" in line
 
 
 def test_one_range_needs_no_remedy() -> None:

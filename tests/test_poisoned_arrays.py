@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,8 @@ DAMAGES: dict[str, tuple[Callable[[Arrays], None], str]] = {
         "triggered_images: are the test images, without any trigger",
     ),
     "equal names": (change("class_names", lambda x: np.full(10, "cat")), "class_names: a name occurs twice"),
+    "an empty name": (change("class_names", lambda x: np.array(["", *x[1:]])), "class_names: a name is empty"),
+    "one image alone": (change("train_images", lambda x: np.uint8(3)), "train_images: uint8 (): must be"),
     "few names": (change("class_names", lambda x: x[:9]), "there are 9 classes"),
     "empty": (change("train_images", lambda x: x[:0]), "not empty"),
     "objects": (change("train_labels", lambda x: x.astype(object)), "not an .npz file of arrays"),
@@ -174,6 +177,16 @@ def test_a_file_with_a_fault_is_refused_in_one_line(tiny: Path, mine: Arrays, da
         read(tiny, mine)
     line = str(caught.value)
     assert "\n" not in line and "mine.npz" in line and text in line, line
+
+
+def test_a_member_that_is_not_an_array_is_refused(tiny: Path, mine: Arrays) -> None:
+    """numpy returns the bytes of such a member: one line, as for any other file that is not one of arrays."""
+    mine.pop("train_cover", None)
+    settings, _ = plan(tiny, mine)
+    with zipfile.ZipFile(tiny.parent / "mine.npz", "a") as archive:
+        archive.writestr("train_cover", b"hello")
+    with pytest.raises(UserError, match=r"mine\.npz: not an \.npz file of arrays \('train_cover' is not an array\)"):
+        load_data(settings)
 
 
 def test_one_wrong_label_does_not_decide_the_number_of_classes(tiny: Path, mine: Arrays) -> None:

@@ -190,6 +190,13 @@ def test_the_table_has_every_image_with_its_own_facts() -> None:
         assert int(row["epochs_in_clean_pool"]) == e.epochs[i]
 
 
+def test_a_carriage_return_in_a_name_shifts_no_column() -> None:
+    """A file may have any name: the table still has one row for each image."""
+    text = suspects.table(evidence([1.0, 2.0], [0, 0]), ["cat/a\rb.png", "cat/c\nd.png"], ("cat", "dog", "bird"))
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    assert len(rows) == 3 and {row[1] for row in rows[1:]} == {"cat/a\rb.png", "cat/c\nd.png"}
+
+
 def test_images_without_names_have_numbers(tmp_path: Path) -> None:
     """Images without file names have numbers; a file name that is not UTF-8 keeps its bytes."""
     e = evidence([0.5, 7.25], [4, 0])

@@ -557,3 +557,25 @@ def test_out_without_images_is_refused(own: Path) -> None:
     """--out without --images is an error that names --images."""
     with pytest.raises(UserError, match=r"--out x\.csv: .*--images"):
         run_test_py("--config", own / "own.yaml", "--out", "x.csv")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--images", ""), "--images: '': names no file"),
+        (("--images", ".", "--out", ""), "--out: '': names no file"),
+    ],
+)
+def test_an_empty_option_is_refused(own: Path, options: tuple[str, ...], expected: str) -> None:
+    """An unset variable of the shell does not turn labeling into a test."""
+    with pytest.raises(UserError, match=re.escape(expected)):
+        run_test_py("--config", own / "own.yaml", *options)
+
+
+@pytest.mark.parametrize("options", [(), ("--images", "nowhere")])
+def test_where_results_cannot_be_written_is_found_out_first(own: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Nothing is tested or labeled whose result could not be kept."""
+    (tmp_path / "file").write_text("")
+    weights = own / "storage/own/checkpoint/latest_model.pt"
+    with pytest.raises(UserError, match=r"file/own/log/\w+\.\w+: cannot be written"):
+        run_test_py("--config", own / "own.yaml", "--resume", weights, "--set", f"saved_dir={tmp_path / 'file'}", *options)

@@ -24,6 +24,13 @@ class Names:
         return name if name in self.names else self.by_form.get(unicodedata.normalize("NFC", name))
 
 
+def wrong_names(names: Sequence[object]) -> str | None:
+    """Return why these cannot be the names of classes; None if they can."""
+    if not names or not all(isinstance(name, str) and name for name in names):
+        return "a name is empty" if names else "there are none"
+    return "a name occurs twice" if len(set(names)) < len(names) else None
+
+
 def class_name(label: int, class_names: Sequence[str]) -> str:
     """Return the name of a class, or its number if it has none."""
     return class_names[label] if label < len(class_names) else str(label)

@@ -6,6 +6,7 @@ Hidden files and files that file systems and file managers create are ignored; e
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,17 +34,26 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> Listing
     if dataset_dir is None:
         raise UserError("dataset_dir: missing: give the folder that contains train/<class>/* and test/<class>/*")
     root = user_path(dataset_dir, "dataset_dir")
-    train, test = root / "train", root / ("test" if is_dir(root / "test", "dataset_dir") else "val")
-    if not is_dir(train, "dataset_dir"):
+    train, test = root / "train", root / ("test" if has_folder(root / "test") else "val")
+    if not has_folder(train):
         raise UserError(f"dataset_dir: {root}: has no folder train: put the images into train/<class>/ and test/<class>/ there")
     known = Names(class_folders(train))
-    test_folders = by_class(class_folders(test), known, test) if is_dir(test, "dataset_dir") else {}
+    test_folders = by_class(class_folders(test), known, test) if has_folder(test) else {}
     names = chosen(settings.classes, known, train)
     train_files, train_labels = labeled_files(root, train, names, {name: name for name in names})
     test_files, test_labels = labeled_files(root, test, names, test_folders)
     return Listing(
         "folder", root, train_files, train_labels, test_files, test_labels, tuple(names), (), settings.skip_unreadable
     )
+
+
+def has_folder(path: Path) -> bool:
+    """Return whether there is a folder; refuse a file or a broken link of that name, perhaps to a disk that is not mounted."""
+    if is_dir(path, "dataset_dir"):
+        return True
+    if os.path.lexists(path):
+        raise UserError(f"{path}: a file or a broken link instead of a folder: repair or remove it")
+    return False
 
 
 def class_folders(part: Path) -> list[str]:

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data.choice import label_after
+from data.io.arrays import read_arrays
 from data.poisoned_sets.folder import refuse_reserved
 from data.poisoned_sets.origin import Origin
 from data.poisoned_sets.stored import PARTS, StoredSet
@@ -29,6 +30,7 @@ from utils import kinds
 from utils.config.schema import Named, setting
 from utils.config.settings import Backdoor
 from utils.errors import UserError, one_line
+from utils.names import wrong_names
 from utils.paths import require_file, user_path
 
 POISONED = True  # the set has its ground truth
@@ -84,9 +86,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     """Return the file's arrays after checking names, types and lengths; nothing in the file can run code."""
     try:
         require_file(path)
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name in ARRAYS}
-            unknown = [name for name in file.files if name not in ARRAYS]
+        arrays, unknown = read_arrays(path, ARRAYS)
     except FileNotFoundError:
         raise UserError(f"dataset_dir: {path}: no such file: give the .npz file with the arrays") from None
     except Exception as error:  # numpy and zipfile pass on the exceptions of many libraries
@@ -100,6 +100,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
         fits = ARRAYS[name] is not IMAGES or (array.dtype == np.uint8 and array.shape[-1:] == (3,))
         if array.ndim != dimensions or array.dtype.kind not in kinds or not fits or not array.size:
             raise UserError(f"{path}: {name}: {array.dtype} {array.shape}: must be {text}, and not empty")
+    for name, array in arrays.items():
         images = arrays[f"{name.partition('_')[0]}_images"] if name != "class_names" else array
         if len(array) != len(images):
             raise UserError(f"{path}: {name}: {len(array)} values for {len(images)} images: must be one for each")
@@ -113,8 +114,8 @@ def read(path: Path) -> dict[str, np.ndarray]:
         )
     if np.array_equal(arrays["triggered_images"], arrays["test_images"][chosen]):
         raise UserError(f"{path}: triggered_images: are the test images, without any trigger: they would give no ASR")
-    if "class_names" in arrays and len(set(arrays["class_names"].tolist())) < len(arrays["class_names"]):
-        raise UserError(f"{path}: class_names: a name occurs twice: the classes could not be told apart")
+    if wrong := "class_names" in arrays and wrong_names(arrays["class_names"].tolist()):
+        raise UserError(f"{path}: class_names: {wrong}: give each class a name of its own")
     return arrays
 
 

@@ -25,7 +25,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 RUNS_PROGRAMS = ("EPS", "WMF")  # formats that Pillow hands to another program
 BROKEN = (OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError,
-          struct.error, zlib.error, EOFError, Image.DecompressionBombError)  # fmt: skip
+          struct.error, zlib.error, EOFError, MemoryError, Image.DecompressionBombError)  # fmt: skip
 
 DEPTHS = (8, 10, 12, 14, 16)  # bits per level that cameras and programs use in files of 16 or 32 bits per level
 SCALED = ("PPM", "JPEG2000")  # formats that state their range, by which Pillow scales them to 16 bits
@@ -34,10 +34,14 @@ TURNS = {  # the transposition that turns an image upright, by its EXIF orientat
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 ORIENTATION = 274  # the EXIF tag
+TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_PLANAR = 258, 262, 284  # tags
 GREY_ALPHA = "LA;16B"  # Pillow's name for 16-bit grey with alpha, which it opens as RGBA
 NATIVE_OTHER = ";16B" if sys.byteorder == "little" else ";16L"
 OTHER_BYTE = {";16B": ";16L", ";16L": ";16B", ";16N": NATIVE_OTHER}
-SUFFIXES = (".png", ".bmp", ".jpg", ".jpeg", ".webp", ".ppm")  # of the image files in a folder that a setting names
+SUFFIXES = (
+    ".png", ".bmp", ".jpg", ".jpeg", ".jfif", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".gif", ".jp2", ".j2k",
+    ".tga", ".avif", ".ico",
+)  # fmt: skip  # of files that are taken for images where other files may lie too
 LISTED = 100  # unreadable files that the log lists by name
 
 
@@ -122,7 +126,8 @@ def deep_levels(image: Image.Image, path: Path) -> np.ndarray | None:
     Args:
         path: the image's file. Of 16-bit colors Pillow keeps the upper byte; if that is small, the lower byte is read as well.
     """
-    low_tiles = [(*tile[:3], low_byte(tile[3])) for tile in getattr(image, "tile", ())]
+    refuse_ambiguous(image)
+    low_tiles = [with_decoder(tile, low_byte(tile[3])) for tile in getattr(image, "tile", ())]
     image.load()
     if image.mode.startswith("I"):
         levels = np.asarray(image)
@@ -135,10 +140,28 @@ def deep_levels(image: Image.Image, path: Path) -> np.ndarray | None:
     if levels.max() < 2 ** DEPTHS[-2]:
         with open_image(path) as again:
             grey = again.tile[0][3] == GREY_ALPHA
-            again.tile = low_tiles  # type: ignore[assignment]
+            again.tile = low_tiles
+            again.load()
             low = np.asarray(again)
         levels |= low[..., 1:2] if grey else low[..., :3]
     return levels
+
+
+def refuse_ambiguous(image: Image.Image) -> None:
+    """Raise `ValueError` for the kinds of 16-bit TIFF that Pillow decodes into other levels."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(TIFF_BITS, 8)
+    if max(bits if isinstance(bits, tuple) else (bits,)) <= 8:
+        return
+    if tags.get(TIFF_PLANAR) == 2:
+        raise ValueError("its channels are stored one after the other, with more than 8 bits: save it with 8 bits")
+    if tags.get(TIFF_PHOTOMETRIC) == 0:
+        raise ValueError("0 means white in it, with more than 8 bits: save it with 8 bits")
+
+
+def with_decoder(tile: Any, arguments: Any) -> Any:
+    """Return one of Pillow's descriptions of encoded pixels (since Pillow 11 a named tuple) with other decoder arguments."""
+    return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
 
 
 def low_byte(decoder: Any) -> Any:

@@ -95,10 +95,11 @@ def table_of_files(listing: Listing, part: str, pre: Sequence[Any], folder: Path
     train = part == "train"
     files, limit = (listing.train_files, listing.limits[0]) if train else (listing.test_files, listing.limits[1])
     paths = [listing.root / file for file in files]
-    depths: list[int] = []
+    depths: dict[int, list[int]] = {}  # by image, which may be decoded twice
 
     def decode(i: int) -> np.ndarray | str:
-        return read_prepared(paths[i], pre, depths)
+        depths[i] = []
+        return read_prepared(paths[i], pre, depths[i])
 
     source = TableSource(
         f"{listing.name}-{part}", listing.root, recipe_of(pre), files, [mark_of(path) for path in paths],
@@ -107,7 +108,7 @@ def table_of_files(listing: Listing, part: str, pre: Sequence[Any], folder: Path
     classes = sorted({file.rpartition("/")[0] for file in files})
     key = digest_of([os.path.realpath(listing.root), classes, limit, described_steps(pre)])
     table = find_or_make(folder / f"{source.name}-{key}.u8", source)
-    scaled = depth_line(depths, len(files))
+    scaled = depth_line([bits for found in depths.values() for bits in found], len(files))
     if scaled:
         logger.info(f"{source.name}: {scaled}")
     return table
@@ -117,7 +118,10 @@ def table_of_array(images: np.ndarray, pre: Sequence[Any], folder: Path, name: s
     """Return the table of (N, H, W, 3) uint8 images that are in memory."""
 
     def decode(i: int) -> np.ndarray:
-        return prepared(Image.fromarray(images[i]), pre) if pre else images[i]
+        try:
+            return prepared(Image.fromarray(images[i]), pre) if pre else images[i]
+        except ValueError as error:
+            raise UserError(f"transform.pre: images of {error}") from None
 
     digests = pixel_digests(images)
     files = [f"image {i}" for i in range(len(images))]

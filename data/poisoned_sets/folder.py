@@ -19,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
+from data.io.arrays import read_arrays
 from data.poisoned_sets.stored import ARRAYS, PARTS, StoredSet, contradiction
 from data.sets import MOST_CLASSES, Part
 from utils.config import Config
@@ -27,6 +28,7 @@ from utils.config.settings import Backdoor
 from utils.errors import UserError, one_line
 from utils.files import cannot_write, new_folder, write_durably
 from utils.kinds import KINDS
+from utils.names import wrong_names
 from utils.paths import require_file
 from utils.run_files import STORED_SET
 
@@ -36,6 +38,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "backdoor": dict, "dataset": dict, "data": dict, "seed": (int, type(None)), "num_classes": int, "class_names": list,
     "transform_pre": dict, "counts": dict, "files": dict,
 }  # fmt: skip
+LIMITS = ("train_limit", "test_limit")
 LEFT_OUT = "left_out"  # optional key: how many images of the data set could not be read and are missing
 INPUTS = "inputs"  # optional key: `digest_of_manifest` of the data that the set was made from
 # The keys of `backdoor` besides the attack (poison_ratio etc.) with their types.
@@ -136,12 +139,15 @@ def read_description(folder: Path) -> tuple[str, dict[str, Any]]:
         if key not in described or type(described[key]) not in (kind if isinstance(kind, tuple) else (kind,)):
             raise UserError(f"{path}: {key}: missing or of the wrong type: {REMEDY}")
     names, backdoor = described["class_names"], described["backdoor"]
-    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
-        raise UserError(f"{path}: class_names: must be different names: {REMEDY}")
+    if wrong := wrong_names(names):
+        raise UserError(f"{path}: class_names: {wrong}: {REMEDY}")
     if not 1 < described["num_classes"] <= MOST_CLASSES:
         raise UserError(f"{path}: num_classes: must be in 2..{MOST_CLASSES}: {REMEDY}")
     if len(described["dataset"]) != 1 or not all(is_text(key) for key in (*described["dataset"], *backdoor)):
         raise UserError(f"{path}: dataset, backdoor: must name the data set and the attack: {REMEDY}")
+    limits = described["data"]
+    if not limits.keys() <= set(LIMITS) or not all(limit is None or is_count(limit) for limit in limits.values()):
+        raise UserError(f"{path}: data: must have only {' and '.join(LIMITS)}, each null or a number of images: {REMEDY}")
     if not is_count(described.get(LEFT_OUT, 0)):
         raise UserError(f"{path}: {LEFT_OUT}: must be a number of images: {REMEDY}")
     if version == 1:  # from before all-to-all labels
@@ -163,13 +169,14 @@ def read_part(path: Path, described: object) -> Part:
     """Read one file of arrays and check the type, shape and SHA-256 of each array against `set.json`."""
     try:
         require_file(path)
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays, _ = read_arrays(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: the set is incomplete: {REMEDY}") from None
     except Exception as error:  # numpy and zipfile pass on the exceptions of many libraries
         raise UserError(f"{path}: not a file of arrays ({one_line(error)}): {REMEDY}") from None
-    if not isinstance(described, dict) or arrays.keys() != set(ARRAYS) or described.keys() != set(ARRAYS):
+    if not isinstance(described, dict) or described.keys() != set(ARRAYS):
+        raise UserError(f"{path}: files: {STORED_SET} must describe {', '.join(ARRAYS)}: {REMEDY}")
+    if arrays.keys() != set(ARRAYS):
         raise UserError(f"{path}: contains {', '.join(arrays) or 'nothing'} instead of {', '.join(ARRAYS)}: {REMEDY}")
     for name, array in arrays.items():
         if str(array.dtype) != ARRAYS[name]:

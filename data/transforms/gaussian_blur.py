@@ -17,7 +17,7 @@ PLACES = ("transform.train.primary",)
 
 @dataclass(frozen=True)
 class Settings:
-    sigma: tuple[float, ...] = setting((0.1, 2.0), "least and greatest width in pixels", above=0, count=2, ascending=True)
+    sigma: tuple[float, ...] = setting((0.1, 2.0), "minimum and maximum width in pixels", above=0, count=2, ascending=True)
     p: float = setting(0.5, "probability", low=0, high=1)
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:

@@ -20,9 +20,9 @@ PLACES = ("transform.train.primary",)
 class Settings:
     size: int = setting(224, "side of the result in pixels", low=1)
     scale: tuple[float, ...] = setting(
-        (0.08, 1.0), "least and greatest share of the area", above=0, high=1, count=2, ascending=True
+        (0.08, 1.0), "minimum and maximum share of the area", above=0, high=1, count=2, ascending=True
     )
-    ratio: tuple[float, ...] = setting((0.75, 4 / 3), "least and greatest width / height", above=0, count=2, ascending=True)
+    ratio: tuple[float, ...] = setting((0.75, 4 / 3), "minimum and maximum width / height", above=0, count=2, ascending=True)
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
         """Return (count, 4): top, left, height and width of each crop in pixels."""
@@ -42,9 +42,9 @@ class Settings:
         """Return the (4,) central crop that is used when no attempt fits."""
         h, w = height, width
         if width / height < self.ratio[0]:
-            h = round(width / self.ratio[0])
+            h = max(1, round(width / self.ratio[0]))
         elif width / height > self.ratio[1]:
-            w = round(height * self.ratio[1])
+            w = max(1, round(height * self.ratio[1]))
         return torch.tensor([(height - h) // 2, (width - w) // 2, h, w], dtype=torch.float64)
 
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from torchvision.transforms.v2 import functional as F
 
 from utils.config.schema import setting
 
-LONGEST = 2**15  # pixels of a side that is not bounded by the setting: a strip of 1 x 65,000 pixels would fill the memory
+LONGEST = 2**15  # pixels of a side, also of the longer one, which follows: a strip of 1 x 65,000 pixels would fill the memory
 PLACES = ("transform.pre", "transform.train.primary", "transform.test.primary")
 
 
 @dataclass(frozen=True)
 class Settings:
-    size: int | tuple[int, ...] = setting(256, "shorter side, or [height, width], in pixels", low=1, count=2)
+    size: int | tuple[int, ...] = setting(256, "shorter side, or [height, width], in pixels", low=1, high=LONGEST, count=2)
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
         """Return (count, 0): nothing is random."""

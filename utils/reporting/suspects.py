@@ -7,8 +7,6 @@ clean pool.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.csv_text import csv_text
 from utils.files import write_atomically, write_text
 from utils.kinds import COVER, POISONED
 from utils.names import class_name
@@ -160,16 +159,15 @@ def table(evidence: Evidence, names: Sequence[str] | None, class_names: Sequence
         names: (N,) of the images; None: use their numbers.
     """
     e, scores = evidence, evidence.scores()["score"]
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(HEAD)
-    for rank, i in enumerate(order(scores).tolist(), 1):
-        rows.writerow([
+    rows = (
+        [
             rank, names[i] if names else i,
             class_name(int(e.labels[i]), class_names), class_name(int(e.model_labels[i]), class_names),
             f"{e.confidence[i]:.4f}", f"{e.losses[i]:.6g}", int(e.epochs[i]), f"{scores[i]:.6f}",
-        ])  # fmt: skip
-    return text.getvalue()
+        ]
+        for rank, i in enumerate(order(scores).tolist(), 1)
+    )  # fmt: skip
+    return csv_text([HEAD, *rows])
 
 
 def write_table(path: Path, evidence: Evidence, names: Sequence[str] | None, class_names: Sequence[str]) -> None:
