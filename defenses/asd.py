@@ -16,6 +16,7 @@ class Settings(DefenseSettings):
 
     needs_clean = True
     unread = ("undefended",)
+    resumes_without_settings = True
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """The split is a function of the epoch (paper section 3.2); one optimizer trains throughout."""

@@ -24,7 +24,7 @@ from utils.config.stages import METHOD, DefenseSettings, Stage
 
 BIASED = "biased"
 PLAN = Named("SGD", SGD(lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True))
-FLOOR = 1e-8  # of the sum of both losses
+FLOOR = 1e-8  # of divisors: the sum of both losses, the mean of the weights
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Defense(DefenseBase):
             with torch.no_grad():
                 known = image_losses(context, biased.eval(), inputs, index)  # (b,)
             weights = known / (known + losses.detach() + FLOOR)
-            mean = context.machine.all_reduce(weights.sum()) / count
+            mean = (context.machine.all_reduce(weights.sum()) / count).clamp(min=FLOOR)  # all are 0 if CE_b is
             return (weights / mean * losses).sum() / count
 
         return loss

@@ -15,7 +15,7 @@ from ASD import mixmatch_steps, split_losses, train_mixmatch
 from data.augment import Pipeline
 from data.batches import SupervisedDraws, draw_supervised
 from data.pools import check_share, class_agnostic_split
-from engine.context import Context, auxiliary_state, place
+from engine.context import Context, auxiliary_state, check_sizes, place
 from engine.defense import DefenseBase
 from engine.supervised import supervised_steps, train_supervised
 from loss.contrastive import nt_xent
@@ -107,6 +107,7 @@ class Defense(DefenseBase):
         steps = self.settings.simclr_transform or published_views(min(height, width))
         # One pipeline for all steps: its constants are on the device before a step is captured.
         self.views = Pipeline(steps, train.remaining, height, width)
+        check_sizes(context.config, self.views)
 
     def build(self, state: State, stage: Stage) -> None:
         """Build the projection head, the stage's optimizer and its stepper."""

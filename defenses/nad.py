@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.batches import draw_supervised
 from defenses._start import START_HELP, UNDEFENDED_STAGE, take_weights, train_undefended, undefended_stage
-from engine.context import Context, auxiliary_state
+from engine.context import Context, auxiliary_state, check_sizes
 from engine.defense import DefenseBase
 from engine.supervised import BatchLoss, image_losses, supervised_steps, train_supervised
 from loss.attention import attention_distance
@@ -75,11 +75,7 @@ class Settings(DefenseSettings):
 
 def check_maps(context: Context, layers: tuple[str, ...]) -> None:
     """Raise `UserError` if a part of the backbone does not give a feature map (B, c, h, w)."""
-    config, (height, width) = context.config, context.train_transform.output_size
-    with torch.device("meta"):  # only shapes
-        network = new_classifier(config.network, config.num_classes).eval()
-        maps = collect_maps(network, layers)
-        network(torch.empty(1, 3, height, width))
+    maps = check_sizes(context.config, context.train_transform, parts=layers)
     for name in layers:
         found = maps.get(name)
         if not isinstance(found, Tensor) or found.ndim != 4:

@@ -16,6 +16,7 @@ class Settings(DefenseSettings):
     """The settings are those of the section `undefended`."""
 
     unread = METHOD
+    resumes_without_settings = True
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """All epochs are alike."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from defenses._start import train_undefended, undefended_stage
+from engine.context import Context
 from engine.defense import DefenseBase
 from utils.checkpoint import State
 from utils.config import Config
@@ -15,6 +16,7 @@ from utils.config.reader import Reader
 from utils.config.schema import setting
 from utils.config.stages import METHOD, DefenseSettings, Stage
 from utils.draws import generator
+from utils.errors import UserError
 from utils.kinds import CLEAN, COVER, POISONED
 
 
@@ -51,6 +53,14 @@ def reference_images(config: Config, flags: Tensor) -> Tensor:
 
 class Defense(DefenseBase):
     """Plain training on the given images."""
+
+    def __init__(self, context: Context, given: Tensor) -> None:
+        super().__init__(context, given)
+        if len(given) < 2 * context.machine.world_size:
+            raise UserError(
+                f"defense: reference_filter: keeps {len(given)} of {len(context.train_set)} images, too few to train on: lower "
+                "backdoor.poison_ratio"
+            )
 
     def train_epoch(self, state: State, epoch: int) -> dict[str, float]:
         """Train one pass over the kept images; return its mean loss."""

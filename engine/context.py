@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from data.augment import Pipeline
 from data.sets import ImageSet
-from model.classifier import build_classifier
+from model.classifier import build_classifier, new_classifier
+from model.feature_maps import collect_maps
 from model.grouped_norm import group
 from model.optimizer import build_optimizer, build_scheduler
 from model.sync_norm import synchronize
@@ -44,6 +45,22 @@ def build_transforms(config: Config, images: ImageSet) -> tuple[Pipeline, Pipeli
     height, width = images.images.shape[2:]
     train, test = config.transform.train, config.transform.test
     return Pipeline(train.primary, train.remaining, height, width), Pipeline(test.primary, test.remaining, height, width)
+
+
+def check_sizes(config: Config, *transforms: Pipeline, parts: Sequence[str] = ()) -> dict[str, Any]:
+    """Raise `UserError` if the network cannot take the views that the transforms give, before anything is trained.
+
+    Args:
+        parts: of the backbone.
+    Returns:
+        the outputs of these parts for one image of the first transform, without values: only their shapes are computed.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        network = new_classifier(config.network, config.num_classes).eval()
+        maps = collect_maps(network, parts)
+        for height, width in reversed([transform.output_size for transform in transforms]):
+            network(torch.empty(1, 3, height, width))
+    return maps
 
 
 def build_state(config: Config, machine: Machine, count: int) -> State:

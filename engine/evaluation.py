@@ -14,6 +14,7 @@ from loss.supervised import symmetric_cross_entropy
 from model.classifier import Classifier, Features
 from model.inference import predict
 from utils.checkpoint import State
+from utils.errors import UserError
 from utils.metrics import SHARES
 from utils.reporting.confusion import ByClass, confusion_matrix
 from utils.reporting.runlog import progress
@@ -35,17 +36,37 @@ class Evaluation(NamedTuple):
     by_class: ByClass | None
 
 
+class Diverged(UserError):
+    """A model gives outputs that are not finite: what it predicts has no meaning."""
+
+
+def predicted_labels(context: Context, model: nn.Module, images: ImageSet) -> Tensor:
+    """Return the labels (N,) int64 that a model predicts for test images.
+
+    Raises:
+        Diverged: its outputs are not finite.
+    """
+    logits = infer(context, "test", model, images)  # (N, C)
+    if not torch.isfinite(logits).all():
+        raise Diverged("the model's outputs are not finite: its training has diverged: use an earlier checkpoint")
+    return logits.argmax(1)
+
+
 def evaluate(context: Context, model: nn.Module, tests: TestSets) -> Evaluation:
-    """Evaluate a model on the clean and the triggered test images."""
+    """Evaluate a model on the clean and the triggered test images.
+
+    Raises:
+        Diverged: its outputs are not finite.
+    """
     figures = dict.fromkeys(SHARES)
     if tests.clean is None:
         return Evaluation(figures, None)
     classes = context.config.num_classes
-    predicted = infer(context, "test", model, tests.clean).argmax(1)  # (M,)
+    predicted = predicted_labels(context, model, tests.clean)  # (M,)
     hits = {"clean_accuracy": predicted == tests.clean.labels}
     by_class = ByClass(confusion_matrix(tests.clean.labels, predicted, classes))
     if tests.backdoor is not None and tests.origin is not None:
-        triggered = infer(context, "test", model, tests.backdoor).argmax(1)  # (M',)
+        triggered = predicted_labels(context, model, tests.backdoor)  # (M',)
         wanted, original = tests.backdoor.labels, tests.clean.labels[tests.origin]  # (M',)
         hits["attack_success_rate"] = triggered == wanted
         hits["robust_accuracy"] = triggered == original

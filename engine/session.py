@@ -16,9 +16,9 @@ from torch import Tensor
 from data.seeds import choose_seed_samples, complete_manifest
 from data.sets import PoisonedData, TestSets
 from data.sources import prepare
-from engine.context import Context, build_context, build_state
+from engine.context import Context, build_context, build_state, check_sizes
 from engine.defense import DefenseBase
-from engine.evaluation import Evaluation, class_probabilities, collect_evidence, evaluate, training_features
+from engine.evaluation import Diverged, Evaluation, class_probabilities, collect_evidence, evaluate, training_features
 from model.classifier import new_classifier
 from utils import checkpoint, config, manifest, plugins
 from utils.checkpoint import State
@@ -70,13 +70,13 @@ class Session:
         Args:
             losses: the epoch's means, as `DefenseBase.train_epoch` returns them.
         Raises:
-            UserError: the loss is not finite.
+            UserError: the loss or a weight is not finite.
         """
         context, state = self.context, self.state
         for network in (state.model, *state.networks.values()):
             context.machine.average_buffers(network)
+        self.check_finite(losses)
         figures = self.evaluate().shares
-        self.check_losses(losses)
         if self.report and state.split_values is not None:
             self.report.split(state.epoch, state.clean_pool, state.split_values)
         state.history.append(self.row(losses, figures))
@@ -87,20 +87,34 @@ class Session:
             save(context.config, state, self.writer, self.report)
 
     def evaluate(self) -> Evaluation:
-        """Return the figures of the model in this epoch."""
+        """Return the figures of the model in this epoch; raise `UserError` if its outputs are not finite."""
         stage = stages.locate(self.context.config.stages, self.state.epoch)[0]
         if self.evaluation is None or not (stage.keeps_model and stage.name == self.evaluated):
-            self.evaluation, self.evaluated = evaluate(self.context, self.state.model, self.tests), stage.name
+            try:
+                self.evaluation, self.evaluated = evaluate(self.context, self.state.model, self.tests), stage.name
+            except Diverged:
+                raise self.diverged("model's outputs are") from None
         return self.evaluation
 
-    def check_losses(self, losses: dict[str, float]) -> None:
-        """Raise `UserError` if a loss is not finite: the weights are useless then, but the last checkpoint is intact."""
-        if not torch.isfinite(torch.tensor(list(losses.values()))).all():
-            key = stages.locate(self.context.config.stages, self.state.epoch)[0].key
-            raise UserError(
-                f"epoch {self.state.epoch + 1}: the training loss is not finite: lower the learning rate of {key} in a new run "
-                "(--set run=NAME); the checkpoint of the epoch before is kept"
-            )
+    def check_finite(self, losses: dict[str, float]) -> None:
+        """Raise `UserError` if a loss or a weight is not finite: the model is useless then, but the last checkpoint is intact.
+
+        No loss shows what the last step of an epoch has done to the weights.
+        """
+        networks = (self.state.model, *self.state.networks.values())
+        values = (value for network in networks for value in network.state_dict().values() if value.is_floating_point())
+        wrong = "training loss is" if not torch.isfinite(torch.tensor(list(losses.values()))).all() else ""
+        wrong = wrong or ("" if all(bool(torch.isfinite(value).all()) for value in values) else "weights are")
+        if wrong:
+            raise self.diverged(wrong)
+
+    def diverged(self, what: str) -> UserError:
+        """Return the error for an epoch in which the training has diverged."""
+        key = stages.locate(self.context.config.stages, self.state.epoch)[0].key
+        return UserError(
+            f"epoch {self.state.epoch + 1}: the {what} not finite: lower the learning rate of {key} in a new run "
+            "(--set run=NAME); the checkpoint of the epoch before is kept"
+        )
 
     def row(self, losses: dict[str, float], figures: dict[str, float | None]) -> dict[str, object]:
         """Return the epoch's row of `metrics.jsonl`."""
@@ -204,6 +218,7 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, stack
         )
 
     context = build_context(config, machine, data.train.to(machine.device))
+    check_sizes(config, context.train_transform, context.eval_transform)
     defense = build_defense(context, data, seeds)
     state = build_state(config, machine, len(context.train_set))
     state.about = {"class_names": list(data.class_names), "image_size": list(context.train_set.images.shape[2:])}
@@ -211,7 +226,7 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, stack
     if saved is not None and resume is not None:
         defense.build(state, stages.locate(config.stages, checkpoint.last_epoch(saved, config.epochs))[0])
         checkpoint.load(resume, state, as_dict(config), saved)
-    if not make_ready(run, config, resume or run.checkpoints / LATEST, state, first):
+    if not make_ready(run, config, resume or run.checkpoints / LATEST, state, machine):
         return None
     tests, report = data.tests.to(machine.device), None
     if first:
@@ -238,11 +253,6 @@ def build_defense(context: Context, data: PoisonedData, seeds: Tensor) -> Defens
         if truth is None:
             raise UserError(f"defense: {config.defense.name}: needs the ground truth, which is unknown for these images")
         given = plugin.reference_images(config, truth.flags)
-        if len(given) < 2 * context.machine.world_size:
-            raise UserError(
-                f"defense: {config.defense.name}: keeps {len(given)} of {len(truth.flags)} images, too few to train on: lower "
-                "backdoor.poison_ratio"
-            )
     defense: DefenseBase = plugin.Defense(context, given)
     return defense
 

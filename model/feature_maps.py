@@ -23,7 +23,7 @@ def collect_maps(classifier: Classifier, parts: Sequence[str]) -> dict[str, Tens
 
     def collect(name: str) -> None:
         def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            maps[name] = output
+            maps[name] = output.clone() if isinstance(output, Tensor) else output  # an in-place ReLU may follow
 
         known[name].register_forward_hook(hook)
 

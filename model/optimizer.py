@@ -49,6 +49,7 @@ def build_scheduler(
         return None
     s = chosen.settings
     if chosen.name == "multi_step":
-        epochs = [int(m * num_epochs + ROUNDING) if m < 1 else int(m) for m in s.milestones]
+        # At least 1: a fraction of few epochs must not lower the rate of the first one.
+        epochs = [max(1, int(m * num_epochs + ROUNDING)) if m < 1 else int(m) for m in s.milestones]
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, epochs, s.gamma)
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, s.T_max or num_epochs, s.eta_min)

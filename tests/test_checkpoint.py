@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from model.classifier import build_classifier
 from model.optimizer import build_optimizer, build_scheduler
-from utils import checkpoint, config, files
+from utils import checkpoint, config, files, plugins
 from utils.checkpoint import State
 from utils.config.compatibility import flatten, other_tests, refuse_other_settings, stage_ends
 from utils.config.schema import as_dict
@@ -613,6 +613,41 @@ def test_the_authors_checkpoints_load(tmp_path: Path, prefix: str, zipped: bool)
     assert again.epoch == 5 and [row["epoch"] for row in again.history] == [4]
 
 
+@pytest.mark.parametrize(
+    ("plan", "complaint"),
+    [
+        (("optimizer={Adam: {lr: 0.0001}}",), "lr 0.002, but the configuration gives 0.0001"),
+        (("optimizer={Adam: {weight_decay: 0.5}}",), "weight_decay 0.0, but the configuration gives 0.5"),
+        (("optimizer={SGD: {lr: 0.002}}",), "betas (0.9, 0.999), but the configuration gives None"),
+        (("lr_scheduler={multi_step: {milestones: [1], gamma: 0.5}}", "optimizer={Adam: {lr: 0.001}}"), "lr 0.002"),
+    ],
+)
+def test_the_authors_checkpoints_are_not_resumed_with_another_optimizer(
+    tmp_path: Path, plan: tuple[str, ...], complaint: str
+) -> None:
+    """They have no settings to compare, and loading an optimizer's state replaces its options: another one is refused."""
+    state, _ = make_state(tmp_path, steps=1)
+    saved = {key: value for key, value in checkpoint.contents(state, {}).items() if key not in ("config", "history", "data")}
+    checkpoint.write(tmp_path / "a.pt", saved)
+    other, settings = make_state(tmp_path, plan)
+    assert complaint in refusal(tmp_path / "a.pt", other, settings)
+    checkpoint.load(tmp_path / "a.pt", *make_state(tmp_path))
+
+
+@pytest.mark.parametrize("defense", plugins.names("defenses"))
+def test_the_authors_checkpoints_are_of_asd(tmp_path: Path, defense: str) -> None:
+    """Other defenses keep more than weights and an optimizer, so a checkpoint without settings is refused in one line."""
+    allowed, state = defense in ("asd", "none"), make_state(tmp_path, steps=1)[0]
+    settings = as_dict(config.load(tmp_path / "tiny.yaml", [f"defense={{{defense}: {{}}}}"]))
+    if allowed:
+        refuse_other_settings(tmp_path / "a.pt", {"epoch": 0}, settings)
+        return
+    checkpoint.write(
+        tmp_path / "a.pt", {key: value for key, value in checkpoint.contents(state, {}).items() if key != "config"}
+    )
+    assert f"`defense: {defense}` cannot be resumed from it" in refusal(tmp_path / "a.pt", state, settings)
+
+
 def test_another_network_is_refused(tmp_path: Path) -> None:
     """Weights of another width, depth or number of classes are refused with the first key that does not fit."""
     state, settings = make_state(tmp_path, steps=1)
@@ -751,6 +786,9 @@ def test_other_test_images_than_in_training_are_named(tmp_path: Path) -> None:
     assert sorted(found) == ["backdoor.target_label: 1, in training 3", "seed.seed: 8, in training 7"]
     assert len(lines("transform.test.primary={resize: {size: 16}}")) == 1
     assert other_tests({}, trained) == other_tests({"config": {"seed": 3}}, trained) == []
+    named, path = make_state(tmp_path, ("backdoor={badnets: {trigger_path: a.png}}",))[1], "backdoor.badnets.trigger_path"
+    assert len(other_tests({"config": trained}, named)) == 1
+    assert other_tests({"config": trained, "data": "a manifest"}, named, {path}) == []  # their contents are compared instead
 
 
 @pytest.mark.parametrize(

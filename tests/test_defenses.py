@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from defenses._start import split_clean
 from engine import session
 from engine.context import Context
 from engine.evaluation import Evaluation, evaluate
-from engine.session import Session
+from engine.session import Session, start
 from engine.supervised import train_supervised
 from loss.attention import attention_distance, attention_map
 from loss.contrastive import nt_xent
@@ -37,6 +38,7 @@ from utils.config.stages import Stage, locate, schedule_length
 from utils.errors import UserError
 from utils.reporting.confusion import FILE as CONFUSION
 from utils.run import locate as locate_run
+from utils.run import open_run
 from utils.runtime.machine import Machine
 
 FIGURES = ("clean_accuracy", "attack_success_rate", "robust_accuracy", "clean_as_target")
@@ -232,6 +234,7 @@ def test_the_statistics_of_every_network_are_averaged(
             "has no effect with removes: random",
         ),
         ("reference_filter", "backdoor={badnets: {}, poison_ratio: 1, target_shift: 1}", "keeps 0 of 200 images, too few"),
+        ("reference_split", "global.epsilon=0.004", "global.epsilon: 0.004"),
     ],
 )
 def test_what_a_defense_cannot_work_with_is_refused_at_the_start(
@@ -524,3 +527,20 @@ def test_a_pool_that_is_smaller_than_a_batch_is_refused(tmp_path: Path, name: st
     with pytest.raises(UserError, match=rf"global\.epsilon: {epsilon}: the {pool} pool .*batch_size: 8") as caught:
         train_here(*small(tmp_path, name, f"global.epsilon={epsilon}", more))
     assert "\n" not in str(caught.value)
+
+
+def test_cbd_with_a_biased_network_without_any_loss(tmp_path: Path) -> None:
+    """If the biased network's loss is exactly 0 on a whole batch, its images have no weight; nothing becomes NaN."""
+    config, path = small(tmp_path, "cbd")
+    run = train_here(config, path)
+    with open_run(run, config, True), ExitStack() as stack:
+        session = start(config, run, Machine(torch.device("cpu")), None, stack)
+        assert session is not None
+        session.defense.build(session.state, config.stages[1])
+        with torch.no_grad():
+            session.state.networks["biased"].linear.weight.zero_()
+            session.state.networks["biased"].linear.bias.copy_(torch.tensor([200.0] + [0.0] * (config.num_classes - 1)))
+        index = torch.nonzero(session.context.train_set.labels == 0).squeeze(1)[:2]
+        loss = session.defense.deconfounded(session.state)(session.context.train_set.images[index].float() / 255, index, 2)
+        loss.backward()
+        assert loss == 0 and all(torch.isfinite(p.grad).all() for p in session.state.model.parameters() if p.grad is not None)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from training import small, train_here
 
 import ASD
 from ASD import mixmatch_step
@@ -586,3 +587,21 @@ def test_ground_truth_cannot_reach_splits_and_training(function: Any) -> None:
     assert not reachable & {GroundTruth, Part, StoredSet, PoisonedData, TestSets, RawData}
     assert ImageSet in reachable
     assert {field.name for field in dataclasses.fields(ImageSet)} == {"images", "labels", "placement"}
+
+
+@pytest.mark.parametrize("name", ["none", "asd"])
+def test_a_last_step_that_diverges_is_refused(tmp_path: Path, name: str) -> None:
+    """No loss shows what the last step of an epoch did to the weights: they are checked before the epoch is saved."""
+    config, path = small(
+        tmp_path,
+        name,
+        "num_epochs=1",
+        "global.epoch_first=1",
+        "semi.mixmatch.train_iteration=1",
+        "undefended.batch_size=200",
+        "optimizer={SGD: {lr: 1.0e+38}}",
+        "undefended.optimizer.SGD.lr=1.0e+38",
+    )
+    with pytest.raises(UserError, match=r"epoch 1: the .* not finite: lower the learning rate of (undefended\.)?optimizer"):
+        train_here(config, path)
+    assert not list(tmp_path.rglob("*.pt"))

@@ -350,3 +350,13 @@ assert any(m.in_channels < 8 for m in strided)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_fraction_of_few_epochs_does_not_lower_the_first_rate() -> None:
+    """However short a run is, its first epoch has the configured rate; the milestones apply after it."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    scheduler = build_scheduler(Named("multi_step", MultiStep(milestones=(0.5, 0.75))), optimizer, 1)
+    assert scheduler is not None and optimizer.param_groups[0]["lr"] == 0.1
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)

@@ -16,6 +16,7 @@ import yaml
 from conftest import TINY
 from torch import Tensor, nn
 from torchvision import models
+from training import small as small_run
 from training import train_here
 
 from data.augment import Pipeline
@@ -26,7 +27,8 @@ from engine.context import Context
 from engine.supervised import train_supervised
 from model.backbone import part_names
 from model.batch_counters import count_at_end
-from model.classifier import Classifier, build_classifier, virtual_copy
+from model.classifier import Classifier, build_classifier, new_classifier, virtual_copy
+from model.feature_maps import collect_maps
 from model.forward import forward
 from model.grouped_norm import group
 from model.inference import predict
@@ -616,3 +618,30 @@ def test_vgg_pools_as_torch_does(size: int) -> None:
     gradients = [torch.autograd.grad((out * weights).sum(), maps)[0] for out in (found, expected)]
     assert torch.allclose(*gradients, atol=1e-5)
     assert ("AdaptiveAvgPool2D" in type(found.grad_fn).__name__) == (size not in (1, 7))
+
+
+@pytest.mark.parametrize(
+    ("defense", "settings"),
+    [
+        ("none", ["transform.train.primary.random_crop.size=24"]),
+        ("asd", ["transform.pre={resize: {size: 40}}"]),  # the train transform crops to 32, the eval transform does not
+        ("dbd", ["defense.dbd.simclr_transform.random_resize_crop.size=24"]),
+    ],
+)
+def test_images_that_the_network_cannot_take_are_refused_at_the_start(
+    tmp_path: Path, defense: str, settings: list[str]
+) -> None:
+    """The sizes of all views are tried before anything is trained: those of training, of evaluation and of a defense."""
+    vit = "network={vit_b_16: {image_size: 32, patch_size: 8, hidden_dim: 16, heads: 2, layers: 2, mlp_dim: 16}}"
+    plan, path = small_run(tmp_path, defense, vit, *settings)
+    with pytest.raises(UserError, match=r"network\.vit_b_16\.image_size: 32: the images are"):
+        train_here(plan, path)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_maps_are_the_outputs_of_the_parts() -> None:
+    """What follows a part may change its output in place, as torchvision's ReLU does; the map is what the part returned."""
+    network = new_classifier(Named("resnet18", plugins.settings("model.networks", "resnet18")()), 4).eval()
+    maps = collect_maps(network, ["bn1"])
+    network(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    assert 0.2 < (maps["bn1"] < 0).float().mean() < 0.8

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ from utils import checkpoint, config, files
 from utils import run as run_module
 from utils.config import Config
 from utils.errors import UserError
-from utils.run import Run, locate, open_run
+from utils.run import Run, locate, make_ready, open_run
+from utils.runtime.machine import Machine
 
 
 def load(tiny: Path, *overrides: str) -> Config:
@@ -570,3 +572,35 @@ def test_a_copy_that_does_not_fit_on_the_disk_leaves_the_run(
         train(finished, "num_epochs=4", resume="best_model.pt")
     assert (everything(run.saved / "log"), everything(run.checkpoints)) == before
     assert not list(tmp_path.rglob("*.earlier-*"))
+
+
+def test_a_run_that_begins_from_another_ones_checkpoint_has_a_best_model(finished: Path) -> None:
+    """Until a better epoch comes, it is the checkpoint that the run began from; the log and the file agree."""
+    first = locate(load(finished))
+    other = train(
+        finished, "run=other", "num_epochs=7", "global.epoch_third=7", resume=str(first.checkpoints / "latest_model.pt")
+    )
+    best, saved = (checkpoint.read(other.checkpoints / name) for name in ("best_model.pt", "latest_model.pt"))
+    assert saved["best_epoch"] == best["epoch"] + 1
+    assert saved["best_acc"] == next(row["clean_accuracy"] for row in saved["history"] if row["epoch"] == best["epoch"])
+
+
+def test_all_processes_decide_alike_on_a_checkpoint_of_another_run(finished: Path) -> None:
+    """Rank 0 puts a finished checkpoint into the new run only once the other ranks have seen the folder without it."""
+    settings = load(finished, "run=other")
+    run, loaded = locate(settings), locate(load(finished)).checkpoints / "latest_model.pt"
+    run.log.mkdir(parents=True)
+    run.checkpoints.mkdir(parents=True)
+    state = SimpleNamespace(epoch=6, best_epoch=0)
+    answers = []
+
+    class First(Machine):
+        """Rank 0, which waits until the other rank has decided."""
+
+        def barrier(self) -> None:
+            """Let the other rank decide."""
+            other = SimpleNamespace(rank=1, barrier=lambda: None)
+            answers.append(make_ready(run, settings, loaded, state, other))
+
+    answers.append(make_ready(run, settings, loaded, state, First(torch.device("cpu"))))
+    assert answers == [True, True] and (run.checkpoints / "latest_model.pt").exists()

@@ -291,6 +291,8 @@ def load(path: Path, state: State, config: dict[str, Any], saved: dict[str, Any]
     try:
         state.epoch = int(saved["epoch"]) + 1
         state.best_acc, state.best_epoch = float(saved.get("best_acc", 0)), int(saved.get("best_epoch", 0))
+        if not isinstance(saved.get("config"), dict):
+            refuse_other_optimizer(path, state.optimizer, saved["optimizer_state_dict"])
         load_optimizer(state.optimizer, saved["optimizer_state_dict"])
         if state.scheduler is not None:
             state.scheduler.load_state_dict(saved["scheduler_state_dict"])
@@ -306,6 +308,28 @@ def load(path: Path, state: State, config: dict[str, Any], saved: dict[str, Any]
             f"{path}: its training state does not fit this run ({type(error).__name__}: {error}): use another checkpoint, or "
             "--resume False to start over"
         ) from None
+
+
+def refuse_other_optimizer(path: Path, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Refuse the optimizer of a checkpoint without settings if it has other options than the configured one."""
+    for group, given in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        base = "initial_lr" if "initial_lr" in group and "initial_lr" in given else "lr"  # without and with a schedule
+        for key in (base, "betas", "momentum", "weight_decay", "nesterov"):
+            then, now = plain(given.get(key)), plain(group.get(key))
+            if then != now:
+                raise UserError(
+                    f"{path}: was written by an optimizer with {key} {then}, but the configuration gives {now}: set the "
+                    "section optimizer to what it was trained with, or start a new run: --resume False"
+                )
+
+
+def plain(value: Any) -> Any:
+    """Return an option of an optimizer in a form that can be compared; a learning rate may have been stored as float32."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(plain, value))
+    if isinstance(value, (float, Tensor)):
+        return float(f"{float(value):.6g}")
+    return value
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from utils.metrics import read_rows
 from utils.paths import exists, is_file, user_path
 from utils.reporting import confusion, evidence, page, suspects
 from utils.run_files import POISON_INDEX, SEED_SAMPLES, STORED_SET
+from utils.runtime.machine import Machine
 
 logger = logging.getLogger(__name__)
 SUSPECTS = (suspects.CSV, suspects.PICTURE, suspects.QUALITY, evidence.FILE)
@@ -125,21 +126,23 @@ def begun_otherwise(run: Run, config: Config) -> bool:
     return False
 
 
-def make_ready(run: Run, config: Config, loaded: Path, state: State, first: bool) -> bool:
+def make_ready(run: Run, config: Config, loaded: Path, state: State, machine: Machine) -> bool:
     """Prepare the run's files for the epochs after those of the checkpoint `loaded`, which has been accepted.
 
     Args:
         loaded: if there is no such file, the run starts with its first epoch.
-        first: whether this is rank 0, which alone changes files.
+        machine: rank 0 alone changes files, once all ranks have examined them and so come to the same decision.
     Returns:
         False if the checkpoint has all configured epochs while the run's folder holds later ones; nothing is changed then.
     """
     finished, count = state.epoch >= config.epochs, epochs_of(run, loaded)
-    foreign = loaded.exists() and count > 0 and not is_own(run, loaded)
+    own, first = is_own(run, loaded), machine.rank == 0
+    foreign = loaded.exists() and count > 0 and not own
+    machine.barrier()
     if finished and (count > state.epoch or foreign):
         logger.info(f"{loaded} has all {config.epochs} epochs: nothing to do; {run.saved} has {count} and is unchanged")
         return False
-    if first and finished and loaded.exists() and not is_own(run, loaded):
+    if first and finished and loaded.exists() and not own:
         replace(run.checkpoints / LATEST, loaded)  # a new run, from the last checkpoint of another one
     if first and not finished:
         if count > state.epoch or foreign:
@@ -148,6 +151,10 @@ def make_ready(run: Run, config: Config, loaded: Path, state: State, first: bool
             logger.info(f"{step} {state.epoch}: the run as it was has been copied to {folders}")
         (run.log / page.FILE).unlink(missing_ok=True)  # written last: without it the results of the last epoch are due
         keep_settings(run, config)
+    if first and loaded.exists() and state.best_epoch and not (run.checkpoints / BEST).exists():
+        replace(run.checkpoints / BEST, loaded)  # the best of which the run has the weights
+        if state.history:
+            state.best_acc, state.best_epoch = float(state.history[-1]["clean_accuracy"] or 0), state.epoch
     return True
 
 

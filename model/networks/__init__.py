@@ -19,4 +19,5 @@ def check(network: ModuleType, settings: Any) -> None:
         try:
             network.build(settings)
         except RuntimeError as error:  # of torch: sizes that no tensor can have
-            raise UserError(f"cannot be built ({one_line(error)}): lower its width") from None
+            name = network.__name__.rpartition(".")[2]
+            raise UserError(f"{name}: cannot be built ({one_line(error)}): lower its width") from None

@@ -22,7 +22,7 @@ FREE = (
 
 
 def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, Any], stand_ins: Collection[str] = ()) -> None:
-    """Refuse a checkpoint with a different configuration; the authors' checkpoints store none.
+    """Refuse a checkpoint with a different configuration; the authors' checkpoints store none, so they are accepted for ASD.
 
     The settings in `FREE`, and those that the defense does not read, may differ.
 
@@ -31,14 +31,20 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
         stand_ins: settings that name files which the manifest compares by content (`utils.config.schema.stand_ins`). They are
             compared as text if the checkpoint, being of an earlier version, has no manifest.
     """
+    wanted = read_config(config)
     if not isinstance(saved.get("config"), dict):
+        if not wanted.defense.settings.resumes_without_settings:
+            raise UserError(
+                f"{path}: has no settings, as a checkpoint of the authors' code, which has no defense but ASD: `defense: "
+                f"{wanted.defense.name}` cannot be resumed from it: start a new run, with --set run=NAME"
+            )
         return
     try:
         written = read_config(saved["config"])
     except UserError:  # it has a setting that no longer exists: the comparison names it
         written = None
     then, now = flatten(as_dict(written) if written else saved["config"]), flatten(config)
-    wanted, done = read_config(config), saved.get("epoch")
+    done = saved.get("epoch")
     free = [*FREE, *wanted.defense.settings.unread, *(stand_ins if saved.get("data") else ())]
     if not may_have_other_length(written, saved.get("epoch"), wanted):
         free.remove("num_epochs")
@@ -60,10 +66,13 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
 TESTED = ("backdoor", "seed.seed", "transform.pre", "transform.test")  # settings that decide what test images look like
 
 
-def other_tests(saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
+def other_tests(saved: dict[str, Any], config: dict[str, Any], stand_ins: Collection[str] = ()) -> list[str]:
     """Return lines on the settings of the test images that differ from those with which a checkpoint was trained.
 
     To test with another trigger is legitimate, but must not go unnoticed. Checkpoints of the authors store no settings.
+
+    Args:
+        stand_ins: settings that name files, as in `refuse_other_settings`; `utils.manifest.other_trigger` compares the files.
     """
     if not isinstance(saved.get("config"), dict):
         return []
@@ -71,9 +80,11 @@ def other_tests(saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
         then = flatten(as_dict(read_config(saved["config"])))
     except UserError:  # of an earlier version
         return []
-    now, lines = flatten(config), {}
+    now, lines, by_content = flatten(config), {}, stand_ins if saved.get("data") else ()
     for key in dict.fromkeys((*then, *now)):
-        if (then.get(key) or None) != (now.get(key) or None) and any(is_below(key, tested) for tested in TESTED):
+        if key in by_content or not any(is_below(key, tested) for tested in TESTED):
+            continue
+        if (then.get(key) or None) != (now.get(key) or None):
             at, before, after = chosen_differently(key, then, now) or (key, then.get(key), now.get(key))
             lines[at] = f"{at}: {after}, in training {before}"
     return list(lines.values())

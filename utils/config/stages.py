@@ -37,10 +37,13 @@ class DefenseSettings:
         needs_clean: the defender is given images known to be clean: `global.seed_num` of each class, or `seed_samples`.
         unread: keys and sections of the configuration that the defense does not read: they may change without making it
             another run.
+        resumes_without_settings: a run may be resumed from a checkpoint that has only weights and an optimizer, as those of the
+            authors' code.
     """
 
     needs_clean = False
     unread: tuple[str, ...] = ()
+    resumes_without_settings = False
 
     def stages(self, config: Any) -> tuple[Stage, ...]:
         """Return the stages in order, some of which may have no epochs; `config` is the whole `Config`."""
