@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, TINY
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -263,3 +263,39 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError, match=str(folder)) as error:
         run_main(monkeypatch, folder)
     assert "\n" not in str(error.value)
+
+
+def test_settings_that_were_added_later_do_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of an earlier version has the defaults of settings that it does not list: seeds of both versions are one row, and
+    the older undefended run is the baseline."""
+    tiny = tmp_path / "tiny.yaml"
+    tiny.write_text(yaml.safe_dump(TINY | {"num_epochs": 2}, sort_keys=False))
+    folders = []
+    for name, seed, defense in (("none", 1, "none"), ("old", 1, "asd"), ("new", 2, "asd")):
+        folder = make_run(tmp_path / name, seed, defense, 0.9, 1.0 if defense == "none" else 0.1)
+        settings = as_dict(config.load(tiny, [f"seed.seed={seed}", f"defense={defense}", f"run={name}"]))
+        if name != "new":
+            del settings["evidence"], settings["backdoor"]["target_shift"]
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        folders.append(folder)
+    run_main(monkeypatch, *folders, "--markdown")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].startswith("| 2 seeds (1, 2) | asd |") and "0.950, of 1 of the runs" in lines[3]
+
+
+def test_a_run_that_began_from_the_authors_checkpoint_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no rows of the epochs before: the number of its last epoch counts."""
+    tiny = tmp_path / "tiny.yaml"
+    tiny.write_text(yaml.safe_dump(TINY | {"num_epochs": 3}, sort_keys=False))
+    folder = make_run(tmp_path / "later", 1, "asd", 0.9, 0.1)
+    (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config.load(tiny, ["run=later"])), sort_keys=False))
+    rows = [
+        json.loads(line) | {"epoch": i + 1} for i, line in enumerate((folder / "log/metrics.jsonl").read_text().splitlines())
+    ]
+    (folder / "log/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_main(monkeypatch, folder, "--markdown")
+    assert capsys.readouterr().out.splitlines()[2].startswith("| later | asd |")

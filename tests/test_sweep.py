@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import signal
 import statistics
@@ -404,6 +405,50 @@ def test_a_setting_that_replaces_what_a_yaml_stands_for_is_refused(tmp_path: Pat
     assert len(read(path, ["num_epochs=2"]).jobs) == len(read(path, ["network={resnet18_cifar: {width: 4}}"]).jobs) == 4
 
 
+def test_what_a_value_stands_for_cannot_be_overridden(tmp_path: Path) -> None:
+    """A run named `none`, `patch` or `usual` is that: where `set` or another axis says otherwise, the sweep is refused."""
+    (tmp_path / "none.yaml").write_text("base: tiny.yaml\ndefense: none\n")
+    method = {"method": {"none": {"config": "none.yaml"}, "asd": {}}}
+    attack = {"attack": {"patch": {}, "mix": {"backdoor": {"blend": {}}}}}
+    strength = {"strength": {"usual": {}, "strong": {"backdoor": {"blend": {"alpha": 0.3}}}}}
+    amounts = {"share": {"usual": {}, "low": {"global.epsilon": 0.3}}, "more": {"a": {}, "b": {"global.epsilon": 0.7}}}
+    for axes, common, name in (
+        (method, {"defense": "asd"}, "none: method: none"),
+        (method | {"plan": {"p": {"defense": "asd"}, "q": {}}}, {}, "none/p: method: none"),
+        (attack | strength, {}, "patch/strong: attack: patch"),
+        (amounts, {}, "usual/b: share: usual"),
+    ):
+        with pytest.raises(UserError, match=f"grid/{name}: is overridden"):
+            read(write(tmp_path, {"config": "tiny.yaml", "axes": axes, "set": common}, SHORT | {"defense": "asd"}))
+    fine = attack | {"ratio": {"usual": {}, "low": {"backdoor": {"poison_ratio": 0.05}}}}
+    assert len(read(write(tmp_path, {"config": "tiny.yaml", "axes": method | fine, "set": {"num_epochs": 3}})).jobs) == 8
+
+
+def test_numbers_in_sections_are_read_as_written(tmp_path: Path) -> None:
+    """A number that YAML reads differently from how it looks is refused in a section as it is elsewhere, and a text of digits
+    keeps its zeros."""
+    for key, section, text in (("seed.seed", "{seed: {seed: 010}}", "010"), ("global.t", "{global: {t: 1_0}}", "1_0")):
+        path = write(tmp_path, {"config": "tiny.yaml", "axes": {"num_epochs": [2]}})
+        path.write_text(path.read_text() + f"set: {section}\n")
+        with pytest.raises(UserError, match=rf"{re.escape(key)}: {text} \(read as"):
+            read(path)
+    path.write_text("config: tiny.yaml\naxes: {seed.seed: [1], cache: {a: {data: {cache_dir: 001}}}}\n")
+    assert read(path).jobs[0].config.data.cache_dir == "001"
+
+
+def test_a_yaml_that_is_a_link_stays_that_link(tmp_path: Path) -> None:
+    """The base of a YAML lies beside the link: the commands of a sweep name the file that was checked."""
+    for folder, count in (("real", 3), ("linked", 4)):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, {}, SHORT | {"num_epochs": count})
+    (tmp_path / "real/x.yaml").write_text("base: tiny.yaml\n")
+    (tmp_path / "linked/x.yaml").symlink_to(tmp_path / "real/x.yaml")
+    (tmp_path / "linked/grid.yaml").write_text("config: x.yaml\naxes: {seed.seed: [1]}\n")
+    (job,) = read(tmp_path / "linked/grid.yaml").jobs
+    assert job.config.num_epochs == 4 and job.arguments("cpu")[1] == str(tmp_path / "linked/x.yaml")
+    assert config.run_name(tmp_path / "linked/x.yaml") == "x"
+
+
 def test_a_value_cannot_name_the_run(tmp_path: Path) -> None:
     """The runs are named after their values, so `run` is refused wherever it is given."""
     with pytest.raises(UserError, match="run=other"):
@@ -414,7 +459,10 @@ def test_an_axis_that_overrides_another_is_refused(tmp_path: Path) -> None:
     """Settings of one axis may add to those of another, but not change them."""
     attack = {"patch": {}, "mix": {"backdoor": {"poison_ratio": 0.25, "blend": {"alpha": 0.3}}}}
     axes = {"backdoor.poison_ratio": [0.01, 0.1], "attack": attack}
-    with pytest.raises(UserError, match=r"mix: poison_ratio: 0\.01: is overridden"):
+    with pytest.raises(UserError, match=r"poison_ratio-0\.01/patch: attack: patch: is overridden"):
+        read(write(tmp_path, {"config": "tiny.yaml", "axes": axes}))
+    axes["attack"]["patch"] = {"backdoor": {"poison_ratio": 0.25, "badnets": {}}}
+    with pytest.raises(UserError, match=r"poison_ratio-0\.01/patch: poison_ratio: 0\.01: is overridden"):
         read(write(tmp_path, {"config": "tiny.yaml", "axes": axes}))
     assert len(read(write(tmp_path, SWEEP), ["backdoor.poison_mode=exact"]).jobs) == 24
 

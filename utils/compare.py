@@ -26,6 +26,7 @@ import yaml
 from utils import manifest, metrics
 from utils.cli import Parser, command
 from utils.config.compatibility import read_config
+from utils.config.schema import as_dict
 from utils.config.stages import UNDEFENDED
 from utils.errors import UserError
 from utils.files import check_writable
@@ -61,10 +62,11 @@ def read_run(folder: Path, last: int = 1) -> dict[str, Any]:
         raise UserError(f"{folder}: not the folder of a run ({what}): give <saved_dir>/<run>") from None
     if not rows:
         raise UserError(f"{folder}: the run has not finished an epoch yet")
-    epochs = epochs_of(settings)
+    settings, epochs = resolved(settings)
+    done = rows[-1]["epoch"] + 1  # a run that began from a checkpoint of the authors has no rows of the epochs before
     seed, name = settings.pop("seed")["seed"], str(settings.pop("run", None) or folder.name)
-    finished = epochs is None or len(rows) >= epochs
-    name = name if finished else f"{name} (epoch {len(rows)} of {epochs})"
+    finished = epochs is None or done >= epochs
+    name = name if finished else f"{name} (epoch {done} of {epochs})"
     end = ending(rows, last)
     return {"name": name, "seed": seed, "settings": settings, "rows": rows, "end": end, "data": data, "finished": finished}
 
@@ -83,12 +85,16 @@ def ending(rows: list[dict[str, Any]], last: int) -> dict[str, Any]:
     return rows[-1] | means
 
 
-def epochs_of(settings: dict[str, Any]) -> int | None:
-    """Return the number of epochs of a run with these settings; None: they are of an earlier version and cannot be read."""
+def resolved(settings: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
+    """Return the settings of a run, with the defaults of those added since it was made, and its number of epochs.
+
+    If they are of a version that cannot be read, they are returned as they are, with None.
+    """
     try:
-        return read_config(settings).epochs
+        config = read_config(settings)
     except UserError:
-        return None
+        return settings, None
+    return as_dict(config), config.epochs
 
 
 def data_digest(path: Path) -> str | None:
@@ -227,7 +233,7 @@ def title_of(runs: list[dict[str, Any]], groups: list[list[dict[str, Any]]]) -> 
 
 def main() -> None:
     """Read the command line, print the table, draw the plot."""
-    parser: argparse.ArgumentParser = Parser(prog="utils.compare", description="Compare finished runs.")
+    parser: argparse.ArgumentParser = Parser(prog="python -m utils.compare", description="Compare runs.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     parser.add_argument("--last", type=int, default=1, metavar="N", help="shares as means over the last N epochs (default 1)")
     parser.add_argument("--plot", type=Path, help="also plot ACC and ASR over epochs into this file")

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = Parser(prog="utils.sweep", description="Train and test the runs of a sweep file.", allow_abbrev=False)
+    parser = Parser(prog="python -m utils.sweep", description="Train and test the runs of a sweep file.", allow_abbrev=False)
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
     parser.add_argument("--gpu", default="0", help="CUDA devices, one run at a time on each, e.g. 0,1; or cpu")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time on each device (default 1)")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils import config
 from utils.config import Config
-from utils.config.layers import read_yaml
+from utils.config.compatibility import flatten
+from utils.config.layers import is_below, parse_override, read_yaml
 from utils.config.reader import Reader
-from utils.config.schema import join
+from utils.config.schema import as_dict, join
 from utils.errors import UserError, nearest
 from utils.paths import user_path
 from utils.run import Run, locate
@@ -100,6 +102,7 @@ class Source:
     path: Path
     base: Path  # the YAML of ASD.py
     common: tuple[str, ...]  # settings
+    load: Callable[[Path, tuple[str, ...]], Config]  # reads a YAML with settings; the same one once for all runs
 
 
 def read(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Plan:
@@ -114,7 +117,8 @@ def read(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) ->
     layer = read_yaml(path)
     reader = Reader(lambda key: str(path), layer.written)
     file: SweepFile = reader.section(SweepFile, layer.tree)
-    source = Source(path, yaml_beside(path, file.config, "config"), tuple(settings_of(reader, file.set_, "set")))
+    base, common = yaml_beside(path, file.config, "config"), tuple(settings_of(reader, file.set_, "set"))
+    source = Source(path, base, common, functools.cache(config.load))
     axes = read_axes(reader, path, file.axes)
     kept = chosen(axes, only)
     skipped = [skip_of(reader, axes, entry, f"skip[{i}]") for i, entry in enumerate(file.skip)]
@@ -168,27 +172,52 @@ def build_job(sweep: str, axes: Sequence[Axis], labels: dict[str, str], file: So
             again = [*settings, *value.settings, f"run={name}"]
             if is_touched(axis, value, settings, overrides) and (not value.settings or config.load(base, again) != settled):
                 raise UserError(f"{axis.name}: {value.label}: {OVERRIDDEN}")
-            if chosen_by(axis, file.base) & changed_names(config.load(base), settled, overrides):
+            if chosen_by(axis, file) & changed_names(file.load(base, value.settings), settled):
+                raise UserError(f"{axis.name}: {value.label}: {OVERRIDDEN}")
+            if not value.settings and differ(axis, file.load(base, file.common), settled):
                 raise UserError(f"{axis.name}: {value.label}: {OVERRIDDEN}")
     except UserError as error:
         raise UserError(f"{file.path}: {name}: {error}") from None
     return Job(labels, base, settings, settled, locate(settled), start)
 
 
-def chosen_by(axis: Axis, base: Path) -> set[str]:
+def chosen_by(axis: Axis, file: Source) -> set[str]:
     """Return the `CHOICES` in which the YAMLs of an axis differ: what its values stand for."""
-    yamls = {value.yaml or base for value in axis.values}
+    yamls = {value.yaml or file.base for value in axis.values}
     if len(yamls) == 1:
         return set()
-    loaded = [names_of(config.load(path)) for path in yamls]
+    loaded = [names_of(file.load(path, ())) for path in yamls]
     return {key for key in CHOICES if len({names[key] for names in loaded}) > 1}
 
 
-def changed_names(own: Config, settled: Config, overrides: Sequence[str]) -> set[str]:
-    """Return the `CHOICES` in which `--set` gives a run another name than its own YAML does."""
-    given = {key_of(text).partition(".")[0] for text in overrides}
+def changed_names(own: Config, settled: Config) -> set[str]:
+    """Return the `CHOICES` in which a run has another name than its own YAML and value of the axis give."""
     before, after = names_of(own), names_of(settled)
-    return {key for key in CHOICES if key in given and before[key] != after[key]}
+    return {key for key in CHOICES if before[key] != after[key]}
+
+
+def differ(axis: Axis, before: Config, after: Config) -> bool:
+    """Return whether two configurations differ in what the values of an axis set."""
+    keys = {key for value in axis.values for text in value.settings for key in keys_set_by(text)}
+    if not keys:
+        return False
+    one, other = flatten(as_dict(before)), flatten(as_dict(after))
+    return any(below(one, key) != below(other, key) for key in keys)
+
+
+def keys_set_by(text: str) -> list[str]:
+    """Return the keys that `KEY=VALUE` sets; for a choice without settings, `defense=abl`, also the key `defense.abl`."""
+    found = flatten(parse_override(text).tree)
+    return [
+        f"{key}.{value}" if isinstance(value, str) and key.rpartition(".")[2] in CHOICES else key
+        for key, value in found.items()
+    ]
+
+
+def below(settings: Mapping[str, object], key: str) -> dict[str, object]:
+    """Return the settings of a key and the keys below it; of a choice without settings, that it is chosen."""
+    section, _, name = key.rpartition(".")
+    return {k: v for k, v in settings.items() if is_below(k, key)} | ({key: True} if settings.get(section) == name else {})
 
 
 def names_of(settled: Config) -> dict[str, str]:
@@ -260,6 +289,7 @@ def check_table(reader: Reader, file: SweepFile, axes: Sequence[Axis], rows: tup
 
 
 def shown(path: Path) -> str:
-    """Return a path as a command has it: from the current folder on if it is below that."""
-    resolved = path.resolve()
+    """Return a path as a command has it: from the current folder on if it is below that. A link stays the file's name, since
+    the base of a YAML is looked for beside the link."""
+    resolved = path.parent.resolve() / path.name
     return str(resolved.relative_to(Path.cwd())) if resolved.is_relative_to(Path.cwd()) else str(resolved)

@@ -44,12 +44,13 @@ def status_of(job: Job) -> Status:
     if not all(isinstance(figures.get(key), (int, float, type(None))) for figures in (*rows[-1:], tested) for key in SHARES):
         tested = {}
     total, seconds = job.config.epochs, sum(row["seconds"] for row in rows)
-    if len(rows) == total and is_tested(job, rows[-1], tested) and has_settings(job):
+    done = rows[-1]["epoch"] + 1 if rows else 0
+    if done == total and is_tested(job, rows[-1], tested) and has_settings(job):
         return Status(FINISHED, total, total, seconds, {key: tested.get(key) for key in SHARES})
     failed = as_mapping(read_json(job.run.saved / FAILURE))
     if failed:
-        return Status(FAILED, len(rows), total, seconds, error=str(failed.get("error", "")))
-    return Status(STARTED if rows else WAITING, len(rows), total, seconds)
+        return Status(FAILED, done, total, seconds, error=str(failed.get("error", "")))
+    return Status(STARTED if rows else WAITING, done, total, seconds)
 
 
 def not_started(job: Job, error: str) -> Status:

@@ -133,10 +133,19 @@ def settings_of(reader: Reader, tree: Mapping[str, Any], at: str) -> list[str]:
 
 
 def as_text(reader: Reader, value: Any, at: str) -> str:
-    """Return a value as `--set` reads it: its source text, or YAML in one line."""
+    """Return a value as `--set` reads it: YAML in one line, with the source texts of all values that are not strings."""
     source = reader.source(at, value)
     if source is not None:
         return source
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{one_line_yaml(k)}: {as_text(reader, v, join(at, k))}' for k, v in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(as_text(reader, v, f'{at}[{i}]') for i, v in enumerate(value))}]"
+    return one_line_yaml(value)
+
+
+def one_line_yaml(value: Any) -> str:
+    """Return a value as YAML in one line."""
     text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, sort_keys=False, width=2**31)
     return text.strip().removesuffix("\n...")
 

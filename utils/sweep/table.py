@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +13,7 @@ from utils.config import Config
 from utils.config.schema import as_dict
 from utils.config.settings import DEFENSES
 from utils.config.stages import UNDEFENDED
+from utils.csv_text import csv_text
 from utils.sweep.plan import Job, Plan, shown
 from utils.sweep.status import FAILED, FINISHED, OUTPUT, Status, status_of
 from utils.sweep.sweep_file import MEASURES
@@ -241,12 +240,10 @@ def markdown(rows: Sequence[tuple[str, ...]]) -> str:
 def to_csv(plan: Plan, records: Sequence[Record]) -> str:
     """Return the text of sweep.csv: a row for each run; shares in 0..1, empty where there is no figure."""
     axes = [axis.name for axis in plan.axes]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run", *axes, "state", "epochs", *SHARES.values(), "der", "seconds", "error"])
+    rows: list[Sequence[object]] = [["run", *axes, "state", "epochs", *SHARES.values(), "der", "seconds", "error"]]
     for record in records:
         job, status = record.job, record.status
         shares = [status.metrics.get(key) for key in SHARES.values()]
         figures = [*shares, record.der, round(status.seconds, 3)]
-        writer.writerow([job.name, *job.labels_of(axes), status.state, status.epochs, *figures, status.error])
-    return text.getvalue()
+        rows.append([job.name, *job.labels_of(axes), status.state, status.epochs, *figures, status.error])
+    return csv_text(rows)
