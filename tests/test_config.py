@@ -557,7 +557,7 @@ def test_what_a_base_has_written_does_not_stand_for_an_override(tmp_path: Path, 
     ("override", "expected"),
     [
         ('saved_dir="a\\0b"', "saved_dir: .*null character"),
-        ("network.resnet18_cifar.width=1000000000", r"network\.resnet18_cifar.*cannot be built .*lower its width"),
+        ("network.resnet18_cifar.width=1000000000", r"network\.resnet18_cifar: cannot be built .*lower its width"),
         ("network.resnet18_cifar.blocks=100000", "blocks: 100000: out of range"),
         ("loader.batch_size=4611686018427387904", r"loader\.batch_size: .*out of range"),
         ("seed.seed=9223372036854775808", r"seed\.seed: .*out of range"),
@@ -814,3 +814,13 @@ def test_nothing_changes_a_loaded_configuration(tiny: Path) -> None:
         name = dataclasses.fields(part)[0].name
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(part, name, None)
+
+
+@pytest.mark.parametrize("value", ["!!bool maybe", "!!timestamp maybe", "!!int ''"])
+def test_a_value_that_does_not_fit_its_tag_is_one_line(tmp_path: Path, value: str) -> None:
+    """In a file it is invalid YAML; on the command line it is a text, as other invalid YAML is."""
+    (tmp_path / "a.yaml").write_text(f"evidence: {value}\n")
+    with pytest.raises(UserError, match=r"a\.yaml: invalid YAML: .*tag"):
+        config.load(tmp_path / "a.yaml")
+    with pytest.raises(UserError, match=r"evidence: "):
+        config.load(REPOSITORY / "config/demo.yaml", [f"evidence={value}"])

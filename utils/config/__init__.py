@@ -240,7 +240,7 @@ def run_name(path: Path) -> str:
 
     Characters that a name may not have become hyphens, e.g. `my run.yaml` gives `my-run`.
     """
-    stem = path.resolve().with_suffix("")
+    stem = (path.parent.resolve() / path.name).with_suffix("")  # a link has its own name
     inside = next((f for f in (Path.cwd().resolve() / "config", PROJECT / "config") if stem.is_relative_to(f)), None)
     parts = stem.relative_to(inside).parts if inside else (path.stem,)
     return "/".join(re.sub(r"[^\w.-]+|\.\.+", "-", part).strip(".-") or "run" for part in parts)

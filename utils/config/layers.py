@@ -76,7 +76,10 @@ def parse(text: str) -> tuple[Any, dict[str, str]]:
         node = loader.get_single_node()
         if node is None:
             return None, {}
-        value = loader.construct_document(node)
+        try:
+            value = loader.construct_document(node)
+        except (KeyError, AttributeError, IndexError):  # of PyYAML, for e.g. `!!bool maybe`
+            raise yaml.YAMLError("a value does not fit its tag (!!...)") from None
         return value, written_in(node, "")
     finally:
         loader.dispose()

@@ -276,12 +276,25 @@ def describe(schema: type, path: str = "", described: set[type] | None = None) -
             yield from describe(settings, join(at, chosen), described)
 
 
+def chosen_text(chosen: Named) -> str:
+    """Return a choice as it is written in YAML, with the settings that differ from the defaults of its name."""
+    keys, values = keys_of(chosen.settings.__class__), as_dict(chosen.settings)
+    own = {name: values[name] for name, key in keys.items() if getattr(chosen.settings, key.field.name) != key.field.default}
+    listed = ", ".join(
+        f"{name}: {with_point(repr(v)) if isinstance(v, float) and 'e' in repr(v) else json.dumps(v)}"
+        for name, v in own.items()
+    )
+    return f"{{{chosen.name}: {{{listed}}}}}" if own else chosen.name
+
+
 def default_text(key: Key) -> str:
     """Return the default as it is written in YAML."""
     if key.field.default is REQUIRED:
         if key.kinds[0] is not Named or key.required:
             return "required" if key.required else ""
-        return next(iter(as_dict(key.field.default_factory())))  # type: ignore[misc, operator]
+        return chosen_text(key.field.default_factory())  # type: ignore[misc, operator]
+    if isinstance(key.field.default, Named):
+        return chosen_text(key.field.default)
     value = as_dict(key.field.default)
     if isinstance(value, float) and "e" in repr(value):
         return with_point(repr(value))
