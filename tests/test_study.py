@@ -314,7 +314,7 @@ def test_without_runs_every_planned_one_is_not_run(tmp_path: Path) -> None:
     page = report.page(folder, runs)
     assert len(runs.names) == 48 and "0 of 48 runs" in page and "{{" not in page
     planned = ", ".join(f"`{name}`" for name in runs.names)
-    assert f"Planned, but not run yet: {planned}." in " ".join(page.split())
+    assert f"Not begun: {planned}." in " ".join(page.split()) and "Stopped" not in report.missing(runs)
     assert all(f"| `{name}` |" not in page for name in runs.names)
     assert "finished for 0 of" in " ".join(report.status(runs).split())
     assert list(plot.curves(folder, runs)) == ["authors' code, full size"]
@@ -345,6 +345,8 @@ def test_figures_of_the_files_stand_on_the_page(tmp_path: Path) -> None:
     assert "`badnets/asd-102`" in page and "| `badnets/asd-102`" not in page
     assert "| `badnets/asd-101` | 101 | 21,000 | 360 | an abacus | 012345678 |" in page
     assert "| BadNets | 100, 101, 7 | 86.67 ± 3.06 (84.00 to 90.00) |" in page
+    status = " ".join(report.status(stored.Runs(folder)).split())
+    assert "last epoch of seed 100; over all seeds, the ASR with ASD is 2.3 ± 1.2 % against BadNets (3 seeds)." in status
 
 
 @pytest.mark.parametrize(
@@ -396,6 +398,7 @@ def test_a_run_that_was_stopped_counts_as_missed(tmp_path: Path) -> None:
     assert stored.verdict("iab", runs) == "missed: stopped after 6 epochs"
     assert "| IAB | not run | - | 72.75 | 93.33 | 3.09 | missed: stopped after 6 epochs |" in report.overview(runs, stored.MAIN)
     assert "is missed against IAB." in " ".join(report.status(runs).split())
+    assert report.missing(runs).startswith("Stopped, because the attack had succeeded: `iab/asd` (epoch 6). Not begun: ")
     for defense in ("undefended", "asd"):
         make_run(folder, f"iab/{defense}", 0.88, 1.0 if defense == "undefended" else 0.02)
     assert stored.verdict("iab", stored.Runs(folder)) == "met"
@@ -413,10 +416,11 @@ def test_a_run_that_goes_on_is_shown_at_its_last_epoch(tmp_path: Path) -> None:
     runs, acc = stored.Runs(folder), 100 * json.loads(rows[-1])["clean_accuracy"]
     line = f"| CLB | 88.00 | 100.00 | {acc:.2f} | 3.00 | 2.00 | not run to the end: epoch 7 |"
     assert line in report.overview(runs, stored.PAPER) and line in report.page(folder, runs)
-    sentence = "With the paper's own settings on this network the ASR is 3.0 % against CLB (2.0 % without trigger; "
-    assert f"{sentence}so far 7 epochs)." in " ".join(report.status(runs).split())
+    sentence = "ACC / ASR of this network are {} / 3.0 % against CLB (2.0 % without trigger; {}epochs)."
+    assert sentence.format(f"{acc:.1f}", "so far 7 ") in " ".join(report.status(runs).split())
+    assert "Not finished yet: `clb_paper/asd` (epoch 7). Not begun: " in " ".join(report.missing(runs).split())
     make_run(folder, "clb_paper/asd", 0.84, 0.03)
-    assert f"{sentence}21 epochs)." in " ".join(report.status(stored.Runs(folder)).split())
+    assert sentence.format("84.0", "21 ") in " ".join(report.status(stored.Runs(folder)).split())
     assert stored.verdict("clb_paper", stored.Runs(folder)) == "met"
 
 
@@ -528,6 +532,33 @@ def test_unfinished_runs_go_on_from_their_checkpoints(tmp_path: Path) -> None:
     assets = [path for folder in ("assets", "unfinished/assets") for path in (STUDY / folder).glob("*.npz")]
     assert assets and all((tmp_path / "saved/assets" / path.name).read_bytes() == path.read_bytes() for path in assets)
     assert len(list((tmp_path / "saved/assets").iterdir())) == len(assets)
+
+
+def test_a_start_that_was_killed_is_made_again(tmp_path: Path) -> None:
+    """The checkpoint comes last and whole: where it is missing, the commit that began the run is restored with it."""
+    names = [path.relative_to(STUDY / "unfinished").with_suffix("") for path in (STUDY / "unfinished").glob("*/*.pt")]
+    if not names:
+        pytest.skip("no run is unfinished")
+    place = tmp_path / "storage" / names[0] / "checkpoint"
+    place.mkdir(parents=True)
+    (place / "latest_model.pt.123").write_bytes(b"half")
+    planned_commands(tmp_path, str(names[0]))
+    assert (place / "latest_model.pt").read_bytes() == (STUDY / f"unfinished/{names[0]}.pt").read_bytes()
+    text = (STUDY / "run.sh").read_text()
+    assert text.index('$name.commit" "$saved') < text.index('mv "$kept.$$" "$kept"  # last')
+
+
+def test_any_run_can_be_unfinished(tmp_path: Path) -> None:
+    """Those of other seeds and without a defense are listed with their epochs too."""
+    folder = make_study(tmp_path / "study")
+    for name in ("badnets/asd-101", "sig/undefended"):
+        path = folder / f"unfinished/{name}.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"epoch": 0}) + "\n")
+    text = " ".join(report.missing(stored.Runs(folder)).split())
+    assert text.startswith(
+        "Not finished yet: `badnets/asd-101` (epoch 1), `sig/undefended` (epoch 1). Not begun: `badnets/undefended`"
+    )
 
 
 def test_run_sh_makes_the_named_runs_alone(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def write(raw: RawData, folder: Path) -> RawData:
 
 def main() -> None:
     """Write and read the files, poison both data sets, compare them and the split losses."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar10", required=True)
     parser.add_argument("--folder", type=Path, required=True)
     args = parser.parse_args()

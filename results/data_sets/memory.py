@@ -60,7 +60,7 @@ def draw(folder: Path, count: int) -> None:
 
 def main() -> None:
     """Write the images if they do not exist, then measure."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--count", type=int, default=39000)
     args = parser.parse_args()

@@ -40,7 +40,7 @@ ROUNDING = 0.001  # tolerance if test.py ran on another processor: 10 of 10,000 
 
 def main() -> None:
     """Read the command line, store the run."""
-    parser = Parser(description="Store the results of a finished run of the study.")
+    parser = Parser(prog="python -m results.study.collect", description="Store the results of a finished run of the study.")
     parser.add_argument("--saved", required=True, type=Path, help="the run's saved_dir")
     parser.add_argument("--storage", required=True, type=Path, help="the run's storage_dir")
     parser.add_argument("--run", required=True, help="its name, e.g. badnets/asd")

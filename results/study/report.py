@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -157,10 +158,23 @@ def trials(folder: Path) -> str:
 
 
 def missing(runs: Runs) -> str:
-    """Return the names of the planned runs that have not been made."""
-    stopped = {f"{attack}/asd" for attack in runs.stopped}
-    found = ", ".join(f"`{name}`" for name in runs.names if name not in runs and name not in stopped)
-    return textwrap.fill(f"Planned, but not run yet: {found or 'none'}.", 124, break_long_words=False, break_on_hyphens=False)
+    """Return which of the planned runs are not finished: stopped, interrupted, or not begun."""
+    left = [name for name in runs.names if name not in runs]
+    begun = {
+        kind: [f"`{name}` (epoch {len(found[name])})" for name in left if name in found]
+        for kind, found in (("Stopped, because the attack had succeeded", runs.stopped), ("Not finished yet", runs.unfinished))
+    }
+    kinds = begun | {"Not begun": [f"`{name}`" for name in left if name not in runs.stopped and name not in runs.unfinished]}
+    text = (
+        " ".join(f"{kind}: {', '.join(names)}." for kind, names in kinds.items() if names) or "All planned runs are finished."
+    )
+    return textwrap.fill(text, 124, break_long_words=False, break_on_hyphens=False)
+
+
+def first_epoch(runs: Runs) -> str:
+    """Return the ASR of each of the six attacks after the first epoch without a defense, the highest first."""
+    found = {title: 100 * run.rows[0]["attack_success_rate"] for a, title in SIX.items() if (run := runs.of(a)[0])}
+    return listed([f"{asr:.1f} % with {title}" for title, asr in sorted(found.items(), key=lambda pair: -pair[1])])
 
 
 def page(folder: Path, runs: Runs) -> str:
@@ -168,6 +182,7 @@ def page(folder: Path, runs: Runs) -> str:
     pieces = {
         "progress": f"{len(runs)} of {len(runs.names)} runs are finished",
         "missing": missing(runs),
+        "first_epoch": first_epoch(runs),
         "authors": "{setting} ({source})".format_map(read(folder / "authors_run.json")),
         "overview": overview(runs, MAIN),
         "further": overview(runs, FURTHER),
@@ -200,9 +215,9 @@ def status(runs: Runs) -> str:
         situations([attack for attack in left if attack in MAIN]),
         f"against {len(later)} of {len(FURTHER)} further attacks" if later else "",
     ]
-    open_ = f"; {' and '.join(filter(None, waiting))} it is not finished" if left else ""
-    early = listed([TITLES[attack] for attack in runs.stopped if f"{attack}/asd" not in runs])
-    stopped = early and f"; against {early} ASD was stopped as lost"
+    open_ = f"; {' and '.join(filter(None, waiting))} ASD has not been run to the end yet" if left else ""
+    early = listed([TITLES[attack] for attack in TITLES if f"{attack}/asd" in runs.stopped.keys() - runs.keys()])
+    stopped = early and f"; ASD against {early} was stopped early because the attack had succeeded"
     sentences = (
         "**Status.** The paper's own results (full-width ResNet-18, 120 epochs of 1,024 steps) have not been reproduced: "
         "nothing has been run on a GPU yet.",
@@ -214,7 +229,8 @@ def status(runs: Runs) -> str:
         with_paper_settings(runs),
     )
     bounds = (
-        f"Targets, at the last epoch and as the mean of the last {LAST}: an ACC of at least 83 % and at most 5 points below "
+        f"The last epoch of seed 100{over_seeds(runs)}. Targets, at the last epoch and as the mean of the last {LAST}: an ACC "
+        "of at least 83 % and at most 5 points below "
         "the undefended one, an ASR at most 3 points above the share of the same images that gets the target class without the "
         "trigger, and an undefended ASR of 95 % (WaNet 90 %); on GTSRB an ACC of 93 % and an ASR of at most 3 %."
     )
@@ -223,15 +239,30 @@ def status(runs: Runs) -> str:
 
 
 def with_paper_settings(runs: Runs) -> str:
-    """Return a sentence on the runs with the paper's settings, at the last epoch of each; empty without such runs."""
+    """Return a sentence on the runs with the paper's schedule, at the last epoch of each; empty without such runs."""
     found = []
     for attack, title in PAPER.items():
         rows = runs.epochs_of(attack)
         if rows:
-            figures, so_far = percents(rows[-1]), "so far " if attack in runs.unfinished and f"{attack}/asd" not in runs else ""
-            asr, base = (f"{figures[key]:.1f} %" for key in ("attack_success_rate", "clean_as_target"))
-            found.append(f"{asr} against {title} ({base} without trigger; {so_far}{len(rows)} epochs)")
-    return f"With the paper's own settings on this network the ASR is {listed(found)}." if found else ""
+            figures, so_far = percents(rows[-1]), "so far " if f"{attack}/asd" in runs.unfinished.keys() - runs.keys() else ""
+            acc, asr, base = (f"{figures[key]:.1f}" for key in KEYS[:3])
+            found.append(f"{acc} / {asr} % against {title} ({base} % without trigger; {so_far}{len(rows)} epochs)")
+    head = "With the paper's schedule, but half as many steps per epoch, ACC / ASR of this network are"
+    return f"{head} {listed(found)}." if found else ""
+
+
+def over_seeds(runs: Runs) -> str:
+    """Return the mean ASR and its spread for the attacks of the table that were run with several seeds, as a clause."""
+    found = []
+    for attack, title in MAIN.items():
+        values = [
+            runs[name].ends[0]["attack_success_rate"] for name in runs.defended if name in runs and runs[name].attack == attack
+        ]
+        if len(values) > 1:
+            found.append(
+                f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f} % against {title} ({len(values)} seeds)"
+            )
+    return f"; over all seeds, the ASR with ASD is {listed(found)}" if found else ""
 
 
 def filled(text: str) -> str:
@@ -265,7 +296,10 @@ def insert(text: str, block: str) -> str:
 
 def main() -> None:
     """Write the page, the plot and the paragraph."""
-    Parser(description="Generate the page and the plot of the study and the README's status.").parse_args()
+    Parser(
+        prog="python -m results.study.report",
+        description="Generate the page and the plot of the study and the README's status.",
+    ).parse_args()
     runs = Runs(HERE)
     write_text(HERE / "README.md", page(HERE, runs))
     draw(HERE / PICTURE, curves(HERE, runs))

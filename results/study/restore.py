@@ -21,7 +21,7 @@ from utils.run import LATEST
 
 def main() -> None:
     """Read the command line, write the folders."""
-    parser = Parser(description="Turn a stored run of the study back into run folders.")
+    parser = Parser(prog="python -m results.study.restore", description="Turn a stored run of the study back into run folders.")
     parser.add_argument("--run", required=True, help="its name in the study, e.g. badnets/asd")
     parser.add_argument("--name", required=True, help="the run's new name")
     parser.add_argument("--saved", required=True, type=Path, help="saved_dir")

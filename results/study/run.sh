@@ -33,9 +33,11 @@ run() {
   set -- "$@" --set "saved_dir=$saved" --set "storage_dir=$storage"
   mkdir -p "$(dirname "$saved/$name")"
   if [ -f "results/study/unfinished/$name.pt" ] && [ ! -e "$storage/$name/checkpoint/latest_model.pt" ]; then
-    mkdir -p "$storage/$name/checkpoint"
-    cp "results/study/unfinished/$name.pt" "$storage/$name/checkpoint/latest_model.pt"
+    kept="$storage/$name/checkpoint/latest_model.pt"
+    mkdir -p "$(dirname "$kept")"
     cp "results/study/unfinished/$name.commit" "$saved/$name.commit"
+    cp "results/study/unfinished/$name.pt" "$kept.$$"
+    mv "$kept.$$" "$kept"  # last, and whole at once: without it all of this is done again
   fi
   [ -s "$saved/$name.commit" ] || git rev-parse HEAD > "$saved/$name.commit"
   "$python" ASD.py "$@"

@@ -56,7 +56,11 @@ class Run:
 
 
 class Runs(dict[str, Run]):
-    """All stored runs by name, and the names of all planned or stored runs."""
+    """All stored runs by name, and the names of all planned or stored runs.
+
+    Attributes:
+        stopped, unfinished: rows by name, of runs that were stopped because the attack had succeeded, or that go on.
+    """
 
     def __init__(self, folder: Path) -> None:
         for card in sorted(folder.glob("*/*.json")):
@@ -66,8 +70,11 @@ class Runs(dict[str, Run]):
         planned = re.findall(r"^run (\S+)", (folder / "run.sh").read_text(), re.MULTILINE)
         self.names = list(dict.fromkeys([*planned, *self]))
         self.defended = [name for name in self.names if not name.endswith("/undefended")]
-        self.unfinished = {path.parent.name: read_rows(path) for path in folder.glob("unfinished/*/asd.jsonl")}
-        self.stopped = {attack: read_rows(folder / file) for attack, file in STOPPED.items() if (folder / file).exists()}
+        kept = folder / "unfinished"
+        self.unfinished = {str(path.relative_to(kept).with_suffix("")): read_rows(path) for path in kept.glob("*/*.jsonl")}
+        self.stopped = {
+            f"{attack}/asd": read_rows(folder / file) for attack, file in STOPPED.items() if (folder / file).exists()
+        }
 
     def of(self, attack: str) -> tuple[Run | None, Run | None]:
         """Return the runs without and with ASD against an attack, for the first seed."""
@@ -75,8 +82,8 @@ class Runs(dict[str, Run]):
 
     def epochs_of(self, attack: str) -> list[Row]:
         """Return the rows of the run with ASD against an attack, for the first seed, even if it was stopped or goes on."""
-        own = self.of(attack)[1]
-        return own.rows if own else self.stopped.get(attack) or self.unfinished.get(attack, [])
+        own, name = self.of(attack)[1], f"{attack}/asd"
+        return own.rows if own else self.stopped.get(name) or self.unfinished.get(name, [])
 
 
 def subject(attack: str) -> str:
@@ -140,11 +147,11 @@ def judge(run: Run, runs: Runs) -> list[tuple[Target, list[float]]]:
 
 def verdict(attack: str, runs: Runs) -> str:
     """Return whether the run with ASD against an attack meets all targets."""
-    run = runs.of(attack)[1]
-    if run is None and attack in runs.stopped:
-        return f"missed: stopped after {len(runs.stopped[attack])} epochs"
-    if run is None and attack in runs.unfinished:
-        return f"{NOT_RUN} to the end: epoch {len(runs.unfinished[attack])}"
+    run, name = runs.of(attack)[1], f"{attack}/asd"
+    if run is None and name in runs.stopped:
+        return f"missed: stopped after {len(runs.stopped[name])} epochs"
+    if run is None and name in runs.unfinished:
+        return f"{NOT_RUN} to the end: epoch {len(runs.unfinished[name])}"
     found = judge(run, runs) if run else []
     missed = [target.name for target, values in found if not target.holds(values)]
     if not found:

@@ -33,7 +33,9 @@ from utils.runtime.machine import Machine, choose_machine
 
 def main() -> None:
     """Read the command line; measure the missing rows."""
-    parser = Parser(description="One meta-split from a base model, for each attack.")
+    parser = Parser(
+        prog="python -m results.study.what_decides", description="One meta-split from a base model, for each attack."
+    )
     parser.add_argument("--config", required=True)
     parser.add_argument("--base", required=True, type=Path, help="checkpoint of the base model")
     parser.add_argument("--name", required=True, help="name of the setting that is measured")
