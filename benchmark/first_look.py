@@ -5,6 +5,7 @@ Results are printed immediately. A failing part costs one line, and the next par
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -80,7 +81,10 @@ def inference(context: Context, batches: tuple[int, ...]) -> None:
     for batch in batches:
         config = replace(context.config, loader=Loader(batch))
         took = timed(workload.inference(replace(context, config=config))).median
-        at_once, rate = context.machine.inference_batch(batch), len(context.train_set) / took
+        at_once, rate = (
+            context.machine.inference_batch(batch, math.prod(context.eval_transform.output_size)),
+            len(context.train_set) / took,
+        )
         print(f"   batches of {at_once:5d}: {rate:9.0f} images per second", flush=True)
 
 

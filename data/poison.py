@@ -26,7 +26,7 @@ from utils.config import Config
 from utils.config import load as load_config
 from utils.errors import UserError
 from utils.paths import user_path
-from utils.runtime.machine import choose_device, set_determinism
+from utils.runtime.machine import choose_machine, set_determinism
 
 FORMATS = ("npz", "backdoorbench")
 WeightsOf = Callable[[Config, "str | None"], Model]
@@ -47,7 +47,7 @@ def main(new_classifier: NewClassifier, weights_of: WeightsOf | None = None) -> 
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the YAML")
     args = parser.parse_args()
     config = load_config(args.config, args.set)
-    device = choose_device(args.gpu, 0)
+    device = choose_machine(args.gpu, False, alone=True).device
     set_determinism(config.seed.deterministic, config.seed.benchmark)
     if config.backdoor is None and not config.poisoned_already:
         raise UserError(f"backdoor: null: no attack to poison with: name one of {', '.join(plugins.names(ATTACKS))}")

@@ -121,6 +121,8 @@ class Defense(DefenseBase):
             self.simclr = auxiliary_state(self.context, network, state.optimizer)
             self.simclr.stepper = supervised_steps(self.context, self.simclr, self.contrast, self.two_views)  # type: ignore[arg-type]
             return
+        if hasattr(self, "simclr"):
+            self.simclr.stepper = None  # a captured step has memory that nothing else can use
         super().build(state, stage)
         self.prepare_steps(state, stage)
 

@@ -104,6 +104,8 @@ class Defense(DefenseBase):
             self.teacher = auxiliary_state(self.context, trained, state.optimizer)
             self.teacher.stepper = supervised_steps(self.context, self.teacher)
         elif stage.name == "student":
+            if hasattr(self, "teacher"):
+                self.teacher.stepper = None  # a captured step has memory that nothing else can use
             state.stepper = supervised_steps(self.context, state, self.distillation(state))
 
     def start_stage(self, state: State, stage: Stage) -> None:
@@ -129,7 +131,7 @@ class Defense(DefenseBase):
             with torch.no_grad(), context.machine.autocast():
                 teacher.eval()(inputs)
             for name, beta in zip(s.layers, s.betas, strict=True):
-                losses = losses + beta * attention_distance(maps[name], taught[name])
+                losses = losses + beta * attention_distance(maps.pop(name), taught.pop(name))
             return losses.sum() / count
 
         return loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -87,7 +88,8 @@ def infer(context: Context, purpose: str, model: nn.Module, images: ImageSet, dr
     transform = context.eval_transform if draws is None else context.train_transform
     draws = torch.zeros(n, 0, device=images.labels.device) if draws is None else draws
     few = n < machine.world_size  # then every process computes all of them
-    batch, mine = machine.inference_batch(context.config.loader.batch_size), slice(n) if few else machine.shard(n)
+    batch = machine.inference_batch(context.config.loader.batch_size, math.prod(transform.output_size))
+    mine = slice(n) if few else machine.shard(n)
     batches = views(images.part(mine), draws[mine], transform, batch)
     logits = predict(model, progress(batches, purpose, -(-n // machine.world_size // batch)), machine)
     return logits if few else machine.all_gather(logits, n)

@@ -29,6 +29,11 @@ def build_optimizer(chosen: Named, parameters: Iterable[nn.Parameter], capturabl
         # Steps before the capture, and the smaller last batch, run outside of the graph on purpose.
         warnings.filterwarnings("ignore", message=".*running without CUDA graph capture")
     optimizer: torch.optim.Optimizer = kind(weights, **settings)
+    if capturable and settings.get("momentum"):
+        # The fused SGD cannot start some weights later than others, as those of a layer that was trained alone at first. A
+        # momentum of 0 is what it begins with anyway.
+        for weight in weights:
+            optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight, requires_grad=False)
     return optimizer
 
 

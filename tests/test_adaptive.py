@@ -176,6 +176,10 @@ def test_patched_images_equal_the_formula() -> None:
         assert np.array_equal(shown[~corner], square[~corner])
     for rows, columns in ((slice(0, 3), slice(0, 3)), (slice(29, 32), slice(29, 32))):
         assert np.array_equal(tested[0, rows, columns], attack.patterns[2][rows, columns])
+    rng = numpy_generator(2, "adaptive_patch", "colors")
+    small, rings, large = (rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((5, 5, 3), (3, 3), (8, 8, 3)))
+    assert np.array_equal(attack.patterns[0][27:, 27:], small) and np.array_equal(attack.patterns[3][21:29, 21:29], large)
+    assert [attack.patterns[1][y, 24].tolist() for y in (7, 10, 13)] == rings.tolist()
 
 
 def test_the_patches_occur_about_equally_often() -> None:

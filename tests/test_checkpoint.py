@@ -854,6 +854,8 @@ def test_a_training_state_that_does_not_fit(tmp_path: Path, key: str, value: Any
     [
         {"clean_pool": torch.tensor([3, 20])},
         {"clean_pool": torch.tensor([0.5])},
+        {"sets": {"isolated": torch.tensor([3, 20])}},
+        {"sets": {"isolated": torch.tensor([0.5])}},
         {"clean_pool": [1, 2]},
         {"epochs_in_clean_pool": torch.zeros(19, dtype=torch.int32)},
         {"epoch": 4},

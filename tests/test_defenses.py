@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from contextlib import ExitStack
@@ -16,7 +17,9 @@ from conftest import REPOSITORY
 from torch import Tensor, nn
 from training import SMALL, last, same, small, train_here
 
+import ASD
 from data.batches import SupervisedDraws
+from data.pools import Pools
 from data.seeds import draw_seed_samples
 from data.sets import GroundTruth, TestSets
 from defenses import _start, abl, cbd, dbd, fp, reference_filter, reference_split
@@ -30,6 +33,7 @@ from loss.attention import attention_distance, attention_map
 from loss.contrastive import nt_xent
 from loss.mixmatch import ramp_up
 from loss.supervised import cross_entropy
+from model.classifier import Classifier
 from utils import config, plugins
 from utils.checkpoint import State
 from utils.config.compatibility import refuse_other_settings
@@ -170,6 +174,9 @@ def test_repair_defenses_start_from_the_undefended_network(tmp_path: Path, name:
         with pytest.raises(UserError, match=rf"start_run: plain: its transform\.{part}\.remaining is another one"):
             given = ("run=normalized", f"defense.{name}.start_run=plain", f"transform.{part}.remaining={other}")
             train_here(*small(tmp_path, name, *given))
+    with pytest.raises(UserError, match=r"start_run: plain: its transform\.test\.primary is another one"):
+        given = ("run=resized", f"defense.{name}.start_run=plain", "transform.test.primary={resize: {size: 16}}")
+        train_here(*small(tmp_path, name, *given))
     clean = tmp_path / "clean.txt"
     poisoned = np.load(tmp_path / "saved" / "plain" / "poison_idx.npy")
     clean.write_text("".join(f"{i}\n" for i in np.flatnonzero(poisoned == 0)[:60]))
@@ -234,7 +241,7 @@ def test_the_statistics_of_every_network_are_averaged(
             "has no effect with removes: random",
         ),
         ("reference_filter", "backdoor={badnets: {}, poison_ratio: 1, target_shift: 1}", "keeps 0 of 200 images, too few"),
-        ("reference_split", "global.epsilon=0.004", "global.epsilon: 0.004"),
+        ("reference_split", "global.epsilon=0.004", "the clean pool of epoch 1 would be empty"),
     ],
 )
 def test_what_a_defense_cannot_work_with_is_refused_at_the_start(
@@ -471,6 +478,15 @@ def test_oracle_baselines_select_by_ground_truth(tmp_path: Path) -> None:
     pool = chosen(reference_split, "reference_split")
     assert len(pool) == 20 and sorted(set(pool)) == pool and all(flags[i] == 0 for i in pool)
     assert any(flags[i] for i in chosen(reference_split, "reference_split", pool="random"))
+    for module, name, setting in (
+        (reference_filter, "reference_filter", "removes=random"),
+        (reference_split, "reference_split", "pool=clean"),
+    ):
+        one, two = (
+            module.reference_images(small(tmp_path, name, f"defense.{name}.{setting}", f"seed.seed={seed}")[0], flags).tolist()
+            for seed in (7, 8)
+        )
+        assert one != two
 
 
 @pytest.mark.parametrize("removes", ["poisoned", "random"])
@@ -544,3 +560,96 @@ def test_cbd_with_a_biased_network_without_any_loss(tmp_path: Path) -> None:
         loss = session.defense.deconfounded(session.state)(session.context.train_set.images[index].float() / 255, index, 2)
         loss.backward()
         assert loss == 0 and all(torch.isfinite(p.grad).all() for p in session.state.model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["asd", "dbd", "reference_split"])
+def test_mixmatch_uses_the_labels_of_the_pool_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The pool that an epoch reports is the one whose labels its MixMatch steps use; all other images are the polluted pool."""
+    kept: list[Tensor] = []
+    used: list[Pools] = []
+    keep, draw = State.keep_split, ASD.draw_mixmatch
+
+    def keep_split(state: State, clean_pool: Tensor, values: Tensor | None) -> None:
+        kept.append(clean_pool)
+        keep(state, clean_pool, values)
+
+    def draw_mixmatch(settings: Any, epoch: int, pools: Pools, *rest: Any) -> Any:
+        used.append(pools)
+        return draw(settings, epoch, pools, *rest)
+
+    monkeypatch.setattr(State, "keep_split", keep_split)
+    monkeypatch.setattr(ASD, "draw_mixmatch", draw_mixmatch)
+    settings, path = small(tmp_path, name)
+    train_here(settings, path)
+    assert len(kept) == len(used) == sum(settings.stage(e) not in ("simclr", "head") for e in range(settings.epochs))
+    for pool, pools in zip(kept, used, strict=True):
+        assert torch.equal(pools.clean, pool) and len(pools.polluted) == 200 - len(pool)
+
+
+# -- Several processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["abl", "cbd"])
+def test_the_parts_of_two_processes_add_up_to_the_loss_of_one(name: str) -> None:
+    """What the whole batch decides (the sign of the ascent, the mean of the weights) is not decided by a part of it."""
+    torch.manual_seed(0)
+    labels, logits, biased = torch.randint(0, 4, (12,)), torch.randn(12, 4), torch.randn(12, 4)
+    own, known = cross_entropy(logits, labels), cross_entropy(biased, labels)
+    together = own.mean() if name == "abl" else (known / (known + own + 1e-8)).sum()
+    gamma = float(0.75 * own.mean())  # above the share of either process
+
+    def part(rows: slice, machine: Any = None) -> float:
+        context, state = world(logits[rows], labels)
+        context.machine = machine or context.machine
+        state.networks = {"biased": SimpleNamespace(eval=lambda: lambda inputs: biased[rows])}
+        if name == "abl":
+            loss = abl.ascent_below(context, state, abl.Settings(gamma=gamma))
+        else:
+            loss = cbd.Defense.deconfounded(SimpleNamespace(context=context), state)  # type: ignore[arg-type]
+        return float(loss(torch.zeros(0), torch.arange(12)[rows], 12))
+
+    two = SimpleNamespace(autocast=contextlib.nullcontext, all_reduce=lambda value: together)
+    assert part(slice(5), two) + part(slice(5, 12), two) == pytest.approx(part(slice(12)), rel=1e-5)
+
+
+def test_each_process_has_a_part_of_the_loss_of_simclr_and_the_whole_gradient() -> None:
+    """Of two processes each returns half of the value, but all of the gradient of its rows."""
+    torch.manual_seed(0)
+    views = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
+    machine = SimpleNamespace(world_size=2, autocast=contextlib.nullcontext, all_gather=lambda rows, count: rows)
+    place: Any = SimpleNamespace(
+        context=SimpleNamespace(machine=machine),
+        settings=SimpleNamespace(temperature=0.5),
+        simclr=SimpleNamespace(parallel=lambda inputs: inputs),
+    )
+    part, whole = dbd.Defense.contrast(place, views, torch.arange(5), 5), nt_xent(*views.chunk(2), 0.5).mean()
+    assert float(part) == pytest.approx(float(whole) / 2)
+    assert torch.allclose(*(torch.autograd.grad(loss, views)[0] for loss in (part, whole)))
+
+
+@pytest.mark.parametrize("which", ["model", "biased"])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, which: str) -> None:
+    """Neither those of the model nor those of a network beside it, although the loss is finite."""
+    settings, path = small(tmp_path, "cbd")
+    run = locate_run(settings, path)
+    with open_run(run, settings, False), ExitStack() as stack:
+        session = start(settings, run, Machine(torch.device("cpu")), None, stack)
+        assert session is not None
+        session.defense.begin_epoch(session.state, 0)
+        network: Any = session.state.model if which == "model" else session.state.networks["biased"]
+        with torch.no_grad():
+            network.linear.bias[0] = torch.inf
+        with pytest.raises(UserError, match=r"epoch 1: the weights are not finite: .* defense\.cbd\.optimizer"):
+            session.finish_epoch({"loss": 1.0})
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_channels_are_ranked_by_their_absolute_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The features of a transformer may be negative: a channel at -3 is not the least active one."""
+    monkeypatch.setattr(fp, "infer", lambda *_: torch.tensor([[-3.0, 0.1, 1.0]]).repeat(4, 1))
+    backbone: Any = nn.Identity()
+    backbone.feature_dim = 3
+    images = SimpleNamespace(labels=torch.zeros(4, dtype=torch.int64), chosen=lambda index: index)
+    place: Any = SimpleNamespace(context=SimpleNamespace(train_set=images), settings=SimpleNamespace(accuracy_drop=1.0))
+    state: Any = SimpleNamespace(model=Classifier(backbone, 2))
+    assert fp.Defense.choose(place, state, torch.arange(2), torch.arange(2, 4)).tolist() == [1, 2, 0]

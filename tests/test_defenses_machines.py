@@ -64,7 +64,8 @@ def on_cpu(value: Any) -> Any:
 
 @every_other_defense
 def test_two_processes_train_what_one_does(tmp_path: Path, name: str) -> None:
-    """The first epoch has the losses of one process up to rounding, and the run resumes on one process."""
+    """The first epoch has the losses of one process up to rounding, and the first one of each later stage has similar ones: a
+    lost or doubled part would be a factor of 2."""
     _, path = small(tmp_path, name)
     sets = [word for setting in ("sync_bn=true", "run=two") for word in ("--set", setting)]
     command = [*TORCHRUN, str(REPOSITORY / "ASD.py"), "--config", str(path), "--gpu", "cpu", *sets]
@@ -75,6 +76,8 @@ def test_two_processes_train_what_one_does(tmp_path: Path, name: str) -> None:
     one, two = rows_of(tmp_path, "one"), rows_of(tmp_path, "two")
     assert len(one) == len(two) == settings.epochs
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=2e-2)
+    for e in (e for e in range(1, settings.epochs) if settings.stage(e) != settings.stage(e - 1)):
+        assert 0.7 < two[e]["loss"] / one[e]["loss"] < 1.4, settings.stage(e)
     sets_of = [{key: row[key] for row in rows for key in row if key.endswith("_size")} for rows in (one, two)]
     assert sets_of[0] == sets_of[1]
     tested = run_script("test.py", "--config", path, "--gpu", "cpu", "--set", "run=two")

@@ -48,12 +48,14 @@ def test_without_cuda_the_cpu_computes(monkeypatch: pytest.MonkeyPatch, said: li
 
 def test_with_cuda_the_numbered_device_computes(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     """`--gpu 1` is the second CUDA device; a missing device is refused with the existing numbers."""
-    made_current: list[int] = []
+    made_current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
     assert choose_device("1", 0) == torch.device("cuda", 1)
-    assert made_current == [1] and said == []
+    assert made_current == [] and said == []  # nothing is allocated there by the parent of several processes
+    assert choose_machine("1", False, alone=True).device == torch.device("cuda", 1)
+    assert made_current == [torch.device("cuda", 1)] and said == []
     with pytest.raises(UserError, match=r"--gpu 2: .*0\.\.1"):
         choose_device("2", 0)
     assert [choose_device(gpu, 1).index for gpu in ("0", "1,0")] == [1, 0]
@@ -121,6 +123,8 @@ def test_batches_of_inference() -> None:
     cuda, cpu = Machine(torch.device("cuda", 0)), Machine(torch.device("cpu"))
     assert cuda.inference_batch(config.Loader().batch_size) == 1024
     assert [cuda.inference_batch(2), cpu.inference_batch(2), cpu.inference_batch(128)] == [16, 2, 128]
+    large = 224 * 224  # no more pixels at a time than with small images, but at least a batch
+    assert [cuda.inference_batch(n, large) for n in (2, 8, 256)] == [16, 20, 256]
 
 
 @pytest.mark.parametrize("amp", [False, True])

@@ -116,7 +116,7 @@ images = torch.randn(7, 2, 6, 6, dtype=torch.float64)
 model = machine.wrap(synchronize(net, machine.device))
 mine = machine.shard(7)
 out = machine.all_gather(model(images[mine]), 7)
-(out.pow(3).sum() / 7 * machine.world_size).backward()
+machine.backward(out.pow(3).sum() / 7)
 grads = torch.cat([p.grad.flatten() for p in net.parameters()])
 plain = [torch.cat([getattr(net[i], name) for i in (1, 5)]) for name in ("running_mean", "running_var")]
 net[1].running_mean.add_(machine.rank)
@@ -315,3 +315,36 @@ def test_a_graph_is_for_one_cuda_device() -> None:
     )
     assert one.uses_graph("graph") and one.uses_graph("auto") and not one.uses_graph("eager")
     assert not any(machine.uses_graph(mode) for machine in (several, cpu) for mode in ("auto", "graph", "eager"))
+
+
+VIRTUAL = """
+import sys, torch, ASD
+from data.sets import ImageSet
+from engine.context import build_context, place
+from model.classifier import build_classifier
+from utils.config import load
+from utils.runtime.machine import choose_machine
+
+settings = load(sys.argv[1], ["sync_bn=true", "loader.batch_size=16", "meta.optimizer={SGD: {lr: 0.05}}"])
+machine = choose_machine("cpu", False)
+pixels = torch.randint(0, 256, (45, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+context = build_context(settings, machine, ImageSet(pixels, torch.arange(45) % 10))
+model = place(build_classifier(settings.network, 10, 1), settings, machine)
+virtual = ASD.train_virtual_model(context, 4, model)
+torch.save(dict(virtual.state_dict()), f"{sys.argv[2]}/{machine.rank}-of-{machine.world_size}.pt")
+machine.leave()
+"""
+
+
+def test_the_virtual_model_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
+    """All ranks have the same one, up to rounding that of a single process: the meta-split compares losses of one model."""
+    script, path = tmp_path / "virtual.py", write_config(tmp_path, "virtual")
+    script.write_text(VIRTUAL)
+    command = [*TORCHRUN, str(script), str(path), str(tmp_path)]
+    both = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    alone = run_script(str(script), path, tmp_path)
+    assert both.returncode == alone.returncode == 0, both.stderr + alone.stderr
+    one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("0-of-1", "0-of-2", "1-of-2"))
+    for name, tensor in one.items():
+        for rank in two:
+            assert torch.allclose(tensor.float(), rank[name].float(), atol=1e-4), name

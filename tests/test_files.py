@@ -384,18 +384,19 @@ def test_two_writers_of_one_file(tmp_path: Path) -> None:
 
 
 def test_two_runs_make_the_same_asset(tmp_path: Path) -> None:
-    """Two runs that train the same asset simultaneously both get it; leftovers of a killed run are removed; one file
-    remains."""
+    """Of two runs that need an asset simultaneously one trains it, and both get it; leftovers of a killed run are removed;
+    one file remains, beside that of the lock."""
     raw = RawData(
         np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1, np.int64), np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1), ("a",)
     )
     context = AttackContext(raw, 0, 1, 0, tmp_path / "assets")
     context.assets.mkdir()
     (context.assets / f".mask-old.npz.{files.boot()}-0123456789ab.part").write_bytes(b"half")
-    meet, got = threading.Barrier(2), []
+    made, got = [], []
 
     def make() -> dict[str, np.ndarray]:
-        meet.wait(10)
+        made.append(1)
+        time.sleep(0.2)
         return {"weights": np.arange(100_000)}
 
     threads = [threading.Thread(target=lambda: got.append(keep_asset(context, "mask", {"seed": 1}, make))) for _ in range(2)]
@@ -403,7 +404,7 @@ def test_two_runs_make_the_same_asset(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(got) == 2
-    (path,) = context.assets.iterdir()
+    assert len(got) == 2 and len(made) == 1
+    (path,) = (path for path in context.assets.iterdir() if path.suffix != ".lock")
     kept = keep_asset(context, "mask", {"seed": 1}, lambda: pytest.fail("it is there already"))
     assert path.name.startswith("mask-") and np.array_equal(kept["weights"], np.arange(100_000))

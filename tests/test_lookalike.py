@@ -202,6 +202,16 @@ def test_the_share_is_rounded_down(tiny: Path, tmp_path: Path, monkeypatch: pyte
     assert len(easiest & set(chosen.tolist())) >= count // 2
 
 
+def test_the_seed_draws_the_others(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same ranking by the surrogate, another seed draws other images."""
+    plan, found = plan_of(tiny, LOOKALIKE.replace("share: 1.0", "share: 0.5")), []
+    for seed in (7, 99):
+        attack = attack_of(replace(plan, seed=replace(plan.seed, seed=seed)), tmp_path)
+        monkeypatch.setattr(attack, "losses", lambda: np.arange(COUNT, dtype=np.float64))
+        found.append(attack.selection_scores())
+    assert not np.array_equal(*found)
+
+
 def test_no_surrogate_without_poisoned_images(tiny: Path, tmp_path: Path) -> None:
     """Testing a checkpoint, and training without an attack, need no surrogate."""
     for ratio in (0.08, 0):

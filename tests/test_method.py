@@ -397,7 +397,7 @@ def test_the_size_of_scoring_batches_changes_no_decision(tiny: Path, monkeypatch
     try:
         losses, shares = figures()
         assert max(sizes) == config.loader.batch_size
-        monkeypatch.setattr(Machine, "inference_batch", lambda self, batch: 8 * batch)
+        monkeypatch.setattr(Machine, "inference_batch", lambda self, batch, pixels: 8 * batch)
         sizes.clear()
         in_one, same = figures()
         assert max(sizes) == N < 8 * config.loader.batch_size
@@ -605,3 +605,24 @@ def test_a_last_step_that_diverges_is_refused(tmp_path: Path, name: str) -> None
     with pytest.raises(UserError, match=r"epoch 1: the .* not finite: lower the learning rate of (undefended\.)?optimizer"):
         train_here(config, path)
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_outputs_that_are_not_finite_have_no_figures(tiny: Path) -> None:
+    """What such a model predicts has no meaning."""
+    config, images = settings(tiny), make_set()
+    model = make_model(config)
+    with torch.no_grad():
+        model.linear.weight[0, 0] = math.nan
+    with pytest.raises(UserError, match="the model's outputs are not finite"):
+        evaluate(context(config, images), model, TestSets(images, None))
+
+
+def test_a_virtual_model_that_diverges_names_its_own_learning_rate(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The remedy is in `meta`, not in the optimizer of the model, whose losses are finite."""
+    config = settings(tiny)
+    broken = make_model(config)
+    with torch.no_grad():
+        broken.linear.weight[0, 0] = math.nan
+    monkeypatch.setattr(ASD, "train_virtual_model", lambda *_: broken)
+    with pytest.raises(UserError, match=r"epoch 6: .* not finite .*learning rate of meta\.optimizer"):
+        ASD.split_pools(context(config, make_set()), 5, make_model(config), torch.arange(20))

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +351,29 @@ assert any(m.in_channels < 8 for m in strided)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_weights_that_train_later_can_begin_within_a_capturable_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DBD trains its linear layer first, then all weights, with one optimizer. The fused SGD of a CUDA graph needs momenta of
+    all weights then; momenta of 0 give the same weights as none."""
+    monkeypatch.setattr(torch.optim, "SGD", partial(ignoring, torch.optim.SGD))
+    results = []
+    for capturable in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        optimizer = build_optimizer(Named("SGD", SGD(lr=0.1, momentum=0.9)), model.parameters(), capturable)
+        assert all("momentum_buffer" in optimizer.state[weight] for weight in model.parameters()) == capturable
+        for parts in (model[1:], model, model):
+            optimizer.zero_grad()
+            parts(torch.ones(5, parts[0].in_features)).square().sum().backward()
+            optimizer.step()
+        results.append(list(model.parameters()))
+    assert all(map(torch.equal, *results))
+
+
+def ignoring(kind: Any, weights: Any, fused: bool = False, **settings: Any) -> Any:
+    """Return torch's optimizer without the fused kernels, and with a plain number as its rate."""
+    return kind(weights, **settings | {"lr": float(settings["lr"])})
 
 
 def test_a_fraction_of_few_epochs_does_not_lower_the_first_rate() -> None:

@@ -142,3 +142,18 @@ def test_the_shipped_yamls() -> None:
     clean, flipped = (config.load(REPOSITORY / f"config/{name}.yaml") for name in ("sig", "sig_flipped"))
     assert (clean.attack.settings, clean.attacker.poison_ratio) == (Settings(40, 6, "clean"), 0.8)
     assert (flipped.attack.settings, flipped.attacker.poison_ratio) == (Settings(40, 6, "flipped"), 0.05)
+
+
+@pytest.mark.parametrize("mode", ["exact", "bernoulli"])
+def test_a_clean_label_run_finds_its_poisoned_images_again(mode: str, tiny: Path, tmp_path: Path) -> None:
+    """The stored index is one of images of the target class, of which the ratio is a share; another class is refused."""
+    plan = config.load(tiny, [f"backdoor={{sig: {{label: clean}}, poison_ratio: 0.3, poison_mode: {mode}}}"])
+    raw = world()
+    attack = build_attack(plan, raw)
+    first, again = (poison_training_set(plan, raw, attack, tmp_path) for _ in range(2))
+    assert np.array_equal(first.flags, again.flags) and np.array_equal(first.images, again.images)
+    index = (first.flags == POISONED).astype(float)
+    index[[np.flatnonzero(index)[0], np.flatnonzero(raw.train_labels == 4)[0]]] = 0, 1
+    np.save(tmp_path / "poison_idx.npy", index)
+    with pytest.raises(UserError, match="poisons images of other classes than 3"):
+        poison_training_set(plan, raw, attack, tmp_path)

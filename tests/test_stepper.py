@@ -64,13 +64,21 @@ class Fake:
 
 def trained(how: str, monkeypatch: pytest.MonkeyPatch, insist: bool = False) -> tuple[list[Tensor], list[str], Stepper]:
     """Train a small model for two epochs of four steps, captured by a fake; return weights, moments and log lines."""
-    monkeypatch.setattr("utils.runtime.stepper.warm_up", lambda work: [work() for _ in range(3)])
+
+    def warm_up(work: Callable[[], object]) -> None:
+        if how == "too large":
+            raise torch.OutOfMemoryError("full")
+        for _ in range(3):
+            work()
 
     def capture(work: Callable[[], object]) -> Fake:
+        if how == "full":
+            raise torch.OutOfMemoryError("full")
         if how == "refuses":
             raise RuntimeError("operation not permitted\nat length")
         return Fake(work, how)
 
+    monkeypatch.setattr("utils.runtime.stepper.warm_up", warm_up)
     monkeypatch.setattr("utils.runtime.stepper.capture", capture)
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1)
@@ -114,15 +122,19 @@ def test_mode_graph_fails_if_the_graph_is_wrong(how: str, monkeypatch: pytest.Mo
     assert "\n" not in str(caught.value)
 
 
-def test_out_of_memory_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a capture runs out of memory, the run does not continue eagerly: the settings are too large."""
+def test_a_graph_that_does_not_fit_into_memory_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph has memory of its own: if its capture runs out of memory, the steps run eagerly, with the same results."""
+    expected, _, _ = trained("eager", monkeypatch)
+    found, said, stepper = trained("full", monkeypatch)
+    assert stepper.graph is None and all(map(torch.equal, found, expected))
+    assert len(said) == 1 and said[0].startswith("the step cannot run as a CUDA graph (full")
 
-    def capture(work: Callable[[], object]) -> None:
-        raise torch.OutOfMemoryError("full")
 
+@pytest.mark.parametrize(("how", "insist"), [("too large", False), ("full", True)])
+def test_out_of_memory_is_raised(monkeypatch: pytest.MonkeyPatch, how: str, insist: bool) -> None:
+    """If the eager steps before the capture do not fit either, or only the graph may be used, the settings are too large."""
     with pytest.raises(torch.OutOfMemoryError):
-        monkeypatch.setattr(Fake, "__init__", lambda self, work, how: capture(work))
-        trained("right", monkeypatch)
+        trained(how, monkeypatch, insist)
 
 
 def moved(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

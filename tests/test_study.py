@@ -481,13 +481,15 @@ def test_the_table_of_defenses_is_the_report_of_its_runs(tmp_path: Path) -> None
 # -- The commands ------------------------------------------------------------------------------------------------------
 
 
-def planned_commands(tmp_path: Path, *runs: str) -> list[list[str]]:
-    """Return the commands of run.sh, run with a fake Python that records its arguments."""
+def planned_commands(tmp_path: Path, *runs: str, cwd: Path = REPOSITORY) -> list[list[str]]:
+    """Return the commands of the run.sh in a repository, run with a fake Python that records its arguments."""
     python, written = tmp_path / "python", tmp_path / "commands"
     python.write_text(f"#!/bin/sh\nfor word; do printf '%s\\n' \"$word\"; done >> '{written}'\necho >> '{written}'\n")
     python.chmod(0o755)
     environment = os.environ | {"PYTHON": str(python), "SAVED": str(tmp_path / "saved"), "STORAGE": str(tmp_path / "storage")}
-    done = subprocess.run(["sh", STUDY / "run.sh", *runs], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    environment |= {} if cwd == REPOSITORY else {"GIT_DIR": str(REPOSITORY / ".git")}
+    command = ["sh", cwd / "results/study/run.sh", *runs]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [part.splitlines() for part in written.read_text().split("\n\n") if part] if written.exists() else []
 
@@ -563,11 +565,11 @@ def test_any_run_can_be_unfinished(tmp_path: Path) -> None:
 
 def test_run_sh_makes_the_named_runs_alone(tmp_path: Path) -> None:
     """With names, only those runs are trained, tested with the same settings, and stored with the commit they started with."""
-    names = ["badnets/asd", "gtsrb_badnets/undefended"]
-    if any((STUDY / f"{name}.json").exists() for name in names):
-        pytest.skip("a kept run is not made again")
-    commands = planned_commands(tmp_path, *names)
+    empty = tmp_path / "nothing kept"
+    (empty / "results/study").mkdir(parents=True)
+    shutil.copy(STUDY / "run.sh", empty / "results/study")
+    commands = planned_commands(tmp_path, "badnets/asd-101", "gtsrb_badnets/undefended", cwd=empty)
     assert [command[0] for command in commands] == ["ASD.py", "test.py", "-m"] * 2
-    assert commands[0][1:] == commands[1][1:] and "run=badnets/asd" in commands[0]
-    commit = (tmp_path / "saved/badnets/asd.commit").read_text().strip()
-    assert commands[2][-4:] == ["--run", "badnets/asd", "--commit", commit]
+    assert commands[0][1:] == commands[1][1:] and "run=badnets/asd-101" in commands[0]
+    commit = (tmp_path / "saved/badnets/asd-101.commit").read_text().strip()
+    assert len(commit) == 40 and commands[2][-4:] == ["--run", "badnets/asd-101", "--commit", commit]

@@ -102,6 +102,11 @@ def run(name: str, main: Callable[[], None]) -> None:
         if isinstance(error, torch.OutOfMemoryError):
             sizes = "loader.batch_size, semi.loader.batch_size, undefended.batch_size or the batch size of the defense"
             fail(f"{name}: error: the device is out of memory: lower {sizes}, whichever was in use", 2)
+        if "no kernel image" in str(error):
+            fail(
+                f"{name}: error: {who()}the installed torch has no code for this device: install a build for it, or --gpu cpu",
+                2,
+            )
         if "can't allocate memory" in str(error):  # torch, on the CPU
             fail(f"{name}: error: {who()}{NO_MEMORY}", 2)
         if not (dist.is_available() and dist.is_initialized() and is_lost_connection(error)):

@@ -27,9 +27,10 @@ TIMEOUT = timedelta(minutes=10)  # of a collective operation: then the run ends
 LONG_TIMEOUT = timedelta(days=1)  # rank 0 may train an attack's networks while the other ranks wait
 
 # How many times larger the batches of inference are on CUDA: it takes 8 x 128 images of 32 x 32 to keep a large device busy.
-# They need less memory than 128 in training, which keeps the outputs of all layers for the backward pass. So if training
-# fits into memory, inference does too.
+# They need less memory than 128 in training, which keeps the outputs of all layers for the backward pass. Larger images keep it
+# busy with fewer, and the first outputs of a network for 224 px need 14 GB for 2,048 images: so a batch has no more pixels.
 INFERENCE = 8
+MOST_PIXELS = INFERENCE * 128 * 32 * 32
 
 # DistributedDataParallel's option to copy the buffers of rank 0 to the others in every forward pass. torch 2.13 renamed it and
 # warns about the old name.
@@ -80,13 +81,16 @@ class Machine:
         """Return this process's shard of `count` rows: all of them if there is one process."""
         return slice(self.rank * count // self.world_size, (self.rank + 1) * count // self.world_size)
 
-    def inference_batch(self, batch: int) -> int:
-        """Return the batch size of inference, given that of training: on CUDA `INFERENCE` times as large.
+    def inference_batch(self, batch: int, pixels: int = 32 * 32) -> int:
+        """Return the batch size of inference, given that of training: on CUDA up to `INFERENCE` times as large.
 
         On a CPU larger batches are no faster. In eval mode images do not affect each other, so the results are the same up
         to rounding.
+
+        Args:
+            pixels: of an image.
         """
-        return INFERENCE * batch if self.device.type == "cuda" else batch
+        return max(batch, min(INFERENCE * batch, MOST_PIXELS // pixels)) if self.device.type == "cuda" else batch
 
     def all_gather(self, rows: Tensor, count: int) -> Tensor:
         """Gather the shards of all processes into (count, ...), in order.
@@ -170,8 +174,9 @@ class Machine:
             dist.barrier(self.long_wait)
 
     def leave(self) -> None:
-        """Disconnect from the other processes."""
+        """Disconnect from the other processes, once rank 0, which may still be writing results, has come here too."""
         if self.world_size > 1:
+            dist.barrier(self.long_wait)
             dist.destroy_process_group()
 
     def barrier(self) -> None:
@@ -197,6 +202,8 @@ def choose_machine(gpu: str, amp: bool, alone: bool = False) -> Machine:
             f"warning: {', '.join(leftovers())}: ignored: this process was not started by torchrun, so it runs alone"
         )
     device = choose_device(gpu, process.local_rank if size > 1 else 0)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if size > 1:
         join(device, size)
     if amp and not has_bf16(device):
@@ -272,7 +279,6 @@ def choose_device(gpu: str, local: int) -> torch.device:
     count = torch.cuda.device_count()
     if max(number, *numbers) >= count:
         raise UserError(f"--gpu {gpu}: must be in 0..{count - 1}, one device for each process")
-    torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
 
@@ -283,6 +289,13 @@ def set_determinism(deterministic: bool, benchmark: bool) -> None:
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = benchmark and not deterministic
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if torch.cuda.is_available():  # with `warn_only`, the fused kernels of attention stay as they are: use the plain one
+        for enable in (
+            torch.backends.cuda.enable_flash_sdp,
+            torch.backends.cuda.enable_mem_efficient_sdp,
+            torch.backends.cuda.enable_cudnn_sdp,
+        ):
+            enable(not deterministic)
 
 
 def has_bf16(device: torch.device) -> bool:

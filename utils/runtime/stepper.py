@@ -6,6 +6,7 @@ The step finds its row by a counter in device memory, so that replays differ onl
 
 from __future__ import annotations
 
+import gc
 import logging
 import traceback
 from collections.abc import Callable, Iterable
@@ -107,6 +108,7 @@ class Stepper:
             self.rewind()
 
         graph: Replayable | None = None
+        fits = False  # into memory, eagerly
         try:
             warm_up(self.first)
             start()
@@ -114,14 +116,21 @@ class Stepper:
             start()
             scatter = distances(self.outcome(self.one), expected, before)
             start()
+            fits = True
+            free_memory()
             graph = capture(self.one)
             start()
             trouble = difference(self.outcome(graph.replay), expected, before, scatter)
-        except torch.OutOfMemoryError:
-            raise
+        except torch.OutOfMemoryError as error:
+            if not fits or self.insist:
+                raise
+            trouble = reason(error)  # a graph has memory of its own, which nothing else can use
         except RuntimeError as error:
             trouble = reason(error)
         start()
+        if trouble:
+            graph = None
+            free_memory()
         if not trouble:
             self.graph = graph
         elif self.insist:
@@ -140,6 +149,13 @@ class Stepper:
             work()
             sums.append(self.sums.clone())
         return {SUMS: sums, COUNTER: [self.counter], **self.tensors()}
+
+
+def free_memory() -> None:
+    """Free the memory of graphs and failed steps that only reference cycles keep, as those of finished stages."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def random_states() -> list[Tensor]:
@@ -183,6 +199,7 @@ def capture(work: Callable[[], object]) -> Replayable:
     except RuntimeError as error:
         raise (cause or error) from None
     finally:
+        cause = None  # its traceback refers to this frame, which would keep the tensors of the failed step
         torch.cuda.set_stream(stream)  # a failed capture leaves torch on the capture stream
     return graph
 
