@@ -81,10 +81,8 @@ def inference(context: Context, batches: tuple[int, ...]) -> None:
     for batch in batches:
         config = replace(context.config, loader=Loader(batch))
         took = timed(workload.inference(replace(context, config=config))).median
-        at_once, rate = (
-            context.machine.inference_batch(batch, math.prod(context.eval_transform.output_size)),
-            len(context.train_set) / took,
-        )
+        at_once = context.machine.inference_batch(batch, math.prod(context.eval_transform.output_size))
+        rate = len(context.train_set) / took
         print(f"   batches of {at_once:5d}: {rate:9.0f} images per second", flush=True)
 
 

@@ -128,15 +128,14 @@ class Stepper:
         except RuntimeError as error:
             trouble = reason(error)
         start()
-        if trouble:
-            graph = None
-            free_memory()
         if not trouble:
             self.graph = graph
-        elif self.insist:
+            return
+        graph = None
+        free_memory()
+        if self.insist:
             raise UserError(f"runtime.mode: graph: the step cannot run as a CUDA graph ({trouble}): set runtime.mode=eager")
-        else:
-            logger.info(f"the step cannot run as a CUDA graph ({trouble}): it runs eagerly, with the same results")
+        logger.info(f"the step cannot run as a CUDA graph ({trouble}): it runs eagerly, with the same results")
 
     def changed(self) -> list[Tensor]:
         """Return all tensors that a step changes in place."""
