@@ -204,7 +204,7 @@ def test_another_length_may_not_move_finished_epochs_to_another_stage(tmp_path: 
     the first of three."""
     rates = "undefended.lr_scheduler=null"
     train_here(*small(tmp_path, "nad", "run=whole", rates))
-    with pytest.raises(UserError, match="num_epochs: 3, but the configuration has 4"):
+    with pytest.raises(UserError, match="3, but the configuration has 4, and finished epochs would be of another"):
         train_here(*small(tmp_path, "nad", "run=whole", rates, "num_epochs=4"))
     saved = last(tmp_path, "whole")
     now = as_dict(small(tmp_path, "nad", rates, "num_epochs=4")[0])

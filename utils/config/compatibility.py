@@ -46,14 +46,16 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
     then, now = flatten(as_dict(written) if written else saved["config"]), flatten(config)
     done = saved.get("epoch")
     free = [*FREE, *wanted.defense.settings.unread, *(stand_ins if saved.get("data") else ())]
-    if not may_have_other_length(written, saved.get("epoch"), wanted):
+    fixed = why_length_is_fixed(written, saved.get("epoch"), wanted)
+    if fixed:
         free.remove("num_epochs")
     for key in [*now, *(k for k in then if k not in now)]:
         if any(is_below(key, f) for f in free) or then.get(key) == now.get(key):
             continue
         key, before, after = chosen_differently(key, then, now) or (key, then.get(key), now.get(key))
+        reason = f", and {fixed}" if key == "num_epochs" else ""
         raise UserError(
-            f"{path}: was written with {key}: {before!r}, but the configuration has {after!r}: set it back, or "
+            f"{path}: was written with {key}: {before!r}, but the configuration has {after!r}{reason}: set it back, or "
             "start a new run: --resume False, or --set run=NAME without --resume"
         )
     if isinstance(done, int) and done >= wanted.epochs:
@@ -90,8 +92,8 @@ def other_tests(saved: dict[str, Any], config: dict[str, Any], stand_ins: Collec
     return list(lines.values())
 
 
-def may_have_other_length(written: Config | None, epoch: Any, wanted: Config) -> bool:
-    """Whether a run may resume from a checkpoint although its `num_epochs` is another one.
+def why_length_is_fixed(written: Config | None, epoch: Any, wanted: Config) -> str:
+    """Return why a run may not resume from a checkpoint if its `num_epochs` is another one; "": it may.
 
     Its learning rates must not follow the length, and the finished epochs must belong to the same stages.
 
@@ -99,13 +101,14 @@ def may_have_other_length(written: Config | None, epoch: Any, wanted: Config) ->
         written: the configuration of the checkpoint; None: it has settings that no longer exist.
         epoch: 0-based, of the last epoch that is finished; None: all are.
     """
-    if any(stage.lr_scheduler and stage.lr_scheduler.settings.follows_length for stage in wanted.stages):
-        return False
+    for stage in wanted.stages:
+        if stage.lr_scheduler and stage.lr_scheduler.settings.follows_length:
+            return f"the learning rate schedule {stage.lr_scheduler.name} depends on it"
     if written is None:
-        return True
+        return ""
     done = epoch + 1 if isinstance(epoch, int) else written.epochs
     done = min(done, written.epochs, wanted.epochs)
-    return stage_ends(written, done) == stage_ends(wanted, done)
+    return "" if stage_ends(written, done) == stage_ends(wanted, done) else "finished epochs would be of another stage"
 
 
 def stage_ends(config: Config, done: int) -> list[tuple[str, int]]:
