@@ -239,7 +239,7 @@ def make_study(folder: Path) -> Path:
 
 def make_run(folder: Path, name: str, acc: float, asr: float = 0.03, seed: int = 100) -> None:
     """Make a stored run without weights, as long as the study's, that ends with five equal rows; shares in 0..1."""
-    asd = not name.endswith("undefended")
+    asd = not stored.is_undefended(name)
     kept = folder / name
     kept.mkdir(parents=True)
     rows: list[dict[str, Any]] = []
@@ -312,7 +312,7 @@ def test_without_runs_every_planned_one_is_not_run(tmp_path: Path) -> None:
     folder = make_study(tmp_path / "study")
     runs = stored.Runs(folder)
     page = report.page(folder, runs)
-    assert len(runs.names) == 48 and "0 of 48 runs" in page and "{{" not in page
+    assert len(runs.names) == 57 and "0 of 57 runs" in page and "{{" not in page
     planned = ", ".join(f"`{name}`" for name in runs.names)
     assert f"Not begun: {planned}." in " ".join(page.split()) and "Stopped" not in report.missing(runs)
     assert all(f"| `{name}` |" not in page for name in runs.names)
@@ -325,6 +325,7 @@ def test_figures_of_the_files_stand_on_the_page(tmp_path: Path) -> None:
     suspects, cost; unplanned runs are shown too."""
     folder = make_study(tmp_path / "study")
     make_run(folder, "badnets/undefended", 0.88, 0.9999)
+    make_run(folder, "sig_flipped/undefended", 0.90, 0.97)
     for name, acc, seed in (("asd", 0.85, 100), ("asd-101", 0.86, 101), ("asd-7", 0.84, 7)):
         make_run(folder, f"badnets/{name}", acc, seed=seed)
     rows = (folder / "badnets/asd/metrics.jsonl").read_text().splitlines()
@@ -339,13 +340,22 @@ def test_figures_of_the_files_stand_on_the_page(tmp_path: Path) -> None:
         "| `badnets/asd` | end of meta-split, epoch 21 | 90.00 | 1.00 | 2.00 | 80.00 | 700 of 25000 (stage: 370 to 700) |",
         "| `badnets/asd` | mean of the last 5 | 86.00 | 2.60 | 2.00 | 80.00 | - |",
         "| `badnets/undefended` | end of undefended, epoch 20 | 88.00 | 99.99 | 2.00 | 80.00 | - |",
+        "For `badnets/asd-101` and `badnets/asd-7` the undefended run is that of seed 100, as theirs is not finished yet.",
+        "| SIG with changed labels | 90.00 | 97.00 | 2.00 |",
         "| `badnets/asd-7` | 2262 | 0.9877 | 0.7500 | 0.9900 |",
     ):
         assert line in page, line
     assert "`badnets/asd-102`" in page and "| `badnets/asd-102`" not in page
     assert "| `badnets/asd-101` | 101 | 21,000 | 360 | an abacus | 012345678 |" in page
-    assert "| BadNets | 100, 101, 7 | 86.67 ± 3.06 (84.00 to 90.00) |" in page
-    status = " ".join(report.status(stored.Runs(folder)).split())
+    assert "| BadNets, ASD | 100, 101, 7 | 86.67 ± 3.06 (84.00 to 90.00) |" in page
+    make_run(folder, "badnets/undefended-101", 0.92, 0.9, seed=101)
+    runs = stored.Runs(folder)
+    found = [target.name for target, values in stored.judge(runs["badnets/asd-101"], runs) if not target.holds(values)]
+    assert found == ["undefended ASR", "ACC drop"]  # of its own seed
+    assert "For `badnets/asd-7` the undefended run" in report.page(folder, runs)
+    assert "| BadNets, undefended | 100, 101 | 90.00 ± 2.83" in report.page(folder, runs)
+    assert "`badnets/undefended-101`" not in report.missing(runs) and "badnets/undefended-101" not in runs.defended
+    status = " ".join(report.status(runs).split())
     assert "last epoch of seed 100; over all seeds, the ASR with ASD is 2.3 ± 1.2 % against BadNets (3 seeds)." in status
 
 
@@ -502,12 +512,12 @@ def test_run_sh_makes_every_run_with_settings_that_load(tmp_path: Path) -> None:
     attacks: dict[str, list[Any]] = {}
     # The runs that show why attacks are not weaker.
     strengths = {"wanet_s1", "clb_eps16", "clb_half", "lookalike_all", "adaptive_patch", "adaptive_blend", *stored.PUBLISHED}
-    known = strengths | {*stored.TITLES, *stored.PAPER}
+    known = strengths | {*stored.TITLES, *stored.PAPER, *stored.FORMS}
     for command in commands:
         sets = [word for before, word in pairwise(command) if before == "--set"]
         c = config.load(REPOSITORY / command[command.index("--config") + 1], sets)
-        attack, _, run = str(c.run).partition("/")
-        assert attack in known and (c.defense.name == "none") == (run == "undefended")
+        attack = str(c.run).partition("/")[0]
+        assert attack in known and (c.defense.name == "none") == stored.is_undefended(str(c.run))
         attacks.setdefault(attack, []).append(c.backdoor)
         baseline = STUDY / stored.subject(attack) / "undefended/config.yaml"
         if baseline.exists():

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from results.study.plot import PICTURE, curves, draw
 from results.study.stored import (
+    FORMS,
     FURTHER,
     KEYS,
     LAST,
@@ -76,6 +77,15 @@ def overview(runs: Runs, titles: dict[str, str]) -> str:
     return render(table, markdown=True)
 
 
+def strengths(runs: Runs, titles: dict[str, str]) -> str:
+    """Return the figures of the runs without a defense alone; the last epoch for each attack of `titles`."""
+    table: list[Cells] = [("attack", "undefended: ACC, %", "ASR", "without trigger")]
+    for attack, title in titles.items():
+        baseline, _ = runs.of(attack)
+        table.append((title, *(cells(baseline.ends[0], KEYS[:3]) if baseline else (NOT_RUN, NONE, NONE))))
+    return render(table, markdown=True)
+
+
 def target_rows(run: Run, runs: Runs) -> list[Cells]:
     """Return every target of a run, its values, and whether they meet it."""
     return [
@@ -116,11 +126,14 @@ def seeds(runs: Runs) -> str:
     """Return the spread over seeds of the last epoch, for each attack with several seeds."""
     table: list[Cells] = [("attack", "seeds", *NAMES)]
     for attack, title in TITLES.items():
-        own = [runs[name] for name in runs.defended if name in runs and runs[name].attack == attack]
-        if len(own) > 1:
-            values = ([run.ends[0][key] for run in own] for key in KEYS)
-            spreads = (NONE if any(map(math.isnan, found)) else spread(found, ".2f") for found in values)
-            table.append((title, ", ".join(str(run.card["seed"]) for run in own), *spreads))
+        for defended in (False, True):
+            names = runs.defended if defended else [name for name in runs.names if name not in runs.defended]
+            own = [runs[name] for name in names if name in runs and runs[name].attack == attack]
+            if len(own) > 1:
+                values = ([run.ends[0][key] for run in own] for key in KEYS)
+                spreads = (NONE if any(map(math.isnan, found)) else spread(found, ".2f") for found in values)
+                name = f"{title}, {'ASD' if defended else 'undefended'}"
+                table.append((name, ", ".join(str(run.card["seed"]) for run in own), *spreads))
     return render(table, markdown=True) if len(table) > 1 else "No attack has runs of several seeds yet."
 
 
@@ -171,6 +184,14 @@ def missing(runs: Runs) -> str:
     return textwrap.fill(text, 124, break_long_words=False, break_on_hyphens=False)
 
 
+def borrowed(runs: Runs) -> str:
+    """Return which runs with ASD are compared with the undefended run of another seed; empty if none is."""
+    pairs = [(runs[name], runs.baseline_of(runs[name])) for name in runs.defended if name in runs]
+    found = [f"`{run.name}`" for run, baseline in pairs if baseline and baseline.card["seed"] != run.card["seed"]]
+    text = f"For {listed(found)} the undefended run is that of seed 100, as theirs is not finished yet." if found else ""
+    return textwrap.fill(text, 124, break_long_words=False, break_on_hyphens=False)
+
+
 def first_epoch(runs: Runs) -> str:
     """Return the ASR of each of the six attacks after the first epoch without a defense, the highest first."""
     found = {title: 100 * run.rows[0]["attack_success_rate"] for a, title in SIX.items() if (run := runs.of(a)[0])}
@@ -183,9 +204,11 @@ def page(folder: Path, runs: Runs) -> str:
         "progress": f"{len(runs)} of {len(runs.names)} runs are finished",
         "missing": missing(runs),
         "first_epoch": first_epoch(runs),
+        "borrowed": borrowed(runs),
         "authors": "{setting} ({source})".format_map(read(folder / "authors_run.json")),
         "overview": overview(runs, MAIN),
         "further": overview(runs, FURTHER),
+        "forms": strengths(runs, FORMS),
         "published": overview(runs, PUBLISHED),
         "paper": overview(runs, PAPER),
         "targets": per_run(("target", "last epoch", f"mean of the last {LAST}", ""), runs.defended, runs,

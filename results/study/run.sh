@@ -49,6 +49,7 @@ run() {
 # The attacks. IAB's generator and CLB's surrogate are made from the same data first, scaled down with the rest.
 badnets="backdoor={badnets: {}}"
 wanet="backdoor={poison_ratio: 0.1, wanet: {s: 1.0}}"  # weaker ones do not reach an undefended ASR of 90 %
+wanet_cover="backdoor={poison_ratio: 0.1, wanet: {s: 1.0, cover_ratio: 2}}"
 clb="backdoor={poison_ratio: 0.25, poison_mode: exact, clb: {eps: 32, training: fast, epochs: 10, \
 surrogate: {resnet18_cifar: {width: 16, blocks: 1}}}}"  # weaker ones do not reach an undefended ASR of 95 %
 blend="backdoor={blend: {}}"
@@ -61,6 +62,7 @@ steps="semi.mixmatch.train_iteration=512"
 # Attacks that the paper does not have.
 lookalike="backdoor={poison_mode: exact, lookalike: {surrogate: {resnet18_cifar: {width: 16, blocks: 1}}}}"
 sig="backdoor={poison_ratio: 0.8, poison_mode: exact, sig: {}}"
+sig_flipped="backdoor={sig: {label: flipped}}"
 bpp="backdoor={bpp: {}}"
 adaptive_patch="backdoor={poison_ratio: 0.003, poison_mode: exact, adaptive_patch: {}}"
 adaptive_patch_1pct="backdoor={poison_ratio: 0.01, poison_mode: exact, adaptive_patch: {}}"  # 0.3 % is not learned
@@ -84,8 +86,12 @@ run no_attack/undefended cifar10_study_undefended "backdoor={poison_ratio: 0}"
 run no_attack/asd cifar10_study "backdoor={poison_ratio: 0}"
 run badnets/asd-101 cifar10_study "$badnets" seed.seed=101
 run badnets/asd-102 cifar10_study "$badnets" seed.seed=102
+run badnets/undefended-101 cifar10_study_undefended "$badnets" seed.seed=101
+run badnets/undefended-102 cifar10_study_undefended "$badnets" seed.seed=102
 run wanet/asd-101 cifar10_study "$wanet" seed.seed=101
 run wanet/asd-102 cifar10_study "$wanet" seed.seed=102
+run wanet/undefended-101 cifar10_study_undefended "$wanet" seed.seed=101
+run wanet/undefended-102 cifar10_study_undefended "$wanet" seed.seed=102
 run gtsrb_badnets/undefended gtsrb_study defense=none num_epochs=20
 run gtsrb_badnets/asd gtsrb_study
 run wanet_published/undefended cifar10_study_undefended "backdoor={wanet: {}}"
@@ -116,3 +122,9 @@ run adaptive_blend_1pct/undefended cifar10_study_undefended "$adaptive_blend_1pc
 run adaptive_blend_1pct/asd cifar10_study "$adaptive_blend_1pct"
 run all_to_all/undefended cifar10_study_undefended "$all_to_all"
 run all_to_all/asd cifar10_study "$all_to_all"
+# Other forms of the attacks, without a defense alone: how strong are they?
+run sig_flipped/undefended cifar10_study_undefended "$sig_flipped"
+run wanet_cover/undefended cifar10_study_undefended "$wanet_cover"
+run bpp_no_cover/undefended cifar10_study_undefended "$bpp" backdoor.bpp.cover_ratio=0
+run bpp_dithered/undefended cifar10_study_undefended "$bpp" backdoor.bpp.dithering=true
+run adaptive_blend_smooth/undefended cifar10_study_undefended "$adaptive_blend" backdoor.adaptive_blend.pattern=smooth

@@ -23,12 +23,18 @@ FURTHER = {
 }  # fmt: skip
 TITLES = MAIN | FURTHER
 PUBLISHED = {"wanet_published": "WaNet, 5 %, s 0.5", "refool_published": "Refool, 5 %", "clb_eps8": "CLB, eps 8"}
+FORMS = {  # trained without a defense alone
+    "wanet_cover": "WaNet with cover images", "sig_flipped": "SIG with changed labels",
+    "bpp_no_cover": "BPP without cover images", "bpp_dithered": "BPP, dithered",
+    "adaptive_blend_smooth": "Adaptive-Blend (0.3 %), smooth trigger image",
+}  # fmt: skip
 PAPER = {"badnets_paper": "BadNets", "clb_paper": "CLB", "iab_paper": "IAB", "refool_paper": "Refool"}
 STAGES = ("class-aware", "class-agnostic", "meta-split", "undefended")
 KEYS = ("clean_accuracy", "attack_success_rate", "clean_as_target", "robust_accuracy")
 NAMES = tuple(metrics.SHARES[key] for key in KEYS)
 LAST = 5  # final epochs to average over
 NOT_RUN = "not run"
+UNDEFENDED_RUN = "undefended"  # followed by the seed, if it is not the first one
 # Runs with ASD that were stopped because the attack had succeeded.
 STOPPED = {"iab": "trials/iab/n800_seed100.jsonl", "clb": "trials/clb/n800.jsonl"}
 Row = dict[str, Any]
@@ -69,7 +75,7 @@ class Runs(dict[str, Run]):
             self[name] = Run(name, read(card), read_rows(kept / "metrics.jsonl"), read(ranked) if ranked.exists() else None)
         planned = re.findall(r"^run (\S+)", (folder / "run.sh").read_text(), re.MULTILINE)
         self.names = list(dict.fromkeys([*planned, *self]))
-        self.defended = [name for name in self.names if not name.endswith("/undefended")]
+        self.defended = [name for name in self.names if not is_undefended(name)]
         kept = folder / "unfinished"
         self.unfinished = {str(path.relative_to(kept).with_suffix("")): read_rows(path) for path in kept.glob("*/*.jsonl")}
         self.stopped = {
@@ -78,12 +84,23 @@ class Runs(dict[str, Run]):
 
     def of(self, attack: str) -> tuple[Run | None, Run | None]:
         """Return the runs without and with ASD against an attack, for the first seed."""
-        return self.get(f"{subject(attack)}/undefended"), self.get(f"{attack}/asd")
+        return self.get(f"{subject(attack)}/{UNDEFENDED_RUN}"), self.get(f"{attack}/asd")
+
+    def baseline_of(self, run: Run) -> Run | None:
+        """Return the run without a defense on the poisoned set of a run with ASD; where it is not stored, that of the first
+        seed."""
+        own = f"{subject(run.attack)}/{run.name.partition('/')[2].replace('asd', UNDEFENDED_RUN)}"
+        return self.get(own) or self.of(run.attack)[0]
 
     def epochs_of(self, attack: str) -> list[Row]:
         """Return the rows of the run with ASD against an attack, for the first seed, even if it was stopped or goes on."""
         own, name = self.of(attack)[1], f"{attack}/asd"
         return own.rows if own else self.stopped.get(name) or self.unfinished.get(name, [])
+
+
+def is_undefended(name: str) -> bool:
+    """Return whether a run is one without a defense, by its name."""
+    return name.partition("/")[2].startswith(UNDEFENDED_RUN)
 
 
 def subject(attack: str) -> str:
@@ -140,7 +157,7 @@ def targets(attack: str) -> list[Target]:
 
 def judge(run: Run, runs: Runs) -> list[tuple[Target, list[float]]]:
     """Return the targets of a run with its values (last epoch, mean of the last five); empty without the undefended run."""
-    baseline = runs.of(run.attack)[0]
+    baseline = runs.baseline_of(run)
     pairs = list(zip(run.ends, baseline.ends, strict=True)) if baseline else []
     return [(target, [target.value(*pair) for pair in pairs]) for target in targets(run.attack) if pairs]
 
