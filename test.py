@@ -37,6 +37,8 @@ from utils.files import check_writable, write_atomically, write_text
 from utils.names import class_text
 from utils.paths import is_dir, user_path
 from utils.reporting import confusion
+from utils.reporting.best_effort import BestEffort
+from utils.reporting.plots import CONFUSIONS, draw_confusions
 from utils.run import LATEST, Run, locate
 from utils.runtime.machine import Machine, choose_machine, set_determinism
 
@@ -88,6 +90,7 @@ def test(loaded: Loaded) -> None:
 
     An imperfect model gives some images the attacker's label even without a trigger. Compare the ASR with the
     fraction of such images among the clean versions of the triggered images, `clean_as_target`.
+    The confusion matrices are also drawn, into `log/test_confusion.png` and `log/test_triggered_confusion.png`.
     """
     settings, machine, run = loaded.config, loaded.machine, loaded.run
     known, class_names = checkpoint.data_of(loaded.saved), checkpoint.about(loaded.saved)[0]
@@ -113,7 +116,9 @@ def test(loaded: Loaded) -> None:
         print(f"RA  {shares['robust_accuracy']} of the triggered images classified as their original class")
         print(f"without the trigger, {shares['clean_as_target']} of these images are classified as the attacker wants")
     write_text(run.log / "test.json", confusion.to_json(result | confusion.figures(by_class)))
-    print(f"written to {run.log / 'test.json'}")
+    paths = [run.log / f"test_{file}" for file in CONFUSIONS]
+    drawn = draw_confusions(BestEffort(), paths, by_class, class_names, f"{run.name}, {loaded.path.name}")
+    print(f"written to {', '.join([str(run.log / 'test.json'), *(path.name for path in drawn)])}")
 
 
 def note(others: list[str]) -> None:

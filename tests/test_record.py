@@ -229,6 +229,16 @@ def test_weights_fit_the_networks_of_backdoorbench(tmp_path: Path) -> None:
     saved = {f"backbone.{key}" if not key.startswith("linear") else key: tensor + 1 for key, tensor in weights.items()}
     torch.save({"model_state_dict": saved, "config": as_dict(plain)}, tmp_path / "asd.pt")
     refused(lambda: exchanged_weights(plain, str(tmp_path / "asd.pt")), "--weights", "has defense: asd")
+    for other, part in (
+        (load(tmp_path, "d", "network={preact_resnet18: {final_norm: false}}", backdoor={"blend": {}}), "backdoor: blend"),
+        (load(tmp_path, "e", "network={preact_resnet18: {final_norm: false}}", "seed.seed=3", **changes), "seed.seed: 3"),
+    ):
+        undefended = as_dict(other) | {"defense": {"none": {}}}
+        torch.save({"model_state_dict": saved, "config": undefended}, tmp_path / "other.pt")
+        refused(lambda: exchanged_weights(plain, str(tmp_path / "other.pt")), f"other.pt: was trained with {part}")
+    own = {"model_state_dict": saved, "config": as_dict(plain) | {"defense": {"none": {}}}}
+    torch.save(own, tmp_path / "own.pt")
+    assert exchanged_weights(plain, str(tmp_path / "own.pt"))[0] == name
     torch.save({"model_state_dict": saved}, tmp_path / "twin.pt")
     _, twin = exchanged_weights(plain, str(tmp_path / "twin.pt"))
     assert all(torch.equal(twin[key], weights[key] + 1) for key in weights)

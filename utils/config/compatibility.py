@@ -66,6 +66,10 @@ def refuse_other_settings(path: Path, saved: dict[str, Any], config: dict[str, A
 
 
 TESTED = ("backdoor", "seed.seed", "transform.pre", "transform.test")  # settings that decide what test images look like
+# Settings that decide the poisoned set, besides the files.
+POISONED_SET = (
+    "dataset", "num_classes", "data.train_limit", "data.test_limit", "transform.pre", "backdoor", "seed.seed",
+)  # fmt: skip
 
 
 def other_tests(saved: dict[str, Any], config: dict[str, Any], stand_ins: Collection[str] = ()) -> list[str]:
@@ -82,14 +86,35 @@ def other_tests(saved: dict[str, Any], config: dict[str, Any], stand_ins: Collec
         then = flatten(as_dict(read_config(saved["config"])))
     except UserError:  # of an earlier version
         return []
-    now, lines, by_content = flatten(config), {}, stand_ins if saved.get("data") else ()
+    by_content = stand_ins if saved.get("data") else ()
+    return [f"{at}: {after}, in training {before}" for at, before, after in changes(then, flatten(config), TESTED, by_content)]
+
+
+def refuse_other_set(key: str, written: Config, wanted: Config) -> None:
+    """Refuse weights that were trained on another poisoned set, as far as the settings tell.
+
+    Args:
+        key: what names the checkpoint, e.g. an option with its value; for the error message.
+        written: its configuration.
+    """
+    for at, before, after in changes(flatten(as_dict(written)), flatten(as_dict(wanted)), POISONED_SET):
+        raise UserError(
+            f"{key}: was trained with {at}: {before}, but the set has {after}: give a checkpoint of a run on this set"
+        )
+
+
+def changes(
+    then: dict[str, Any], now: dict[str, Any], sections: Collection[str], without: Collection[str] = ()
+) -> list[tuple[str, Any, Any]]:
+    """Return each setting below one of the sections that differs, with both values; a section of another choice, once."""
+    found = {}
     for key in dict.fromkeys((*then, *now)):
-        if key in by_content or not any(is_below(key, tested) for tested in TESTED):
+        if key in without or not any(is_below(key, section) for section in sections):
             continue
         if (then.get(key) or None) != (now.get(key) or None):
-            at, before, after = chosen_differently(key, then, now) or (key, then.get(key), now.get(key))
-            lines[at] = f"{at}: {after}, in training {before}"
-    return list(lines.values())
+            at, *values = chosen_differently(key, then, now) or (key, then.get(key), now.get(key))
+            found[at] = (at, *values)
+    return list(found.values())
 
 
 def why_length_is_fixed(written: Config | None, epoch: Any, wanted: Config) -> str:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from utils.files import write_atomically
 from utils.kinds import KINDS
+from utils.reporting.best_effort import BestEffort
+from utils.reporting.confusion import ByClass
 from utils.reporting.projection import principal_components
 
 CLEAN_COLOR, POISONED_COLOR, COVER_COLOR = "#2a6f97", "#c1121f", "#e09f3e"
@@ -150,6 +152,24 @@ def draw_confusion(path: Path, matrix: np.ndarray, class_names: Sequence[str], t
             axes.set_yticks(range(n), short, fontsize=size)
         axes.set(xlabel="predicted class", ylabel="true class")
         axes.set_title(wrapped(title, side), fontsize=9)
+
+
+def draw_confusions(
+    best_effort: BestEffort, paths: Sequence[Path], by_class: ByClass, class_names: Sequence[str], title: str
+) -> list[Path]:
+    """Draw the confusion matrices that there are, and return the files that could be drawn.
+
+    Args:
+        paths: that of the clean and that of the triggered test images.
+        title: what was tested.
+    """
+    drawn = []
+    for path, kind, matrix in zip(paths, ("clean", "triggered"), by_class[:2], strict=True):
+        if matrix is not None:
+            line = f"{title}: {kind} test images"
+            if best_effort.attempt(str(path), draw_confusion, path, matrix.numpy(), class_names, line):
+                drawn.append(path)
+    return drawn
 
 
 def draw_features(path: Path, features: Tensor, groups: dict[str, dict[str, np.ndarray]], title: str) -> None:

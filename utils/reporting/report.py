@@ -216,7 +216,5 @@ class Report:
         names = self.subject.class_names
         head = {"epoch": epoch, "class_names": list(names)}
         write_text(self.run.log / confusion.FILE, confusion.to_json(head | confusion.figures(by_class)))
-        for file, kind, matrix in zip(plots.CONFUSIONS, ("clean", "triggered"), by_class[:2], strict=True):
-            if matrix is not None:
-                path, title = self.run.log / file, f"{self.title}: {kind} test images"
-                self.attempt(str(path), plots.draw_confusion, path, matrix.numpy(), names, title)
+        paths = [self.run.log / file for file in plots.CONFUSIONS]
+        plots.draw_confusions(self.log.best_effort, paths, by_class, names, self.title)
