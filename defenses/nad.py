@@ -74,7 +74,8 @@ class Settings(DefenseSettings):
 
 
 def check_maps(context: Context, layers: tuple[str, ...]) -> None:
-    """Raise `UserError` if a part of the backbone does not give a feature map (B, c, h, w)."""
+    """Raise `UserError` if a part of the backbone does not give a feature map (B, c, h, w) of more than one position, whose
+    normalized attention would always be 1."""
     maps = check_sizes(context.config, context.train_transform, parts=layers)
     for name in layers:
         found = maps.get(name)
@@ -83,6 +84,11 @@ def check_maps(context: Context, layers: tuple[str, ...]) -> None:
             raise UserError(
                 f"defense.nad.layers: {name}: gives {shape} for an image, not a map of channels, rows and columns: name "
                 "convolutional parts of the backbone"
+            )
+        if found.shape[2:].numel() == 1:
+            raise UserError(
+                f"defense.nad.layers: {name}: gives a map of 1 x 1 for these images, whose attention is always 1 and teaches "
+                "nothing: leave it out, and its weight in betas"
             )
 
 

@@ -23,6 +23,7 @@ from data.augment import Pipeline
 from data.sets import ImageSet
 from data.transforms import (
     center_crop,
+    cutout,
     gaussian_blur,
     normalize,
     random_color_jitter,
@@ -495,6 +496,23 @@ def test_grayscale_equals_torchvision_and_keeps_the_other_images() -> None:
             assert torch.equal(view, image)
 
 
+@pytest.mark.parametrize(("holes", "length", "side"), [(1, 3, 2), (1, 16, 16), (3, 6, 6), (1, 40, 40)])
+def test_cutout_equals_its_published_loop(holes: int, length: int, side: int) -> None:
+    """Each square has an even side, is cut off at the border, and is black before normalization; nothing else changes. The
+    centers are spread over all pixels."""
+    augment = pipeline(cutout.Settings(holes, length), height=14, width=20)
+    images = noise(60, 14, 20).clamp_min(1)
+    table = augment.draw(60, torch.Generator().manual_seed(2))
+    centers = augment.draw(2000, torch.Generator().manual_seed(2)).view(2000, holes, 2)
+    assert all(set(centers[:, i, axis].tolist()) == set(range(n)) for i in range(holes) for axis, n in enumerate((14, 20)))
+    for image, row, view in zip(images, table.long().tolist(), raw_levels(augment(images, table)), strict=True):
+        expected = image.clone()
+        for y, x in zip(row[::2], row[1::2], strict=True):
+            top, left = max(y - side // 2, 0), max(x - side // 2, 0)
+            expected[:, top : y + side // 2, left : x + side // 2] = 0
+        assert torch.equal(view, expected)
+
+
 def blurred(image: Tensor, sigma: float, reach: int) -> np.ndarray:
     """Gaussian blur by its formula in float64: mirrored border, weights exp(-d^2 / 2 sigma^2), (3, H, W)."""
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
@@ -635,6 +653,7 @@ ALL = {  # every transform with draws
     "random_resize_crop": random_resize_crop.Settings(18),
     "random_color_jitter": random_color_jitter.Settings(0.4, 0.4, 0.4, 0.1, 0.8),
     "random_grayscale": random_grayscale.Settings(0.3),
+    "cutout": cutout.Settings(2, 5),
     "gaussian_blur": gaussian_blur.Settings(),
     "random_crop": random_crop.Settings(16, 2, "reflect"),
     "random_horizontal_flip": random_horizontal_flip.Settings(),

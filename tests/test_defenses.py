@@ -38,6 +38,7 @@ from utils import config, plugins
 from utils.checkpoint import State
 from utils.config.compatibility import refuse_other_settings
 from utils.config.schema import as_dict
+from utils.config.settings import SGD, Adam, CosineAnnealing, MultiStep
 from utils.config.stages import Stage, locate, schedule_length
 from utils.errors import UserError
 from utils.reporting.confusion import FILE as CONFUSION
@@ -58,9 +59,74 @@ def test_every_defense_is_tested() -> None:
 def test_the_configurations_of_the_table_load(path: Path) -> None:
     """Every row of the paper's table has the network, the poisoned set, and the seed of ASD's own configuration."""
     own, row = config.load(REPOSITORY / "config/baseline_asd.yaml"), config.load(path)
-    for key in ("network", "backdoor", "seed", "dataset", "transform"):
+    for key in ("network", "backdoor", "seed", "dataset"):
         assert getattr(own, key) == getattr(row, key), key
-    assert row.epochs >= 74
+    assert (own.transform == row.transform) != path.stem.endswith("_authors")
+    assert own.transform.test == row.transform.test and own.transform.train.remaining == row.transform.train.remaining
+
+
+def box(lr: float) -> SGD:
+    """The optimizer of BackdoorBox."""
+    return SGD(lr=lr, momentum=0.9, weight_decay=5e-4)
+
+
+def theirs(lr: float) -> SGD:
+    """The optimizer in the code of ABL's, NAD's and CBD's authors."""
+    return SGD(lr=lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
+
+
+TRAINED = ("undefended", 200, box(0.1), MultiStep(milestones=(0.5, 0.75)))
+# Name of a YAML -> its stages as published: epochs, optimizer, schedule.
+PUBLISHED: dict[str, list[tuple[str, int, Any, Any]]] = {
+    "abl": [
+        ("isolation", 20, box(0.1), None),
+        ("finetune", 70, box(0.1), MultiStep(milestones=(30, 55))),
+        ("unlearn", 5, box(5e-4), None),
+    ],
+    "abl_authors": [
+        ("isolation", 10, theirs(0.1), None),
+        ("finetune", 60, theirs(0.1), MultiStep(milestones=(40,))),
+        ("unlearn", 4, theirs(5e-4), None),
+    ],
+    "nad": [TRAINED, ("teacher", 10, box(0.01), None), ("student", 20, box(0.01), MultiStep(milestones=(2, 4, 6, 8)))],
+    "nad_authors": [TRAINED, ("teacher", 10, theirs(0.01), None), ("student", 20, theirs(0.1), MultiStep(milestones=(2,)))],
+    "finetune": [TRAINED, ("teacher", 0, box(0.01), None), ("student", 20, box(0.01), MultiStep(milestones=(2, 4, 6, 8)))],
+    "fp": [TRAINED, ("pruned", 1, box(0.01), None), ("finetune", 10, box(0.01), None)],
+    "cbd": [("biased", 5, theirs(0.1), None), ("clean", 100, theirs(0.1), MultiStep(milestones=(20, 70)))],
+    "dbd": [
+        ("simclr", 100, SGD(lr=0.4, momentum=0.9, weight_decay=1e-4), CosineAnnealing(T_max=1000)),
+        ("head", 10, Adam(lr=0.002), None),
+        ("mixmatch", 190, Adam(lr=0.002), None),
+    ],
+}
+DETAILS: dict[str, dict[str, Any]] = {
+    "abl": {"gamma": 0.5, "isolation_ratio": 0.01, "batch_size": 128},
+    "abl_authors": {"gamma": 0.5, "isolation_ratio": 0.01, "batch_size": 128, "augmented": ("finetune",)},
+    "nad": {"layers": ("layer2", "layer3", "layer4"), "betas": (500.0, 500.0, 500.0), "batch_size": 64},
+    "nad_authors": {"layers": ("layer2", "layer3", "layer4"), "betas": (500.0, 1000.0, 1000.0), "batch_size": 64},
+    "finetune": {"betas": (0.0, 0.0, 0.0), "batch_size": 64},
+    "fp": {"accuracy_drop": 0.04, "batch_size": 128},
+    "cbd": {"batch_size": 64},
+    "dbd": {"simclr_batch_size": 512, "temperature": 0.5, "projection_dim": 128, "head_batch_size": 128, "rampup_length": 190},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_configurations_of_the_table_are_those_published(name: str) -> None:
+    """Each stage of a row has the published epochs, optimizer and schedule, and the defense its published constants; those
+    of the authors' code have its augmentation, too."""
+    row = config.load(REPOSITORY / f"config/table1/{name}.yaml")
+    plans = [
+        (stage.name, stage.epochs, stage.optimizer.settings, stage.lr_scheduler and stage.lr_scheduler.settings)
+        for stage in row.stages
+    ]
+    assert plans == PUBLISHED[name]
+    for key, value in DETAILS[name].items():
+        assert getattr(row.defense.settings, key) == value, key
+    if name.endswith("_authors"):
+        crop, flip, holes = (step.settings for step in row.transform.train.primary)
+        assert (crop.size, crop.padding, crop.padding_mode, flip.p) == (32, 4, "constant", 0.5)
+        assert (holes.holes, holes.length) == (1, 3)
 
 
 @pytest.mark.slow
@@ -252,6 +318,18 @@ def test_what_a_defense_cannot_work_with_is_refused_at_the_start(
     with pytest.raises(UserError, match=rf"{re.escape(key)}.*: .*{expected}") as caught:
         train_here(*small(tmp_path, name, setting))
     assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_nad_refuses_maps_of_one_position(tmp_path: Path) -> None:
+    """The attention of a 1 x 1 map is 1 whatever the image, as in the layer after pooling that BackdoorBench compares."""
+    given = (
+        "network={resnet18: {blocks: [1, 1, 1, 1]}}",
+        "defense.nad.layers=[layer1, layer4]",
+        "defense.nad.betas=[1.0, 1.0]",
+    )
+    with pytest.raises(UserError, match=r"defense\.nad\.layers: layer4: gives a map of 1 x 1 for these images"):
+        train_here(*small(tmp_path, "nad", *given))
     assert not list(tmp_path.rglob("*.pt"))
 
 

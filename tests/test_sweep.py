@@ -504,6 +504,25 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("| ")]
 
 
+def test_shares_may_be_means_of_the_last_epochs(tmp_path: Path) -> None:
+    """With `last: 2` shares and DER are computed from the mean of the two last epochs; those of another stage do not count."""
+    axes = {"defense": ["none", "asd"], "seed.seed": [1]}
+    sweep = {"config": "tiny.yaml", "axes": axes, "set": {"num_epochs": 3, "global.epoch_third": 3}, "last": 2}
+    plan = read(write(tmp_path, sweep))
+    for job, values in zip(plan.jobs, ([0.1, 0.8, 0.6], [0.9, 0.4, 0.2]), strict=True):
+        saved = fake(plan, job.name, {"clean_accuracy": 0.5, "attack_success_rate": values[-1]})
+        lines = [json.loads(line) for line in (saved / "log/metrics.jsonl").read_text().splitlines()]
+        rows = [row | {"stage": "s", "attack_success_rate": value} for row, value in zip(lines, values, strict=True)]
+        (saved / "log/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = table.records_of(plan, states_of(plan))
+    assert [record.value("ASR") for record in records] == pytest.approx([70, 30])
+    assert records[1].der == pytest.approx((1 + 0.7 - 0.3) / 2)
+    assert "Means of the last 2 epochs of each run" in table.to_markdown(plan, records)
+    rows[1]["stage"] = "another"
+    (saved / "log/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert table.records_of(plan, states_of(plan))[1].value("ASR") == pytest.approx(20)
+
+
 def test_the_der_does_not_depend_on_what_is_shown(tmp_path: Path) -> None:
     """A run that `--only` leaves out is still the undefended baseline of others."""
     plan, _ = filled(tmp_path)

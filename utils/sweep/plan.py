@@ -81,6 +81,7 @@ class Plan:
     repeats: str | None
     x: str | None
     cells: tuple[str, ...] = ()
+    last: int = 1  # epochs over which the shares are means
     published: Published | None = None
 
     def labels(self, axis: str) -> list[str]:
@@ -146,7 +147,7 @@ def read(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) ->
         raise UserError(f"{path}: saved_dir: {', '.join(map(str, folders))}: must be the same for all runs; give it in `set`")
     check_starts(path, jobs, {run_name(name, axes, labels) for labels in every if not starts_of(axes, labels)})
     check_table(reader, file, axes, rows)
-    roles = rows, file.columns, file.repeats, file.x, file.cells, file.published
+    roles = rows, file.columns, file.repeats, file.x, file.cells, file.last, file.published
     return Plan(path, name, folders.pop() / name, axes, tuple(jobs), tuple(others), *roles)
 
 

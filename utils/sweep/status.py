@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from utils.compare import ending
 from utils.config.compatibility import refuse_other_settings
 from utils.config.schema import as_dict
 from utils.errors import UserError
@@ -31,6 +32,14 @@ class Status:
     seconds: float = 0.0  # training time so far
     metrics: dict[str, float | None] = field(default_factory=dict)  # `SHARES` by test.py, of a finished run
     error: str = ""  # last line of a failed run
+    rows: tuple[dict[str, Any], ...] = ()  # its epochs, of a finished run
+
+    def over(self, last: int) -> Status:
+        """Return the status with means over the last epochs, as far as they belong to the last stage, in `metrics`."""
+        if last == 1 or not self.rows:
+            return self
+        rows = [row | {key: number(row.get(key)) for key in SHARES} for row in self.rows]
+        return replace(self, metrics={key: ending(rows, last)[key] for key in SHARES})
 
     @property
     def text(self) -> str:
@@ -46,7 +55,7 @@ def status_of(job: Job) -> Status:
     total, seconds = job.config.epochs, sum(row["seconds"] for row in rows)
     done = rows[-1]["epoch"] + 1 if rows else 0
     if done == total and is_tested(job, rows[-1], tested) and has_settings(job):
-        return Status(FINISHED, total, total, seconds, {key: tested.get(key) for key in SHARES})
+        return Status(FINISHED, total, total, seconds, {key: tested.get(key) for key in SHARES}, rows=tuple(rows))
     failed = as_mapping(read_json(job.run.saved / FAILURE))
     if failed:
         return Status(FAILED, done, total, seconds, error=str(failed.get("error", "")))
@@ -108,6 +117,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def number(value: Any) -> float | None:
+    """Return a number; None for anything else."""
+    return value if isinstance(value, (int, float)) else None
 
 
 def as_mapping(value: Any) -> dict[str, Any]:

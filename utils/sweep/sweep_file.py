@@ -47,6 +47,9 @@ class SweepFile:
     cells: tuple[str, ...] = setting(
         (), f"metrics in each cell of the first table, from {', '.join(MEASURES)}; empty: separate columns for ACC, ASR, DER"
     )
+    last: int = setting(
+        1, "the shares are means over this many last epochs, as far as they belong to the last stage of the run", low=1
+    )
     published: Published | None = setting(None, "figures of others, shown below the first table")
 
 

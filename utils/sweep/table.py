@@ -55,15 +55,20 @@ class Summary:
 
 def records_of(plan: Plan, states: Mapping[str, Status]) -> list[Record]:
     """Return the record of each run, in the order of the plan."""
+    states = {name: status.over(plan.last) for name, status in states.items()}
     return [Record(job, states[job.name], der(plan, states, job)) for job in plan.jobs]
 
 
 def der(plan: Plan, states: Mapping[str, Status], job: Job) -> float | None:
-    """Return a run's defense effectiveness rate against its undefended baseline (`utils.compare`), 0 to 1."""
+    """Return a run's defense effectiveness rate against its undefended baseline (`utils.compare`), 0 to 1.
+
+    Args:
+        states: of each run, with means over the plan's last epochs.
+    """
     baseline = baseline_of(plan, job)
     if baseline is None:
         return None
-    own, other = states[job.name], states.get(baseline.name) or status_of(baseline)
+    own, other = states[job.name], states.get(baseline.name) or status_of(baseline).over(plan.last)
     return effectiveness(own.metrics, other.metrics) if own.state == other.state == FINISHED else None
 
 
@@ -217,9 +222,11 @@ def to_markdown(plan: Plan, records: Sequence[Record]) -> str:
     states = [f"{done} finished", f"{failed} failed", f"{len(records) - done - failed} not finished"]
     over = f"mean ± sample standard deviation over {plan.repeats} of the finished runs" if plan.repeats else "one run a cell"
     counts = ", ".join(state for state in states if not state.startswith("0 "))
+    apart = " (not of the run that a defense starts from)" if any(record.job.start for record in records) else ""
+    when = "After the last epoch" if plan.last == 1 else f"Means of the last {plan.last} epochs of each run"
     head = (
-        f"# Sweep {plan.name}\n\n{shown(plan.path)}, {len(records)} runs: {counts}. After the last epoch; {over}. ACC, ASR and "
-        f"RA in %, DER in 0..1, seconds of training. `{NOTHING}`: not defined, e.g. the ASR without an attack.\n"
+        f"# Sweep {plan.name}\n\n{shown(plan.path)}, {len(records)} runs: {counts}. {when}; {over}. ACC, ASR and "
+        f"RA in %, DER in 0..1, seconds of training{apart}. `{NOTHING}`: not defined, e.g. the ASR without an attack.\n"
     )
     tables = [("", head_table(plan, records))] if plan.columns else []
     if plan.cells and plan.columns:
