@@ -506,8 +506,9 @@ def cells(text: str) -> list[list[str]]:
 
 def test_shares_may_be_means_of_the_last_epochs(tmp_path: Path) -> None:
     """With `last: 2` shares and DER are computed from the mean of the two last epochs; those of another stage do not count."""
+    stages = {"num_epochs": 3, "global.epoch_first": 1, "global.epoch_second": 2, "global.epoch_third": 3}
     axes = {"defense": ["none", "asd"], "seed.seed": [1]}
-    sweep = {"config": "tiny.yaml", "axes": axes, "set": {"num_epochs": 3, "global.epoch_third": 3}, "last": 2}
+    sweep = {"config": "tiny.yaml", "axes": axes, "set": stages, "last": 2}
     plan = read(write(tmp_path, sweep))
     for job, values in zip(plan.jobs, ([0.1, 0.8, 0.6], [0.9, 0.4, 0.2]), strict=True):
         saved = fake(plan, job.name, {"clean_accuracy": 0.5, "attack_success_rate": values[-1]})
