@@ -36,7 +36,7 @@ class Pipeline:
         self.constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.area = height * width  # of the largest intermediate image
         probe = torch.zeros(1, 3, height, width, dtype=torch.uint8)
-        for step in self.steps:
+        for name, step in zip((item.name for item in primary), self.steps, strict=True):
             self.sizes.append((probe.shape[2], probe.shape[3]))
             draws = step.draw(1, *self.sizes[-1], torch.Generator())
             self.columns.append(draws.shape[1])
@@ -44,6 +44,9 @@ class Pipeline:
                 probe = self.move(probe, [(step, draws)])
             except ValueError as error:
                 raise UserError(f"transform: images of {error}") from None
+            if not isinstance(probe, Tensor) or probe.dtype != torch.uint8 or probe.ndim != 4 or probe.shape[:2] != (1, 3):
+                kind = f"{probe.dtype} {tuple(probe.shape)}" if isinstance(probe, Tensor) else type(probe).__name__
+                raise UserError(f"data/transforms/{name}.py: apply: returned {kind}: must be torch.uint8 (B, 3, H, W)")
             self.area = max(self.area, probe.shape[2] * probe.shape[3])
         self.output_size = (probe.shape[2], probe.shape[3])
 

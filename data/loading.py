@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.io.tables import to_raw
 from data.poisoned_sets.agreement import refuse_disagreement
 from data.poisoned_sets.altered import Altered
@@ -33,6 +35,7 @@ def load_data(config: Config) -> tuple[RawData, StoredSet | None]:
     dataset = dataset_of(config)
     module = plugins.load(PACKAGE, dataset.name)
     data: RawData | Listing | StoredSet | Altered = module.load(dataset.settings, config.dataset_dir, config.download)
+    check_returned(data, f"data/datasets/{dataset.name}.py")
     if isinstance(data, Altered):
         data = data.over(decode(config, data.clean, [step.settings for step in data.origin.pre]), config.data.placement)
     data = data.cut(config.data.train_limit, config.data.test_limit)
@@ -44,6 +47,44 @@ def load_data(config: Config) -> tuple[RawData, StoredSet | None]:
             label = class_text(int(labels.max()), data.class_names)
             raise UserError(f"num_classes: {config.num_classes}: the {part} set has the label {label}: raise it")
     return decode(config, data, [step.settings for step in config.transform.pre]), None
+
+
+def check_returned(data: object, source: str) -> None:
+    """Raise `UserError` unless `load` of a data set returned what `data/sets.py` describes.
+
+    Args:
+        source: file of the data set.
+    """
+    if isinstance(data, (StoredSet, Altered)):
+        return
+    if not isinstance(data, (RawData, Listing)):
+        raise UserError(f"{source}: load: returned {type(data).__name__}: return RawData or Listing (data/sets.py)")
+    for part in ("train", "test"):
+        items = getattr(data, f"{part}_images" if isinstance(data, RawData) else f"{part}_files")
+        labels = getattr(data, f"{part}_labels")
+        if isinstance(data, RawData) and not is_array(items, 4, np.uint8, 3):
+            raise UserError(f"{source}: load: {part}_images: {kind_of(items)}: must be a uint8 array (n, H, W, 3)")
+        kind = np.integer if len(items) else np.generic
+        if not is_array(labels, 1, kind) or len(labels) != len(items) or (len(labels) and labels.min() < 0):
+            raise UserError(
+                f"{source}: load: {part}_labels: {kind_of(labels)} for {len(items)} images: must be an integer array (n,) of "
+                "labels from 0 on"
+            )
+    for key, part in (("names", "train"), ("test_names", "test")):
+        names, count = getattr(data, key, None), len(getattr(data, f"{part}_labels"))
+        if names is not None and len(names) != count:
+            raise UserError(f"{source}: load: {key}: {len(names)} for {count} images: give one each")
+
+
+def is_array(value: object, ndim: int, dtype: type[np.generic], channels: int | None = None) -> bool:
+    """Return whether a value is an array of that kind, with that many channels, its last dimension."""
+    fits = isinstance(value, np.ndarray) and value.ndim == ndim and np.issubdtype(value.dtype, dtype)
+    return fits and (channels is None or value.shape[-1] == channels)  # type: ignore[attr-defined]
+
+
+def kind_of(value: object) -> str:
+    """Return dtype and shape of an array, or the type of another value."""
+    return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
 
 
 def decode(config: Config, data: RawData | Listing, pre: list[Any]) -> RawData:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from utils.reporting.suspects import CSV as SUSPECTS
 from utils.run import BEST, LATEST, Run, locate, make_ready, open_run
 from utils.runtime.machine import Machine, choose_machine, set_determinism, start_processes
 
+LOSSES = ("loss", "loss_x", "loss_u", "lambda_u")  # figures that a defense gives for every row
+
 
 @dataclass
 class Session:
@@ -64,22 +67,28 @@ class Session:
             self.defense.begin_epoch(self.state, epoch)
             yield epoch
 
-    def finish_epoch(self, losses: dict[str, float]) -> None:
+    def finish_epoch(self, given: dict[str, float]) -> None:
         """Evaluate the model, add the epoch's row to the history, save and report the epoch.
 
         Args:
-            losses: the epoch's means, as `DefenseBase.train_epoch` returns them.
+            given: the epoch's means, as `DefenseBase.train_epoch` returns them.
         Raises:
-            UserError: the loss or a weight is not finite.
+            UserError: the loss or a weight is not finite, or the defense left something that could not be stored or resumed.
         """
         context, state = self.context, self.state
         for network in (state.model, *state.networks.values()):
             context.machine.average_buffers(network)
+        source = f"defenses/{context.config.defense.name}.py"
+        losses = own_figures(given, source)
         self.check_finite(losses)
+        checkpoint.check_kept(state, len(context.train_set), source)
         figures = self.evaluate().shares
         if self.report and state.split_values is not None:
             self.report.split(state.epoch, state.clean_pool, state.split_values)
-        state.history.append(self.row(losses, figures))
+        row = self.row(figures)
+        if taken := losses.keys() & row.keys() - set(LOSSES):
+            raise UserError(f"{source}: train_epoch: {min(taken)}: is measured by the run itself: give the figure another name")
+        state.history.append(row | losses)
         if state.scheduler is not None:
             state.scheduler.step()  # after the row, which has the learning rate of this epoch
         state.epoch += 1
@@ -96,14 +105,15 @@ class Session:
                 raise self.diverged("model's outputs are") from None
         return self.evaluation
 
-    def check_finite(self, losses: dict[str, float]) -> None:
+    def check_finite(self, losses: dict[str, float | None]) -> None:
         """Raise `UserError` if a loss or a weight is not finite: the model is useless then, but the last checkpoint is intact.
 
         No loss shows what the last step of an epoch has done to the weights.
         """
         networks = (self.state.model, *self.state.networks.values())
         values = (value for network in networks for value in network.state_dict().values() if value.is_floating_point())
-        wrong = "training loss is" if not torch.isfinite(torch.tensor(list(losses.values()))).all() else ""
+        known = (losses.get(key) for key in LOSSES)
+        wrong = "" if all(value is None or math.isfinite(value) for value in known) else "training loss is"
         wrong = wrong or ("" if all(bool(torch.isfinite(value).all()) for value in values) else "weights are")
         if wrong:
             raise self.diverged(wrong)
@@ -116,8 +126,8 @@ class Session:
             "(--set run=NAME); the checkpoint of the epoch before is kept"
         )
 
-    def row(self, losses: dict[str, float], figures: dict[str, float | None]) -> dict[str, object]:
-        """Return the epoch's row of `metrics.jsonl`."""
+    def row(self, figures: dict[str, float | None]) -> dict[str, object]:
+        """Return the epoch's row of `metrics.jsonl`, its losses None."""
         config, state, report = self.context.config, self.state, self.report
         pool = state.clean_pool if len(state.clean_pool) else None
         return {
@@ -130,8 +140,7 @@ class Session:
             **(report.truth_of_pool(pool) if report else {}),
             **{f"{name}_size": len(indices) for name, indices in state.sets.items()},
             **({f"poisoned_in_{name}": report.poisoned_in(indices) for name, indices in state.sets.items()} if report else {}),
-            **dict.fromkeys(("loss", "loss_x", "loss_u", "lambda_u")),
-            **losses,
+            **dict.fromkeys(LOSSES),
             "learning_rate": float(state.optimizer.param_groups[0]["lr"]),
             "seconds": round(time.monotonic() - self.started, 3),
         }
@@ -255,6 +264,25 @@ def build_defense(context: Context, data: PoisonedData, seeds: Tensor) -> Defens
         given = plugin.reference_images(config, truth.flags)
     defense: DefenseBase = plugin.Defense(context, given)
     return defense
+
+
+def own_figures(given: object, source: str) -> dict[str, float | None]:
+    """Return what a defense reports of an epoch as numbers for `metrics.jsonl`; None for those that are not finite, but losses.
+
+    Args:
+        given: what `train_epoch` returned.
+        source: file of the defense.
+    """
+    if not isinstance(given, dict) or given.get("loss") is None:
+        raise UserError(f"{source}: train_epoch: returned {given!r:.80}: return a dictionary of the epoch's means, with `loss`")
+    found: dict[str, float | None] = {}
+    for key, value in given.items():
+        try:
+            number = value if value is None or isinstance(value, (int, float)) else float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f"{source}: train_epoch: {key}: {value!r:.80}: must be a number, or None") from None
+        found[str(key)] = None if number is not None and key not in LOSSES and not math.isfinite(number) else number
+    return found
 
 
 def save(config: Config, state: State, writer: checkpoint.Writer, report: Report) -> None:

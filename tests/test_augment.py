@@ -513,6 +513,21 @@ def test_cutout_equals_its_published_loop(holes: int, length: int, side: int) ->
         assert torch.equal(view, expected)
 
 
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        (lambda images: images.float() / 255, r"torch\.float32 \(1, 3, 8, 8\)"),
+        (lambda images: images[:, :1], r"torch\.uint8 \(1, 1, 8, 8\)"),
+        (lambda images: images[0], r"torch\.uint8 \(3, 8, 8\)"),
+    ],
+)
+def test_a_transform_that_returns_something_else_is_refused(monkeypatch: pytest.MonkeyPatch, changed: Any, found: str) -> None:
+    """A transform must return uint8 (B, 3, H, W): levels in 0..1 would be taken for black."""
+    monkeypatch.setattr(cutout.Settings, "apply", lambda self, images, draws: changed(images))
+    with pytest.raises(UserError, match=rf"data/transforms/cutout\.py: apply: returned {found}: must be torch\.uint8"):
+        Pipeline([Named("cutout", cutout.Settings())], (), 8, 8)
+
+
 def blurred(image: Tensor, sigma: float, reach: int) -> np.ndarray:
     """Gaussian blur by its formula in float64: mirrored border, weights exp(-d^2 / 2 sigma^2), (3, H, W)."""
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torchvision
+from conftest import REPOSITORY
 from PIL import Image
 
 from data.datasets import cifar10, cifar100, shapes
-from data.loading import load_raw
+from data.loading import load_data, load_raw
 from data.sets import RawData
 from utils import config
 from utils.errors import UserError
@@ -610,3 +611,41 @@ def test_many_images_are_transformed_in_parts_in_order(tiny: Path) -> None:
     whole = read(tiny, "dataset={shapes: {train_size: 1100, test_size: 10}}")
     cut = read(tiny, "dataset={shapes: {train_size: 1100, test_size: 10}}", "transform.pre={center_crop: {size: 8}}")
     assert np.array_equal(cut.train_images, whole.train_images[:, 12:20, 12:20])
+
+
+IMAGES, LABELS = np.zeros((4, 6, 5, 3), np.uint8), np.array([0, 1, 1, 0])
+GOOD = {"train_images": IMAGES, "train_labels": LABELS, "test_images": IMAGES[:2], "test_labels": LABELS[:2]}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"train_images": IMAGES / 255}, r"train_images: float64 \(4, 6, 5, 3\): must be a uint8 array \(n, H, W, 3\)"),
+        ({"train_images": IMAGES[..., 0]}, r"train_images: uint8 \(4, 6, 5\): must be"),
+        ({"test_images": IMAGES.transpose(0, 3, 1, 2)[:2]}, r"test_images: uint8 \(2, 3, 6, 5\): must be"),
+        ({"train_images": IMAGES.tolist()}, "train_images: list: must be"),
+        ({"train_labels": LABELS.astype(float)}, r"train_labels: float64 \(4,\) for 4 images: must be an integer array"),
+        ({"train_labels": LABELS[:, None]}, r"train_labels: int64 \(4, 1\) for 4 images"),
+        ({"train_labels": LABELS.tolist()}, "train_labels: list for 4 images"),
+        ({"test_labels": LABELS[:2] - 1}, "test_labels: .* of labels from 0 on"),
+        ({"train_labels": LABELS[:3]}, r"train_labels: int64 \(3,\) for 4 images"),
+        ({"names": ("a", "b")}, "names: 2 for 4 images: give one each"),
+        (None, "returned NoneType: return RawData or Listing"),
+    ],
+)
+def test_what_a_data_set_returns_is_checked(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any] | None, line: str) -> None:
+    """Arrays of another kind are refused by name, in one line: images in 0..1, for example, would be almost black."""
+    settings = config.load(str(REPOSITORY / "config/demo.yaml"), [])
+    wrong: Any = None if change is None else RawData(**(GOOD | {"class_names": ("a", "b")} | change))
+    monkeypatch.setattr(shapes, "load", lambda *_: wrong)
+    with pytest.raises(UserError, match=rf"data/datasets/shapes\.py: load: .*{line}") as error:
+        load_data(settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_data_set_may_have_no_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the labels of the test images are an empty array, of any kind."""
+    good: Any = GOOD | {"class_names": ("a", "b"), "test_images": IMAGES[:0], "test_labels": np.array([])}
+    monkeypatch.setattr(shapes, "load", lambda *_: RawData(**good))
+    raw, _ = load_data(config.load(str(REPOSITORY / "config/demo.yaml"), []))
+    assert len(raw.train_images) == 4 and len(raw.test_images) == 0

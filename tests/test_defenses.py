@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,10 +23,11 @@ from data.batches import SupervisedDraws
 from data.pools import Pools
 from data.seeds import draw_seed_samples
 from data.sets import GroundTruth, TestSets
-from defenses import _start, abl, cbd, dbd, fp, reference_filter, reference_split
+from defenses import _start, abl, cbd, dbd, fp, none, reference_filter, reference_split
 from defenses._start import split_clean
 from engine import session
 from engine.context import Context
+from engine.defense import DefenseBase
 from engine.evaluation import Evaluation, evaluate
 from engine.session import Session, start
 from engine.supervised import train_supervised
@@ -731,3 +733,60 @@ def test_channels_are_ranked_by_their_absolute_activation(monkeypatch: pytest.Mo
     place: Any = SimpleNamespace(context=SimpleNamespace(train_set=images), settings=SimpleNamespace(accuracy_drop=1.0))
     state: Any = SimpleNamespace(model=Classifier(backbone, 2))
     assert fp.Defense.choose(place, state, torch.arange(2), torch.arange(2, 4)).tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (3.5, r"returned 3\.5: return a dictionary"),
+        ({}, r"returned \{\}: return a dictionary"),
+        ({"loss": None}, "return a dictionary"),
+        ({"loss": 1.0, "kept": "all"}, "kept: 'all': must be a number, or None"),
+        ({"loss": torch.zeros(2)}, r"loss: tensor\(\[0\., 0\.\]\): must be a number"),
+        ({"loss": 1.0, "clean_accuracy": 0.99}, "clean_accuracy: is measured by the run itself"),
+        ({"loss": 1.0, "epoch": 7}, "epoch: is measured by the run itself"),
+        ({"loss": math.nan}, "the training loss is not finite"),
+    ],
+)
+def test_figures_that_a_defense_may_not_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: object, line: str) -> None:
+    """What could not be stored, or would replace what the run measures, ends the epoch before anything is written."""
+    monkeypatch.setattr(none.Defense, "train_epoch", lambda self, state, epoch: given)
+    with pytest.raises(UserError, match=line) as error:
+        train_here(*small(tmp_path, "none"))
+    assert "\n" not in str(error.value) and not list(tmp_path.rglob("*.pt"))
+    assert not [path for path in tmp_path.rglob("metrics.jsonl") if path.read_text()]
+
+
+def test_figures_of_a_defense_become_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scalars of numpy and torch are stored as numbers, counts as counts, and a further figure may be unknown."""
+    given = {"loss": torch.tensor(0.5), "loss_x": np.float32(0.25), "images": 12, "purity": math.nan, "rate": None}
+    monkeypatch.setattr(none.Defense, "train_epoch", lambda self, state, epoch: given)
+    train_here(*small(tmp_path, "none", "run=whole"))
+    row = last(tmp_path, "whole")["history"][-1]
+    wanted = {"loss": 0.5, "loss_x": 0.25, "loss_u": None, "images": 12, "purity": None, "rate": None}
+    assert {key: row[key] for key in wanted} == wanted and isinstance(row["images"], int)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "line"),
+    [
+        ("sets", torch.ones(5, dtype=torch.bool), r"state\.sets\['kept'\]: must be int64 indices .* is torch\.bool \(5,\)"),
+        ("sets", torch.arange(3, dtype=torch.int32), r"is torch\.int32 \(3,\)"),
+        ("sets", torch.tensor([-1]), r"is torch\.int64 \(1,\)"),
+        ("sets", [1, 2], "is list"),
+        ("tables", np.zeros(3), r"state\.tables\['kept'\]: must be a tensor, is ndarray"),
+    ],
+)
+def test_what_a_checkpoint_could_not_restore_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, value: object, line: str
+) -> None:
+    """Index sets and tables of another kind are refused in the first epoch that has them, not when the run is resumed."""
+
+    def train_epoch(self: DefenseBase, state: State, epoch: int) -> dict[str, float]:
+        getattr(state, part)["kept"] = value
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(none.Defense, "train_epoch", train_epoch)
+    with pytest.raises(UserError, match=rf"defenses/none\.py: .*{line}"):
+        train_here(*small(tmp_path, "none"))
+    assert not list(tmp_path.rglob("*.pt"))

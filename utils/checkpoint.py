@@ -345,6 +345,29 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
                 moments[name] = torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)
 
 
+def check_kept(state: State, count: int, source: str) -> None:
+    """Raise `UserError` if a defense left something in the state with which the checkpoint could not be read again.
+
+    Args:
+        count: of training images.
+        source: file of the defense.
+    """
+    for name, indices in {"clean_pool": state.clean_pool, **{f"sets[{key!r}]": x for key, x in state.sets.items()}}.items():
+        if not are_indices(indices, count):
+            kind = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else type(indices).__name__
+            raise UserError(f"{source}: state.{name}: must be int64 indices (n,) of the {count} training images, is {kind}")
+    for key, table in state.tables.items():
+        if not isinstance(table, Tensor):
+            raise UserError(f"{source}: state.tables[{key!r}]: must be a tensor, is {type(table).__name__}")
+
+
+def are_indices(value: object, count: int) -> bool:
+    """Return whether a value is a list of indices of `count` images: (n,) int64."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.ndim != 1:
+        return False
+    return not bool(((value < 0) | (value >= count)).any())
+
+
 def check_state(state: State, count: int) -> None:
     """Raise ValueError if a loaded state does not fit a run on `count` training images."""
     rows = [row["epoch"] for row in state.history]  # without the epochs of an authors' checkpoint
@@ -352,7 +375,7 @@ def check_state(state: State, count: int) -> None:
         raise ValueError(f"epoch {state.epoch - 1} with a history of the epochs {rows[:1]} to {rows[-1:]}")
     epochs = state.epochs_in_clean_pool
     for name, indices in {"clean_pool": state.clean_pool, **state.sets}.items():
-        if indices.dtype != torch.int64 or indices.ndim != 1 or bool(((indices < 0) | (indices >= count)).any()):
+        if not are_indices(indices, count):
             raise ValueError(f"{name}: not indices of the training set")
     if epochs.dtype != torch.int32 or epochs.shape != (count,):
         raise ValueError(f"epochs_in_clean_pool is {epochs.dtype} {tuple(epochs.shape)} for {count} images")

@@ -130,7 +130,7 @@ def epoch_line(row: dict[str, Any], num_epochs: int) -> str:
     if row.get("clean_as_target") is not None:
         figures += f" ({percent(row['clean_as_target']).strip()} without the trigger)"
     head = f"epoch {row['epoch'] + 1:3d}/{num_epochs}  {row['stage']:14s}{figures}"
-    if row["loss_x"] is None:
+    if None in (row["loss_x"], row["loss_u"], row["lambda_u"]):
         return f"{head}  loss {row['loss']:.4f}  {row['seconds']:.1f} s"
     found = {kind: row.get(f"{kind}_in_clean_pool") for kind in ("poisoned", "cover")}
     kinds = ", ".join(f"{number} {kind}" for kind, number in found.items() if number is not None)
