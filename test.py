@@ -38,7 +38,7 @@ from utils.names import class_text
 from utils.paths import is_dir, user_path
 from utils.reporting import confusion
 from utils.reporting.best_effort import BestEffort
-from utils.reporting.plots import CONFUSIONS, draw_confusions
+from utils.reporting.plots import CONFUSIONS, plot_confusions
 from utils.run import LATEST, Run, locate
 from utils.runtime.machine import Machine, choose_machine, set_determinism
 
@@ -117,7 +117,7 @@ def test(loaded: Loaded) -> None:
         print(f"without the trigger, {shares['clean_as_target']} of these images are classified as the attacker wants")
     write_text(run.log / "test.json", confusion.to_json(result | confusion.figures(by_class)))
     paths = [run.log / f"test_{file}" for file in CONFUSIONS]
-    drawn = draw_confusions(BestEffort(), paths, by_class, class_names, f"{run.name}, {loaded.path.name}")
+    drawn = plot_confusions(BestEffort(), paths, by_class, class_names, f"{run.name}, {loaded.path.name}")
     print(f"written to {', '.join([str(run.log / 'test.json'), *(path.name for path in drawn)])}")
 
 

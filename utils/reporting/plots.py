@@ -154,7 +154,7 @@ def draw_confusion(path: Path, matrix: np.ndarray, class_names: Sequence[str], t
         axes.set_title(wrapped(title, side), fontsize=9)
 
 
-def draw_confusions(
+def plot_confusions(
     best_effort: BestEffort, paths: Sequence[Path], by_class: ByClass, class_names: Sequence[str], title: str
 ) -> list[Path]:
     """Draw the confusion matrices that there are, and return the files that could be drawn.

@@ -217,4 +217,4 @@ class Report:
         head = {"epoch": epoch, "class_names": list(names)}
         write_text(self.run.log / confusion.FILE, confusion.to_json(head | confusion.figures(by_class)))
         paths = [self.run.log / file for file in plots.CONFUSIONS]
-        plots.draw_confusions(self.log.best_effort, paths, by_class, names, self.title)
+        plots.plot_confusions(self.log.best_effort, paths, by_class, names, self.title)
