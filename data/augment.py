@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from utils.config.schema import Named
-from utils.errors import UserError
+from utils.errors import UserError, kind_of
 
 # How many float32 numbers a transform works on at a time. This bounds the memory, and on a CPU the numbers stay in the cache,
 # which is 1.2 to 2.5 times faster than 32 images of 224 px at once. A GPU needs few and large kernels.
@@ -45,8 +45,9 @@ class Pipeline:
             except ValueError as error:
                 raise UserError(f"transform: images of {error}") from None
             if not isinstance(probe, Tensor) or probe.dtype != torch.uint8 or probe.ndim != 4 or probe.shape[:2] != (1, 3):
-                kind = f"{probe.dtype} {tuple(probe.shape)}" if isinstance(probe, Tensor) else type(probe).__name__
-                raise UserError(f"data/transforms/{name}.py: apply: returned {kind}: must be torch.uint8 (B, 3, H, W)")
+                raise UserError(
+                    f"data/transforms/{name}.py: apply: returned {kind_of(probe)}: must be torch.uint8 (B, 3, H, W)"
+                )
             self.area = max(self.area, probe.shape[2] * probe.shape[3])
         self.output_size = (probe.shape[2], probe.shape[3])
 

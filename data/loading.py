@@ -16,7 +16,7 @@ from data.sets import Listing, RawData
 from utils import plugins
 from utils.config import Config
 from utils.config.schema import Named
-from utils.errors import UserError
+from utils.errors import UserError, kind_of
 from utils.names import class_text
 from utils.paths import is_file, user_path
 
@@ -80,11 +80,6 @@ def is_array(value: object, ndim: int, dtype: type[np.generic], channels: int | 
     """Return whether a value is an array of that kind, with that many channels, its last dimension."""
     fits = isinstance(value, np.ndarray) and value.ndim == ndim and np.issubdtype(value.dtype, dtype)
     return fits and (channels is None or value.shape[-1] == channels)  # type: ignore[attr-defined]
-
-
-def kind_of(value: object) -> str:
-    """Return dtype and shape of an array, or the type of another value."""
-    return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
 
 
 def decode(config: Config, data: RawData | Listing, pre: list[Any]) -> RawData:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.config.compatibility import refuse_other_data, refuse_other_settings
-from utils.errors import UserError
+from utils.errors import UserError, kind_of
 from utils.files import write_atomically
 from utils.paths import is_file
 from utils.runtime.stepper import Stepper, changed_tensors
@@ -354,7 +354,7 @@ def check_kept(state: State, count: int, source: str) -> None:
     """
     for name, indices in {"clean_pool": state.clean_pool, **{f"sets[{key!r}]": x for key, x in state.sets.items()}}.items():
         if not are_indices(indices, count):
-            kind = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else type(indices).__name__
+            kind = kind_of(indices)
             raise UserError(f"{source}: state.{name}: must be int64 indices (n,) of the {count} training images, is {kind}")
     for key, table in state.tables.items():
         if not isinstance(table, Tensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import unicodedata
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -37,3 +38,8 @@ def nearest(name: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     listing = ", ".join(names) if names else "none"
     return f"did you mean {close[0]}? (known: {listing})" if close else f"known: {listing}"
+
+
+def kind_of(value: Any) -> str:
+    """Return dtype and shape of an array or a tensor, e.g. `uint8 (5, 3)`; the type of another value."""
+    return f"{value.dtype} {tuple(value.shape)}" if hasattr(value, "dtype") else type(value).__name__
