@@ -340,7 +340,7 @@ def test_no_attack_and_two_attacks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     plugins = tmp_path / "attacks"
     plugins.mkdir()
     (plugins / "stripes.py").write_text(
-        "from dataclasses import dataclass\n\n@dataclass(frozen=True)\nclass Settings:\n    width: int = 1\n"
+        "from dataclasses import dataclass\n\n@dataclass(frozen=True)\nclass Settings:\n    width: int = 1\n\nAttack = None\n"
     )
     monkeypatch.setattr(data.attacks, "__path__", [*data.attacks.__path__, str(plugins)])
     none = write(tmp_path / "none.yaml", changed(TINY, "backdoor.badnets", REMOVED))
@@ -655,7 +655,7 @@ def test_another_attack_replaces_the_bases(tmp_path: Path, monkeypatch: pytest.M
     plugins = tmp_path / "attacks"
     plugins.mkdir()
     (plugins / "dots.py").write_text(
-        "from dataclasses import dataclass\n\n@dataclass(frozen=True)\nclass Settings:\n    width: int = 1\n"
+        "from dataclasses import dataclass\n\n@dataclass(frozen=True)\nclass Settings:\n    width: int = 1\n\nAttack = None\n"
     )
     monkeypatch.setattr(data.attacks, "__path__", [*data.attacks.__path__, str(plugins)])
     write(tmp_path / "base.yaml", TINY)

@@ -127,6 +127,19 @@ def test_a_new_file_is_a_new_plugin(tools: Path) -> None:
     assert plugins.load("spare_tools", "drill").speed == 9
 
 
+def test_a_plugin_that_lacks_a_name_is_refused_in_one_line(tools: Path) -> None:
+    """A file without one of the names in the package's `DECLARED` is an error with file and name once it is chosen; other
+    plug-ins can be used, and their attributes read, all the same."""
+    (tools / "__init__.py").write_text('DECLARED = ("Settings", "strike")\n')
+    (tools / "hammer.py").write_text("class Settings:\n    weight = 3\n\n\ndef strike(): ...\n")
+    assert plugins.settings("spare_tools", "hammer").weight == 3
+    with pytest.raises(UserError, match=r"^spare_tools/saw\.py: declares no strike: see spare_tools/__init__\.py$"):
+        plugins.load("spare_tools", "saw")
+    assert set(plugins.declared("spare_tools", "Settings")) == {"hammer", "saw"}
+    for package in ("data.attacks", "data.datasets", "data.transforms", "defenses", "model.networks"):
+        assert "Settings" in importlib.import_module(package).DECLARED
+
+
 @pytest.mark.parametrize("name", ["hamer", "Hammer", "_helpers", "README", "os", "../hammer", "hammer.Settings", ""])
 def test_the_error_for_an_unknown_plugin_has_the_known_ones(tools: Path, name: str) -> None:
     """An unknown name is one line with the existing names; nothing is imported for it."""

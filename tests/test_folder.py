@@ -122,11 +122,19 @@ def test_a_data_set_may_have_no_test_images(tmp_path: Path) -> None:
     assert len(raw.train_images) == 2 and len(raw.test_images) == len(raw.test_labels) == 0
 
 
-def test_a_class_may_have_no_test_images(tmp_path: Path) -> None:
-    """The test part may lack a class; its labels are those of the training part."""
+def test_a_class_may_have_no_test_images(tmp_path: Path, said: list[str]) -> None:
+    """The test part may lack a class, which is logged; its labels are those of the training part."""
     root = small_tree(tmp_path / "data")
+    read(root, tmp_path / "cache")
+    assert not any("classes" in line for line in said)
     write_tree(root, {"train/ant/a.png": image(9)})
+    (root / "test" / "ant").mkdir()
     assert read(root, tmp_path / "cache").test_labels.tolist() == [1] * 4 + [2] * 4
+    (line,) = (line for line in said if "classes" in line)
+    assert str(root / "test") in line and "1 of 3" in line and "ant" in line
+    shutil.rmtree(root / "test")
+    read(root, tmp_path / "cache")  # without any test images there is no ACC
+    assert sum("classes" in line for line in said) == 1
 
 
 # -- Kinds of images ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 from unittest.mock import MagicMock
 
 import pytest
@@ -32,7 +33,7 @@ from model.feature_maps import collect_maps
 from model.forward import forward
 from model.grouped_norm import group
 from model.inference import predict
-from model.networks import vgg16_bn
+from model.networks import check, vgg16_bn
 from utils import config, plugins
 from utils.checkpoint import State
 from utils.config.schema import Named
@@ -246,6 +247,35 @@ def test_pre_activation_networks_are_those_of_their_papers(
     last = settings.get("final_norm", True)
     assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == 2 * len(plan) + last
     assert ("bn" in model.backbone.last_parts) == last
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda s: torch.linspace(0, 1, 4)[2].item(), lambda s: torch.ones(3).numpy(), lambda s: torch.ones(3).nonzero().tolist()],
+)
+def test_a_network_may_read_values_of_tensors_when_it_is_built(build: Any) -> None:
+    """A network that cannot be tried without memory, because it reads values of tensors, is accepted untried."""
+    check(cast(ModuleType, SimpleNamespace(__name__="model.networks.mine", build=build)), Named("reads", id(build)))
+
+
+def test_a_network_is_tried_once_for_the_same_settings() -> None:
+    """Settings from which a network cannot be built are refused each time; those that passed are not tried again, also when
+    other settings were; an error of the network's own code is not taken for one of its settings."""
+    tried = []
+
+    def build(width: int) -> Tensor:
+        tried.append(width)
+        return torch.empty(width) if width else cast(Any, torch.empty)(width, object())
+
+    network = cast(ModuleType, SimpleNamespace(__name__="model.networks.tried_once", build=build))
+    for width in (5, 5, 6, 5):
+        check(network, width)
+    assert tried == [5, 6]
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"^tried_once: cannot be built .*lower its width$"):
+            check(network, -1)
+    with pytest.raises(TypeError):
+        check(network, 0)
 
 
 def test_vgg_is_torchvisions() -> None:

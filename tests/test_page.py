@@ -7,6 +7,7 @@ import csv
 import json
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,20 @@ def test_the_page_has_all_parts_of_a_run(tmp_path: Path) -> None:
         assert text in reader.texts, text
     assert "80.00 %" in reader.texts and "cat/1.png" in reader.texts
     assert any("dataset: folder" in text for text in reader.texts)
+
+
+def test_the_page_has_the_sets_and_figures_of_a_defense(tmp_path: Path) -> None:
+    """What a defense adds to the rows of its epochs is among the figures of the last one: chosen sets, its own measurements."""
+    sets = {"isolated_size": 500, "poisoned_in_isolated": 480, "kept_size": 70}
+    row = metrics_row(0)
+    seconds = row.pop("seconds")
+    own = {"flipped_labels": 12, "margin": 0.123456, "unknown": None}
+    reader = read_page(make_run(tmp_path / "run", [row | sets | {"seconds": seconds} | own], ["cat", "dog"]))
+    cells = reader.texts[: reader.texts.index("Epochs")]
+    for name, value in (("images in the set isolated", "500, 480 of them poisoned"), ("images in the set kept", "70"),
+                        ("flipped labels", "12"), ("margin", "0.1235")):  # fmt: skip
+        assert (name, value) in pairwise(cells), name
+    assert "unknown" not in cells and not any("polluted" in cell for cell in cells)
 
 
 def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:

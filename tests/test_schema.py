@@ -262,3 +262,27 @@ def test_the_proposed_number_is_the_one_that_was_meant(sign: str, digits: str, e
     text = f"{sign}{digits}e{exponent}{power}"
     proposed = yaml.safe_load(schema.with_point(text))
     assert isinstance(proposed, float) and proposed == float(text)
+
+
+def test_a_schema_that_cannot_be_read_is_refused_in_one_line() -> None:
+    """A section that is no dataclass, a field of a type that no YAML value has, and a default outside of the field's
+    own bounds are errors that name file, section and field, before any value is read."""
+
+    class Plain:
+        side = 3
+
+    def section(hint: Any, default: Any = None, **declared: Any) -> type:
+        return dataclasses.make_dataclass("Settings", [("side", hint, setting(default, "help", **declared))], frozen=True)
+
+    wrong = [(Plain, "dataclass")]
+    wrong += [(section(hint), "type") for hint in (list[int], dict[str, int], bytes, tuple[int, int], int | bytes, complex)]
+    wrong += [(section(int, 0, low=1), "0: must be >= 1"), (section(tuple[float, ...], (0.5, 2.0), high=1), "must be <= 1")]
+    wrong += [(section(float, math.nan), "nan: must be finite")]
+    for kind, expected in wrong:
+        with pytest.raises(UserError) as caught:
+            schema.keys_of(kind)
+        line = str(caught.value)
+        assert f"{kind.__module__}.py: {kind.__name__}: " in line and expected in line and "\n" not in line
+        assert kind is Plain or ": side: " in line
+    for hint in (int, float | None, tuple[str, ...], tuple[Named, ...] | None, int | tuple[int, ...], schema.MAPPING, Hammer):
+        assert [*schema.keys_of(section(hint))] == ["side"]

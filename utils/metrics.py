@@ -13,6 +13,18 @@ SHARES = {
 }  # fmt: skip
 
 
+def own_figures(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures that the defense has added to the row of an epoch; they come after `seconds`, which every row has."""
+    keys = list(row)
+    return {key: row[key] for key in keys[keys.index("seconds") + 1 :]}
+
+
+def sets_of(row: dict[str, Any]) -> list[str]:
+    """Return the names of the sets of training images that the defense has chosen, beside a clean pool."""
+    names = [key.removesuffix("_size") for key in row if key.endswith("_size")]
+    return [name for name in names if name not in ("clean_pool", "polluted_pool")]
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a `metrics.jsonl`.
 

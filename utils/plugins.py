@@ -32,16 +32,21 @@ def load(package: str, name: str) -> ModuleType:
     """Import the plug-in `name` of `package`.
 
     Raises:
-        UserError: the package has no such file.
+        UserError: the package has no such file, or the file lacks one of the names in the package's `DECLARED`.
     """
+    folder = package.replace(".", "/")
     if name not in names(package):
-        raise UserError(f"{name!r}: no such file in {package.replace('.', '/')}/: {nearest(name, names(package))}")
-    return importlib.import_module(f"{package}.{name}")
+        raise UserError(f"{name!r}: no such file in {folder}/: {nearest(name, names(package))}")
+    module = importlib.import_module(f"{package}.{name}")
+    for attribute in getattr(importlib.import_module(package), "DECLARED", ()):
+        if not hasattr(module, attribute):
+            raise UserError(f"{folder}/{name}.py: declares no {attribute}: see {folder}/__init__.py")
+    return module
 
 
 def declared(package: str, attribute: str) -> dict[str, Any]:
     """Return {plug-in: value of the attribute} of the plug-ins whose modules have it."""
-    modules = {name: load(package, name) for name in names(package)}
+    modules = {name: importlib.import_module(f"{package}.{name}") for name in names(package)}
     return {name: getattr(module, attribute) for name, module in modules.items() if hasattr(module, attribute)}
 
 

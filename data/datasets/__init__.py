@@ -4,3 +4,5 @@ A file may declare `FOLDER_NAMES`, a regular expression: if the YAML names no da
 lower case, matches, this data set is used. Further optional attributes: `BUILT_IN`: no `dataset_dir` is needed; `POISONED`: the
 set is already poisoned; `SIGN`: name of a file by which its folder is recognized; `BACKDOORBENCH`: its name in BackdoorBench.
 """
+
+DECLARED = ("Settings", "load")

@@ -6,6 +6,7 @@ Hidden files and files that file systems and file managers create are ignored; e
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ import numpy as np
 from data.io.image_file import SUFFIXES
 from data.sets import Listing
 from utils.config.schema import setting
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, printable
 from utils.names import Names
 from utils.paths import is_broken_link, is_dir, is_folder, user_path, visible
 
+logger = logging.getLogger(__name__)
 FOLDER_NAMES = "^(?!.*tiny.?imagenet).*(imagenet|vggface2?)"
 
 
@@ -42,6 +44,12 @@ def load(settings: Settings, dataset_dir: str | None, download: bool) -> Listing
     names = chosen(settings.classes, known, train)
     train_files, train_labels = labeled_files(root, train, names, {name: name for name in names})
     test_files, test_labels = labeled_files(root, test, names, test_folders)
+    untested = [name for label, name in enumerate(names) if label not in test_labels]
+    if untested and test_files:
+        logger.info(
+            f"{test}: no images of {len(untested)} of {len(names)} classes (the first: {printable(untested[0])}): the ACC is "
+            "that of the other classes"
+        )
     return Listing(
         "folder", root, train_files, train_labels, test_files, test_labels, tuple(names), (), settings.skip_unreadable
     )

@@ -16,3 +16,5 @@ The draws are made outside of the transforms, so that every device, a resumed ru
 `remap` run within a step that CUDA captures as a graph: their operators and shapes may depend on shapes and settings only, and
 nothing may be read from the device or sent to it. (`torch.where` with a number sends it to the device; `masked_fill` does not.)
 """
+
+DECLARED = ("Settings", "PLACES")

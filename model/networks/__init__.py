@@ -12,12 +12,23 @@ import torch
 
 from utils.errors import UserError, one_line
 
+DECLARED = ("Settings", "build")
+BUILT: set[tuple[str, str]] = set()  # networks and settings that passed `check`: a sweep reads hundreds of YAMLs
+
 
 def check(network: ModuleType, settings: Any) -> None:
     """Refuse settings from which the network cannot be built; called when the YAML is read."""
+    key = network.__name__, repr(settings)
+    if key in BUILT:
+        return
     with torch.device("meta"):  # no memory, no random number; 60 ms
         try:
             network.build(settings)
-        except RuntimeError as error:  # of torch: sizes that no tensor can have
-            name = network.__name__.rpartition(".")[2]
+        except (RuntimeError, TypeError) as error:
+            if "meta" in str(error):  # the network reads values of tensors, which have none here
+                return
+            if isinstance(error, TypeError):
+                raise
+            name = network.__name__.rpartition(".")[2]  # torch refuses sizes that no tensor can have
             raise UserError(f"{name}: cannot be built ({one_line(error)}): lower its width") from None
+    BUILT.add(key)

@@ -6,6 +6,8 @@ source text is recorded, so that `run: 001` can be the string 001 and not the nu
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 import shlex
 from collections.abc import Mapping
@@ -71,6 +73,12 @@ def parse(text: str) -> tuple[Any, dict[str, str]]:
         yaml.YAMLError, ValueError, TypeError, RecursionError: invalid YAML.
         UserError: a key is given twice.
     """
+    return copy.deepcopy(parse_once(text))
+
+
+@functools.lru_cache(maxsize=256)  # a sweep of hundreds of runs reads the same few files and values for each of them
+def parse_once(text: str) -> tuple[Any, dict[str, str]]:
+    """`parse`, but returns the same objects for the same text."""
     loader = Loader(text)
     try:
         node = loader.get_single_node()
@@ -190,6 +198,7 @@ def parse_override(text: str) -> Layer:
 NOT_VALUES = (yaml.AnchorToken, yaml.TagToken, yaml.DirectiveToken, yaml.DocumentStartToken, yaml.DocumentEndToken)
 
 
+@functools.lru_cache(maxsize=256)
 def dropped(value: str) -> str:
     """Return the first part of a YAML text that YAML drops from the value (a comment, anchor, tag or directive), or nothing."""
     tokens = list(yaml.scan(value, Loader))  # comments have no token: they are gaps between tokens

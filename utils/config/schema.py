@@ -22,9 +22,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils import plugins
+from utils.errors import UserError
 
 REQUIRED: Any = dataclasses.MISSING
 MAPPING: Any = Mapping[str, Any]
+PLAIN = (int, float, bool, str)
 BOUNDS = {"low": (">=", operator.ge), "above": (">", operator.gt), "high": ("<=", operator.le), "below": ("<", operator.lt)}
 
 
@@ -144,13 +146,37 @@ def batch_size_setting(default: int, help: str, low: int = 2) -> Any:
 @functools.cache
 def keys_of(schema: type) -> dict[str, Key]:
     """Return the keys of a section by name in the YAML."""
+    if not dataclasses.is_dataclass(schema):
+        raise UserError(f"{source_of(schema)}: must be a dataclass: write @dataclass(frozen=True) above it")
     hints, out = typing.get_type_hints(schema), {}
     for f in dataclasses.fields(schema):
         hint = hints[f.name]
         kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
         some = tuple(kind for kind in kinds if kind is not types.NoneType)
-        out[f.metadata.get("key") or f.name] = Key(f, some, some != kinds, **f.metadata)
+        key = Key(f, some, some != kinds, **f.metadata)
+        at = f"{source_of(schema)}: {f.name}"
+        if not all(map(is_legal, some)):
+            raise UserError(
+                f"{at}: type {hint}: must be int, float, bool, str, tuple[float, ...] or a dataclass, or any | None"
+            )
+        numbers = f.default if isinstance(f.default, tuple) else (f.default,)
+        if not all(key.allows(number) for number in numbers if type(number) in (int, float)):
+            raise UserError(f"{at}: default {f.default}: must be{key.legal_range or ' finite'}")
+        out[f.metadata.get("key") or f.name] = key
     return out
+
+
+def source_of(schema: type) -> str:
+    """Return file and name of a section's schema, for errors of a plug-in's author."""
+    return f"{schema.__module__.replace('.', '/')}.py: {schema.__name__}"
+
+
+def is_legal(kind: Any) -> bool:
+    """Return whether a type, without `| None`, is one that a key may have."""
+    items = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return len(items) == 2 and items[1] is ... and (items[0] in (*PLAIN, Named, MAPPING))
+    return kind in PLAIN or kind in (Named, MAPPING) or dataclasses.is_dataclass(kind)
 
 
 def inline_key(schema: type) -> Key | None:

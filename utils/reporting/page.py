@@ -145,13 +145,19 @@ def results(rows: list[dict[str, Any]]) -> str:
     last = rows[-1]
     lines: list[tuple[str, object]] = [(name, percent(last.get(key))) for key, name in SHARES.items()]
     if last["clean_pool_size"] is not None:
-        found = last["poisoned_in_clean_pool"]
-        poisoned = "" if found is None else f", {found} of them poisoned"
-        lines.append(("images in the last clean pool", f"{last['clean_pool_size']}{poisoned}"))
+        lines.append(("images in the last clean pool", counted(last, "clean_pool")))
         lines.append(("TPR of the last split: poisoned images outside the clean pool", percent(last.get("split_tpr"))))
         lines.append(("FPR of the last split: clean images outside the clean pool", percent(last.get("split_fpr"))))
+    lines += [(f"images in the set {name.replace('_', ' ')}", counted(last, name)) for name in metrics.sets_of(last)]
+    lines += [(name.replace("_", " "), number(value)) for name, value in metrics.own_figures(last).items()]
     lines.append(("epochs, seconds", f"{last['epoch'] + 1}, {sum(row['seconds'] for row in rows):.0f}"))
     return table(("figure", "value"), [line for line in lines if line[1] is not None])
+
+
+def counted(row: dict[str, Any], name: str) -> str:
+    """Return the size of a set of training images, and how many of them are poisoned, if that is known."""
+    found = row.get(f"poisoned_in_{name}")
+    return f"{row[f'{name}_size']}" + ("" if found is None else f", {found} of them poisoned")
 
 
 def classes(folder: Path) -> str:
