@@ -32,6 +32,7 @@ class DefenseBase(ABC):
     def __init__(self, context: Context, given: Tensor) -> None:
         self.context, self.given = context, given
         self.settings: Any = context.config.defense.settings
+        self.built: set[str] = set()  # networks beside the model that `build` has added
 
     def build(self, state: State, stage: Stage) -> None:
         """Give the state what a stage trains: here a new optimizer and schedule for all weights of the model.
@@ -40,6 +41,11 @@ class DefenseBase(ABC):
         It only allocates; `start_stage` or the checkpoint then sets the values.
         """
         self.set_optimizer(state, stage, state.model.parameters())
+
+    def prepare(self, state: State, stage: Stage) -> None:
+        """Call `build`, and record which networks it adds: on resuming, these alone are loaded from the checkpoint."""
+        self.build(state, stage)
+        self.built |= state.networks.keys()
 
     def set_optimizer(self, state: State, stage: Stage, parameters: Iterable[nn.Parameter]) -> None:
         """Give the state the stage's optimizer for these parameters, and its schedule."""
@@ -55,7 +61,7 @@ class DefenseBase(ABC):
         stage, first = locate(self.context.config.stages, epoch)
         if first == 0:
             if epoch == 0 or stage.new_optimizer:
-                self.build(state, stage)
+                self.prepare(state, stage)
             self.start_stage(state, stage)
 
     @abstractmethod

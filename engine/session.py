@@ -81,7 +81,7 @@ class Session:
         source = f"defenses/{context.config.defense.name}.py"
         losses = own_figures(given, source)
         self.check_finite(losses)
-        checkpoint.check_kept(state, len(context.train_set), source)
+        checkpoint.check_kept(state, len(context.train_set), self.defense.built, source)
         figures = self.evaluate().shares
         if self.report and state.split_values is not None:
             self.report.split(state.epoch, state.clean_pool, state.split_values)
@@ -233,7 +233,7 @@ def start(config: Config, run: Run, machine: Machine, resume: Path | None, stack
     state.about = {"class_names": list(data.class_names), "image_size": list(context.train_set.images.shape[2:])}
     state.data = inputs
     if saved is not None and resume is not None:
-        defense.build(state, stages.locate(config.stages, checkpoint.last_epoch(saved, config.epochs))[0])
+        defense.prepare(state, stages.locate(config.stages, checkpoint.last_epoch(saved, config.epochs))[0])
         checkpoint.load(resume, state, as_dict(config), saved)
     if not make_ready(run, config, resume or run.checkpoints / LATEST, state, machine):
         return None

@@ -776,12 +776,14 @@ def test_figures_of_a_defense_become_numbers(tmp_path: Path, monkeypatch: pytest
         ("sets", torch.tensor([-1]), r"is torch\.int64 \(1,\)"),
         ("sets", [1, 2], "is list"),
         ("tables", np.zeros(3), r"state\.tables\['kept'\]: must be a tensor, is ndarray"),
+        ("networks", nn.Linear(2, 2), r"state\.networks\['kept'\]: must be added in `build`"),
     ],
 )
 def test_what_a_checkpoint_could_not_restore_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, value: object, line: str
 ) -> None:
-    """Index sets and tables of another kind are refused in the first epoch that has them, not when the run is resumed."""
+    """Index sets and tables of another kind, and networks that a resumed run would not have, are refused in the first epoch
+    that has them, not when the run is resumed."""
 
     def train_epoch(self: DefenseBase, state: State, epoch: int) -> dict[str, float]:
         getattr(state, part)["kept"] = value
@@ -791,3 +793,22 @@ def test_what_a_checkpoint_could_not_restore_is_not_written(
     with pytest.raises(UserError, match=rf"defenses/none\.py: .*{line}"):
         train_here(*small(tmp_path, "none"))
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_no_network_of_a_checkpoint_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that has a network which `build` does not add in that stage is refused; with the network it is resumed."""
+
+    def build(self: DefenseBase, state: State, stage: Stage) -> None:
+        state.networks["teacher"] = nn.Linear(2, 2)
+        DefenseBase.build(self, state, stage)
+
+    same_run = ("run=whole", "undefended.lr_scheduler=null")
+    longer = small(tmp_path, "none", "num_epochs=4", *same_run)
+    with monkeypatch.context() as patch:
+        patch.setattr(none.Defense, "build", build)
+        train_here(*small(tmp_path, "none", *same_run))
+    with pytest.raises(UserError, match="adds no network teacher in this stage"):
+        train_here(*longer)
+    monkeypatch.setattr(none.Defense, "build", build)
+    train_here(*longer)
+    assert last(tmp_path, "whole")["epoch"] == 3

@@ -13,7 +13,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -299,6 +299,8 @@ def load(path: Path, state: State, config: dict[str, Any], saved: dict[str, Any]
         state.history = [dict(row) for row in saved.get("history", [])]
         state.clean_pool = saved.get("clean_pool", state.clean_pool)
         state.epochs_in_clean_pool = saved.get("epochs_in_clean_pool", state.epochs_in_clean_pool)
+        if dropped := saved.get("networks", {}).keys() - state.networks.keys():
+            raise ValueError(f"the defense's `build` adds no network {min(dropped)} in this stage")
         for name, network in state.networks.items():
             network.load_state_dict(saved["networks"][name])
         state.sets, state.tables = dict(saved.get("sets", {})), dict(saved.get("tables", {}))
@@ -345,17 +347,21 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
                 moments[name] = torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)
 
 
-def check_kept(state: State, count: int, source: str) -> None:
+def check_kept(state: State, count: int, built: Collection[str], source: str) -> None:
     """Raise `UserError` if a defense left something in the state with which the checkpoint could not be read again.
 
     Args:
         count: of training images.
+        built: names of the networks that there are when a checkpoint is loaded.
         source: file of the defense.
     """
     for name, indices in {"clean_pool": state.clean_pool, **{f"sets[{key!r}]": x for key, x in state.sets.items()}}.items():
         if not are_indices(indices, count):
             kind = kind_of(indices)
             raise UserError(f"{source}: state.{name}: must be int64 indices (n,) of the {count} training images, is {kind}")
+    for key in state.networks:
+        if key not in built:
+            raise UserError(f"{source}: state.networks[{key!r}]: must be added in `build`, which a resumed run calls as well")
     for key, table in state.tables.items():
         if not isinstance(table, Tensor):
             raise UserError(f"{source}: state.tables[{key!r}]: must be a tensor, is {type(table).__name__}")
