@@ -223,7 +223,8 @@ def page(folder: Path, runs: Runs) -> str:
         "trials_iab": trials(folder / "trials" / "iab"),
         "trials_clb": trials(folder / "trials" / "clb"),
     }  # fmt: skip
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: pieces[found[1]], (folder / "page.md").read_text(encoding="utf-8"))
+    filled_in = re.sub(r"\{\{(\w+)\}\}", lambda found: pieces[found[1]], (folder / "page.md").read_text(encoding="utf-8"))
+    return re.sub(r"\n{3,}", "\n\n", filled_in)  # a piece may be empty
 
 
 def status(runs: Runs) -> str:
