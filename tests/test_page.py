@@ -106,12 +106,13 @@ def test_the_page_has_the_sets_and_figures_of_a_defense(tmp_path: Path) -> None:
     sets = {"isolated_size": 500, "poisoned_in_isolated": 480, "kept_size": 70}
     row = metrics_row(0)
     seconds = row.pop("seconds")
-    own = {"flipped_labels": 12, "margin": 0.123456, "unknown": None}
+    own = {"flipped_labels": 12, "margin": 0.123456, "unknown": None, "kernel_size": 3}
     reader = read_page(make_run(tmp_path / "run", [row | sets | {"seconds": seconds} | own], ["cat", "dog"]))
     cells = reader.texts[: reader.texts.index("Epochs")]
     for name, value in (("images in the set isolated", "500, 480 of them poisoned"), ("images in the set kept", "70"),
                         ("flipped labels", "12"), ("margin", "0.1235")):  # fmt: skip
         assert (name, value) in pairwise(cells), name
+    assert ("kernel size", "3") in pairwise(cells) and "images in the set kernel" not in cells
     assert "unknown" not in cells and not any("polluted" in cell for cell in cells)
 
 

@@ -21,8 +21,8 @@ def own_figures(row: dict[str, Any]) -> dict[str, Any]:
 
 def sets_of(row: dict[str, Any]) -> list[str]:
     """Return the names of the sets of training images that the defense has chosen, beside a clean pool."""
-    names = [key.removesuffix("_size") for key in row if key.endswith("_size")]
-    return [name for name in names if name not in ("clean_pool", "polluted_pool")]
+    names = [key.removesuffix("_size") for key in row.keys() - own_figures(row).keys() if key.endswith("_size")]
+    return sorted(name for name in names if name not in ("clean_pool", "polluted_pool"))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
